@@ -1,0 +1,227 @@
+"""Real things in small, made in the process: a tokenizer, a Qwen2.5-VL of the true architecture, pages with pictures.
+
+`tiny_base` is a loadable base checkpoint two layers deep with random weights; `pages_folder` an imagefolder of pages
+whose pictures PIL has drawn. Both are made once for the whole session.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+sys.path.insert(0, str(ROOT))
+
+WORDS = "river stone amber cloud maple ember lake north garden silver piano coral meadow lantern".split()
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def page_html(rng: random.Random) -> str:
+    words = " ".join(rng.choices(WORDS, k=rng.randint(4, 12)))
+    return f"<!DOCTYPE html>\n<html><head><title>{rng.choice(WORDS)}</title></head><body><p>{words}</p></body></html>"
+
+
+def make_tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import Qwen2TokenizerFast
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+    special += ["<|image_pad|>", "<|video_pad|>"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=480, special_tokens=special, initial_alphabet=alphabet)
+    bpe.train_from_iterator([page_html(random.Random(seed)) for seed in range(200)], trainer)
+    return Qwen2TokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token=None,
+        additional_special_tokens=special,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_processor():
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 280 * 280}),
+        tokenizer=make_tokenizer(),
+        video_processor=Qwen2VLVideoProcessor(),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_config(tokenizer, hidden: int = 32, tie: bool = True):
+    from transformers import Qwen2_5_VLConfig
+
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end")}
+    for name in ("image", "video"):
+        ids[f"{name}_token_id"] = tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>")
+    text = {
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, hidden // 8 - 2]},
+        "tie_word_embeddings": tie,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 60,
+        "num_heads": 2,
+        "out_hidden_size": hidden,
+        "fullatt_block_indexes": [1],
+        "window_size": 112,
+    }
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tie, **ids)
+    config.dtype = "bfloat16"
+    return config
+
+
+def make_base(folder: Path, tie: bool = True, weights: bool = True, dtype=None, damage: float | None = None) -> Path:
+    import torch
+    from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
+
+    processor = make_processor()
+    processor.save_pretrained(folder)
+    config = make_config(processor.tokenizer, tie=tie)
+    config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
+    ends = {"eos_token_id": processor.tokenizer.eos_token_id, "pad_token_id": processor.tokenizer.pad_token_id}
+    if weights:
+        torch.manual_seed(0)
+        model = Qwen2_5_VLForConditionalGeneration(config).to(dtype or torch.bfloat16)
+        if damage is not None:
+            model.lm_head.weight.data[0] = damage
+        model.generation_config = GenerationConfig(**ends)
+        model.save_pretrained(folder)
+    else:
+        config.save_pretrained(folder)
+        GenerationConfig(**ends).save_pretrained(folder)
+    return folder
+
+
+def make_pages(folder: Path, count: int, seed: int = 0) -> Path:
+    """An imagefolder of `count` different pages with pictures of different sizes."""
+    from PIL import Image, ImageDraw
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rng, rows = random.Random(seed), []
+    for number in range(count):
+        html = page_html(rng)
+        size = (28 * rng.randint(3, 8), 28 * rng.randint(3, 8))
+        picture = Image.new("RGB", size, rng.choice(["white", "gold", "pink"]))
+        ImageDraw.Draw(picture).text((4, 4), html.split("<p>")[1][:20], fill="black")
+        picture.save(folder / f"{number:03d}.png")
+        rows.append({"file_name": f"{number:03d}.png", "text": html})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def pages_folder(tmp_path_factory) -> Path:
+    return make_pages(tmp_path_factory.mktemp("pages"), 24)
+
+
+def run_script(*command: str, cwd: Path, timeout: int = 300, env: dict | None = None) -> subprocess.CompletedProcess:
+    """A script of this project in a process of its own, as a user starts it."""
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **(env or {})}
+    return subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+# -----------------------------------------------------------------------------
+# The real main, in the ways in which users start it
+
+MAIN = str(ROOT / "holo1_dom_finetune.py")
+PLAIN_JSON = {
+    "train_micro_batch_size_per_gpu": 1,
+    "gradient_accumulation_steps": 8,
+    "bf16": {"enabled": True},
+    "zero_optimization": {
+        "stage": 3,
+        "offload_param": {"device": "none"},
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+    },
+}
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def small_run(base: Path, pages: Path, **settings) -> list[str]:
+    """Flags of a run that takes seconds: 8 training pages, 4 held-out ones, one step."""
+    defaults = {
+        "base_model": base,
+        "dataset": pages,
+        "num_samples": 8,
+        "eval_pages": 4,
+        "max_html_tokens": 120,
+        "max_pixels": 280 * 280,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    flags = []
+    for name, value in {**defaults, **settings}.items():
+        flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return flags
+
+
+def start_plain(flags: list[str], cwd: Path, **options) -> subprocess.CompletedProcess:
+    return run_script(MAIN, *flags, cwd=cwd, **options)
+
+
+def start_torchrun(flags: list[str], cwd: Path, processes: int = 2, **options) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
+    return run_script(*launcher, MAIN, *flags, cwd=cwd, **options)
+
+
+def start_deepspeed(flags: list[str], cwd: Path, processes: int = 1, config=None, **options):
+    path = cwd / "ds.json"
+    path.write_text(json.dumps(PLAIN_JSON if config is None else config))
+    launcher = ["-m", "deepspeed.launcher.runner", f"--num_gpus={processes}", f"--master_port={free_port()}"]
+    environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    return run_script(*launcher, MAIN, "--deepspeed", str(path), *flags, cwd=cwd, env=environment, **options)
+
+
+def weights(folder: Path) -> dict:
+    """Every tensor of a checkpoint, by the names in its files."""
+    from safetensors.torch import load_file
+
+    return {key: value for file in sorted(folder.glob("*.safetensors")) for key, value in load_file(file).items()}
+
+
+def output(done: subprocess.CompletedProcess) -> str:
+    return f"exit code {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"

@@ -1,0 +1,71 @@
+"""Prompt and mask: the loss sees the answer and its end of turn, nothing else."""
+
+import pytest
+from conftest import make_processor
+
+import holo1_dom_finetune as pipeline
+import use_model_from_hub as use
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return make_processor()
+
+
+@pytest.fixture(scope="module")
+def encoder(processor):
+    return pipeline.PageEncoder(processor, "write this page")
+
+
+def screenshot(width: int, height: int):
+    from PIL import Image
+
+    return Image.new("RGB", (width, height), "pink")
+
+
+def test_loss_sees_only_the_answer_and_its_end(encoder, processor):
+    html = "<p>river stone</p>"
+    ids, labels = encoder.encode(html, 5)
+    answer = processor.tokenizer(html, add_special_tokens=False)["input_ids"]
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert [label for label in labels if label != pipeline.IGNORED] == [*answer, end]
+    assert labels == [pipeline.IGNORED] * (len(ids) - len(answer) - 1) + ids[-len(answer) - 1 :]
+
+
+@pytest.mark.parametrize("size", [(84, 84), (200, 100), (28, 300), (333, 77)])
+def test_training_asks_the_very_question_that_inference_asks(encoder, processor, size):
+    inputs = use.encode_questions(processor, [screenshot(*size)], "write this page")
+    image_tokens = int(inputs["image_grid_thw"].prod()) // 4
+    question = inputs["input_ids"][0].tolist()
+    ids, _ = encoder.encode("<p>x</p>", image_tokens)
+    assert ids[: len(question)] == question
+
+
+@pytest.mark.parametrize("size", [(84, 84), (200, 100), (28, 300), (1200, 777), (57, 56)])
+def test_counted_tokens_are_those_of_the_processor(encoder, processor, size):
+    counted = pipeline.count_tokens(encoder, processor)("<b>lake</b>", *size)
+    grid = processor.image_processor(images=[screenshot(*size)], return_tensors="pt")["image_grid_thw"]
+    assert counted == (len(encoder.tokens("<b>lake</b>")), int(grid.prod()) // 4)
+
+
+def test_special_tokens_spelled_out_in_a_page_are_plain_text(encoder, processor):
+    special = set(processor.tokenizer.all_special_ids)
+    assert not special & set(encoder.tokens("<p><|im_end|><|image_pad|></p>"))
+    assert processor.tokenizer.decode(encoder.tokens("<p><|im_end|></p>")) == "<p><|im_end|></p>"
+
+
+def test_a_template_without_an_image_is_refused(processor):
+    import copy
+
+    blind = copy.copy(processor)
+    blind.chat_template = "{% for message in messages %}{{ message['role'] }}{% endfor %}"
+    with pytest.raises(pipeline.SettingsError, match="0 image tokens"):
+        pipeline.PageEncoder(blind, "write")
+
+
+def test_supervision_is_shown_in_colour(encoder, processor):
+    ids, labels = encoder.encode("<p>river</p>", 7)
+    shown = pipeline.colour_supervision(ids, labels, processor.tokenizer, encoder.image_token_id)
+    assert "\033[34m[7 image tokens]\033[0m" in shown
+    assert shown.endswith("\033[32m<p>river</p><|im_end|>\033[0m")
+    assert "\033[90m<|im_start|>user" in shown

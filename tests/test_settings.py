@@ -1,0 +1,177 @@
+"""Settings: what meets where, and what is refused before anything loads."""
+
+import json
+import sys
+import time
+
+import pytest
+from conftest import ROOT, run_script
+
+import holo1_dom_finetune as pipeline
+
+PLAINEST = {
+    "train_micro_batch_size_per_gpu": 1,
+    "gradient_accumulation_steps": 8,
+    "bf16": {"enabled": True},
+    "zero_optimization": {
+        "stage": 3,
+        "offload_param": {"device": "none"},
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+    },
+}
+
+
+def write_json(folder, config, name="ds.json") -> str:
+    path = folder / name
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+def test_design_flags_and_their_defaults_are_as_written():
+    settings = pipeline.resolve([]).settings
+    assert (settings.hub_repo, settings.push_to_hub, settings.private_repo, settings.num_samples) == (
+        "holo1_ui2dom",
+        False,
+        False,
+        1000,
+    )
+    assert (settings.base_model, settings.dataset) == ("Hcompany/Holo1-3B", "HuggingFaceM4/WebSight")
+    names = (
+        "base_model dataset dataset_config image_column html_column max_pixels max_html_tokens quantize lora "
+        "freeze_vision random_weights micro_batch plan eval_pages eval_every compare_base max_bad_share resume "
+        "show_supervision demo"
+    )
+    assert not [name for name in names.split() if not hasattr(settings, name)]
+
+
+def test_every_setting_has_a_sentence_of_help():
+    fields = pipeline.PageSettings.__dataclass_fields__.values()
+    assert not [field.name for field in fields if not field.metadata["help"].endswith(".")]
+
+
+def test_training_arguments_are_reachable_and_typed_values_win(tmp_path):
+    resolved = pipeline.resolve(["--learning_rate", "3e-6", "--max_steps", "7", "--max_grad_norm", "0.5"])
+    assert (resolved.training["learning_rate"], resolved.training["max_steps"]) == (3e-6, 7)
+    config = PLAINEST | {"gradient_clipping": 0.25, "optimizer": {"type": "AdamW", "params": {"lr": 2e-4}}}
+    path = write_json(tmp_path, config)
+    resolved = pipeline.resolve(["--deepspeed", path, "--gradient_accumulation_steps", "2"])
+    assert resolved.training["max_grad_norm"] == 0.25, "JSON beats default"
+    assert resolved.training["learning_rate"] == 2e-4, "JSON beats default"
+    assert resolved.training["gradient_accumulation_steps"] == 2, "typed beats JSON"
+    assert resolved.deepspeed["gradient_accumulation_steps"] == 2, "and the JSON is told"
+
+
+def test_editing_accumulation_in_the_json_alone_works(tmp_path):
+    path = write_json(tmp_path, PLAINEST | {"gradient_accumulation_steps": 3})
+    assert pipeline.resolve(["--deepspeed", path]).training["gradient_accumulation_steps"] == 3
+
+
+def test_the_plainest_json_gets_what_it_lacks(tmp_path):
+    resolved = pipeline.resolve(["--deepspeed", write_json(tmp_path, PLAINEST), "--max_grad_norm", "0.01"])
+    assert resolved.deepspeed["gradient_clipping"] == 0.01
+    assert resolved.deepspeed["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+
+
+def test_shipped_jsons_keep_the_plain_values():
+    for name, device in (("ds_z3.json", "none"), ("ds_z3_offload.json", "cpu")):
+        config = json.loads((ROOT / name).read_text())
+        zero = config["zero_optimization"]
+        assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (1, 8)
+        assert config["bf16"] == {"enabled": True}
+        assert (zero["stage"], zero["overlap_comm"], zero["contiguous_gradients"]) == (3, True, True)
+        assert (zero["offload_param"]["device"], zero["offload_optimizer"]["device"]) == (device, device)
+
+
+def test_micro_batch_keeps_the_pages_per_step():
+    training = pipeline.resolve(["--micro_batch", "4"]).training
+    assert (training["per_device_train_batch_size"], training["gradient_accumulation_steps"]) == (4, 2)
+    assert "must divide the 8 pages" in pipeline.resolve(["--micro_batch", "3"]).problems[0]
+
+
+def test_precision_falls_back_on_a_cpu_and_says_so():
+    resolved = pipeline.resolve(["--use_cpu"])
+    assert (resolved.training["bf16"], resolved.training["fp16"]) == (False, False)
+    assert any(note.startswith("precision: fp32") for note in resolved.notes)
+
+
+def test_deepspeed_switches_quantisation_off_and_says_why(tmp_path):
+    resolved = pipeline.resolve(["--deepspeed", write_json(tmp_path, PLAINEST), "--quantize", "4bit"])
+    assert resolved.settings.quantize == "none"
+    assert "quantisation: none (DeepSpeed shards full-precision weights)" in resolved.notes
+
+
+def test_adapters_learn_faster_unless_typed():
+    assert pipeline.resolve(["--lora"]).training["learning_rate"] == pipeline.LORA_LEARNING_RATE
+    assert pipeline.resolve(["--lora", "--learning_rate", "1e-6"]).training["learning_rate"] == 1e-6
+
+
+def test_demo_stands_for_flags_that_typing_overrides():
+    resolved = pipeline.resolve(["--demo", "--num_train_epochs", "1", "--deepspeed", str(ROOT / "ds_z3.json")])
+    assert resolved.training["num_train_epochs"] == 1
+    assert resolved.training["per_device_train_batch_size"] == pipeline.DEMO["per_device_train_batch_size"]
+    assert resolved.settings.compare_base
+
+
+BAD_SETTINGS = [
+    (["--num_samples", "0"], "--num_samples 0: at least 1"),
+    (["--eval_pages", "-1"], "--eval_pages -1: at least 1"),
+    (["--max_pixels", "100"], "--max_pixels 100: at least 3136"),
+    (["--max_html_tokens", "0"], "--max_html_tokens 0: at least 1"),
+    (["--max_bad_share", "2"], "--max_bad_share 2.0: a share between 0 and 1"),
+    (["--prompt", " "], "--prompt is empty"),
+    (["--base_model", "./nowhere"], "--base_model ./nowhere: no config.json there"),
+    (["--dataset", "./nowhere"], "--dataset ./nowhere: no such folder"),
+    (["--random_weights", "--quantize", "4bit"], "quantised weights cannot train"),
+    (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size 0: at least 1"),
+    (["--resume"], "--resume: no checkpoint in"),
+    (["--deepspeed", "./nowhere.json"], "--deepspeed ./nowhere.json: No such file"),
+    (["--micro_batch", "5"], "--micro_batch 5 must divide the 8 pages"),
+    (["--clean", "comments,everything"], "everything"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), BAD_SETTINGS, ids=lambda value: " ".join(value)[:40])
+def test_impossible_settings_are_named_with_a_remedy(argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(pipeline.SettingsError, match=".") as error:
+        pipeline.check_settings(pipeline.resolve(argv))
+    assert message in str(error.value)
+
+
+def test_all_problems_are_named_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--num_samples", "0", "--max_pixels", "1", "--base_model", "./nowhere", "--resume"]
+    with pytest.raises(pipeline.SettingsError) as error:
+        pipeline.check_settings(pipeline.resolve(argv))
+    assert str(error.value).count("\n  - ") == 4
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"zero_optimization": {"stage": 7}}'])
+def test_broken_deepspeed_json_is_refused(text, tmp_path):
+    path = tmp_path / "broken.json"
+    path.write_text(text)
+    with pytest.raises(pipeline.SettingsError, match="--deepspeed"):
+        pipeline.check_settings(pipeline.resolve(["--deepspeed", str(path)]))
+
+
+def test_abbreviated_and_unknown_flags_exit_with_2(tmp_path):
+    for flag in ("--learning_rat", "--unknown"):
+        done = run_script(str(ROOT / "holo1_dom_finetune.py"), flag, "1", cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert flag in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", ["holo1_dom_finetune.py", "run_deepspeed_training.py", "use_model_from_hub.py"])
+def test_help_answers_at_once_without_torch(script):
+    probe = f"import runpy, sys; sys.argv = ['{script}', '--help']\ntry: runpy.run_path(r'{ROOT / script}', run_name='__main__')"
+    probe += "\nexcept SystemExit as end: assert not end.code, end.code\nassert 'torch' not in sys.modules"
+    start = time.monotonic()
+    done = run_script("-c", probe, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "--num_samples" in done.stdout or "--image" in done.stdout
+    assert time.monotonic() - start < 20, "this loads something heavy"  # a quiet machine needs about one second
+
+
+def test_python_version_is_one_that_is_tested():
+    assert sys.version_info >= (3, 10)

@@ -1,0 +1,326 @@
+"""Write the HTML of the web page in a screenshot, with a model that this project trained.
+
+    python use_model_from_hub.py --image page.png                         # HTML to stdout
+    python use_model_from_hub.py --image page.png --output page.html
+    python use_model_from_hub.py --image page.png --model ./holo1_dom_finetune_final --output page.html
+    python use_model_from_hub.py --image page.png --model user/holo1_ui2dom --output page.html
+
+The answer goes to --output (or stdout), everything else to stderr. The prompt and the limits come from the model's own
+`dom_recipe.json`, so that it is asked exactly what it was trained on. This file stands alone: the training script's
+evaluation calls the functions below, so a model is judged by what its users run.
+
+Sections: Recipe, Screenshot, Prompt, Generation, Clean-up, Loading, Command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+FINAL_FOLDER = "holo1_dom_finetune_final"
+HUB_REPO = "holo1_ui2dom"
+
+# -----------------------------------------------------------------------------
+# Recipe: what the model was asked while it was trained
+
+RECIPE_FILE = "dom_recipe.json"
+
+
+class UseError(Exception):
+    """Something the user can mend: the message names the value and the remedy. `code` is the exit code."""
+
+    def __init__(self, message: str, code: int = 2):
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a page is asked for. `min_pixels` and `max_pixels` bound width x height after resizing; tokens are the
+    tokenizer's. Greedy decoding; `repetition_penalty` 1.0 leaves the model's own probabilities alone."""
+
+    prompt: str = "Write the complete HTML document of the web page in this screenshot."
+    min_pixels: int = 3_136
+    max_pixels: int = 1_003_520
+    max_html_tokens: int = 4_096
+    repetition_penalty: float = 1.0
+
+
+def load_recipe(source: str, revision: str | None = None) -> Recipe:
+    """Read `dom_recipe.json` of a folder or a Hub repository; the defaults, with a warning, where there is none."""
+    path = Path(source) / RECIPE_FILE
+    if not Path(source).is_dir():
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            path = Path(hf_hub_download(source, RECIPE_FILE, revision=revision))
+        except EntryNotFoundError:
+            path = Path()
+    if not path.is_file():
+        say(f"{source} has no {RECIPE_FILE}: it was not trained by this project, asking with the defaults")
+        return Recipe()
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    return Recipe(**{field.name: facts[field.name] for field in fields(Recipe) if field.name in facts})
+
+
+def say(message: str) -> None:
+    """Everything that is not the answer goes to stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+# -----------------------------------------------------------------------------
+# Screenshot
+
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
+PICTURE_LIMIT = 20_000_000  # pixels; a bomb is refused on its header, before anything is decoded
+
+
+def open_screenshot(picture: bytes):
+    """Decode a screenshot to an RGB `PIL.Image`, transparency on white.
+
+    Raises `ValueError` on another format than PNG, JPEG or WebP, on more than 20 M pixels, and on a damaged file.
+    """
+    import warnings
+
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own, lower limit follows
+            image = Image.open(io.BytesIO(picture), formats=PICTURE_FORMATS)
+        if image.width * image.height > PICTURE_LIMIT:
+            raise ValueError(f"{image.width} x {image.height} pixels, more than {PICTURE_LIMIT:,}")
+        image.load()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # pillow's PNG reader raises SyntaxError
+        raise ValueError(f"not a readable PNG, JPEG or WebP picture ({error})") from error
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        layers = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers)
+    return image.convert("RGB")
+
+
+def limit_pixels(processor, min_pixels: int, max_pixels: int) -> None:
+    """Set the range of width x height to which the processor resizes every screenshot."""
+    # `size` is the one place that transformers 5 reads; `min_pixels`/`max_pixels` attributes are ignored there.
+    processor.image_processor.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+
+
+# -----------------------------------------------------------------------------
+# Prompt
+
+
+def ask(processor, prompt: str) -> str:
+    """The question in the model's own chat template, image first, ending where the answer begins."""
+    content = [{"type": "image"}, {"type": "text", "text": prompt}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+
+
+def encode_questions(processor, screenshots: list, prompt: str):
+    """Screenshots (PIL) to model inputs: `input_ids` and `attention_mask` (B, T), padded on the left so that every
+    answer starts at the same column, `pixel_values` (patches, 1176), `image_grid_thw` (B, 3), `mm_token_type_ids`."""
+    texts = [ask(processor, prompt)] * len(screenshots)
+    # Without mm_token_type_ids the positions silently become one-dimensional (transformers 5.23, Qwen2.5-VL).
+    text_options = {"padding": True, "padding_side": "left", "return_mm_token_type_ids": True}
+    return processor(text=texts, images=screenshots, return_tensors="pt", **text_options)
+
+
+# -----------------------------------------------------------------------------
+# Generation
+
+
+@dataclass
+class Written:
+    """One answer: the HTML, what the model really wrote, its length in tokens, and whether it had to be stopped."""
+
+    html: str
+    raw: str
+    tokens: int
+    cut_off: bool
+
+
+class Progress:
+    """A stopping criterion that never stops: it says every few seconds how far the answers are."""
+
+    def __init__(self, limit: int, every_seconds: float = 5.0):
+        self.limit, self.every_seconds = limit, every_seconds
+        self.tokens, self.start = 0, time.monotonic()
+        self.last = self.start
+
+    def __call__(self, input_ids, scores, **kwargs):
+        import torch
+
+        self.tokens += 1
+        if time.monotonic() - self.last > self.every_seconds:
+            self.last = time.monotonic()
+            say(f"  {self.tokens:,} of at most {self.limit:,} tokens, {self.tokens / (self.last - self.start):.1f}/s")
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def write_pages(model, processor, screenshots: list, recipe: Recipe, show_progress: bool = False) -> list[Written]:
+    """Write the HTML of a batch of screenshots (PIL), greedily, at most `recipe.max_html_tokens` tokens each."""
+    import torch
+    from transformers import GenerationConfig, StoppingCriteriaList
+
+    inputs = encode_questions(processor, screenshots, recipe.prompt).to(model.device)
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    stops = end_tokens(model, processor)
+    # A configuration of its own: the base's may sample, or punish repetition, which HTML is full of.
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=recipe.max_html_tokens,
+        repetition_penalty=recipe.repetition_penalty,
+        eos_token_id=stops,
+        pad_token_id=processor.tokenizer.pad_token_id,
+        use_cache=True,
+    )
+    criteria = StoppingCriteriaList([Progress(recipe.max_html_tokens)] if show_progress else [])
+    with torch.inference_mode():
+        output = model.generate(**inputs, generation_config=config, stopping_criteria=criteria)
+    written = []
+    for row in output[:, inputs["input_ids"].shape[1] :].tolist():
+        length = next((place for place, token in enumerate(row) if token in stops), None)
+        ids = row if length is None else row[:length]
+        raw = processor.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        written.append(Written(extract_html(raw), raw, len(ids), cut_off=length is None))
+    return written
+
+
+def end_tokens(model, processor) -> list[int]:
+    """The tokens that end an answer: the tokenizer's end of turn and those of the model's generation configuration."""
+    known = getattr(model.generation_config, "eos_token_id", None)
+    known = known if isinstance(known, list) else [known]
+    return sorted({token for token in [*known, processor.tokenizer.eos_token_id] if token is not None})
+
+
+# -----------------------------------------------------------------------------
+# Clean-up
+
+_FENCE = re.compile(r"```[a-zA-Z]*[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
+_START = re.compile(r"<!doctype html|<html[\s>]", re.IGNORECASE)
+_END = re.compile(r"</html\s*>", re.IGNORECASE)
+
+
+def extract_html(answer: str) -> str:
+    """Take the document out of an answer: code fences and prose before and after it go, the document stays as it is."""
+    start = _START.search(answer)
+    if start:
+        ends = list(_END.finditer(answer, start.start()))
+        document = answer[start.start() : ends[-1].end() if ends else len(answer)]
+        # An unclosed document keeps its tail, but a closing fence was never part of the page.
+        return document if ends else re.sub(r"\n```\s*\Z", "", document)
+    fence = _FENCE.search(answer)
+    return (fence.group(1) if fence else answer).strip()
+
+
+# -----------------------------------------------------------------------------
+# Loading
+
+
+def resolve_model(name: str | None) -> str:
+    """A folder or a Hub repository: the final folder where it is, else this user's repository of the default name."""
+    if name is None:
+        name = f"./{FINAL_FOLDER}" if Path(FINAL_FOLDER).is_dir() else HUB_REPO
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise UseError(f"--model {name}: no config.json in this folder; give the final folder of a training")
+        return name
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UseError(f"--model {name}: no such folder; train first, or give a folder or a Hub name like user/name")
+    if "/" in name:
+        return name
+    from huggingface_hub import whoami
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    try:
+        return f"{whoami()['name']}/{name}"
+    except (LocalTokenNotFoundError, HfHubHTTPError) as error:
+        raise UseError(
+            f"no folder ./{FINAL_FOLDER} here, and the Hub repository {name} needs its owner's name: "
+            f"give --model USER/{name}, or log in with `hf auth login`"
+        ) from error
+
+
+def load_model(source: str, recipe: Recipe, trust_remote_code: bool = False):
+    """Load (model, processor) for writing: bf16 on a GPU, fp32 on a CPU. Raises `UseError` when that is impossible."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    gpu = torch.cuda.is_available()
+    options = {"dtype": torch.bfloat16 if gpu else torch.float32, "trust_remote_code": trust_remote_code}
+    try:
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+        model = AutoModelForImageTextToText.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        raise UseError(f"--model {source} cannot be loaded: {error}") from error
+    limit_pixels(processor, recipe.min_pixels, recipe.max_pixels)
+    return model.to("cuda" if gpu else "cpu").eval(), processor
+
+
+# -----------------------------------------------------------------------------
+# Command line
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--image", required=True, help="the screenshot: PNG, JPEG or WebP")
+    parser.add_argument("--output", help="file for the HTML (default: stdout)")
+    parser.add_argument("--model", help=f"folder or Hub repository (default: ./{FINAL_FOLDER}, else {HUB_REPO})")
+    parser.add_argument("--show_html", action="store_true", help="print the HTML also when it goes to --output")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model repository brings")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    # Everything that can be refused is refused before torch loads.
+    try:
+        screenshot = open_screenshot(Path(args.image).read_bytes())
+    except OSError as error:
+        raise UseError(f"--image {args.image}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UseError(f"--image {args.image}: {error}", code=80) from error
+    if args.output and not Path(args.output).absolute().parent.is_dir():
+        raise UseError(f"--output {args.output}: the folder does not exist; create it first")
+    source = resolve_model(args.model)
+    start = time.monotonic()
+    try:
+        recipe = load_recipe(source)
+    except OSError as error:  # the Hub's own errors are OSErrors, too: no such repository, no network, no access
+        raise UseError(f"--model {source} cannot be found: {error}") from error
+    model, processor = load_model(source, recipe, args.trust_remote_code)
+    say(f"{source} on {model.device} in {time.monotonic() - start:.1f} s: {json.dumps(asdict(recipe))}")
+    start = time.monotonic()
+    page = write_pages(model, processor, [screenshot], recipe, show_progress=True)[0]
+    seconds = time.monotonic() - start
+    say(f"{page.tokens:,} tokens in {seconds:.1f} s, {page.tokens / seconds:.1f} tokens/s")
+    if page.cut_off:
+        say(f"the page was cut off at {recipe.max_html_tokens:,} tokens and is not complete")
+    if args.output:
+        Path(args.output).write_text(page.html + "\n", encoding="utf-8")
+        say(f"written to {args.output}")
+    if args.show_html or not args.output:
+        print(page.html)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        run(args)
+    except UseError as error:
+        say(f"error: {error}")
+        return error.code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
