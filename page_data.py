@@ -1,0 +1,478 @@
+"""From a dataset to checked, cleaned and split pages: every page is kept, or dropped for a reason that is counted.
+
+    train, held_out = load_pages_from_disk(output_dir)          # after load_pages(...) on the main process
+
+The training script calls `load_pages`; nothing here knows of models, and nothing of ours is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import html as entities
+import io
+import itertools
+import json
+import os
+import random
+import re
+import struct
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+
+class PipelineError(Exception):
+    """What the user can mend; the class says the exit code, the message the value and the remedy."""
+
+    code = 1
+
+
+class SettingsError(PipelineError):
+    """Settings that cannot work."""
+
+    code = 2
+
+
+class DataError(PipelineError):
+    """Data that cannot be trained on."""
+
+    code = 80
+
+
+# -------------------------------------------------------------------------------
+# Data
+# -------------------------------------------------------------------------------
+
+MAX_SCREENSHOT_PIXELS, MAX_SCREENSHOT_BYTES, MAX_ASPECT_RATIO = 20_000_000, 64 * 2**20, 200
+BROKEN = ("unreadable", "too large", "outside the folder", "empty")  # what --max_bad_share counts
+REASONS = ("too long", *BROKEN, "duplicate", "like a held-out page")
+PAGE_FIELDS = {
+    "name": "string",
+    "screenshot": "binary",
+    "html": "string",
+    "width": "int32",
+    "height": "int32",
+    "html_tokens": "int32",
+    "image_tokens": "int32",
+}
+CountTokens = Callable[[str, int, int], tuple[int, int]]  # (html, width, height) -> (html tokens, image tokens)
+
+
+@dataclass(frozen=True)
+class DatasetSource:
+    """Where pages come from. `licence` None: not known. `refused`: why nobody may train on it."""
+
+    config: str | None = None
+    split: str = "train"
+    image_column: str = "image"
+    html_column: str = "text"
+    licence: str | None = None
+    note: str = ""
+    refused: str = ""
+
+
+_BENCHMARK = "a benchmark, never to be trained on: take HuggingFaceM4/WebSight or xcodemind/webcode2m"
+_WEBCODE2M = DatasetSource(licence="cc-by-4.0", note="half of its pages are longer than 3,844 tokens")
+KNOWN_DATASETS = {
+    "HuggingFaceM4/WebSight": DatasetSource(
+        "v0.1", licence="cc-by-4.0", note="v0.2 needs the network to look like its screenshots, v0.1 does not"
+    ),
+    "xcodemind/webcode2m": _WEBCODE2M,
+    "xcodemind/webcode2m_purified": _WEBCODE2M,
+    "xcodemind/webcode2m_test": DatasetSource(
+        split="short", licence="cc-by-4.0", note="a test set; its other splits are mid and long"
+    ),
+    "SALT-NLP/Design2Code-hf": DatasetSource(licence="odc-by", refused=_BENCHMARK),
+    "SALT-NLP/Design2Code-HARD": DatasetSource(licence="odc-by", refused="images without HTML; " + _BENCHMARK),
+}
+
+
+class BadPage(Exception):
+    """A page that is dropped: `reason` is one of REASONS, the message says more."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+def resolve_dataset(dataset: str, **typed: str | None) -> DatasetSource:
+    """What is known of `dataset`, the `typed` fields on top; SettingsError where it must not be trained on."""
+    known = {name.lower(): source for name, source in KNOWN_DATASETS.items()}  # the Hub ignores case, too
+    source = DatasetSource() if Path(dataset).expanduser().exists() else known.get(dataset.lower(), DatasetSource())
+    if source.refused:
+        raise SettingsError(f"--dataset {dataset}: {source.refused}")
+    return replace(source, **{name: value for name, value in typed.items() if value})
+
+
+def read_rows(
+    dataset: str,
+    dataset_config: str | None,
+    split: str,
+    image_column: str,
+    html_column: str,
+    seed: int,
+    revision: str | None = None,
+) -> Iterator[tuple[str, bytes | BadPage, Any]]:
+    """Yields (name, screenshot file or what is wrong with it, html) in an order that `seed` alone decides."""
+    import datasets
+
+    path = Path(dataset).expanduser()
+    if not path.exists() and (dataset.startswith((".", "~", "/")) or dataset.count("/") > 1):
+        raise DataError(f"--dataset {dataset}: no such file or folder")
+    try:
+        if (path / "metadata.jsonl").is_file():  # the imagefolder convention, whose image column is a file name
+            yield from _read_folder(path, "file_name" if image_column == "image" else image_column, html_column, seed)
+            return
+        source: dict[str, Any] = {"path": str(path) if path.exists() else dataset, "name": dataset_config}
+        if path.is_file():
+            kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow"}
+            source, split = {"path": kinds.get(path.suffix, "parquet"), "data_files": str(path)}, "train"
+        stream = datasets.load_dataset(**source, split=split, revision=revision, streaming=True)
+        if isinstance((stream.features or {}).get(image_column), datasets.Image):
+            stream = stream.cast_column(image_column, datasets.Image(decode=False))  # or a broken one ends the stream
+        _check_columns(next(iter(stream), {}), image_column, html_column)
+        # Shards are shuffled, too; the buffer holds undecoded screenshots, some 100 MB.
+        for number, row in enumerate(stream.shuffle(seed=seed, buffer_size=500)):
+            yield f"row-{number:07d}", _screenshot(row[image_column], path, dataset), row[html_column]
+    except (OSError, ValueError) as error:  # not found, no network, no such config or split, damaged parquet
+        raise DataError(f"--dataset {dataset} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _read_folder(folder: Path, image_column: str, html_column: str, seed: int) -> Iterator[tuple[str, Any, Any]]:
+    columns: dict[str, None] = {}
+    with open(folder / "metadata.jsonl", "rb") as lines:
+        starts = list(itertools.accumulate(map(len, lines), initial=0))[:-1]  # the pages themselves stay on disk
+        for start in random.Random(seed).sample(starts, len(starts)):
+            lines.seek(start)
+            if not (line := lines.readline().strip()):
+                continue
+            try:
+                row = json.loads(line)
+                columns |= dict.fromkeys(row.keys())
+            except (ValueError, RecursionError, AttributeError) as error:
+                yield f"metadata.jsonl, byte {start}", BadPage("unreadable", f"no JSON object: {error}"), None
+                continue
+            yield str(row.get(image_column)), _screenshot(row.get(image_column), folder, ""), row.get(html_column)
+    _check_columns(columns, image_column, html_column)  # last, since one row may lack what the others have
+
+
+def _check_columns(columns: Collection[str], image_column: str, html_column: str) -> None:
+    if missing := [column for column in (image_column, html_column) if column not in columns]:
+        raise DataError(
+            f"no column {' and '.join(missing)}; there are: {', '.join(columns) or 'none'}. "
+            "--image_column and --html_column name the right ones"
+        )
+
+
+def _screenshot(value: Any, path: Path, dataset: str) -> bytes | BadPage:
+    """The content of an image cell: bytes, or a file inside the dataset, wherever `..` and links lead."""
+    source = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
+    folder = path.parent if path.is_file() else path
+    if isinstance(source, bytes):
+        return source
+    if not isinstance(source, str) or "\0" in source:
+        return BadPage("unreadable", f"no picture and no file name: {source!r}")
+    if dataset and re.match(rf"(?:zip://[^:]*::)?hf://datasets/{re.escape(dataset)}@", source):
+        import fsspec
+
+        with fsspec.open(source, "rb") as file:
+            return file.read(MAX_SCREENSHOT_BYTES)
+    file = (folder / source).resolve()
+    if "://" in source or not file.is_relative_to(folder.resolve()) or (not dataset and Path(source).is_absolute()):
+        return BadPage("outside the folder", "only files inside the dataset's folder are read")
+    if not file.is_file():  # nor a pipe or a device, which would keep us waiting
+        return BadPage("unreadable", "no such file")
+    too_large = file.stat().st_size > MAX_SCREENSHOT_BYTES
+    return BadPage("too large", f"{file.stat().st_size:,} bytes") if too_large else file.read_bytes()
+
+
+def screenshot_size(data: bytes) -> tuple[int, int]:
+    """(width, height) of a PNG, JPEG or WebP. BadPage when it is damaged and, before anything is decoded, a bomb."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as picture:
+            width, height = picture.size
+            if width * height > MAX_SCREENSHOT_PIXELS:
+                raise BadPage("too large", f"{width:,} x {height:,} pixels")
+            if max(width, height) >= MAX_ASPECT_RATIO * min(width, height):
+                raise BadPage("unreadable", f"{width:,} x {height:,} pixels: a strip that no processor takes")
+            # Only decoding finds every damaged file: 10 ms for 1,280 x 2,000 pixels, 2 ms for a JPEG at an eighth.
+            picture.draft("L", (1, 1))
+            picture.load()
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadPage("too large", str(error)) from error
+    except (OSError, SyntaxError, ValueError, TypeError, IndexError, struct.error, zlib.error) as error:
+        raise BadPage("unreadable", f"{len(data):,} bytes, no whole PNG, JPEG or WebP: {error}") from error
+    return width, height
+
+
+# Every pattern may also end where the text ends, so none fails after a long scan: cleaning takes linear time.
+CLEANING_STEPS = ("comments", "scripts", "tracking", "base64")
+_ATTRIBUTES = r"""((?:=\s*"[^"]*"?|=\s*'[^']*'?|[^>=]+|=)*)(>?)"""
+_MARKUP = re.compile(  # a comment; an element that holds text only: name, attributes, >, content, end; any other tag
+    r"<!--(?:-?>|.*?(?:--!?>|\Z))|<[!?](?!doctype|\[CDATA\[)[^>]*>?|"
+    rf"<(script|style|title|textarea|noscript|iframe|xmp)(?=[\s/>]){_ATTRIBUTES}(.*?)(</\1\s*>|\Z)|"
+    rf"<(/?[a-z][^\s/>]*){_ATTRIBUTES}",
+    re.I | re.S,
+)
+_ATTRIBUTE = re.compile(r"""(?<![\s/])[\s/]*([^\s/=]+)(?:\s*=\s*("[^"]*"|'[^']*'|[^\s"'][^\s]*))?""")
+_CSS = re.compile(  # strings and url(…) first: a /* in them is no comment
+    r""""(?:\\.|[^"\\\n])*"?|'(?:\\.|[^'\\\n])*'?|url\(\s*[^"'()\s][^()]*\)?|/\*.*?(?:\*/|\Z)""", re.I | re.S
+)
+_BLOB = re.compile(  # data:text/… stays: a style sheet or a frame is no picture
+    r"""(url\(\s*)(?:"data:(?!text/)[^"]{90,}"|'data:(?!text/)[^']{90,}'|data:(?!text/)[^()"'\s]{90,}"""
+    r"""|&quot;data:(?!text/)(?:(?!&quot;).){90,}&quot;)(?=\s*\))"""
+    r"""|data:(?!text/)[\w/.;=+-]{0,80};base64,[\w+/=%-]{70,}""",
+    re.I | re.S,
+)
+_TRACKER = re.compile(
+    r"//[\w.-]*(?:google-analytics|googletagmanager|doubleclick|facebook\.com/tr|hotjar|clarity\.ms"
+    r"|scorecardresearch|quantserve|bat\.bing|mc\.yandex|matomo|piwik)",
+    re.I,
+)
+_TRACKING_RELS = {"preconnect", "dns-prefetch", "prefetch", "prerender", "modulepreload", "pingback"}
+_TRACKING_META = re.compile(r"verif|^csrf-|^msvalidate|^fb:|analytics|^x-dns-prefetch", re.I)
+_GONE = "\0"  # stands where something was dropped, until the lines that held nothing else are dropped, too
+
+
+def clean_html(html: str, steps: Collection[str]) -> str:
+    """Drops what no screenshot shows (some of CLEANING_STEPS); the page looks as before, but for its pictures."""
+
+    def cleaned(markup: re.Match[str]) -> str:
+        raw, raw_attributes, raw_close, content, end, name, attributes, close = markup.groups()
+        if not raw and not name:
+            return _GONE if "comments" in steps else markup[0]
+        tag = (raw or name).lower()
+        kept = _clean_attributes(tag, attributes or raw_attributes or "", steps)
+        if kept is None:  # a <script> without an end stays: what follows may be the rest of the page
+            return _GONE if name or end else markup[0]
+        content = _clean_css(content, steps) if tag == "style" else content
+        return f"<{raw}{kept}{raw_close}{content}{end}" if raw else f"<{name}{kept}{close}"
+
+    if not steps:
+        return html
+    html = _MARKUP.sub(cleaned, html.replace(_GONE, ""))
+    html = re.sub(rf"(<pre[^<>]*>){_GONE}+(?=\n)", r"\1\n", html, flags=re.I)  # <pre> swallows one newline
+    parts = re.split(r"(<pre\b.*?(?:</pre|\Z))", html, flags=re.I | re.S)  # where each line counts
+    parts[::2] = [re.sub(rf"\n[ \t]*{_GONE}[ \t{_GONE}]*(?=\r?\n)", "", part) for part in parts[::2]]
+    return "".join(parts).replace(_GONE, "")
+
+
+def _clean_attributes(tag: str, attributes: str, steps: Collection[str]) -> str | None:
+    """The attributes that stay; None when the whole element goes."""
+
+    def cleaned(attribute: re.Match[str]) -> str:
+        key, quoted, text = attribute[1].lower(), attribute[2] or "", attribute[0]
+        value = new = quoted.strip("\"'")
+        if ("scripts" in steps and re.match("on[a-z]{3}", key)) or ("tracking" in steps and key == "ping"):
+            return "" if attributes[attribute.end() : attribute.end() + 1] in ("", *" \t\r\n\f/") else " "
+        if (
+            "scripts" in steps
+            and key in ("href", "src", "action", "formaction", "xlink:href")
+            and (entities.unescape(value[:99]).strip().lower().startswith("javascript:"))
+        ):
+            new = "#"  # a link stays a link
+        elif "base64" in steps and len(value) > 100:
+            picture = key != "srcset" and re.match(r"\s*data:(?!text/)", value, re.I)
+            new = "data:," if picture else _BLOB.sub(r"\1data:,", value)
+        return text if new == value else text.replace(quoted, quoted.replace(value, new))
+
+    if "scripts" in steps and tag in ("script", "noscript"):
+        return None
+    if "tracking" in steps and tag in ("img", "iframe", "link", "meta") and _is_tracking(tag, attributes):
+        return None
+    return _ATTRIBUTE.sub(cleaned, attributes)
+
+
+def _is_tracking(tag: str, attributes: str) -> bool:
+    values = {key.lower(): value.strip("\"'").lower() for key, value in reversed(_ATTRIBUTE.findall(attributes))}
+    if tag == "link":
+        rels = set(values.get("rel", "").split())
+        return bool(rels & _TRACKING_RELS) or ("preload" in rels and values.get("as") != "style")
+    if tag == "meta":
+        return bool(_TRACKING_META.search(values.get("name") or values.get("property") or values.get("http-equiv", "")))
+    style = dict(re.findall(r"(?:^|;)\s*(width|height)\s*:\s*([^;]*)", values.get("style", "")))
+    sizes = {style.get(side, values.get(side, "")).strip().removesuffix("px") for side in ("width", "height")}
+    return sizes <= {"0", "1"} or bool(_TRACKER.search(values.get("src", "")))
+
+
+def _clean_css(css: str, steps: Collection[str]) -> str:
+    def cleaned(token: re.Match[str]) -> str:
+        around = css[max(token.start() - 1, 0) : token.start()], css[token.end() : token.end() + 1]
+        parting = all(side and side not in " \t\r\n{};:," for side in around)  # of two words: 1px/**/2px
+        return token[0] if not token[0].startswith("/*") else "/**/" if parting else ""
+
+    new = _CSS.sub(cleaned, css) if "comments" in steps else css
+    new = _BLOB.sub(r"\1data:,", new) if "base64" in steps else new
+    return css if new == css else re.sub(r"\n[ \t\r]*(?=\n)", "", new)
+
+
+def cleaning_steps(clean: str) -> tuple[str, ...]:
+    """The steps of a setting such as `comments,scripts` or `none`; SettingsError for an unknown one."""
+    steps = tuple(step.strip() for step in clean.split(",") if step.strip() not in ("", "none"))
+    if unknown := [step for step in steps if step not in CLEANING_STEPS]:
+        raise SettingsError(f"--clean {', '.join(unknown)}: there are {', '.join(CLEANING_STEPS)} and none")
+    return steps
+
+
+def _shingles(html: str) -> set[tuple[str, ...]]:
+    """Every three words in a row of the visible text; none under ten words, too few to tell one page from another."""
+    words = re.findall(r"\w+", entities.unescape(_MARKUP.sub(" ", html)).lower())
+    return set(zip(words, words[1:], words[2:], strict=False)) if len(words) >= 10 else set()
+
+
+@dataclass
+class DropReport:
+    """What became of the rows that were read; `broken` names the first broken ones."""
+
+    asked: int
+    read: int = 0
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    broken: list[str] = field(default_factory=list)
+    ending: str = ""
+
+    def __str__(self) -> str:
+        reasons = [f"{self.dropped[reason]:,} {reason}" for reason in REASONS if self.dropped[reason]]
+        return ", ".join([f"{self.asked:,} asked", *reasons, f"{self.kept:,} kept"]) + self.ending
+
+
+def load_pages(settings: Any, output_dir: str | Path, count_tokens: CountTokens, seed: int) -> DropReport:
+    """(main process only) Reads, cleans, checks and splits the pages, stores them for load_pages_from_disk, and names
+    the dropped ones in dropped_pages.jsonl. DataError when too much is broken or too little is left."""
+    held_out = settings.eval_pages
+    # A dataset smaller than asked is read again for fewer held-out pages: a page is then judged by the final split.
+    while (report := _collect_pages(settings, output_dir, count_tokens, seed, held_out)).kept < report.asked:
+        if held_out <= max(1, report.kept // 5):
+            break
+        held_out = max(1, report.kept // 5)
+    report.asked = settings.num_samples + settings.eval_pages
+    if held_out < settings.eval_pages:
+        report.ending += f"; {held_out:,} held out instead of {settings.eval_pages:,}"
+    where = f"every dropped page is named in {Path(output_dir) / 'dropped_pages.jsonl'}"
+    if (bad := sum(report.dropped[reason] for reason in BROKEN)) > settings.max_bad_share * report.read:
+        raise DataError(
+            f"{bad:,} of {report.read:,} pages are broken, more than --max_bad_share "
+            f"{settings.max_bad_share:g}: {'; '.join(report.broken)}; {where}"
+        )
+    if report.kept < 1 + min(held_out, 1):
+        raise DataError(f"{report}: too few to train on one and hold one out; {where}")
+    return report
+
+
+def load_pages_from_disk(output_dir: str | Path) -> tuple[Any, Any]:
+    """(all ranks) (training, held-out) pages, dicts of PAGE_FIELDS; memory-mapped, so ranks share the memory."""
+    import datasets
+
+    train, held_out = (
+        datasets.Dataset.from_file(str(Path(output_dir) / "pages" / f"{split}.arrow"))
+        for split in ("train", "held_out")
+    )
+    return train, held_out
+
+
+def _collect_pages(
+    settings: Any, output_dir: str | Path, count_tokens: CountTokens, seed: int, held_out: int
+) -> DropReport:
+    """One reading: the first `held_out` pages that are kept are held out, the next num_samples are trained on."""
+    import pyarrow
+    from tqdm import tqdm
+
+    source = resolve_dataset(
+        settings.dataset,
+        config=settings.dataset_config,
+        split=settings.dataset_split,
+        image_column=settings.image_column,
+        html_column=settings.html_column,
+    )
+    rows = read_rows(
+        settings.dataset,
+        source.config,
+        source.split,
+        source.image_column,
+        source.html_column,
+        seed,
+        settings.dataset_revision,
+    )
+    report, seen, sizes, pages_with = DropReport(held_out + settings.num_samples), set(), [], defaultdict(list)
+    folder, schema = Path(output_dir) / "pages", pyarrow.schema(list(PAGE_FIELDS.items()))
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as files:
+        log = files.enter_context(open(folder.parent / "dropped_pages.jsonl", "w", encoding="utf-8"))
+        writers = [
+            files.enter_context(pyarrow.ipc.new_stream(str(folder / f"{split}.tmp"), schema))
+            for split in ("held_out", "train")
+        ]
+        progress = files.enter_context(tqdm(total=report.asked, desc="pages", unit="page", mininterval=1))
+        while report.kept < report.asked:
+            row = next(rows, None)
+            if row is None or report.read == 10 * report.asked + 1000:  # or a tiny budget would read millions of them
+                report.ending = f"; {'the dataset ended' if row is None else 'gave up'} after {report.read:,} pages"
+                break
+            report.read += 1
+            try:
+                page = _check_page(*row, settings, count_tokens)
+                _check_new(page, seen, sizes, pages_with, is_held_out=report.kept < held_out)
+            except BadPage as bad:
+                report.dropped[bad.reason] += 1
+                if bad.reason in BROKEN and len(report.broken) < 3:
+                    report.broken.append(f"{row[0]} ({bad.reason}: {bad})")
+                log.write(json.dumps({"name": row[0], "reason": bad.reason, "detail": str(bad)}) + "\n")
+                continue
+            writers[report.kept >= held_out].write_batch(pyarrow.RecordBatch.from_pylist([page], schema=schema))
+            report.kept += 1
+            progress.update()
+    for split in ("held_out", "train"):  # renamed only now: another process may still be reading the old file
+        os.replace(folder / f"{split}.tmp", folder / f"{split}.arrow")
+    return report
+
+
+def _check_page(
+    name: str, screenshot: bytes | BadPage, html: Any, settings: Any, count_tokens: CountTokens
+) -> dict[str, Any]:
+    """The page as it is stored; BadPage, the cheap reasons first."""
+    if isinstance(screenshot, BadPage):
+        raise screenshot
+    if not isinstance(html, str | None):
+        raise BadPage("unreadable", f"html is no text but {type(html).__name__}")
+    html = clean_html(html or "", cleaning_steps(settings.clean)).strip()
+    if not re.search("<[a-z]", html, re.I):
+        raise BadPage("empty", f"no element in {html[:40]!r}")
+    if html != html.encode(errors="replace").decode():
+        raise BadPage("unreadable", "html holds half a character (a lone surrogate)")
+    width, height = screenshot_size(screenshot)
+    # No page's tokens hold 64 characters on average; one of many megabytes need not be counted.
+    html_tokens, image_tokens = len(html) // 64, 0
+    if html_tokens <= settings.max_html_tokens:
+        html_tokens, image_tokens = count_tokens(html, width, height)
+    if html_tokens > settings.max_html_tokens:
+        raise BadPage("too long", f"{html_tokens:,} tokens of html, {settings.max_html_tokens:,} allowed")
+    return dict(zip(PAGE_FIELDS, (name, screenshot, html, width, height, html_tokens, image_tokens), strict=True))
+
+
+def _check_new(
+    page: dict[str, Any],
+    seen: set[bytes],
+    sizes: list[int],
+    pages_with: dict[tuple[str, ...], list[int]],
+    is_held_out: bool,
+) -> None:
+    """BadPage for a duplicate of any page, or a near-duplicate of a held-out one: word 3-shingles with a Jaccard
+    similarity of 0.8 and more (Broder, 1997), found by an index from shingle to held-out pages."""
+    html = re.sub(r"\s+", " ", re.sub(r">\s+<", "><", page["html"]))
+    hashes = {hashlib.sha256(content).digest() for content in (page["screenshot"], html.encode())}
+    if seen & hashes:
+        raise BadPage("duplicate", "the screenshot or the html of an earlier page")
+    shingles = _shingles(html)
+    shared = Counter(other for shingle in shingles for other in pages_with.get(shingle, ()))
+    if not is_held_out and any(both >= 0.8 * (len(shingles) + sizes[other] - both) for other, both in shared.items()):
+        raise BadPage("like a held-out page", "nearly the same text")
+    seen |= hashes
+    for shingle in shingles if is_held_out else ():
+        pages_with[shingle].append(len(sizes))
+    sizes.append(len(shingles))
