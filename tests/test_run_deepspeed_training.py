@@ -1,0 +1,517 @@
+"""The wrapper, driven for real: the true launcher, two ranks, true signals, and a look at who is left in /proc.
+
+    python -m pytest tests/test_run_deepspeed_training.py               # what needs no launcher
+    python -m pytest tests/test_run_deepspeed_training.py -m slow       # starts and kills ranks, some minutes
+
+Sections: Command line, Checks, Ends, Signals, Kills.
+"""
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import run_deepspeed_training as wrapper
+
+ROOT = Path(wrapper.__file__).resolve().parent
+LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder of its own with a script and a configuration, on a machine without a GPU and with every port free."""
+    (tmp_path / "train.py").write_text("")
+    (tmp_path / "zero.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(wrapper, "port_trouble", lambda port: "")
+    monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi, unless the test puts one there
+    return tmp_path
+
+
+def dry_run(capsys, *flags: str) -> list[str]:
+    assert wrapper.main(["--dry_run", "--script", "train.py", "--config", "zero.json", *flags]) == 0
+    return shlex.split(capsys.readouterr().out)
+
+
+def refused(capsys, *flags: str) -> str:
+    assert wrapper.main(["--script", "train.py", "--config", "zero.json", *flags]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    return said.err
+
+
+# -----------------------------------------------------------------------------
+# Command line
+
+
+def test_without_flags_the_training_script_gets_its_configuration_and_nothing_else(here, capsys):
+    assert dry_run(capsys) == [
+        *LAUNCHER,
+        *["--num_gpus", "1", "--master_port", "29500", "train.py", "--deepspeed", "zero.json"],
+    ]
+
+
+def test_typed_settings_are_passed_on(here, capsys):
+    typed = ["--hub_repo", "me/x", "--push_to_hub", "--private_repo", "--num_samples", "7"]
+    front = [*LAUNCHER, *["--num_gpus", "2", "--master_port", "4000", "train.py", "--deepspeed", "zero.json"]]
+    passed = ["--push_to_hub", "--private_repo", "--hub_repo", "me/x", "--num_samples", "7"]
+    assert dry_run(capsys, "--num_gpus", "2", "--master_port=4000", *typed) == [*front, *passed]
+
+
+def test_other_flags_go_through_untouched_and_in_order(here, capsys):
+    others = ["--learning_rate", "1e-5", "--lora", "--demo", "--num", "3", "--note=two words; $HOME", "-x", "-1", ""]
+    assert dry_run(capsys, *others[:5], "--num_gpus", "2", *others[5:])[-len(others) :] == others
+
+
+def test_everything_after_two_dashes_belongs_to_the_training_script(here, capsys):
+    command = dry_run(capsys, "--lora", "--", "--num_gpus", "9", "--help")
+    front = [*LAUNCHER, *["--num_gpus", "1", "--master_port", "29500", "train.py", "--deepspeed", "zero.json"]]
+    assert command == [*front, "--lora", "--num_gpus", "9", "--help"]
+
+
+def test_defaults_are_found_beside_the_wrapper_from_any_folder(here, capsys):
+    assert wrapper.main(["--dry_run"]) == 0
+    command = shlex.split(capsys.readouterr().out)
+    assert command[-3:] == [str(ROOT / "holo1_dom_finetune.py"), "--deepspeed", str(ROOT / "ds_z3.json")]
+
+
+def test_help_answers_at_once_and_loads_no_torch():
+    start = time.monotonic()
+    command = [sys.executable, "-X", "importtime", str(ROOT / "run_deepspeed_training.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and time.monotonic() - start < 3
+    assert "torch" not in done.stderr and "| deepspeed" not in done.stderr
+    shown = "--num_gpus --master_port --config --script --hub_repo --push_to_hub --private_repo --num_samples --dry_run"
+    assert [flag for flag in shown.split() if flag not in done.stdout] == []
+    assert [word for word in ["29500", "ds_z3.json", "holo1_dom_finetune.py", "1000"] if word not in done.stdout] == []
+
+
+# -----------------------------------------------------------------------------
+# Checks
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--num_gpus 0", "--num_gpus 0: give 1 or more"),
+        ("--num_gpus -3", "--num_gpus -3: give 1 or more"),
+        ("--num_samples 0", "--num_samples 0: give 1 or more"),
+        ("--master_port 0", "--master_port 0: give a number from 1 to 65535"),
+        ("--master_port 65536", "--master_port 65536: give a number from 1 to 65535"),
+        ("--script gone.py", "--script gone.py: no such file, neither here nor beside this wrapper; correct the path"),
+        ("--config no.json", "--config no.json: no such file, neither here nor beside this wrapper; correct the path"),
+        ("--deepspeed x.json", "--deepspeed: this wrapper passes it itself; give --config FILE"),
+        ("--lora --deepspeed=x.json", "--deepspeed: this wrapper passes it itself; give --config FILE"),
+    ],
+)  # fmt: skip
+def test_a_bad_setting_is_refused_with_its_value_and_the_remedy(here, capsys, flags, expected):
+    assert expected + "\n" in refused(capsys, *flags.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (b'{\n  "bf16": }', "line 2 column 11"),
+        (b"", "line 1 column 1"),
+        (b"\xff\xfe\xfd", "not readable as JSON"),
+        (b"[1]", "must hold a JSON object, {...}; start from ds_z3.json"),
+    ],
+)
+def test_a_broken_configuration_is_refused_with_the_place(here, capsys, text, expected):
+    (here / "zero.json").write_bytes(text)
+    error = refused(capsys)
+    assert error.startswith("--config zero.json: ") and expected in error
+
+
+def test_a_word_where_a_number_belongs_is_refused():
+    done = subprocess.run([sys.executable, wrapper.__file__, "--num_gpus", "four"], capture_output=True, text=True)
+    assert done.returncode == 2 and "four" in done.stderr
+
+
+def test_all_problems_are_named_at_once(here, capsys, monkeypatch):
+    monkeypatch.setattr(wrapper.importlib.util, "find_spec", lambda name: None)
+    flags = [
+        "--num_gpus",
+        "0",
+        "--num_samples",
+        "-1",
+        "--master_port",
+        "70000",
+        "--script",
+        "a.py",
+        "--config",
+        "b.json",
+        "--deepspeed",
+        "c",
+    ]
+    problems = refused(capsys, *flags).splitlines()
+    starts = ["--num_gpus", "--num_samples", "--master_port", "--script", "--config", "--deepspeed:", "deepspeed"]
+    assert [problem.split()[0] for problem in problems] == starts
+    assert problems[-1].endswith(f"{sys.executable} -m pip install deepspeed")
+
+
+def test_dry_run_refuses_what_a_real_run_would(here, capsys):
+    assert wrapper.main(["--dry_run", "--script", "gone.py"]) == 2
+
+
+def test_a_busy_default_port_moves_on_and_says_so(here, capsys, monkeypatch):
+    monkeypatch.setattr(wrapper, "port_trouble", lambda port: "busy" if port < 29502 else "")
+    assert wrapper.main(["--dry_run", "--script", "train.py", "--config", "zero.json"]) == 0
+    said = capsys.readouterr()
+    assert "--master_port 29502 " in said.out and "port 29500 is busy: taking 29502" in said.err
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "127.0.0.1", "::"])
+def test_a_busy_port_that_was_typed_is_refused(tmp_path, address):
+    (tmp_path / "train.py").write_text("")
+    (tmp_path / "zero.json").write_text("{}")
+    with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as server:
+        port = str(server.getsockname()[1])
+        flags = ["--script", "train.py", "--config", "zero.json", "--master_port", port, "--dry_run"]
+        command = [sys.executable, wrapper.__file__, *flags]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=10)
+    assert done.returncode == 2
+    assert f"--master_port {port}: Address already in use; give another, or none for the next free one" in done.stderr
+
+
+FOUR_GPUS = "".join(f"GPU {number}: NVIDIA H200 (UUID: GPU-{number}{number}-ab)\n" for number in range(4))
+
+
+@pytest.mark.parametrize(
+    ("visible", "wanted", "expected"),
+    [
+        (None, 4, "--num_gpus 4"),
+        ("2,3", 2, "--include localhost:2,3"),
+        ("3,1,0", 2, "--include localhost:3,1"),
+        ("GPU-22-ab", 1, "--include localhost:2"),
+        ("", 2, "--include localhost:1000,1001"),  # hidden, and hidden they stay
+        ("-1", 1, "--include localhost:1000"),
+        (None, 5, "--num_gpus 5: only 4 can be used here (CUDA_VISIBLE_DEVICES: not set); ask for at most 4"),
+        ("0,9", 2, "--num_gpus 2: only 1 can be used here (CUDA_VISIBLE_DEVICES: 0,9); ask for at most 1"),
+    ],
+)
+def test_the_gpus_are_those_that_are_visible(here, capsys, monkeypatch, visible, wanted, expected):
+    (here / "nvidia-smi").write_text(f"#!/bin/sh\nwhile read line; do echo \"$line\"; done <<'X'\n{FOUR_GPUS}X\n")
+    (here / "nvidia-smi").chmod(0o755)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if "only" in expected:
+        assert refused(capsys, "--num_gpus", str(wanted)) == expected + "\n"
+    else:
+        front = [*LAUNCHER, *expected.split(), "--master_port", "29500"]
+        assert dry_run(capsys, "--num_gpus", str(wanted)) == [*front, "train.py", "--deepspeed", "zero.json"]
+
+
+def test_a_machine_without_a_gpu_trains_on_its_cpu_and_says_so(here, capsys):
+    assert wrapper.main(["--dry_run", "--script", "train.py", "--config", "zero.json", "--num_gpus", "2"]) == 0
+    assert "no GPU can be used here: 2 processes on the CPU, with gloo" in capsys.readouterr().err
+
+
+# -----------------------------------------------------------------------------
+# Ends
+
+# Every rank leaves `ready-<rank>` (its id and the run's) before it does what the test is about.
+PREAMBLE = """
+import os, signal, subprocess, sys, time
+rank = int(os.environ["RANK"])
+def leave(code):
+    with open(os.path.join(os.environ["HOLO1_STATUS_DIR"], f"rank-{rank}"), "w") as file:
+        file.write(str(code))
+    os._exit(code)
+def ready():
+    with open(f"ready-{rank}.part", "w") as file:
+        file.write(f"{os.getpid()} {os.environ['HOLO1_RUN_ID']}")
+    os.rename(f"ready-{rank}.part", f"ready-{rank}")
+"""
+SAVES = """
+stopped = []
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, frame: stopped.append((number, time.time())))
+ready()
+while not stopped:
+    time.sleep(0.01)
+open(f"stopped-{rank}", "w").write(f"{stopped[0][0]} {stopped[0][1]}")
+"""
+GLOO = """
+import torch, torch.distributed as dist
+dist.init_process_group("gloo")
+total = torch.tensor([rank + 1.0])
+dist.all_reduce(total)
+assert total.item() == 3
+"""
+
+
+def eventually(condition, seconds: float):
+    """Waits until it is true, and returns how long that took."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < seconds, "it never came true"
+        time.sleep(0.02)
+    return time.monotonic() - start
+
+
+def alive(run_id: str) -> list[str]:
+    """The command lines of the living processes that carry this run's mark."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"HOLO1_RUN_ID={run_id}".encode() in (folder / "environ").read_bytes():
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            pass  # it has ended
+    return found
+
+
+class Started:
+    """The wrapper with a training script of the test's own, in a folder of its own."""
+
+    def __init__(self, folder: Path, body: str, num_ranks: int = 2):
+        self.folder, self.num_ranks = folder, num_ranks
+        (folder / "train.py").write_text(PREAMBLE + body)
+        (folder / "zero.json").write_text("{}")
+        flags = ["--script", "train.py", "--config", "zero.json", "--num_gpus", str(num_ranks)]
+        env = {key: text for key, text in os.environ.items() if key != "OMP_NUM_THREADS"}
+        env["PATH"] = os.defpath  # a virtual environment that nobody activated
+        with (folder / "log").open("w") as log:
+            command = [sys.executable, wrapper.__file__, *flags]
+            self.process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)
+
+    def wait_until_ready(self) -> "Started":
+        files = [self.folder / f"ready-{rank}" for rank in range(self.num_ranks)]
+        eventually(lambda: all(file.exists() for file in files), 60)
+        self.pids = [int(file.read_text().split()[0]) for file in files]
+        self.run_id = files[0].read_text().split()[1]
+        time.sleep(0.5)  # the wrapper looks ten times a second
+        return self
+
+    def end(self, seconds: float = 60) -> int:
+        return self.process.wait(timeout=seconds)
+
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
+
+    def pid_of(self, module: str) -> int:
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+                if self.run_id.encode() in (folder / "environ").read_bytes() and module.encode() in words:
+                    return int(folder.name)
+            except OSError:
+                pass
+        raise AssertionError(f"{module} does not run")
+
+    def clean_up(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def start(tmp_path):
+    started = []
+
+    def start_one(body: str, num_ranks: int = 2) -> Started:
+        started.append(Started(tmp_path, body, num_ranks))
+        return started[-1]
+
+    yield start_one
+    for one in started:
+        one.clean_up()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("body", "expected", "meaning"),
+    [
+        (GLOO + "leave(0)", 0, "exit 0: done"),
+        ("leave(80)", 80, "exit 80: data"),
+        ("leave(85)", 85, "exit 85: stopped by a signal, state saved"),
+        ("leave(86 if rank == 0 else 0)", 86, "exit 86: trained and saved, but not uploaded"),
+        ("leave(1)", 1, "exit 1: a bug"),
+        ("leave((1, 83)[rank])", 83, "exit 83: out of memory"),
+        ("leave((82, 83)[rank])", 82, "exit 82: loss or gradients not finite"),
+    ],
+)  # fmt: skip
+def test_the_training_s_own_code_comes_back(start, body, expected, meaning):
+    run = start("ready()\ntime.sleep(0.5)\n" + body)  # a rank that loads torch lives longer
+    assert (run.end(), meaning in run.log()) == (expected, True), run.log()
+    assert alive(run.wait_until_ready().run_id) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("visible", "shown"), [(None, "0,1"), ("", "1000,1001")])
+def test_ranks_run_on_the_same_interpreter_with_what_a_cpu_needs(start, monkeypatch, visible, shown):
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)  # on a machine with GPUs, they would be hidden
+    names = "DS_ACCELERATOR LOCAL_SIZE WORLD_SIZE LOCAL_RANK OMP_NUM_THREADS CUDA_VISIBLE_DEVICES"
+    body = f"seen = [sys.executable, *[os.environ[name] for name in '{names}'.split()], *sys.argv[1:]]\n"
+    body += "open(f'seen-{rank}', 'w').write(' '.join(seen))\nsubprocess.run(['ninja', '--version'], check=True)\n"
+    run = start(GLOO + body + "leave(0)")
+    assert run.end() == 0, run.log()
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert [(run.folder / f"seen-{rank}").read_text() for rank in range(2)] == [
+        f"{sys.executable} cpu 2 2 {rank} {threads} {shown} --local_rank={rank} --deepspeed zero.json"
+        for rank in range(2)
+    ]
+
+
+@pytest.mark.slow
+def test_a_script_that_leaves_no_proof_is_not_believed(start):
+    run = start("ready()")
+    assert run.end() == 1
+    assert "no rank left the proof that it finished" in run.log()
+
+
+@pytest.mark.slow
+def test_the_code_of_a_script_that_does_not_know_the_contract_comes_back(start):
+    run = start("ready()\nsys.exit(7)", num_ranks=1)
+    assert run.end() == 7, run.log()
+
+
+@pytest.mark.slow
+def test_the_main_rank_may_go_on_long_after_the_others_are_done(start):
+    run = start("ready()\nif rank == 0: time.sleep(13)\nleave(0)")
+    assert run.end() == 0, run.log()
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_end_after_its_last_act_is_ended(start):
+    body = "ready()\ntime.sleep(0.5)\nos._exit = lambda code: time.sleep(300 * rank)\nleave(0)"
+    run = start(body)
+    assert run.end(30) == 1
+    assert "killing what still runs: ranks [1]" in run.log()
+
+
+@pytest.mark.slow
+def test_helpers_of_ranks_are_not_left_behind(start):
+    run = start("subprocess.Popen(['sleep', '300'], start_new_session=True)\nready()\nleave(0)")
+    assert run.end() == 0
+    assert alive(run.wait_until_ready().run_id) == []
+
+
+# -----------------------------------------------------------------------------
+# Signals
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_reaches_all_ranks_at_once_and_their_85_comes_back(start, number):
+    # The second rank leaves first: the launcher would now end the main rank, which still saves.
+    run = start(SAVES + "signal.signal(signal.SIGTERM, signal.SIG_DFL)\nif rank == 0: time.sleep(4)\nleave(85)")
+    run.wait_until_ready()
+    sent = time.time()
+    run.process.send_signal(number)
+    assert run.end(20) == 85, run.log()
+    received = [(run.folder / f"stopped-{rank}").read_text().split() for rank in range(2)]
+    expected = signal.SIGTERM if number == signal.SIGHUP else number
+    assert [int(name) for name, _ in received] == [expected, expected]
+    assert max(float(when) for _, when in received) - sent < 1
+    assert "exit 85: stopped by a signal, state saved" in run.log()
+    assert alive(run.run_id) == []
+
+
+@pytest.mark.slow
+def test_a_rank_that_was_stopped_alone_does_not_cut_short_the_others(start):
+    body = SAVES.replace("while not stopped", "while not stopped and not os.path.exists('stopped-1')")
+    run = start(body.replace("stopped[0]", "(stopped or [(0, 0)])[0]") + "if rank == 0: time.sleep(4)\nleave(85)")
+    run.wait_until_ready()
+    os.kill(run.pids[1], signal.SIGTERM)
+    assert run.end(20) == 85, run.log()
+    assert (run.folder / "stopped-0").read_text() == "0 0"  # nobody has signalled the main rank
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_everything_within_five_seconds(start):
+    run = start(SAVES + "time.sleep(300)").wait_until_ready()
+    run.process.send_signal(signal.SIGINT)
+    eventually(lambda: all((run.folder / f"stopped-{rank}").exists() for rank in range(2)), 5)
+    run.process.send_signal(signal.SIGINT)
+    assert run.end(5) == 128 + signal.SIGINT
+    assert alive(run.run_id) == []
+
+
+@pytest.mark.slow
+def test_the_two_hangups_of_a_closing_terminal_count_once(start):
+    run = start(SAVES + "time.sleep(2)\nleave(85)").wait_until_ready()
+    run.process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    run.process.send_signal(signal.SIGHUP)
+    assert run.end(20) == 85, run.log()
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_ranks_run_ends_at_once(start):
+    run = start("ready()\ntime.sleep(300)")
+    eventually(lambda: "deepspeed.launcher" in run.log(), 20)
+    time.sleep(0.5)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end(8) == 128 + signal.SIGTERM, run.log()
+    assert not (run.folder / "ready-0").exists()
+
+
+@pytest.mark.slow
+def test_a_script_without_handlers_ends_with_the_signal_s_code(start):
+    run = start("ready()\ntime.sleep(300)").wait_until_ready()
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end(15) == 128 + signal.SIGTERM, run.log()
+    assert "stopped by SIGTERM, state not saved" in run.log()
+
+
+# -----------------------------------------------------------------------------
+# Kills
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_named_and_all_end_within_fifteen_seconds(start, rank):
+    run = start("signal.signal(signal.SIGTERM, signal.SIG_IGN)\nready()\ntime.sleep(300)").wait_until_ready()
+    os.kill(run.pids[rank], signal.SIGKILL)
+    assert run.end(15) == 1, run.log()
+    assert f"ranks [{rank}] have failed" in run.log()
+    assert alive(run.run_id) == []
+
+
+@pytest.mark.slow
+def test_a_rank_that_gloo_takes_down_with_a_killed_one_does_not_hide_it(start):
+    body = GLOO + "ready()\ntry:\n    while True: dist.all_reduce(total)\nexcept RuntimeError: leave(1)"
+    run = start(body).wait_until_ready()
+    os.kill(run.pids[1], signal.SIGKILL)
+    assert run.end(15) == 1, run.log()
+    assert "ranks [1] left no exit code" in run.log()
+    assert alive(run.run_id) == []
+
+
+@pytest.mark.slow
+def test_no_rank_outlives_a_killed_wrapper_by_five_seconds(start):
+    body = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    body += "subprocess.Popen(['sleep', '300'], start_new_session=True)\nready()\ntime.sleep(300)"
+    run = start(body).wait_until_ready()
+    assert len(alive(run.run_id)) == 6  # the launcher's two, the ranks, their helpers
+    run.process.kill()
+    eventually(lambda: not alive(run.run_id), 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["deepspeed.launcher.launch", "deepspeed.launcher.runner"])
+@pytest.mark.parametrize("code", [0, 85])
+def test_a_killed_launcher_is_never_a_success_and_leaves_nobody(start, module, code):
+    run = start(SAVES + f"leave({code})" if code else "signal.signal(15, signal.SIG_IGN)\nready()\ntime.sleep(300)")
+    run.wait_until_ready()
+    os.kill(run.pid_of(module), signal.SIGKILL)
+    eventually(lambda: not alive(run.run_id), 5)
+    assert run.end(5) == (code or 1), run.log()
+    assert "the launcher was killed" in run.log()
+
+
+@pytest.mark.slow
+def test_nothing_is_left_in_the_temporary_folder(start):
+    run = start("open('where', 'w').write(os.environ['HOLO1_STATUS_DIR'])\nready()\nleave(0)")
+    assert run.end() == 0
+    eventually(lambda: not Path((run.folder / "where").read_text()).exists(), 5)
