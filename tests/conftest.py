@@ -68,7 +68,9 @@ def make_processor():
 def make_config(tokenizer, hidden: int = 32, tie: bool = True):
     from transformers import Qwen2_5_VLConfig
 
-    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end")}
+    ids = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end")
+    }
     for name in ("image", "video"):
         ids[f"{name}_token_id"] = tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>")
     text = {

@@ -56,7 +56,9 @@ def limited(collate, limit: int, error: Exception):
                 raise error
             return real(images=images, **options)
 
-    collate.processor = type("Processor", (), {"image_processor": Limited(), "tokenizer": collate.processor.tokenizer})()
+    collate.processor = type(
+        "Processor", (), {"image_processor": Limited(), "tokenizer": collate.processor.tokenizer}
+    )()
     return sizes
 
 

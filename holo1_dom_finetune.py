@@ -1,0 +1,1384 @@
+"""Teach Holo1, or any Qwen2.5-VL or Qwen3-VL model, to write the HTML of the web page in a screenshot.
+
+    python holo1_dom_finetune.py --demo                                           # no GPU, no network: minutes
+    python holo1_dom_finetune.py --dataset ./my_pages --show_supervision          # what the loss sees
+    python holo1_dom_finetune.py                                                  # one GPU, 4-bit, LoRA
+    python run_deepspeed_training.py --num_gpus 4                                 # ZeRO-3 through the wrapper
+    deepspeed --num_gpus=4 holo1_dom_finetune.py --deepspeed ds_z3.json           # ZeRO-3 directly
+    python holo1_dom_finetune.py --help
+
+One page travels through this file from top to bottom: dataset, prompt and mask, batch, step, checkpoint, HTML, score,
+card, Hub. Sections: Errors, Processes, Prompt and mask, Collate, Model, Training, Saving, Evaluation,
+Publishing, Main. (all ranks) marks what every process must call together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import html
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
+from pathlib import Path
+
+import fast_training
+import page_data
+import use_model_from_hub as use
+from page_data import DataError, PipelineError, SettingsError
+from training_settings import TRAINING_DEFAULTS, PageSettings, Resolved, check_settings, newest_checkpoint, resolve
+
+HERE = Path(__file__).resolve().parent
+EMERGENCY_FOLDER = "holo1_dom_finetune_checkpoint"
+
+# -----------------------------------------------------------------------------
+# Errors
+
+
+class NotFiniteError(PipelineError):
+    code = 82
+
+
+class StoppedError(PipelineError):
+    code = 85
+
+
+class UploadError(PipelineError):
+    code = 86
+
+
+# -----------------------------------------------------------------------------
+# Processes
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def say(message: str) -> None:
+    """(main process only) One line on stdout."""
+    if rank() == 0:
+        print(message, flush=True)
+
+
+def say_memory(what: str, start: float) -> None:
+    """Say how long a stage took and how much memory the process holds after it."""
+    import psutil
+    import torch
+
+    gib = psutil.Process().memory_info().rss / 2**30
+    gpu = f", GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB peak" if torch.cuda.is_available() else ""
+    say(f"{what} in {time.monotonic() - start:.1f} s; memory {gib:.1f} GiB{gpu}")
+
+
+def on_main(work: Callable):
+    """(all ranks) Run `work` on the main process and hand its result, or its error, to every rank."""
+    import torch.distributed as dist
+
+    together = dist.is_initialized() and world_size() > 1
+    outcome = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = work()
+        except PipelineError as error:
+            outcome[1] = error
+        except Exception as error:  # the other ranks must hear of any failure, or they wait for hours
+            if together:
+                dist.broadcast_object_list([None, PipelineError(f"the main process failed: {error!r}")])
+            raise
+    if together:
+        dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+# -----------------------------------------------------------------------------
+# Prompt and mask
+
+IGNORED = -100  # the label that no loss sees
+
+
+class PageEncoder:
+    """Turns a page's HTML and its number of image tokens into ids and labels, built together, never searched for.
+
+    The question is tokenised once, in the model's own chat template, and split at its one image token. The answer is
+    the HTML and the end-of-turn token; only these carry labels.
+    """
+
+    def __init__(self, processor, prompt: str):
+        self.tokenizer = processor.tokenizer
+        self.image_token_id = processor.image_token_id
+        question = use.ask(processor, prompt)
+        self.before, self.after = self.split_question(question)
+        self.end = self.find_end(processor, prompt, question)
+        self.merge = processor.image_processor.merge_size**2
+
+    def tokens(self, text: str, special: bool = False) -> list[int]:
+        # A page that spells out <|im_end|> must not end the answer: special tokens in HTML are plain text.
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"]
+
+    def split_question(self, question: str) -> tuple[list[int], list[int]]:
+        ids = self.tokens(question, special=True)
+        if ids.count(self.image_token_id) != 1:
+            raise SettingsError(
+                f"the chat template asks with {ids.count(self.image_token_id)} image tokens where 1 was expected: "
+                f"{question!r}; give a --base_model with a Qwen-VL chat template"
+            )
+        place = ids.index(self.image_token_id)
+        return ids[:place], ids[place + 1 :]
+
+    def find_end(self, processor, prompt: str, question: str) -> int:
+        """The token with which the chat template ends an answer."""
+        mark = "ANSWER"
+        turns = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]},
+            {"role": "assistant", "content": [{"type": "text", "text": mark}]},
+        ]
+        whole = processor.apply_chat_template(turns, tokenize=False)
+        if not whole.startswith(question + mark):
+            raise SettingsError("the chat template trains another question than it asks; give another --base_model")
+        return self.tokens(whole[len(question + mark) :], special=True)[0]
+
+    def encode(self, html: str, image_tokens: int) -> tuple[list[int], list[int]]:
+        """Ids and labels of one page, both of length T; `IGNORED` wherever the loss does not look."""
+        question = [*self.before, *[self.image_token_id] * image_tokens, *self.after]
+        answer = [*self.tokens(html), self.end]
+        return question + answer, [IGNORED] * len(question) + answer
+
+
+def count_tokens(encoder: PageEncoder, processor) -> Callable[[str, int, int], tuple[int, int]]:
+    """A function (html, width, height) -> (html tokens, image tokens), without decoding the picture."""
+
+    def count(html: str, width: int, height: int) -> tuple[int, int]:
+        patches = processor.image_processor.get_number_of_image_patches(height, width, {})
+        return len(encoder.tokens(html)), patches // encoder.merge
+
+    return count
+
+
+def colour_supervision(ids: list[int], labels: list[int], tokenizer, image_token_id: int) -> str:
+    """One example as text: image tokens counted, the prompt grey, what the loss sees green."""
+    parts, place = [], 0
+    while place < len(ids):
+        supervised, picture = labels[place] != IGNORED, ids[place] == image_token_id
+        end = place
+        while end < len(ids) and (labels[end] != IGNORED, ids[end] == image_token_id) == (supervised, picture):
+            end += 1
+        text = f"[{end - place:,} image tokens]" if picture else tokenizer.decode(ids[place:end])
+        colour = "32" if supervised else "34" if picture else "90"
+        parts.append(f"\033[{colour}m{text}\033[0m")
+        place = end
+    return "".join(parts)
+
+
+# -----------------------------------------------------------------------------
+# Collate
+
+CHUNK_DEEPSPEED, CHUNK_FALLBACK = 16, 4  # screenshots decoded and processed at once
+# What allocators say when they fail; pillow and numpy raise MemoryError, torch on a CPU a plain RuntimeError.
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and any(text in str(error).lower() for text in OUT_OF_MEMORY)
+
+
+class PageCollator:
+    """Pages to a batch, tolerant of full memory and of broken pictures, never of a missing one.
+
+    Screenshots are decoded and processed `chunk` at a time; when memory runs out the chunk is halved, down to one, and
+    doubled again after success. A page that cannot be read is replaced by another of the same dataset: ZeRO-3 waits
+    for ever for a rank whose batch is shorter or has no picture. Replacements are noted in `notes_file`.
+    """
+
+    def __init__(
+        self, processor, encoder: PageEncoder, pages, chunk: int, notes_file: Path | None = None, geometry=None
+    ):
+        self.processor, self.encoder, self.pages, self.notes_file = processor, encoder, pages, notes_file
+        self.chunk = self.largest_chunk = chunk
+        self.geometry = geometry  # None: the model works positions and windows out by itself
+
+    def __call__(self, pages: list[dict]) -> dict:
+        """Returns `input_ids`, `labels`, `attention_mask`, `mm_token_type_ids` (B, T), `pixel_values` (patches, dim),
+        `image_grid_thw` (B, 3) and, with `geometry`, what the model would derive from them."""
+        import torch
+
+        kept, features = [], []
+        while len(kept) < len(pages):
+            batch = pages[len(kept) : len(kept) + self.chunk]
+            chunk_pages, chunk_features = self.process(batch)
+            kept += chunk_pages
+            features += chunk_features
+        grids = torch.stack([grid for _, grid in features])
+        rows = []
+        for page, grid in zip(kept, grids):
+            rows.append(self.encoder.encode(page["html"], int(grid.prod()) // self.encoder.merge))
+        longest = max(len(ids) for ids, _ in rows)
+        pad = self.processor.tokenizer.pad_token_id
+        input_ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in rows])
+        labels = torch.tensor([row + [IGNORED] * (longest - len(row)) for _, row in rows])
+        lengths = torch.tensor([len(ids) for ids, _ in rows])
+        batch = {
+            "input_ids": input_ids,
+            "labels": labels,
+            "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
+            # Without these the model's positions silently become one-dimensional (transformers 5.23).
+            "mm_token_type_ids": (input_ids == self.encoder.image_token_id).long(),
+            "pixel_values": torch.cat([pixels for pixels, _ in features]),
+            "image_grid_thw": grids,
+        }
+        if self.geometry:
+            before, merge = len(self.encoder.before), math.isqrt(self.encoder.merge)
+            sizes = (grids[:, 1:] // merge).tolist()
+            positions = [fast_training.page_positions(before, *size, longest) for size in sizes]
+            batch |= self.geometry(grids) | {"position_ids": torch.stack(positions, dim=1)}  # (4, B, T)
+        return batch
+
+    def process(self, pages: list[dict]) -> tuple[list[dict], list[tuple]]:
+        """As many of `pages` as fit into memory, at least one: (pages, one (pixels, grid) each)."""
+        replaced, wanted = 0, pages[0]
+        while True:
+            pages = pages[: self.chunk]
+            try:
+                done = self.decode_and_process(pages)
+            except Exception as error:
+                if not is_out_of_memory(error) or replaced == 8:  # eight different pages: the machine is too small
+                    raise
+                if self.chunk == 1:
+                    pages = [self.replacement(wanted, "out of memory even alone", replaced)]
+                    replaced += 1
+                    continue
+                self.chunk = max(1, min(self.chunk, len(pages)) // 2)
+                print(f"collate: memory ran out, going on with {self.chunk} screenshots at once", flush=True)
+            else:
+                self.chunk = min(self.largest_chunk, self.chunk * 2)
+                return done
+
+    def decode_and_process(self, pages: list[dict]) -> tuple[list[dict], list[tuple]]:
+        kept, screenshots = [], []
+        for wanted in pages:
+            page = wanted
+            for tries in range(len(self.pages) + 1):
+                try:
+                    screenshots.append(use.open_screenshot(page["screenshot"]))
+                    break
+                except ValueError as error:
+                    page = self.replacement(wanted, str(error), tries)
+            else:
+                raise DataError("no page of the dataset can be read any more")
+            kept.append(page)
+        features = self.processor.image_processor(images=screenshots, return_tensors="pt")
+        sizes = features["image_grid_thw"].prod(dim=1).tolist()
+        return kept, list(zip(features["pixel_values"].split(sizes), features["image_grid_thw"]))
+
+    def replacement(self, page: dict, reason: str, tries: int = 0) -> dict:
+        """A page that depends on the broken one's name alone, so that every run replaces alike."""
+        digest = hashlib.sha256(page["name"].encode()).digest()
+        spare = self.pages[(int.from_bytes(digest[:8], "big") + tries) % len(self.pages)]
+        note = {"page": page["name"], "reason": reason, "replaced_by": spare["name"]}
+        print(f"collate: {json.dumps(note)}", flush=True)
+        if self.notes_file:
+            with self.notes_file.open("a", encoding="utf-8") as notes:
+                notes.write(json.dumps(note) + "\n")
+        return spare
+
+
+# -----------------------------------------------------------------------------
+# Model
+
+
+@dataclass(frozen=True)
+class BaseTensor:
+    """One tensor of the base checkpoint: its name in the loaded model, shape, dtype, and file (None: no weights)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path | None
+
+
+def fetch_base(settings: PageSettings) -> Path:
+    """(main process only) The folder of the base model, downloaded when it is on the Hub."""
+    if Path(settings.base_model).is_dir():
+        return Path(settings.base_model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.txt", "*.jinja", "*.model", "README.md", "LICENSE*", "*.py"]
+    wanted += [] if settings.random_weights or settings.plan else ["*.safetensors"]
+    try:
+        return Path(snapshot_download(settings.base_model, revision=settings.base_revision, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
+        raise SettingsError(
+            f"--base_model {settings.base_model} cannot be fetched: {error}; check the name, the network, and "
+            "`hf auth login` for a gated model"
+        ) from error
+
+
+def load_processor(base: Path, settings: PageSettings):
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(base, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"--base_model {settings.base_model} has no processor that loads: {error}") from error
+    use.limit_pixels(processor, use.Recipe.min_pixels, settings.max_pixels)
+    return processor
+
+
+@contextlib.contextmanager
+def without_zero3() -> Iterator[None]:
+    """Models made inside are whole, although the process trains under ZeRO-3."""
+    from transformers.integrations import deepspeed as integration
+
+    kept = integration._hf_deepspeed_config_weak_ref
+    integration._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = kept
+
+
+def empty_model(base: Path, device: str, dtype, trust_remote_code: bool):
+    """The model's architecture with unset weights on `device` ("meta" needs no memory)."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers.initialization import no_init_weights
+
+    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    with without_zero3(), no_init_weights(), torch.device(device):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.tie_weights()  # left out together with the initialisation
+    return model
+
+
+def read_safetensors(folder: Path) -> dict[str, tuple[tuple[int, ...], str, Path]]:
+    """Shape, dtype and file of every tensor in a folder, from the headers alone."""
+    from safetensors import safe_open
+
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (a safetensors file is no dict)
+                view = tensors.get_slice(key)
+                found[key] = (tuple(view.get_shape()), view.get_dtype(), file)
+    return found
+
+
+def base_tensors(base: Path, settings: PageSettings) -> dict[str, BaseTensor]:
+    """What the base checkpoint holds, by its own key; from the architecture where it has no weights."""
+    import torch
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
+
+    model = empty_model(base, "meta", torch.bfloat16, settings.trust_remote_code)
+    names = dict(model.state_dict())
+    found = read_safetensors(base)
+    if settings.random_weights or not found:
+        tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
+        dtype = {"bfloat16": "BF16", "float16": "F16"}.get(str(model.config.dtype).removeprefix("torch."), "F32")
+        keys = {name: next(iter(revert_weight_conversion(model, {name: names[name]}))) for name in names}
+        return {keys[n]: BaseTensor(n, tuple(t.shape), dtype, None) for n, t in names.items() if n not in tied}
+    mapping = get_model_conversion_mapping(model)
+    others = [step for step in mapping if not isinstance(step, WeightRenaming)]
+    if others:
+        raise SettingsError(f"--base_model {settings.base_model}: its weights are merged on loading, not only renamed")
+    plan = {}
+    for key, (shape, dtype, file) in found.items():
+        name, _ = rename_source_key(key, mapping, [], model.base_model_prefix, names)
+        if name not in names:
+            raise SettingsError(f"--base_model {settings.base_model}: {key} is no weight of {type(model).__name__}")
+        plan[key] = BaseTensor(name, shape, dtype, file)
+    return plan
+
+
+def load_model(base: Path, settings: PageSettings, args):
+    """(all ranks) The model to train. Under ZeRO-3 every rank holds its part from the first moment."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    # Without DeepSpeed's fp32 master weights, full fine-tuning in bf16 would round small updates away.
+    frozen_base = settings.lora or settings.quantize == "4bit"
+    options = {
+        "dtype": half if args.deepspeed or frozen_base else torch.float32,
+        "trust_remote_code": settings.trust_remote_code,
+    }
+    if settings.quantize == "4bit":
+        options |= {"quantization_config": quantization_config(half), "device_map": {"": args.device}}
+    if settings.random_weights:
+        torch.manual_seed(args.seed)  # every rank the same weights
+        config = AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code)
+        model = AutoModelForImageTextToText.from_config(config, **options)
+    else:
+        model = AutoModelForImageTextToText.from_pretrained(base, **options)
+    fast_training.use_segment_attention(model)
+    if is_deepspeed_zero3_enabled():
+        if not all(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            raise PipelineError("ZeRO-3 is on, yet the weights were not sharded while loading")
+        model._weight_conversions = None  # else saving reverses renamings that never happened (transformers 5.23)
+    for parameter in vision_tower(model).parameters() if settings.freeze_vision else ():
+        parameter.requires_grad_(False)
+    if frozen_base:
+        model = add_adapters(model, settings)
+    model.config.get_text_config().use_cache = (
+        False  # training needs no cache, and checkpointing would warn of it at every step
+    )
+    return model
+
+
+def vision_tower(model):
+    return model.model.visual
+
+
+def quantization_config(compute_dtype):
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        # Reading small print is what the vision tower is for, and it is a sixth of the weights: it stays whole.
+        llm_int8_skip_modules=["lm_head", "visual"],
+    )
+
+
+def add_adapters(model, settings: PageSettings):
+    """LoRA on the language model's own projections; by leaf name alone the vision tower's would match, too."""
+    from peft import LoraConfig, get_peft_model
+
+    projections = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+    config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=projections)
+    return get_peft_model(model, config)
+
+
+def print_plan(base: Path, settings: PageSettings) -> None:
+    """Memory of the model's states, from the architecture alone; activations and the head's logits come on top."""
+    sizes = [math.prod(tensor.shape) for tensor in base_tensors(base, settings).values()]
+    total, largest = sum(sizes), max(sizes)
+    say(f"{settings.base_model}: {total / 1e9:.2f} B parameters, the largest tensor {largest / 1e6:.0f} M")
+    say("full fine-tuning under ZeRO-3, bf16 with fp32 master weights and AdamW, GiB per GPU, without activations:")
+    say("GPUs  weights  gradients  optimizer    sum  (offloaded: gathered weights only)")
+    for gpus in (1, 2, 4, 8, 16, 32, 64):
+        weights, optimizer = 2 * total / gpus / 2**30, 12 * total / gpus / 2**30
+        say(
+            f"{gpus:4d} {weights:8.1f} {weights:10.1f} {optimizer:10.1f} {2 * weights + optimizer:6.1f}"
+            f"  ({2 * largest / 2**30:.1f})"
+        )
+
+
+# -----------------------------------------------------------------------------
+# Training
+
+
+class Meter:
+    """What went through the model since the last log line, on this rank."""
+
+    def __init__(self):
+        self.start = time.monotonic()
+        self.pages = self.supervised = self.image = self.steps = 0
+
+    def count(self, inputs: dict, image_token_id: int) -> None:
+        self.pages += inputs["input_ids"].shape[0]
+        self.supervised = self.supervised + inputs["labels"].ne(IGNORED).sum()
+        self.image = self.image + inputs["input_ids"].eq(image_token_id).sum()
+
+    def read(self, args, steps: int) -> dict[str, float]:
+        """(all ranks) Rates over all ranks, and the highest peak memory of one."""
+        import torch
+        import torch.distributed as dist
+
+        seconds = time.monotonic() - self.start
+        peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else process_peak_gib()
+        counts = [self.pages, float(self.supervised), float(self.image)]
+        sums = torch.tensor(counts, device=args.device)
+        peak = torch.tensor(peak, device=args.device)
+        if dist.is_initialized() and world_size() > 1:
+            dist.all_reduce(sums)
+            dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        pages, supervised, image = (sums / seconds).tolist()
+        self.__init__()
+        return {
+            "pages_per_second": pages,
+            "supervised_tokens_per_second": supervised,
+            "image_tokens_per_second": image,
+            "seconds_per_step": seconds / max(1, steps),
+            "peak_gib": peak.item(),
+        }
+
+
+def process_peak_gib() -> float:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+class StopRequest:
+    """SIGTERM or Ctrl-C only set a flag; ranks agree on it at a step boundary and save the same step."""
+
+    def __init__(self):
+        self.signal, self.first = 0, 0.0
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *unused):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number, frame):
+        if self.signal and time.monotonic() - self.first > 2:  # schedulers signal the wrapper and the ranks at once
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if not self.signal:
+            say(f"signal {number}: stopping at the end of this step, state will be saved; once more to stop at once")
+            self.signal, self.first = number, time.monotonic()
+
+
+def agree(flag: bool, device) -> bool:
+    """(all ranks) True everywhere when it is true anywhere."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or world_size() == 1:
+        return flag
+    votes = torch.tensor(float(flag), device=device)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return bool(votes)
+
+
+def make_trainer(args, model, collate: PageCollator, train_pages, stop: StopRequest, evaluate: Callable, every: int):
+    """The HF Trainer with an exact token mean, a line per step, and an orderly stop."""
+    from transformers import Trainer, TrainerCallback  # here, so that --help need not load torch
+
+    class PageTrainer(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            meter.count(inputs, collate.encoder.image_token_id)
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            # Asked before the backward pass, by all ranks together: not one poisoned update, and no rank left waiting.
+            if agree(not loss.detach().isfinite().all(), args.device):
+                raise NotFiniteError(
+                    f"the loss is {loss.item()} at step {self.state.global_step + 1}; lower --learning_rate"
+                )
+            return (loss, outputs) if return_outputs else loss
+
+        def log(self, logs, start_time=None):
+            if "loss" in logs:
+                logs |= meter.read(args, args.logging_steps)
+                say(log_line(logs, self.state))
+            super().log(logs, start_time)
+
+    class StepEnd(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if world_size() == 1 and not args.deepspeed and memory_is_tight():
+                release_memory()
+            if agree(bool(stop.signal), args.device):
+                control.should_save = control.should_training_stop = True
+                stop.signal = stop.signal or signal.SIGTERM
+            elif every and state.global_step % every == 0 and state.global_step < state.max_steps:
+                evaluate(f"step {state.global_step}")
+
+    meter = Meter()
+    trainer = PageTrainer(
+        model=model, args=args, data_collator=collate, train_dataset=train_pages, callbacks=[StepEnd()]
+    )
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)  # it prints the dictionary that log_line puts into words
+    # Qwen2.5-VL declares False, and the Trainer would average micro-batch means: an 8-token page as heavy as a
+    # 4,000-token one. Its forward does take num_items_in_batch, so the loss is the mean over all supervised tokens.
+    trainer.model_accepts_loss_kwargs = True
+    return trainer
+
+
+def memory_is_tight() -> bool:
+    """Whether a tenth or less is free. Clearing costs 0.3 s a step, several times a small model's whole step."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+    else:
+        free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
+    return free < 0.1 * total
+
+
+def release_memory() -> None:
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def log_line(logs: dict, state) -> str:
+    left = (state.max_steps - state.global_step) * logs["seconds_per_step"]
+    return (
+        f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"
+        f"  {logs['pages_per_second']:.2f} pages/s  {logs['supervised_tokens_per_second']:,.0f} supervised tokens/s"
+        f"  {logs['image_tokens_per_second']:,.0f} image tokens/s  {logs['seconds_per_step']:.2f} s/step"
+        f"  peak {logs['peak_gib']:.1f} GiB  {timedelta(seconds=round(left))} left"
+    )
+
+
+def draw_loss(history: list[dict], path: Path) -> None:
+    """The loss curve as a picture: every step pale, their running mean strong."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    if not points:
+        return
+    steps, losses = zip(*points)
+    mean, smooth = losses[0], []
+    for loss in losses:
+        mean += (loss - mean) * 0.1
+        smooth.append(mean)
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes.plot(steps, losses, color="#9ecae1", linewidth=1, label="each step")
+    axes.plot(steps, smooth, color="#08519c", linewidth=2, label="running mean")
+    axes.set(xlabel="optimizer step", ylabel="loss per supervised token", title="Training loss")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def all_ranks_arrive(seconds: float = 20.0) -> bool:
+    """(any rank) Whether every rank comes here in time: after a failure, some may hang or be gone."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or world_size() == 1:
+        return True
+    try:
+        # Over gloo, whatever training used: NCCL may be stuck in the collective that failed.
+        dist.monitored_barrier(emergency_group(), timeout=timedelta(seconds=seconds))
+    except RuntimeError as error:
+        print(f"rank {rank()}: not every rank can take part in an emergency checkpoint ({error})", flush=True)
+        return False
+    return True
+
+
+_EMERGENCY_GROUP: list = []
+
+
+def emergency_group():
+    """(all ranks, the first time) A gloo group of its own, made before anything can have failed."""
+    import torch.distributed as dist
+
+    if not _EMERGENCY_GROUP and dist.is_initialized() and world_size() > 1:
+        _EMERGENCY_GROUP.append(dist.new_group(backend="gloo", timeout=timedelta(seconds=60)))
+    return _EMERGENCY_GROUP[0] if _EMERGENCY_GROUP else None
+
+
+def train(trainer, settings: PageSettings, stop: StopRequest, save: Callable[[Path], None]):
+    """(all ranks) Train; when it fails, leave an emergency checkpoint wherever all ranks can take part."""
+    args = trainer.args
+    checkpoint = newest_checkpoint(args.output_dir) if settings.resume else args.resume_from_checkpoint
+    if checkpoint:
+        say(f"going on from {checkpoint}")
+    emergency_group()
+    if world_size() > 1:
+        print(f"rank {rank()} of {world_size()} on {args.device}, process {os.getpid()}", flush=True)
+    try:
+        with stop:
+            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Exception as error:
+        print(f"rank {rank()}: training failed: {type(error).__name__}: {error}", flush=True)
+        if not is_out_of_memory(error) and all_ranks_arrive():
+            save(Path(EMERGENCY_FOLDER))
+            say(f"emergency checkpoint: ./{EMERGENCY_FOLDER} has the weights as they were; --base_model takes it")
+        raise
+    if stop.signal:
+        raise StoppedError(f"stopped by a signal at step {trainer.state.global_step}; --resume goes on from there")
+    return result
+
+
+# -----------------------------------------------------------------------------
+# Saving
+
+
+def final_tensors(model, plan: dict[str, BaseTensor]) -> Iterator[tuple[str, BaseTensor, object]]:
+    """(all ranks) Every tensor of the base checkpoint as training has left it: (key, BaseTensor, tensor).
+
+    Gathered one at a time under ZeRO-3, adapters merged in fp32, rounded to the base's dtype. With quantisation the
+    full-precision weight is read from the base's own file. These tensors are what is saved and what evaluation uses.
+    """
+    import torch
+    from safetensors import safe_open
+
+    dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    weights = {}
+    for name, parameter in model.named_parameters():
+        weights[name.removeprefix("base_model.model.").replace(".base_layer.", ".")] = parameter
+    tied = getattr(getattr(model, "base_model", model), "_tied_weights_keys", None) or {}
+    scales = {
+        name.removeprefix("base_model.model."): module.scaling["default"]
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    for key, base in plan.items():
+        weight = weights.get(base.name)
+        if weight is None:
+            weight = weights[tied[base.name]]
+        stem = base.name.removesuffix(".weight")
+        down, up = (weights.get(f"{stem}.lora_{part}.default.weight") for part in "AB")
+        with gathered([part for part in (weight, down, up) if part is not None]):
+            value = weight.detach()
+            if type(weight).__name__ == "Params4bit":
+                with safe_open(base.file, framework="pt") as tensors:
+                    value = tensors.get_tensor(key).to(weight.device)
+            if down is not None:
+                value = value.float() + scales[stem] * (up.detach().float() @ down.detach().float())
+            yield key, base, value.to(dtypes[base.dtype])
+
+
+def gathered(parameters: list):
+    """(all ranks) Whole parameters inside, whether ZeRO-3 has sharded them or not."""
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(parameters)
+    return contextlib.nullcontext()
+
+
+def save_final(model, plan: dict[str, BaseTensor], base: Path, processor, recipe: dict, folder: Path) -> None:
+    """(all ranks) Write a folder that loads anywhere, with exactly the base checkpoint's keys, shapes and dtypes.
+
+    Written beside its place and renamed, so that an interrupted save never leaves half a model. Raises `PipelineError`
+    when what was written differs from the base, naming the difference.
+    """
+    from huggingface_hub import save_torch_state_dict
+    from transformers import AutoConfig, GenerationConfig
+
+    state = {}
+    for key, _, tensor in final_tensors(model, plan):
+        if rank() == 0:
+            state[key] = tensor.cpu().clone().contiguous()
+
+    def write() -> None:
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_torch_state_dict(state, partial, max_shard_size="5GB", metadata={"format": "pt"})
+        for file in partial.glob("*.safetensors"):
+            file.chmod(0o644)  # safetensors 0.8 leaves 0600, which a server under another user cannot read
+        # From the base, not from the model in memory, which training has changed (no cache, another dtype).
+        AutoConfig.from_pretrained(base, trust_remote_code=recipe["trust_remote_code"]).save_pretrained(partial)
+        if (base / "generation_config.json").is_file():
+            GenerationConfig.from_pretrained(base).save_pretrained(partial)
+        processor.save_pretrained(partial)
+        (partial / use.RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+        compare_tensors(read_safetensors(partial), plan)
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    on_main(write)
+
+
+def compare_tensors(written: dict, plan: dict[str, BaseTensor]) -> None:
+    """Raise `PipelineError` when a saved checkpoint differs from its base in keys, shapes or dtypes."""
+    problems = [f"missing {key}" for key in sorted(plan.keys() - written.keys())]
+    problems += [f"unexpected {key}" for key in sorted(written.keys() - plan.keys())]
+    for key in sorted(plan.keys() & written.keys()):
+        if written[key][:2] != (plan[key].shape, plan[key].dtype):
+            problems.append(f"{key} is {written[key][:2]}, the base has {(plan[key].shape, plan[key].dtype)}")
+    if problems:
+        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise PipelineError("the saved model differs from its base: " + "; ".join(problems[:10]) + more)
+
+
+# -----------------------------------------------------------------------------
+# Evaluation
+
+
+def evaluation_model(model, plan: dict[str, BaseTensor], base: Path, settings: PageSettings, device):
+    """(all ranks) A whole copy on each rank, of the very tensors that saving would write, as users will load it.
+
+    `generate` on sharded weights gathers all of them again for every token; a copy gathers once (7 GiB for 3B).
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    copy = empty_model(base, device, dtype, settings.trust_remote_code)
+    if (base / "generation_config.json").is_file():
+        copy.generation_config = GenerationConfig.from_pretrained(base)
+    slots = dict(copy.state_dict())
+    with torch.no_grad():
+        for _, tensor, value in final_tensors(model, plan):
+            slots[tensor.name].copy_(value)
+    return copy.eval()
+
+
+def write_held_out(model, processor, pages, recipe: use.Recipe, batch: int) -> list[dict]:
+    """(all ranks) Each rank writes its share of the held-out pages; every rank gets all of them, in order."""
+    import torch.distributed as dist
+
+    rows, mine, start = [], list(range(rank(), len(pages), world_size())), time.monotonic()
+    while mine:
+        places = mine[:batch]
+        screenshots = [use.open_screenshot(pages[place]["screenshot"]) for place in places]
+        try:
+            written = use.write_pages(model, processor, screenshots, recipe)
+        except Exception as error:
+            if not is_out_of_memory(error) or batch == 1:
+                raise
+            batch = max(1, batch // 2)
+            print(f"evaluation: memory ran out, going on with {batch} pages at once", flush=True)
+            release_memory()
+            continue
+        mine = mine[len(places) :]
+        rows += [{"place": place, **asdict(page)} for place, page in zip(places, written)]
+        say(f"  {len(rows)} of {len(rows) + len(mine)} pages written")
+    seconds = time.monotonic() - start
+    shares = [(rows, seconds)]
+    if dist.is_initialized() and world_size() > 1:
+        shares = [None] * world_size()
+        dist.all_gather_object(shares, (rows, seconds))
+    slowest = max(seconds for _, seconds in shares)
+    rows = sorted((row for rows, _ in shares for row in rows), key=lambda row: row["place"])
+    return [{**row, "seconds": slowest} for row in rows]
+
+
+def score_held_out(rows: list[dict], pages) -> dict:
+    """Shares over all pages, and each page's own outcome. `shuffled_exact` compares each answer with the next page's
+    reference, as if the screenshots had been shuffled: a model that does not look at them scores as high there.
+    Greedy answers depend on the screenshot alone, so the same answers serve."""
+    import page_scores
+
+    scored = []
+    for row, page in zip(rows, pages):
+        validity = page_scores.validity(row["html"])
+        scored.append(
+            {
+                "page": page["name"],
+                "valid": validity.valid and not row["cut_off"],
+                "reason": "cut off" if row["cut_off"] else validity.reason,
+                "truncated": row["cut_off"],
+                "looping": page_scores.looping(row["raw"]),
+                "exact": page_scores.same_html(row["html"], page["html"]),
+                "tokens": row["tokens"],
+                "reference_tokens": page["html_tokens"],
+            }
+        )
+    turned = [pages[(place + 1) % len(pages)]["html"] for place in range(len(pages))]
+    shuffled = sum(page_scores.same_html(row["html"], html) for row, html in zip(rows, turned)) / len(rows)
+    tokens, seconds = sum(row["tokens"] for row in rows), max(row["seconds"] for row in rows)
+    summary = page_scores.summarise(scored) | {
+        "shuffled_exact": shuffled if len(rows) > 1 else None,
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        "mean_tokens": tokens / len(rows),
+        "mean_reference_tokens": sum(page["html_tokens"] for page in pages) / len(rows),
+    }
+    return {**summary, "pages": scored}
+
+
+def keep_outputs(rows: list[dict], pages, folder: Path, name: str) -> None:
+    """(main process only) One folder per page: what was shown, what was wanted, what was written."""
+    for number, (row, page) in enumerate(zip(rows, pages), start=1):
+        place = folder / f"page-{number:04d}"
+        place.mkdir(parents=True, exist_ok=True)
+        use.open_screenshot(page["screenshot"]).save(place / "screenshot.png")
+        (place / "reference.html").write_text(page["html"], encoding="utf-8")
+        (place / f"{name}.html").write_text(row["html"], encoding="utf-8")
+        if row["raw"] != row["html"]:
+            (place / f"{name}.raw.txt").write_text(row["raw"], encoding="utf-8")
+
+
+def announce(label: str, result: dict) -> str:
+    def share(name: str) -> str:
+        return "-" if result[name] is None else f"{100 * result[name]:.1f} %"
+
+    return (
+        f"{label}: {result['n']} held-out pages: exact {share('exact')}, valid {share('valid')}, "
+        f"truncated {share('truncated')}, looping {share('looping')}, exact with the screenshots shuffled "
+        f"{share('shuffled_exact')}; {result['mean_tokens']:.0f} tokens a page (references "
+        f"{result['mean_reference_tokens']:.0f}), {result['tokens_per_second']:.0f} tokens/s"
+    )
+
+
+def rehearse(model, collate: PageCollator, processor, pages, recipe: use.Recipe) -> None:
+    """(all ranks) Two held-out pages through collate, loss and generation: what is broken shows now, not in an hour."""
+    import torch
+
+    batch = {
+        name: value.to(model.device) if torch.is_tensor(value) else value
+        for name, value in collate(list(pages)).items()
+    }
+    batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
+    with torch.no_grad():
+        loss = model(**batch).loss
+    if not loss.isfinite():
+        raise NotFiniteError(f"the loss of two held-out pages is {loss.item()} before training: the base is damaged")
+    short = use.Recipe(**{**asdict(recipe), "max_html_tokens": min(32, recipe.max_html_tokens)})
+    written = write_held_out(model, processor, pages, short, batch=2)
+    tokens = sum(row["tokens"] for row in written)
+    say(f"rehearsal: loss {loss.item():.4f} on two held-out pages, {tokens} tokens written")
+
+
+class Judge:
+    """Evaluation with everything it needs at hand: `judge("after")` writes, scores, keeps and announces."""
+
+    def __init__(self, model, plan, base: Path, settings: PageSettings, args, processor, held_out):
+        self.model, self.plan, self.base, self.settings, self.args = model, plan, base, settings, args
+        self.processor, self.pages = processor, held_out
+        names = {item.name for item in fields(use.Recipe)} & {item.name for item in fields(PageSettings)}
+        self.recipe = use.Recipe(**{name: getattr(settings, name) for name in names})
+        self.results: dict[str, dict] = {}
+
+    def copy(self):
+        return evaluation_model(self.model, self.plan, self.base, self.settings, self.args.device)
+
+    def rehearse(self, collate: PageCollator) -> None:
+        rehearse(self.copy(), collate, self.processor, self.pages.select(range(min(2, len(self.pages)))), self.recipe)
+
+    def __call__(self, label: str) -> None:
+        """(all ranks) Write every held-out page with the weights as they are now."""
+        rows = write_held_out(
+            self.copy(), self.processor, self.pages, self.recipe, self.args.per_device_eval_batch_size
+        )
+        release_memory()
+        self.results[label] = score_held_out(rows, self.pages)
+        say(announce(label, self.results[label]))
+        if rank() == 0:
+            folder = Path(self.args.output_dir) / "evaluation"
+            name = {"after": "written"}.get(label, "written_" + label.replace(" ", "_"))
+            keep_outputs(rows, self.pages, folder, name)
+            content = {"decoding": asdict(self.recipe), **self.results}
+            (folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+# -----------------------------------------------------------------------------
+# Publishing
+
+PUBLISHED = (  # all that may leave the machine; arguments, optimizer states, logs and pickles stay
+    "*.safetensors *.safetensors.index.json config.json generation_config.json *processor_config.json tokenizer*.json "
+    "special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.json chat_template.jinja "
+    "dom_recipe.json evaluation/results.json README.md LICENSE* NOTICE*"
+).split()
+# Ids that the Hub knows. Any other licence becomes `other` with a name, or the Hub would refuse the card.
+HUB_LICENCES = "apache-2.0 mit bsd-3-clause cc0-1.0 cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 gemma".split()
+QWEN_RESEARCH = ("other", "qwen-research", "https://huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct/blob/main/LICENSE")
+BASE_LICENCES = dict.fromkeys(("Hcompany/Holo1-3B", "Qwen/Qwen2.5-VL-3B-Instruct"), QWEN_RESEARCH)
+BASE_LICENCES |= dict.fromkeys(("Hcompany/Holo1-7B", "Qwen/Qwen2.5-VL-7B-Instruct"), ("apache-2.0", None, None))
+
+
+def is_hub_id(name: str) -> bool:
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not Path(name).exists()
+
+
+def shown(value: object) -> str:
+    """For cards and messages: one line that holds no token, opens no HTML or table cell, and names no folder."""
+    from huggingface_hub import get_token
+
+    text = "unknown" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = re.sub(r"\bhf_[A-Za-z0-9]{16,}", "(token)", text.replace(get_token() or "\0", "(token)"))
+    text = re.sub(r"(?<![\w.:/<-])~?/(?:[^\s/'\"]+/)*(?=[^\s/])", "", text)
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "&#124;").replace("`", "'")
+
+
+def check_hub_access(repo_id: str, private: bool) -> str:
+    """(main process only) Proves before training that the model can be pushed; returns the full `owner/name`."""
+    import huggingface_hub as hub
+
+    try:
+        me = (api := hub.HfApi()).whoami()
+        if (me.get("auth") or {}).get("accessToken", {}).get("role") == "read":
+            raise PermissionError(f"The token of {me['name']!r} may only read.")
+        full_id = repo_id if "/" in repo_id else f"{me['name']}/{repo_id}"
+        # What a fine-grained token or an organisation allows only the server knows, and it says so only when the
+        # repository is created. An empty one costs less than a trained model that cannot be pushed.
+        api.create_repo(full_id, private=private, exist_ok=True)
+        api.auth_check(full_id, write=True)  # create_repo is content with a repository that can merely be read
+        if private and not api.model_info(full_id).private:
+            raise PermissionError(f"It exists and is public. To hide it: hf repos settings {full_id} --private.")
+        return full_id
+    except (hub.errors.HTTPError, OSError, ValueError) as error:  # httpx's in huggingface_hub 1, httpx2's in 2
+        needs = "the network, a NAME or OWNER/NAME of yours, and a token that may write (`hf auth login` or HF_TOKEN)"
+        raise SettingsError(f"--hub_repo {repo_id!r}: {shown(error)} Pushing needs {needs}.") from None
+
+
+def derived_licence(base_model: str, base_licence: str | None = None) -> tuple[str, str | None, str | None]:
+    """license, license_name and license_link for a fine-tune of this base: the base's own, never a looser one."""
+    import huggingface_hub as hub
+    import yaml
+
+    card = {}
+    try:
+        if (readme := Path(base_model, "README.md")).is_file():
+            card = hub.metadata_load(readme) or {}
+        elif base_model not in BASE_LICENCES and base_licence in (None, "other") and is_hub_id(base_model):
+            card = hub.model_info(base_model, timeout=10).card_data or {}
+    except (hub.errors.HTTPError, OSError, ValueError, yaml.YAMLError):
+        pass  # no network, no such model, a card that does not parse: the licence is not known
+    if base_model in BASE_LICENCES or BASE_LICENCES.get(str(card.get("base_model"))) == QWEN_RESEARCH:
+        return BASE_LICENCES.get(base_model, QWEN_RESEARCH)
+    licence = str(card.get("license") or base_licence or "other").lower()
+    if licence in HUB_LICENCES:
+        return licence, None, None
+    name = card.get("license_name") or (licence if licence != "other" else "unknown, see the base model")
+    page = f"https://huggingface.co/{base_model}" if is_hub_id(base_model) else card.get("license_link", "")
+    return "other", re.sub(r"[^a-z0-9.]+", "-", str(name).lower()).strip("-"), shown(page) if page else None
+
+
+def write_model_card(final_folder: Path, facts: dict) -> str:
+    """(main process only) Writes README.md from the facts alone and returns it; what is missing is called unknown."""
+    import huggingface_hub as hub
+
+    def table(*rows: tuple) -> str:
+        lines = [f"| {' | '.join(map(shown, row))} |" for row in rows]
+        return "\n".join([lines[0], "| --- " * len(rows[0]) + "|", *lines[1:]])
+
+    base, data, where = (shown(facts.get(key)) for key in ("base_model", "dataset", "repo_id"))
+    where = where if is_hub_id(where) else f"./{final_folder.name}"
+    known = facts.get("licence")  # looked up before the base's folder lost its path
+    licence, name, link = known or derived_licence(str(facts.get("base_model")), facts.get("base_licence"))
+    head = {"license": licence, "license_name": name, "license_link": link}
+    head |= {"datasets": [data]} if is_hub_id(data) else {}
+    # `finetune` for adapters too: they are merged into whole weights.
+    head |= {"base_model": base, "base_model_relation": "finetune"} if is_hub_id(base) else {}
+    head |= {"pipeline_tag": "image-text-to-text", "library_name": "transformers", "tags": ["screenshot-to-html"]}
+    measures = "n valid exact shuffled_exact truncated looping mean_tokens tokens_per_second".split()
+    runs = [facts.get("results_before") or {}, facts.get("results") or {}]
+    measured = [[measure, *(run.get(measure, "not measured") for run in runs)] for measure in measures]
+    apart = {"results", "results_before", "base_licence", "licence", "settings", "recipe", "versions"}
+    trained = [(key, value) for key, value in facts.items() if key not in apart]
+    for group in ("settings", "recipe", "versions"):
+        trained += [(f"{group}: {key}", value) for key, value in (facts.get(group) or {}).items() if key not in facts]
+    asks = {"by": "asks for credit", "sa": "asks for the same licence", "nc": "forbids commercial use"}
+    terms = [shown(facts.get("dataset_licence"))]
+    terms += [text for part, text in asks.items() if part in terms[0].lower().split("-")]
+    load = f'from_pretrained("{where}")'
+    sections = {
+        "Use": f"```bash\npython use_model_from_hub.py --model {shlex.quote(where)} --image page.png\n```\n\n"
+        "```python\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
+        f"model = AutoModelForImageTextToText.{load}\nprocessor = AutoProcessor.{load}\n```\n\n"
+        "Ask with the screenshot first, then the prompt of `dom_recipe.json`, in the model's own chat template.",
+        "Results on held-out pages": table(("measure", "before", "after"), *measured),
+        "Training": table(("fact", "value"), *trained),
+        "Licence": f"{'For research only, not for commerce. Improved using Qwen. ' * (name == 'qwen-research')}The "
+        f"terms of {base} hold for it: {name or licence} ({link or 'see there'}). The data: {', '.join(terms)}.",
+        "Limitations": "Judged by the table above. What it writes can be wrong or unsafe: open it without scripts.",
+        "Citation": f"```bibtex\n@misc{{{where},\n  title = {{{where}: {base} fine-tuned on {data}}}\n}}\n```",
+    }
+    text = f"---\n{hub.ModelCardData(**head).to_yaml()}\n---\n\n# {where}\n\nScreenshot of a web page in, HTML out.\n"
+    text += "".join(f"\n## {heading}\n\n{body}\n" for heading, body in sections.items())
+    (final_folder / "README.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def push_final_folder(final_folder: Path, repo_id: str, private: bool) -> str:
+    """(main process only) Uploads weights and card in one commit and returns their address."""
+    import huggingface_hub as hub
+
+    found = [p for pattern in PUBLISHED for p in final_folder.glob(pattern) if p.is_file() and not p.is_symlink()]
+    names = sorted(path.relative_to(final_folder).as_posix() for path in found)
+    if not any(name.endswith(".safetensors") for name in names):  # or the Hub's own weights would only be deleted
+        raise UploadError(f"Not uploaded: {final_folder} holds no model.safetensors. Train and save first.")
+    again = ["hf", "upload", repo_id, str(final_folder), ".", *["--private"] * private, "--delete=*.safetensors*"]
+    command, waits_s = shlex.join([*again, *(f"--include={name}" for name in names)]), [1, 4, 15, 60]
+    while True:
+        try:
+            (api := hub.HfApi()).create_repo(repo_id, private=private, exist_ok=True)
+            there = api.model_info(repo_id)
+            if private and not there.private:
+                command = f"hf repos settings {repo_id} --private && {command}"
+                raise ValueError(f"--private_repo was asked, but {repo_id} is public.")
+            # New operations each time: they ask what the Hub has by now, so a commit whose answer was lost is not
+            # repeated. Not upload_folder: it commits every 5 minutes (huggingface_hub 1.33, 2.4), so in several parts.
+            old = [s.rfilename for s in there.siblings or [] if ".safetensors" in s.rfilename]  # would load instead
+            changes = [hub.CommitOperationDelete(name) for name in old if name not in names]
+            changes += [hub.CommitOperationAdd(name, final_folder / name) for name in names]
+            api.create_commit(repo_id, changes, commit_message="Upload the fine-tuned model and its card")
+            return f"{api.endpoint}/{repo_id}"
+        except (hub.errors.HTTPError, OSError, RuntimeError, ValueError) as error:
+            answer = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+            refused = 400 <= getattr(answer, "status_code", 0) < 500 and answer.status_code not in (408, 409, 429)
+            why = shown(f"{error} {error.__cause__ or ''}")
+            if refused or not waits_s or isinstance(error, (ValueError, PermissionError)):  # waiting cannot help
+                raise UploadError(f"{why} The model is whole in {final_folder}. To upload it: {command}") from None
+            print(f"Upload: {why} Again in {waits_s[0]} s.", flush=True)
+            time.sleep(waits_s.pop(0))
+
+
+# -----------------------------------------------------------------------------
+# Main
+
+
+def make_arguments(resolved: Resolved):
+    """(all ranks) TrainingArguments; the process group begins here, and ZeRO-3 is known before any model loads."""
+    import torch
+    from accelerate import PartialState
+    from transformers import TrainingArguments
+
+    if resolved.deepspeed is not None and "RANK" not in os.environ:  # started plainly, without any launcher
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+        os.environ.update({name: os.environ.get(name, value) for name, value in alone.items()})
+    training = {**resolved.training, "deepspeed": resolved.deepspeed}
+    if resolved.deepspeed is not None and not torch.cuda.is_available():
+        # accelerate 1.15 gives DeepSpeed no backend on a CPU and then counts one process, whatever the launcher said.
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        PartialState(backend="gloo", timeout=timedelta(seconds=training["ddp_timeout"]))
+        training["accelerator_config"] = {"use_configured_state": True}
+    try:
+        args = TrainingArguments(**training)
+    except ValueError as error:
+        raise SettingsError(f"these settings cannot work: {error}") from error
+    if args.n_gpu > 1:  # the Trainer would split batches by row, and pictures are not rows
+        say(f"{args.n_gpu} GPUs are here and one is used; run_deepspeed_training.py --num_gpus {args.n_gpu} uses all")
+        args._n_gpu = 1
+    for note in resolved.notes:
+        say(note)
+    micro, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    total = micro * accumulated * world_size()
+    if args.world_size != world_size():
+        raise PipelineError(f"the launcher started {world_size()} processes, the Trainer counts {args.world_size}")
+    say(f"{micro} pages x {accumulated} accumulated x {world_size()} processes = {total} pages per step")
+    return args
+
+
+def prepare_pages(settings: PageSettings, args, encoder: PageEncoder, processor):
+    """(all ranks) (training pages, held-out pages, the drop report as a line), read once by the main process."""
+    start = time.monotonic()
+    count = count_tokens(encoder, processor)
+    report = on_main(lambda: str(page_data.load_pages(settings, args.output_dir, count, args.seed)))
+    training, held_out = page_data.load_pages_from_disk(args.output_dir)
+    say(report)
+    say_memory(f"{len(training):,} training and {len(held_out):,} held-out pages", start)
+    return training, held_out, report
+
+
+def gather_facts(settings: PageSettings, args, base: Path) -> dict:
+    """What the recipe and the model card say of this run, all of it looked up."""
+    import importlib.metadata
+
+    import torch
+
+    packages = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "peft", "bitsandbytes")
+    versions = {"python": sys.version.split()[0]}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    commit = ""
+    with contextlib.suppress(OSError):  # no git here
+        command = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    device = torch.cuda.get_device_name() if args.device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
+    snapshot = base.name if base.parent.name == "snapshots" else settings.base_revision  # the Hub cache names commits
+    source = page_data.resolve_dataset(settings.dataset, config=settings.dataset_config)
+    return {
+        "base_model": public_name(settings.base_model),
+        "base_revision": snapshot,
+        "dataset": public_name(settings.dataset),
+        "dataset_config": source.config,
+        "dataset_revision": settings.dataset_revision,
+        "dataset_licence": source.licence,
+        "commit": commit or None,
+        "versions": versions,
+        "hardware": f"{world_size()} x {device}",
+    }
+
+
+def public_name(name: str) -> str:
+    """A Hub name as it is; of a local folder only its last part, since recipe and card are published."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def make_recipe(settings: PageSettings, facts: dict) -> dict:
+    asked = {item.name: getattr(settings, item.name) for item in fields(use.Recipe) if hasattr(settings, item.name)}
+    return {**asdict(use.Recipe()), **asked, "trust_remote_code": settings.trust_remote_code, **facts}
+
+
+def run(argv: list[str]) -> None:
+    """(all ranks) One page's way from the dataset to the Hub."""
+    resolved = resolve(argv)
+    check_settings(resolved)
+    settings = resolved.settings
+    if settings.plan:
+        return print_plan(fetch_base(settings), settings)
+    args = make_arguments(resolved)
+    if settings.push_to_hub:
+        settings.hub_repo = on_main(lambda: check_hub_access(settings.hub_repo, settings.private_repo))
+    base = on_main(lambda: fetch_base(settings))
+    processor = load_processor(base, settings)
+    encoder = PageEncoder(processor, settings.prompt)
+    training, held_out, drops = prepare_pages(settings, args, encoder, processor)
+    if settings.show_supervision:
+        ids, labels = encoder.encode(training[0]["html"], training[0]["image_tokens"])
+        return say(colour_supervision(ids, labels, processor.tokenizer, encoder.image_token_id))
+    keep_earlier_checkpoints(settings, args)
+    start = time.monotonic()
+    plan = base_tensors(base, settings)
+    model = load_model(base, settings, args)
+    say_memory(
+        f"{settings.base_model}: {sum(math.prod(t.shape) for t in plan.values()) / 1e6:,.1f} M parameters", start
+    )
+    facts = gather_facts(settings, args, base)
+    recipe = make_recipe(settings, facts)
+    chunk = CHUNK_DEEPSPEED if args.deepspeed else CHUNK_FALLBACK
+    geometry = fast_training.image_geometry(model.config)
+    collate = PageCollator(
+        processor, encoder, training, chunk, Path(args.output_dir) / "replaced_pages.jsonl", geometry
+    )
+    judge = Judge(model, plan, base, settings, args, processor, held_out)
+    judge.rehearse(collate)
+    if settings.compare_base:
+        judge("before")
+
+    def save(folder: Path) -> None:
+        save_final(model, plan, base, processor, recipe, folder)
+
+    stop = StopRequest()
+    trainer = make_trainer(args, model, collate, training, stop, judge, settings.eval_every)
+    start = time.monotonic()
+    result = train(trainer, settings, stop, save)
+    seconds = time.monotonic() - start
+    final = Path(use.FINAL_FOLDER)
+    save(final)
+    say(f"saved: ./{final} has the base's {len(plan)} tensors, same keys, shapes and dtypes")
+    if rank() == 0:
+        draw_loss(trainer.state.log_history, Path(args.output_dir) / "loss.png")
+    judge("after")
+    facts |= {
+        "train_loss": result.training_loss,
+        "steps": trainer.state.global_step,
+        "seconds": seconds,
+        "pages_trained": len(training),
+        "pages_held_out": len(held_out),
+        "drops": drops,
+    }
+    on_main(lambda: finish(final, settings, resolved.training, facts, recipe, judge.results))
+
+
+def keep_earlier_checkpoints(settings: PageSettings, args) -> None:
+    """A new training never goes on from, counts among its own, or deletes the checkpoints of an earlier one."""
+
+    def move() -> None:
+        earlier = sorted(Path(args.output_dir).glob("checkpoint-*"))
+        if earlier and not settings.resume and not args.resume_from_checkpoint:
+            place = Path(args.output_dir) / f"earlier-{time.strftime('%Y%m%d-%H%M%S')}"
+            place.mkdir()
+            for checkpoint in earlier:
+                checkpoint.rename(place / checkpoint.name)
+            say(f"{len(earlier)} checkpoints of an earlier run now lie in {place}; --resume would go on from them")
+
+    on_main(move)
+
+
+def finish(final: Path, settings: PageSettings, training: dict, facts: dict, recipe: dict, results: dict) -> None:
+    """(main process only) Model card, upload, and a last word."""
+    told = {name: training[name] for name in sorted(TRAINING_DEFAULTS) if name not in ("report_to", "disable_tqdm")}
+    card = facts | {
+        "licence": derived_licence(settings.base_model),
+        "settings": told | {"seed": training["seed"], "prompt": settings.prompt, "clean": settings.clean},
+        "recipe": recipe,
+        "results": results["after"],
+        "results_before": results.get("before"),
+        "lora": settings.lora or settings.quantize == "4bit",
+        "quantization": settings.quantize,
+        "repo_id": settings.hub_repo if settings.push_to_hub else None,
+    }
+    write_model_card(final, card)
+    if "before" in results:
+        before, after = results["before"], results["after"]
+        say(
+            f"before training {100 * before['exact']:.1f} % of {before['n']} held-out pages were exact; "
+            f"after it {100 * after['exact']:.1f} % are exact and {100 * after['valid']:.1f} % valid; "
+            f"with the screenshots shuffled {100 * (after['shuffled_exact'] or 0):.1f} % are exact"
+        )
+    say(f"the pages as written: {training['output_dir']}/evaluation; the loss: {training['output_dir']}/loss.png")
+    if settings.push_to_hub:
+        say(f"uploaded: {push_final_folder(final, settings.hub_repo, settings.private_repo)}")
+    say(f"done: python use_model_from_hub.py --image PAGE.png --model ./{final} --output page.html")
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code that DESIGN's table gives a failure; 1 is a bug, and has its traceback printed."""
+    if isinstance(error, PipelineError):
+        return error.code
+    if is_out_of_memory(error):
+        return 83
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return 81
+    return 1
+
+
+def report_end(code: int) -> None:
+    """Leave this rank's exit code where the wrapper looks for it; the launcher in between loses it."""
+    folder = os.environ.get("HOLO1_STATUS_DIR")
+    if folder and Path(folder).is_dir():
+        (Path(folder) / f"rank-{rank()}").write_text(str(code))
+
+
+def main(argv: list[str] | None = None) -> int:
+    code = 1
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+        code = 0
+    except SystemExit as stop:  # argparse: --help, or a flag that does not exist
+        code = stop.code if isinstance(stop.code, int) else 1
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
+        code = exit_code(error)
+        if code in (1, 83) and not isinstance(error, PipelineError):
+            import traceback
+
+            traceback.print_exc()
+        hints = {
+            81: "\nThe disk is full: free some space, or give another --output_dir.",
+            83: "\nOut of memory: smaller --micro_batch, --max_pixels or --max_html_tokens, more GPUs, or "
+            "--deepspeed ds_z3_offload.json.",
+        }
+        print(f"error (rank {rank()}): {error}{hints.get(code, '')}", file=sys.stderr, flush=True)
+    report_end(code)
+    return code
+
+
+def leave(code: int) -> None:
+    """End this process without waiting for ranks that may hang: after a failure, nothing collective is left to do."""
+    dist = sys.modules.get("torch.distributed")  # --help has not loaded it
+    if code == 0 and dist and dist.is_initialized():
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == 0:
+        sys.exit(0)
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -1,0 +1,120 @@
+"""Evaluation: the model is judged by the weights that are saved, through the functions that users run."""
+
+import json
+
+import pytest
+import torch
+from conftest import MAIN, make_pages, run_script
+
+import holo1_dom_finetune as pipeline
+import use_model_from_hub as use
+
+ROW = {"raw": "", "tokens": 10, "seconds": 2.0, "cut_off": False}
+PAGE = "<!DOCTYPE html>\n<html><head><title>{0}</title></head><body><p>{0}</p></body></html>"
+
+
+def rows_and_pages(written: list[str], wanted: list[str], **changes):
+    rows = [{**ROW, "html": html, "raw": html, "place": place, **changes} for place, html in enumerate(written)]
+    pages = [{"name": f"{place}.png", "html": html, "html_tokens": 12} for place, html in enumerate(wanted)]
+    return rows, pages
+
+
+def test_shares_are_counted_over_all_pages():
+    wanted = [PAGE.format(word) for word in ("river", "stone", "lake", "maple")]
+    written = [wanted[0], wanted[1].replace("\n", "   \n"), "<html><body>open", ""]
+    result = pipeline.score_held_out(*rows_and_pages(written, wanted))
+    assert (result["n"], result["exact"], result["valid"]) == (4, 0.5, 0.5)
+    assert result["shuffled_exact"] == 0
+    assert result["tokens_per_second"] == 20
+    assert [page["exact"] for page in result["pages"]] == [True, True, False, False]
+
+
+def test_a_model_that_ignores_the_screenshot_shows_in_the_shuffled_share():
+    same = [PAGE.format("river")] * 3
+    assert pipeline.score_held_out(*rows_and_pages(same, same))["shuffled_exact"] == 1
+
+
+def test_a_page_that_was_cut_off_is_not_valid():
+    page = [PAGE.format("river")]
+    result = pipeline.score_held_out(*rows_and_pages(page, page, cut_off=True))
+    assert (result["valid"], result["truncated"], result["pages"][0]["reason"]) == (0, 1, "cut off")
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_base):
+    return use.load_model(str(tiny_base), use.Recipe(max_pixels=280 * 280))
+
+
+def test_evaluation_uses_the_very_weights_that_saving_writes(tiny_base, tmp_path, loaded):
+    """A model in fp32 with changes too small for bf16: the copy equals what a user loads, not what trains."""
+    settings = pipeline.PageSettings(base_model=str(tiny_base), max_pixels=280 * 280)
+    plan = pipeline.base_tensors(tiny_base, settings)
+    model, processor = use.load_model(str(tiny_base), use.Recipe(max_pixels=280 * 280))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 1e-3)
+    folder = tmp_path / "final"
+    pipeline.save_final(model, plan, tiny_base, processor, {"trust_remote_code": False}, folder)
+    copy = pipeline.evaluation_model(model, plan, tiny_base, settings, torch.device("cpu"))
+    reloaded, _ = use.load_model(str(folder), use.Recipe())
+    for (name, first), second in zip(copy.state_dict().items(), reloaded.state_dict().values()):
+        assert torch.equal(first, second), name
+    from PIL import Image
+
+    inputs = use.encode_questions(processor, [Image.new("RGB", (112, 84), "gold")], "write")
+    with torch.no_grad():
+        assert torch.equal(copy(**inputs).logits, reloaded(**inputs).logits)
+
+
+def test_pages_written_together_equal_pages_written_alone(loaded):
+    from PIL import Image
+
+    model, processor = loaded
+    recipe = use.Recipe(prompt="write", max_html_tokens=12)
+    shots = [Image.new("RGB", size, "pink") for size in ((84, 84), (140, 84), (84, 196))]
+    together = use.write_pages(model, processor, shots, recipe)
+    alone = [use.write_pages(model, processor, [shot], recipe)[0] for shot in shots]
+    assert [page.raw for page in together] == [page.raw for page in alone]
+    assert [page.cut_off for page in together] == [True] * 3 and [page.tokens for page in together] == [12] * 3
+
+
+def test_generation_halves_its_batch_when_memory_runs_out(loaded, tmp_path, monkeypatch):
+    import datasets
+
+    model, processor = loaded
+    folder = make_pages(tmp_path / "pages", 5)
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    pages = [{"screenshot": (folder / row["file_name"]).read_bytes(), "html": row["text"]} for row in rows]
+    real, sizes = use.write_pages, []
+
+    def limited(model, processor, screenshots, recipe):
+        sizes.append(len(screenshots))
+        if len(screenshots) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, processor, screenshots, recipe)
+
+    monkeypatch.setattr(use, "write_pages", limited)
+    recipe = use.Recipe(max_html_tokens=4)
+    rows = pipeline.write_held_out(model, processor, datasets.Dataset.from_list(pages), recipe, batch=4)
+    assert [row["place"] for row in rows] == [0, 1, 2, 3, 4]
+    assert sizes == [4, 2, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.slow
+def test_plan_needs_neither_gpu_nor_weights(tmp_path):
+    from conftest import make_base
+
+    base = make_base(tmp_path / "base", weights=False)
+    done = run_script(MAIN, "--plan", "--base_model", str(base), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.strip()[:1].isdigit()]
+    assert [row[0] for row in rows] == ["1", "2", "4", "8", "16", "32", "64"]
+
+
+@pytest.mark.slow
+def test_supervision_is_shown_without_loading_a_model(tiny_base, pages_folder, tmp_path):
+    from conftest import small_run
+
+    done = run_script(MAIN, *small_run(tiny_base, pages_folder, show_supervision=True), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "\033[32m<!DOCTYPE html>" in done.stdout and "rehearsal" not in done.stdout

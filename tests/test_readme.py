@@ -1,0 +1,437 @@
+"""The README tells the truth: every command, default, key, code, file and link in it is held against the code.
+
+Commands are parsed by the real parsers, in a folder that has what the README tells its reader to bring.
+"""
+
+import ast
+import importlib
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import holo1_dom_finetune as training
+import page_data
+import run_deepspeed_training as wrapper
+import training_settings
+import use_model_from_hub as use
+
+README = ROOT / "README_DeepSpeed.md"
+PAGES = {page.name: page.read_text(encoding="utf-8") for page in (README, ROOT / "README.md")}
+PLACEHOLDERS = ("PAGE.png", "my_pages", "my_model")  # what the reader brings
+ENVIRONMENT = ("CUDA_LAUNCH_BLOCKING", "CUDA_VISIBLE_DEVICES", "DS_BUILD_OPS", "NCCL_DEBUG", "NCCL_P2P_DISABLE")
+ENVIRONMENT += ("PYTORCH_CUDA_ALLOC_CONF", "TORCH_DISTRIBUTED_DEBUG")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[str]:
+    """Every command of the ```bash blocks; a line may hold several, joined by &&."""
+    lines = "\n".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
+    return [part.strip() for line in lines if line and not line.startswith("#") for part in line.split("&&")]
+
+
+def rows(heading: str) -> dict[str, list[str]]:
+    """The cells of the tables under a heading, by their first cell without its backticks."""
+    section = README.read_text(encoding="utf-8").split(f"# {heading}\n", 1)[1]
+    section = re.split(r"^#+ ", re.sub(r"^```.*?^```$", "", section, flags=re.M | re.S), maxsplit=1, flags=re.M)[0]
+    lines = re.findall(r"^\| (.*) \|$", section, re.MULTILINE)
+    cells = [[cell.strip() for cell in line.split(" | ")] for line in lines]
+    names = [row[0].strip("`") for row in cells]
+    assert len(names) - names.count("Setting") == len({*names} - {"Setting"}), "a row stands there twice"
+    return {name: row[1:] for name, row in zip(names, cells, strict=True)}
+
+
+def shown(value: object) -> str:
+    """A default as the tables write it."""
+    words = {None: "not set", False: "off", True: "on"}
+    if value is None or isinstance(value, bool):
+        return words[value]
+    return f"`{value}`" if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+# -----------------------------------------------------------------------------
+# Commands
+
+
+@pytest.fixture
+def at_the_readers(tmp_path, monkeypatch) -> Path:
+    """The repository with what the reader brings and what earlier commands have left there; the folder we are in."""
+    for path in ROOT.iterdir():
+        if not path.name.startswith((".", "holo1_dom_finetune_")):
+            (tmp_path / path.name).symlink_to(path)
+    for name in ("my_model", use.FINAL_FOLDER, training.EMERGENCY_FOLDER):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    checkpoint = tmp_path / training_settings.TRAINING_DEFAULTS["output_dir"] / "checkpoint-8"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}")
+    (tmp_path / "my_pages").mkdir()
+    (tmp_path / "PAGE.png").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def check(command: str) -> None:
+    """Raises (also SystemExit, by the parsers) when the command could not work as it stands."""
+    words = shlex.split(command, comments=True)
+    while re.fullmatch(r"[A-Z0-9_]+=\S*", words[0]):
+        assert words[0].split("=")[0] in ENVIRONMENT, f"{words[0]}: a variable that nobody reads?"
+        words = words[1:]
+    program, *flags = words
+    if program == "python" and flags[0] not in ("-m", "-c"):
+        check_script(flags[0], flags[1:])
+    elif program in CHECKS:
+        CHECKS[program](flags)
+    else:
+        raise AssertionError(f"{program}: no check knows this program")
+
+
+def check_script(script: str, flags: list[str]) -> None:
+    assert Path(script).is_file(), f"{script}: no such script"
+    if {"--help", "--help_training"} & {*flags}:
+        with pytest.raises(SystemExit) as end:
+            check_flags(script, flags)
+        assert end.value.code == 0
+    else:
+        check_flags(script, flags)
+
+
+def check_flags(script: str, flags: list[str]) -> None:
+    if script == "run_deepspeed_training.py":
+        args, passed_on = wrapper.read_command_line(flags)
+        assert not (problems := wrapper.find_problems(args, [], passed_on)), problems
+        check_flags(Path(args.script).name, ["--deepspeed", args.config, *passed_on])
+    elif script == "holo1_dom_finetune.py":
+        training_settings.check_settings(training_settings.resolve(flags))
+    elif script == "use_model_from_hub.py":
+        args = use.parse(flags)
+        assert Path(args.image).is_file(), f"{args.image}: where from?"
+        assert args.model is None or use.resolve_model(args.model)
+        assert args.output is None or Path(args.output).absolute().parent.is_dir()
+    else:
+        raise AssertionError(f"{script}: no check knows this script")
+
+
+def check_deepspeed(flags: list[str]) -> None:
+    from deepspeed.launcher.runner import parse_args
+
+    args = parse_args(flags)
+    check_script(args.user_script, args.user_args)
+
+
+def check_torchrun(flags: list[str]) -> None:
+    from torch.distributed.run import get_args_parser
+
+    args = get_args_parser().parse_args(flags)
+    check_script(args.training_script, args.training_script_args)
+
+
+def check_python(flags: list[str]) -> None:
+    if flags[0] == "-c":
+        return check_imports(flags[1])
+    assert flags[:2] == ["-m", "pytest"], f"python {shlex.join(flags)}: no check knows it"
+    expression = re.sub(r"\b(not|or|and)\b|[()]", "", flags[flags.index("-m", 1) + 1] if "-m" in flags[1:] else "")
+    markers = re.findall(r'"(\w+):', re.search(r"markers = \[(.*)\]", (ROOT / "pyproject.toml").read_text())[1])
+    assert {*expression.split()} <= {*markers}, f"{expression}: unknown markers, there are {markers}"
+    assert len(flags) in (2, 4)
+
+
+def check_pip(flags: list[str]) -> None:
+    assert flags[0] == "install"
+    if flags[1] == "-r":
+        assert len(flags) == 3 and Path(flags[2]).is_file()
+    else:
+        assert {*flags[1:]} <= {line.split("#")[0].strip() for line in (ROOT / "requirements.txt").open()}
+
+
+def installed(program: str) -> str:
+    """Where a package's command lies: beside the interpreter, in an environment that nobody activated."""
+    found = shutil.which(program, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    assert found, f"{program} is not installed"
+    return found
+
+
+@cache
+def hf_help(subcommand: tuple[str, ...]) -> str:
+    command = [installed("hf"), *subcommand, "--help"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "COLUMNS": "200"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def check_hf(flags: list[str]) -> None:
+    text = hf_help(tuple(flag for flag in flags if not flag.startswith("-")))
+    assert not [flag for flag in flags if flag.startswith("-") and flag.split("=")[0] not in text], text
+
+
+def check_tensorboard(flags: list[str]) -> None:
+    from tensorboard import program
+
+    board = program.TensorBoard()
+    board.configure(["tensorboard", *flags])
+    assert Path(board.flags.logdir).is_dir()
+
+
+def check_ds_report(flags: list[str]) -> None:
+    assert not flags and installed("ds_report")
+
+
+CHECKS = {"python": check_python, "pip": check_pip, "hf": check_hf, "tensorboard": check_tensorboard}
+CHECKS |= {"deepspeed": check_deepspeed, "torchrun": check_torchrun, "ds_report": check_ds_report}
+
+
+@pytest.mark.parametrize("command", sorted({command for text in PAGES.values() for command in commands(text)}))
+def test_every_command_is_accepted_by_what_it_starts(at_the_readers, command):
+    check(command)
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ("python run_deepspeed_training.py --num_gpus two", "invalid int value: 'two'"),
+        ("python run_deepspeed_training.py --learning_rat 1e-5", "unrecognized arguments: --learning_rat"),
+        ("python run_deepspeed_training.py --config gone.json", "--config gone.json: no such file"),
+        ("python run_deepspeed_training.py --dataset ./gone", "--dataset ./gone: no such folder"),
+        ("deepspeed --num_cards=4 holo1_dom_finetune.py --deepspeed ds_z3.json", "--num_cards=4"),
+        ("deepspeed --num_gpus=4 holo1_dom_finetune.py --deepspeed gone.json", "--deepspeed gone.json: No such file"),
+        ("torchrun --nproc_per_node 2 gone.py", "gone.py: no such script"),
+        ("torchrun --per_node 2 holo1_dom_finetune.py", "unrecognized arguments: --per_node"),
+        ("python holo1_dom_finetune.py --quantize 5bit", "invalid choice: '5bit'"),
+        ("python holo1_dom_finetune.py --max_bad_share 7", "--max_bad_share 7"),
+        ("python use_model_from_hub.py --picture PAGE.png", "required: --image"),
+        ("python use_model_from_hub.py --image gone.png", "gone.png: where from?"),
+        ("python use_model_from_hub.py --image PAGE.png --model ./gone", "--model ./gone: no such folder"),
+        ("python gone.py", "gone.py: no such script"),
+        ("python page_data.py", "no check knows this script"),
+        ("python -m unittest", "no check knows it"),
+        ('python -m pytest -m "quick"', "quick: unknown markers"),
+        ('python -c "import deepspeed_gone"', "No module named 'deepspeed_gone'"),
+        ("pip install -r gone.txt", "gone.txt"),
+        ("pip install deepspeed==0.1", "deepspeed==0.1"),
+        ("hf auth enter", "No such command 'enter'"),
+        ("hf auth login --gone", "--gone"),
+        ("tensorboard --logdir gone", "gone"),
+        ("CUDA_LAUNCH_BLOKING=1 python holo1_dom_finetune.py", "a variable that nobody reads"),
+        ("git push", "git: no check knows this program"),
+    ],
+)
+def test_a_command_that_could_not_work_is_noticed(at_the_readers, command, reason, capsys):
+    with pytest.raises((Exception, SystemExit)) as refusal:
+        check(command)
+    assert reason in f"{refusal.value}{capsys.readouterr()}"
+
+
+def test_both_pages_begin_with_the_demo():
+    assert commands(PAGES["README.md"])[:2] == commands(PAGES["README_DeepSpeed.md"])[:2]
+    assert commands(PAGES["README.md"])[1] == "python run_deepspeed_training.py --demo"
+
+
+def test_only_placeholders_and_defaults_are_files_that_are_not_shipped():
+    words = {word for text in PAGES.values() for command in commands(text) for word in shlex.split(command)}
+    files = {word.removeprefix("./") for word in words if word.startswith("./") or re.search(r"\.[a-z]{2,4}$", word)}
+    outputs = {use.FINAL_FOLDER, training.EMERGENCY_FOLDER, "page.html"}
+    assert not [name for name in files - outputs if name not in PLACEHOLDERS and not (ROOT / name).is_file()]
+
+
+# -----------------------------------------------------------------------------
+# Python
+
+
+def check_imports(code: str) -> None:
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                importlib.import_module(name.name)
+        elif isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module)
+            assert not [name.name for name in node.names if not hasattr(module, name.name)]
+
+
+@pytest.mark.parametrize("code", blocks(PAGES[README.name], "python"))
+def test_every_snippet_runs_on_a_final_folder(code, tiny_base, tmp_path, monkeypatch):
+    from PIL import Image
+
+    final = tmp_path / use.FINAL_FOLDER
+    final.mkdir()
+    for file in tiny_base.iterdir():
+        (final / file.name).symlink_to(file)
+    (final / use.RECIPE_FILE).write_text(json.dumps({"max_html_tokens": 4, "max_pixels": 12_544}))
+    Image.new("RGB", (112, 112), "white").save(tmp_path / "PAGE.png")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README", "exec"), {})
+
+
+# -----------------------------------------------------------------------------
+# Tables
+
+
+def test_the_settings_tables_have_every_setting_with_the_codes_default():
+    told = {name: row[0] for name, row in rows("Settings").items() if name.startswith("--")}
+    settings = {f"--{item.name}": shown(item.default) for item in fields(training_settings.PageSettings)}
+    other = {f"--{name}": shown(value) for name, value in training_settings.TRAINING_DEFAULTS.items()}
+    assert told == settings | other
+
+
+def test_the_wrappers_table_has_every_flag_with_its_default():
+    told = {name.removeprefix("--"): row[0] for name, row in rows("Four ways to run").items() if name.startswith("--")}
+    args = vars(wrapper.read_command_line([])[0])
+    settings = training_settings.PageSettings()
+    own = {"master_port": wrapper.DEFAULT_PORT, "hub_repo": settings.hub_repo, "num_samples": settings.num_samples}
+    plain = {name: value if name in ("master_port", "num_samples") else shown(value) for name, value in own.items()}
+    assert told == {name: str(plain.get(name, shown(value))) for name, value in args.items()}
+
+
+def test_no_cell_of_a_table_is_empty():
+    tables = re.findall(r"^\|.*\|$", PAGES[README.name], re.MULTILINE)
+    assert tables and not [line for line in tables if re.search(r"\|\s*\|", line)]
+
+
+def leaves(config: dict, prefix: str = "") -> dict[str, str]:
+    flat = {}
+    for key, value in config.items():
+        nested = isinstance(value, dict)
+        flat |= leaves(value, f"{prefix}{key}.") if nested else {prefix + key: f"`{json.dumps(value)}`"}
+    return flat
+
+
+def test_every_key_of_the_deepspeed_files_is_explained_with_its_value():
+    told = rows("ds_z3.json, value by value")
+    told.pop("Key"), told.pop("---", None)
+    for column, name in enumerate(("ds_z3.json", "ds_z3_offload.json")):
+        values = {key: row[column] for key, row in told.items() if row[column] != "not set"}
+        assert values == leaves(json.loads((ROOT / name).read_text()))
+
+
+def test_every_exit_code_is_there_with_its_meaning():
+    told = {int(code): row[0] for code, row in rows("Exit codes").items() if code.isdigit()}
+    assert told == wrapper.MEANING
+
+
+def test_every_known_dataset_is_there_with_its_licence_and_whether_it_is_refused():
+    told = {name: (row[0], "refused" in row[1]) for name, row in rows("Data sets").items() if "/" in name}
+    assert told == {name: (it.licence, bool(it.refused)) for name, it in page_data.KNOWN_DATASETS.items()}
+
+
+def test_every_measure_is_one_that_the_evaluation_writes(tiny_base):
+    told = {word for name in rows("Evaluation") for word in name.replace("`", "").split(", ")} - {"Measure", "---"}
+    page = {"name": "a", "html": "<p>a</p>", "html_tokens": 1}
+    row = {"html": "<p>a</p>", "raw": "<p>a</p>", "cut_off": False, "tokens": 1, "seconds": 1.0}
+    assert told <= training.score_held_out([row], [page]).keys()
+
+
+def test_every_output_is_named_as_the_code_names_it():
+    folders = {name.split("/")[0] for name in rows("Outputs") if "/" in name}
+    output_dir = training_settings.TRAINING_DEFAULTS["output_dir"]
+    assert folders == {use.FINAL_FOLDER, output_dir, training.EMERGENCY_FOLDER}
+    source = "".join((ROOT / name).read_text() for name in ("holo1_dom_finetune.py", "page_data.py"))
+    files = {name.split("/")[-1] for name in rows("Outputs") if re.search(r"\.\w+$", name)} - {use.RECIPE_FILE}
+    assert not [name for name in files if name not in source]
+
+
+# -----------------------------------------------------------------------------
+# Files and links
+
+
+def tracked_files() -> list[str]:
+    """What a clone has or will have: known to git or not yet, neither ignored nor gone."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [name for name in listed.stdout.split("\0") if name and (ROOT / name).exists()]
+
+
+def test_the_file_tree_lists_exactly_the_top_level_files():
+    tree = blocks(PAGES[README.name].split("## Files")[1], "text")[0]
+    here, folder = set(), ""
+    for line in tree.splitlines():
+        name, what_for = re.fullmatch(r"(\s*\S+)\s{2,}(\S.*)", line).groups()
+        assert what_for
+        if name.startswith(" "):
+            assert (ROOT / folder / name.strip()).exists(), f"{folder}{name.strip()} is in the tree, not in the folder"
+        else:
+            here.add(name)
+            folder = name
+    assert here == {name.split("/")[0] + "/" * ("/" in name) for name in tracked_files()}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_link_leads_somewhere(name):
+    text = re.sub(r"^```.*?^```$", "", PAGES[name], flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}  # as GitHub makes them
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert links
+    dead = [link for link in links if link.startswith("#") and link[1:] not in anchors]
+    dead += [link for link in links if not link.startswith(("#", "http")) and not (ROOT / link).exists()]
+    assert not dead
+
+
+def test_every_file_named_in_the_text_exists():
+    text = re.sub(r"^```.*?^```$", "", PAGES[README.name], flags=re.MULTILINE | re.DOTALL)
+    named = set(re.findall(r"`([\w./-]+\.(?:py|json|md|txt|toml))`", text))
+    written = {"metadata.jsonl", "results.json", use.RECIPE_FILE}
+    assert not [name for name in named - written if not (ROOT / name).exists() and "finetune_" not in name]
+
+
+def test_every_flag_named_in_the_text_exists(at_the_readers):
+    text = re.sub(r"^```.*?^```$", "", PAGES[README.name], flags=re.MULTILINE | re.DOTALL)
+    known = {*training_settings.parse([])[0], *vars(wrapper.read_command_line([])[0]), "deepspeed", "help_training"}
+    known |= {*vars(use.parse(["--image", "PAGE.png"]))}
+    assert not [flag for flag in re.findall(r"`--(\w+)", text) if flag not in known]
+
+
+def test_the_text_names_no_folder_of_one_machine():
+    assert not re.findall(r"(?<![\w.:/*])/(?:work|home|root|tmp|mnt|Users)\b\S*", "".join(PAGES.values()))
+
+
+def test_nothing_is_left_to_be_filled_in():
+    assert not [line for text in PAGES.values() for line in text.splitlines() if re.search("TODO|FIXME|XXX", line)]
+
+
+# -----------------------------------------------------------------------------
+# CI
+
+
+def test_ci_runs_the_readmes_own_test_command():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    cut = next(line for line in script.read_text().splitlines() if line.startswith("sed -n"))
+    command = cut.split(" >")[0]
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    marked = re.findall(r"^<!-- the test command -->\n```bash\n(.*?)^```$", PAGES[README.name], re.M | re.S)
+    assert [done.stdout] == marked and done.stdout in ("python -m pytest\n", 'python -m pytest -m "slow or not slow"\n')
+
+
+def test_every_import_is_a_requirement_or_comes_with_one():
+    """Names as packages call them; the few that other requirements bring along are named here."""
+    brought = ["fsspec", "pyarrow", "safetensors", "tokenizers", "tqdm", "yaml", "numpy"]
+    names = {re.split(r"[<>=\s]", line)[0] for line in (ROOT / "requirements.txt").open() if line[0] not in "#\n"}
+    packages = {{"pillow": "PIL"}.get(name, name) for name in names} | {*brought}
+    files = [path for folder in (".", "demo", "benchmarks", "tests") for path in (ROOT / folder).glob("*.py")]
+    ours = {path.stem for path in files}
+    imported = set()
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {name.name.split(".")[0] for name in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.split(".")[0])
+    assert not imported - packages - ours - {*sys.stdlib_module_names}
+    # Used without an import of ours: transformers' processors, quantisation and reports, and the two tools.
+    unused = packages - {*brought} - imported
+    assert unused <= {"torchvision", "bitsandbytes", "tensorboard", "ruff", "playwright", "accelerate"}

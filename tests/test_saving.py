@@ -1,0 +1,194 @@
+"""Model and saving: what training leaves behind loads anywhere, with the base's own keys, shapes and dtypes."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    make_base,
+    output,
+    small_run,
+    start_deepspeed,
+    start_plain,
+    start_torchrun,
+    weights,
+)
+
+import holo1_dom_finetune as pipeline
+
+LOADS = """
+import sys, torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+folder = "./holo1_dom_finetune_final"
+options = dict(trust_remote_code=True, output_loading_info=True)
+model, info = AutoModelForImageTextToText.from_pretrained(folder, **options)
+AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+problems = {name: found for name, found in info.items() if found}
+assert not problems, problems
+"""
+
+
+def layout(folder) -> dict:
+    return {key: (tuple(value.shape), value.dtype) for key, value in weights(folder).items()}
+
+
+def assert_final_is_like(base, cwd):
+    final = cwd / "holo1_dom_finetune_final"
+    assert layout(final) == layout(base)
+    assert any(not torch.equal(weights(final)[key], value) for key, value in weights(base).items()), "nothing changed"
+    wanted = {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "dom_recipe.json"}
+    assert wanted <= {path.name for path in final.iterdir()}
+    recipe = json.loads((final / "dom_recipe.json").read_text())
+    assert recipe["max_html_tokens"] == 120 and recipe["prompt"] and recipe["versions"]["transformers"]
+    done = subprocess.run([sys.executable, "-c", LOADS], cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def with_old_names(folder, base):
+    """The same checkpoint under the names that the Hub's Qwen2.5-VL repositories use."""
+    from safetensors.torch import save_file
+
+    shutil.copytree(base, folder)
+    renamed = {}
+    for key, value in weights(base).items():
+        key = key.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+        renamed[key] = value
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def with_new_names(folder, base):
+    """The same checkpoint under the names of the modules, as transformers 4.52 and later may have written it."""
+    from safetensors.torch import save_file
+
+    shutil.copytree(base, folder)
+    renamed = {}
+    for key, value in weights(base).items():
+        if not key.startswith(("model.language_model.", "model.visual.", "lm_head.")):
+            key = "model.visual." + key.removeprefix("visual.") if key.startswith("visual.") else key
+            key = key.replace("model.", "model.language_model.", 1) if not key.startswith("model.visual.") else key
+        renamed[key] = value
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+TRAIN = {"max_steps": 2, "learning_rate": 1e-2, "gradient_accumulation_steps": 4}
+WAYS = {
+    "plain": (start_plain, {}, {}),
+    "plain, 4-bit": (start_plain, {"quantize": "4bit"}, {}),
+    "plain, LoRA": (start_plain, {"lora": True}, {}),
+    "plain, vision frozen": (start_plain, {"freeze_vision": True}, {}),
+    "torchrun, 2 ranks": (start_torchrun, {}, {"processes": 2}),
+    "ZeRO-3": (start_deepspeed, {}, {}),
+    "ZeRO-3, 2 ranks, LoRA": (start_deepspeed, {"lora": True}, {"processes": 2}),
+    "ZeRO-3, 2 ranks, vision frozen": (start_deepspeed, {"freeze_vision": True}, {"processes": 2}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_train_leaves_a_folder_that_loads_anywhere(way, tiny_base, pages_folder, tmp_path):
+    start, settings, options = WAYS[way]
+    done = start(small_run(tiny_base, pages_folder, **TRAIN, **settings), tmp_path, **options)
+    assert done.returncode == 0, output(done)
+    assert_final_is_like(tiny_base, tmp_path)
+    changed = {
+        key
+        for key, value in weights(tiny_base).items()
+        if not torch.equal(weights(tmp_path / "holo1_dom_finetune_final")[key], value)
+    }
+    vision = {key for key in changed if "visual." in key}
+    assert bool(vision) == (not settings), "the vision tower changes in full fine-tuning and only there"
+    if "lora" in settings or "quantize" in settings:
+        assert all("_proj.weight" in key for key in changed), changed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rename", [with_old_names, with_new_names], ids=lambda rename: rename.__name__)
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+def test_the_bases_own_key_names_come_back(rename, tie, pages_folder, tmp_path):
+    base = rename(tmp_path / "named", make_base(tmp_path / "base", tie=tie))
+    assert ("lm_head.weight" in layout(base)) == (not tie)
+    for start in (start_plain, start_deepspeed):
+        done = start(small_run(base, pages_folder, **TRAIN), tmp_path)
+        assert done.returncode == 0, output(done)
+        assert_final_is_like(base, tmp_path)
+
+
+@pytest.mark.slow
+def test_random_weights_start_from_configuration_and_processor_alone(pages_folder, tmp_path):
+    base, like = make_base(tmp_path / "base", weights=False), make_base(tmp_path / "like")
+    assert not list(base.glob("*.safetensors"))
+    finals = []
+    for start, options in ((start_plain, {}), (start_deepspeed, {"processes": 2})):
+        done = start(small_run(base, pages_folder, random_weights=True, **TRAIN), tmp_path, **options)
+        assert done.returncode == 0, output(done)
+        final = tmp_path / "holo1_dom_finetune_final"
+        assert layout(final) == layout(like)
+        finals.append(weights(final))
+    embedding = next(value for key, value in finals[1].items() if "embed_tokens" in key).float()
+    assert 0.01 < embedding.std() < 0.1, "initialised as the architecture says, also when every rank holds a part"
+
+
+@pytest.mark.slow
+def test_offloaded_training_leaves_the_same_folder(tiny_base, pages_folder, tmp_path):
+    config = json.loads((ROOT / "ds_z3_offload.json").read_text())
+    done = start_deepspeed(small_run(tiny_base, pages_folder, **TRAIN), tmp_path, config=config)
+    assert done.returncode == 0, output(done)
+    assert_final_is_like(tiny_base, tmp_path)
+
+
+def plan_for(folder):
+    return {
+        key: pipeline.BaseTensor(key, shape, dtype, file)
+        for key, (shape, dtype, file) in pipeline.read_safetensors(folder).items()
+    }
+
+
+def test_a_difference_to_the_base_is_an_error_that_names_it(tiny_base):
+    plan, written = plan_for(tiny_base), pipeline.read_safetensors(tiny_base)
+    pipeline.compare_tensors(written, plan)
+    first, second, *_ = written
+    damaged = {**written, "stray.weight": written[first]}
+    del damaged[first]
+    damaged[second] = ((1, 2), "F32", None)
+    with pytest.raises(pipeline.PipelineError) as error:
+        pipeline.compare_tensors(damaged, plan)
+    message = str(error.value)
+    assert f"missing {first}" in message and "unexpected stray.weight" in message and f"{second} is ((1, 2)" in message
+
+
+def test_a_tensor_that_the_architecture_does_not_have_is_refused(tiny_base, tmp_path):
+    from safetensors.torch import save_file
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    save_file({**weights(base), "model.stray.weight": torch.zeros(1)}, base / "model.safetensors")
+    with pytest.raises(pipeline.SettingsError, match=r"model\.stray\.weight is no weight of Qwen2_5_VL"):
+        pipeline.base_tensors(base, pipeline.PageSettings())
+
+
+def test_an_unwhole_final_folder_is_never_left(tiny_base, tmp_path, monkeypatch):
+    """A save that fails half-way leaves the earlier final folder as it was."""
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(tiny_base)
+    plan = pipeline.base_tensors(tiny_base, pipeline.PageSettings())
+    processor = pipeline.load_processor(tiny_base, pipeline.PageSettings())
+    folder = tmp_path / "final"
+    recipe = {"trust_remote_code": False}
+    pipeline.save_final(model, plan, tiny_base, processor, recipe, folder)
+    before = sorted(path.name for path in folder.iterdir())
+
+    def full(*unused, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(processor), "save_pretrained", full)
+    with pytest.raises(OSError, match="No space"):
+        pipeline.save_final(model, plan, tiny_base, processor, recipe, folder)
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert layout(folder) == layout(tiny_base)

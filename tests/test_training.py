@@ -1,0 +1,226 @@
+"""Training: the exact token mean, clipping, stopping, resuming, failing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import (
+    MAIN,
+    PLAIN_JSON,
+    make_base,
+    make_pages,
+    output,
+    small_run,
+    start_deepspeed,
+    start_plain,
+    start_torchrun,
+    weights,
+)
+
+import holo1_dom_finetune as pipeline
+
+# With plain SGD and a learning rate of 1, what one step changes is the gradient.
+SGD = {
+    "optim": "sgd",
+    "learning_rate": 1.0,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "max_grad_norm": 0,
+    "max_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def exact_base(tmp_path_factory):
+    """A base in fp32, so that saving rounds nothing away."""
+    return make_base(tmp_path_factory.mktemp("exact"), dtype=torch.float32)
+
+
+def change(base, final) -> dict:
+    before, after = weights(base), weights(final)
+    assert before.keys() == after.keys()
+    return {name: before[name] - after[name] for name in before}
+
+
+def norm(change: dict) -> float:
+    return torch.stack([tensor.norm() for tensor in change.values()]).norm().item()
+
+
+@pytest.mark.slow
+def test_gradients_do_not_depend_on_how_a_step_is_divided(exact_base, pages_folder, tmp_path):
+    """8 pages per step as 1 x 8, 2 x 4, 8 x 1 on one rank, 1 x 4 on two, with DDP and under ZeRO-3."""
+    ways = {
+        "1x8": (start_plain, 1, 8, {}),
+        "2x4": (start_plain, 2, 4, {}),
+        "8x1": (start_plain, 8, 1, {}),
+        "1x4 on 2": (start_torchrun, 1, 4, {}),
+        "1x4 on 2, ZeRO-3": (
+            start_deepspeed,
+            1,
+            4,
+            {"processes": 2, "config": PLAIN_JSON | {"zero_allow_untested_optimizer": True}},
+        ),
+    }
+    gradients = {}
+    for name, (start, micro, accumulated, options) in ways.items():
+        cwd = tmp_path / name.replace(" ", "_")
+        cwd.mkdir()
+        batch = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulated}
+        done = start(small_run(exact_base, pages_folder, **SGD, **batch), cwd, **options)
+        assert done.returncode == 0, output(done)
+        gradients[name] = change(exact_base, cwd / "holo1_dom_finetune_final")
+    reference = gradients.pop("1x8")
+    assert norm(reference) > 0.1, "nothing was learned"
+    worst = {
+        name: max((gradient[key] - reference[key]).abs().max().item() for key in reference)
+        for name, gradient in gradients.items()
+    }
+    assert all(difference <= 1e-5 for difference in worst.values()), worst
+
+
+@pytest.mark.slow
+def test_plainest_json_clips_as_asked_and_ends_loadable(exact_base, pages_folder, tmp_path):
+    config = PLAIN_JSON | {"zero_allow_untested_optimizer": True}
+    flags = small_run(exact_base, pages_folder, **(SGD | {"max_grad_norm": 0.01}))
+    done = start_deepspeed(flags, tmp_path, config=config)
+    assert done.returncode == 0, output(done)
+    assert norm(change(exact_base, tmp_path / "holo1_dom_finetune_final")) == pytest.approx(0.01, rel=1e-3)
+
+
+def run_in_background(flags, cwd):
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, MAIN, *flags], cwd=cwd, env=environment, stdout=pipe, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_step_and_resume_goes_on_from_it(number, tiny_base, pages_folder, tmp_path):
+    flags = small_run(tiny_base, pages_folder, max_steps=400, gradient_accumulation_steps=1)
+    process = run_in_background(flags, tmp_path)
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.send_signal(number)
+            break
+    rest = process.stdout.read()
+    assert process.wait(timeout=60) == 85, rest
+    checkpoint = pipeline.newest_checkpoint(tmp_path / "holo1_dom_finetune_output")
+    step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+    assert step >= 3 and checkpoint.name == f"checkpoint-{step}"
+    done = start_plain([*flags, "--max_steps", str(step + 2), "--resume"], tmp_path)
+    assert done.returncode == 0, output(done)
+    steps = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("step ")]
+    assert steps == [f"{step + 1}/{step + 2}", f"{step + 2}/{step + 2}"]
+
+
+@pytest.mark.slow
+def test_an_earlier_run_is_neither_resumed_nor_deleted_silently(tiny_base, pages_folder, tmp_path):
+    flags = small_run(tiny_base, pages_folder, max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=1)
+    first = start_plain(flags, tmp_path)
+    assert first.returncode == 0, output(first)
+    second = start_plain(flags, tmp_path)
+    assert "step 1/2" in second.stdout and "1 checkpoints of an earlier run now lie in" in second.stdout
+    names = [path.name for path in (tmp_path / "holo1_dom_finetune_output").glob("earlier-*/*")]
+    assert names == ["checkpoint-2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [start_plain, start_torchrun, start_deepspeed], ids=lambda start: start.__name__)
+def test_a_loss_that_is_not_finite_stops_before_the_update(start, exact_base, pages_folder, tmp_path):
+    flags = small_run(exact_base, pages_folder, learning_rate=1e30, warmup_steps=0, max_steps=5)
+    options = {"processes": 2} if start is not start_plain else {}
+    status = tmp_path / "status"
+    status.mkdir()
+    done = start(flags, tmp_path, env={"HOLO1_STATUS_DIR": str(status)}, **options)
+    ranks = [(status / f"rank-{rank}").read_text() for rank in range(len(list(status.iterdir())))]
+    assert ranks == ["82"] * options.get("processes", 1), output(done)
+    assert "lower --learning_rate" in done.stderr and "Traceback" not in done.stderr
+    emergency = tmp_path / "holo1_dom_finetune_checkpoint"
+    assert all(tensor.isfinite().all() for tensor in weights(emergency).values())
+    assert weights(emergency).keys() == weights(exact_base).keys()
+
+
+@pytest.mark.slow
+def test_a_damaged_base_shows_before_training(tmp_path, pages_folder):
+    base = make_base(tmp_path / "base", damage=float("nan"))
+    done = start_plain(small_run(base, pages_folder), tmp_path)
+    assert done.returncode == 82, output(done)
+    assert "before training" in done.stderr and "step 1/" not in done.stdout
+
+
+@pytest.mark.slow
+def test_every_step_is_logged_and_drawn(tiny_base, pages_folder, tmp_path):
+    from PIL import Image
+
+    flags = small_run(tiny_base, pages_folder, max_steps=3, eval_every=2, report_to="tensorboard")
+    done = start_plain(flags, tmp_path)
+    assert done.returncode == 0, output(done)
+    steps = [line for line in done.stdout.splitlines() if line.startswith("step ") and "loss" in line]
+    assert len(steps) == 3
+    for word in ("loss ", "lr ", "pages/s", "supervised tokens/s", "image tokens/s", "s/step", "peak ", "GiB"):
+        assert word in steps[0]
+    out = tmp_path / "holo1_dom_finetune_output"
+    assert Image.open(out / "loss.png").size == (960, 540)
+    assert list((out / "runs").rglob("events.out.tfevents.*"))
+    results = json.loads((out / "evaluation" / "results.json").read_text())
+    assert results["step 2"]["n"] == results["after"]["n"] == 4
+    assert {path.name for path in (out / "evaluation" / "page-0001").iterdir()} >= {
+        "screenshot.png",
+        "reference.html",
+        "written.html",
+    }
+
+
+def test_memory_errors_are_told_from_other_errors():
+    assert pipeline.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert pipeline.is_out_of_memory(MemoryError())
+    assert not pipeline.is_out_of_memory(RuntimeError("shape mismatch"))
+    assert not pipeline.is_out_of_memory(ValueError("out of memory"))
+
+
+def test_exit_codes_are_those_of_the_design():
+    errors = {
+        pipeline.SettingsError("x"): 2,
+        pipeline.DataError("x"): 80,
+        OSError(28, "No space left on device"): 81,
+        pipeline.NotFiniteError("x"): 82,
+        MemoryError(): 83,
+        pipeline.StoppedError("x"): 85,
+        pipeline.UploadError("x"): 86,
+        KeyError("x"): 1,
+    }
+    assert {pipeline.exit_code(error): code for error, code in errors.items()} == {
+        code: code for code in errors.values()
+    }
+
+
+def test_newest_checkpoint_is_the_newest_complete_one(tmp_path):
+    for step, complete in ((9, True), (10, True), (11, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if complete:
+            (folder / "trainer_state.json").write_text("{}")
+    assert pipeline.newest_checkpoint(tmp_path).name == "checkpoint-10"
+    assert pipeline.newest_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_loss_picture_survives_an_empty_history(tmp_path):
+    pipeline.draw_loss([], tmp_path / "loss.png")
+    assert not (tmp_path / "loss.png").exists()
+
+
+@pytest.mark.slow
+def test_unreadable_pages_end_with_80_before_the_model_loads(tiny_base, tmp_path):
+    pages = make_pages(tmp_path / "pages", 20)
+    for number in range(5):
+        (pages / f"{number:03d}.png").write_bytes(b"not a picture")
+    start = time.monotonic()
+    done = start_plain(small_run(tiny_base, pages), tmp_path)
+    assert done.returncode == 80, output(done)
+    assert "Traceback" not in done.stderr and "parameters" not in done.stdout
+    assert time.monotonic() - start < 120

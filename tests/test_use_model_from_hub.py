@@ -1,0 +1,109 @@
+"""Inference: a screenshot in, HTML out, everything else to stderr."""
+
+import json
+
+import pytest
+from conftest import ROOT, make_pages, run_script
+
+import use_model_from_hub as use
+
+SCRIPT = str(ROOT / "use_model_from_hub.py")
+DOCUMENT = "<!DOCTYPE html>\n<html><body><p>river</p></body></html>"
+
+
+@pytest.mark.parametrize(
+    ("answer", "html"),
+    [
+        (DOCUMENT, DOCUMENT),
+        (f"```html\n{DOCUMENT}\n```", DOCUMENT),
+        (f"Here is the page:\n\n```html\n{DOCUMENT}\n```\nI hope it helps.", DOCUMENT),
+        (f"Sure! {DOCUMENT} Done.", DOCUMENT),
+        ("<html><body>open", "<html><body>open"),
+        ("```html\n<html><body>open\n```", "<html><body>open"),
+        ("```\n<p>only a part</p>\n```", "<p>only a part</p>"),
+        ("<p>only a part</p>", "<p>only a part</p>"),
+        ("<HTML><BODY>x</BODY></HTML >", "<HTML><BODY>x</BODY></HTML >"),
+        ("<html><body></html></body></html>", "<html><body></html></body></html>"),
+        ("", ""),
+    ],
+)
+def test_fences_and_prose_go_and_the_document_stays(answer, html):
+    assert use.extract_html(answer) == html
+
+
+def test_recipe_of_the_folder_is_used(tmp_path):
+    assert use.load_recipe(str(tmp_path)) == use.Recipe()
+    facts = {"prompt": "Write.", "max_pixels": 9999, "max_html_tokens": 7, "commit": "unknown to inference"}
+    (tmp_path / "dom_recipe.json").write_text(json.dumps(facts))
+    assert use.load_recipe(str(tmp_path)) == use.Recipe(prompt="Write.", max_pixels=9999, max_html_tokens=7)
+
+
+def test_model_is_the_final_folder_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert use.resolve_model("user/name") == "user/name"
+    (tmp_path / "holo1_dom_finetune_final").mkdir()
+    with pytest.raises(use.UseError, match=r"no config\.json in this folder"):
+        use.resolve_model(None)
+    (tmp_path / "holo1_dom_finetune_final" / "config.json").write_text("{}")
+    assert use.resolve_model(None) == "./holo1_dom_finetune_final"
+    with pytest.raises(use.UseError, match=r"\./nowhere: no such folder"):
+        use.resolve_model("./nowhere")
+
+
+def test_base_settings_of_generation_do_not_leak_in(tiny_base):
+    from PIL import Image
+
+    recipe = use.Recipe(prompt="write", max_html_tokens=6, max_pixels=280 * 280)
+    model, processor = use.load_model(str(tiny_base), recipe)
+    shot = Image.new("RGB", (84, 84), "pink")
+    greedy = use.write_pages(model, processor, [shot], recipe)[0]
+    model.generation_config.do_sample, model.generation_config.temperature = True, 5.0
+    model.generation_config.repetition_penalty = 9.0
+    assert [use.write_pages(model, processor, [shot], recipe)[0].raw for _ in range(3)] == [greedy.raw] * 3
+    assert greedy.cut_off and greedy.tokens == 6
+
+
+@pytest.mark.slow
+def test_answer_goes_to_stdout_and_the_rest_to_stderr(tiny_base, tmp_path):
+    picture = make_pages(tmp_path / "pages", 1) / "000.png"
+    (tmp_path / "model").symlink_to(tiny_base)
+    recipe = {"prompt": "write", "max_html_tokens": 8}
+    common = ["--image", str(picture), "--model", str(tmp_path / "model")]
+    done = run_script(SCRIPT, *common, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s" in done.stderr and "tokens/s" not in done.stdout
+    assert "was not trained by this project" in done.stderr
+    import shutil
+
+    shutil.copytree(tiny_base, tmp_path / "trained")
+    (tmp_path / "trained" / "dom_recipe.json").write_text(json.dumps(recipe))
+    files = ["--image", str(picture), "--model", "./trained", "--output", "page.html"]
+    done = run_script(SCRIPT, *files, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert "cut off at 8 tokens" in done.stderr
+    page = (tmp_path / "page.html").read_text()
+    assert run_script(SCRIPT, *files, "--show_html", cwd=tmp_path).stdout == page
+
+
+BAD = [
+    (["--image", "nowhere.png"], 2, "nowhere.png: No such file"),
+    (["--image", "."], 2, "Is a directory"),
+    (["--image", "broken.png"], 80, "broken.png: not a readable PNG, JPEG or WebP"),
+    (["--image", "good.png", "--output", "no/such/page.html"], 2, "the folder does not exist"),
+    (["--image", "good.png", "--model", "./nowhere"], 2, "./nowhere: no such folder"),
+    (["--image", "good.png", "--model", "./empty"], 2, "cannot be loaded"),
+    ([], 2, "--image"),
+    (["--image", "good.png", "--mod", "x"], 2, "--mod"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("flags", "code", "message"), BAD, ids=lambda value: str(value)[:30])
+def test_bad_input_gets_a_message_and_a_code(flags, code, message, tmp_path):
+    (tmp_path / "good.png").write_bytes((make_pages(tmp_path / "pages", 1) / "000.png").read_bytes())
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    done = run_script(SCRIPT, *flags, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,356 @@
+"""Every setting of the training: declared once, met by the command line and the DeepSpeed JSON, checked before anything
+loads.
+
+    resolved = resolve(sys.argv[1:])      # typed beats JSON, JSON beats default
+    check_settings(resolved)              # raises once, naming every problem
+
+Sections: Settings, Resolution, Checks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import page_data
+import use_model_from_hub as use
+from page_data import SettingsError
+
+HERE = Path(__file__).resolve().parent
+
+# -----------------------------------------------------------------------------
+# Settings
+
+
+def setting(default, help: str, **options):
+    return field(default=default, metadata={"help": help, **options})
+
+
+@dataclass
+class PageSettings:
+    """Every setting of this project, each declared here and nowhere else."""
+
+    hub_repo: str = setting(use.HUB_REPO, "Hub repository for the model, NAME or USER/NAME.")
+    push_to_hub: bool = setting(False, "Push the final folder after training; the right to write is checked before.")
+    private_repo: bool = setting(False, "Make the Hub repository private.")
+    num_samples: int = setting(1000, "Training pages; the dataset may end earlier.")
+    base_model: str = setting("Hcompany/Holo1-3B", "Hub repository or folder of a Qwen2.5-VL or Qwen3-VL model.")
+    base_revision: str | None = setting(None, "Branch, tag or commit of the base model on the Hub.")
+    trust_remote_code: bool = setting(False, "Run code that the base model's repository brings along.")
+    dataset: str = setting("HuggingFaceM4/WebSight", "Hub dataset, or a folder with metadata.jsonl and pictures.")
+    dataset_config: str | None = setting(None, "Configuration of the dataset (default: v0.1 for WebSight).")
+    dataset_split: str | None = setting(None, "Split of the dataset (default: train).")
+    dataset_revision: str | None = setting(None, "Branch, tag or commit of the dataset on the Hub.")
+    image_column: str | None = setting(None, "Column of the screenshots (default: known sets by name, else image).")
+    html_column: str | None = setting(None, "Column of the HTML (default: known sets by name, else text).")
+    clean: str = setting(
+        "comments,scripts,tracking,base64", "What is removed from the HTML, by commas; none leaves it as it is."
+    )
+    prompt: str = setting(use.Recipe.prompt, "The question, asked after the screenshot.")
+    max_pixels: int = setting(use.Recipe.max_pixels, "Larger screenshots are shrunk to this width x height.")
+    max_html_tokens: int = setting(use.Recipe.max_html_tokens, "Longer pages are dropped: a cut page teaches no end.")
+    max_bad_share: float = setting(0.02, "Share of broken pages (unreadable, empty) above which training is refused.")
+    quantize: str = setting(
+        "auto",
+        "4-bit NF4 base with LoRA adapters: auto (on a GPU without DeepSpeed), none, 4bit.",
+        choices=["auto", "none", "4bit"],
+    )
+    lora: bool = setting(
+        False, "Train LoRA adapters on the language model only; they are merged into the final folder."
+    )
+    lora_rank: int = setting(16, "Rank of the adapters.")
+    lora_alpha: int = setting(32, "Scale of the adapters: alpha / rank multiplies their product.")
+    freeze_vision: bool = setting(False, "Leave the vision tower and its merger as they are.")
+    random_weights: bool = setting(False, "Start from random weights: the base is configuration and processor only.")
+    micro_batch: int | None = setting(None, "Pages that go through at once on each GPU; pages per step stay the same.")
+    plan: bool = setting(False, "Print the memory of weights, gradients and optimizer for 1 to 64 GPUs, then stop.")
+    eval_pages: int = setting(32, "Held-out pages, written by the model after training.")
+    eval_every: int = setting(0, "Write the held-out pages also every N steps; 0 is only at the end.")
+    compare_base: bool = setting(False, "Write the held-out pages also before training.")
+    resume: bool = setting(False, "Go on from the newest checkpoint in --output_dir.")
+    show_supervision: bool = setting(False, "Print one example with the supervised tokens in colour, then stop.")
+    demo: bool = setting(False, "The bundled tiny model on the bundled pages: no network, no GPU, a few minutes.")
+
+
+# What differs from transformers' own defaults; each stays a flag (--learning_rate, ...).
+TRAINING_DEFAULTS = {
+    "output_dir": "holo1_dom_finetune_output",
+    "per_device_train_batch_size": 1,  # a page is up to 1,280 image tokens and 4,096 of HTML
+    "gradient_accumulation_steps": 8,
+    "per_device_eval_batch_size": 8,  # pages written at once
+    "num_train_epochs": 1,
+    "learning_rate": 1e-5,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,  # below 1: a share of all steps
+    "bf16": True,
+    "activation_checkpointing": True,
+    "logging_steps": 1,
+    "logging_nan_inf_filter": False,  # the filter hides what must be seen
+    "save_total_limit": 2,
+    "report_to": "tensorboard",
+    "remove_unused_columns": False,  # the collate needs them all
+    "disable_tqdm": True,  # one line a step instead
+    "ddp_timeout": 7200,  # rank 0 reads the dataset while the others wait
+}
+LORA_LEARNING_RATE = 1e-4  # unless typed; adapters start from zero and need more than full weights
+
+DEMO = {
+    "base_model": str(HERE / "demo" / "tiny_holo1"),
+    "dataset": str(HERE / "demo" / "pages"),
+    "num_samples": 320,
+    "eval_pages": 40,
+    "compare_base": True,
+    "max_pixels": 224 * 224,
+    "max_html_tokens": 256,
+    "num_train_epochs": 6,
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "per_device_eval_batch_size": 20,
+    "activation_checkpointing": False,
+    "save_strategy": "no",
+}
+
+# DeepSpeed's name for a value that TrainingArguments has, too.
+JSON_TWINS = {
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+    "bf16.enabled": "bf16",
+    "fp16.enabled": "fp16",
+    "optimizer.params.lr": "learning_rate",
+    "optimizer.params.eps": "adam_epsilon",
+    "optimizer.params.weight_decay": "weight_decay",
+    "scheduler.params.warmup_max_lr": "learning_rate",
+    "scheduler.params.warmup_num_steps": "warmup_steps",
+}
+
+
+# -----------------------------------------------------------------------------
+# Resolution
+
+
+@dataclass
+class Resolved:
+    """The settings after command line, JSON and defaults have met: `training` are TrainingArguments, `deepspeed` is the
+    JSON as it will be used (None without DeepSpeed), `notes` say what was decided and why."""
+
+    settings: PageSettings
+    training: dict
+    deepspeed: dict | None
+    notes: list[str]
+    problems: list[str]
+
+
+def parse(argv: list[str]) -> tuple[dict, dict]:
+    """Parse the command line: (all values, only the typed ones). Exits with 2 on unknown flags."""
+    from transformers.hf_argparser import HfArgumentParser
+
+    options = {"allow_abbrev": False, "description": __doc__.split("\n")[0]}
+    if {"-h", "--help"} & set(argv):  # without torch, hence at once
+        more = "Every field of transformers.TrainingArguments is a flag, too; --help_training lists them."
+        HfArgumentParser([PageSettings], epilog=more, **options).parse_args(["--help"])
+    from transformers import TrainingArguments
+
+    # Both have push_to_hub; "resolve" lets the later class win, and the Trainer must never push by itself.
+    usage = None if "--help_training" in argv else "%(prog)s [settings]; --help lists them"
+    classes = [TrainingArguments, PageSettings]
+    parser = HfArgumentParser(classes, conflict_handler="resolve", usage=usage, **options)
+    parser.add_argument("--local_rank", type=int, help="Set by the launcher.")
+    if "--help_training" in argv:
+        parser.parse_args(["--help"])
+    values = {**vars(parser.parse_args([])), **TRAINING_DEFAULTS}
+    for action in parser._actions:  # argparse has no public way to leave out what was not typed
+        action.default = argparse.SUPPRESS
+    typed = vars(parser.parse_args(argv))
+    if typed.get("demo"):  # --demo stands for these flags; what was typed beside it still wins
+        typed = {**DEMO, **typed}
+    values.update(typed)
+    del values["local_rank"]
+    return values, typed
+
+
+def get_json(config: dict, path: str):
+    for key in path.split("."):
+        config = config.get(key) if isinstance(config, dict) else None
+    return config
+
+
+def set_json(config: dict, path: str, value) -> None:
+    *parents, last = path.split(".")
+    for key in parents:
+        config = config.setdefault(key, {})
+    config[last] = value
+
+
+def read_deepspeed_json(path: str, problems: list[str]) -> dict:
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        problems.append(f"--deepspeed {path}: {error.strerror}; give a DeepSpeed JSON such as ds_z3.json")
+        return {}
+    except json.JSONDecodeError as error:
+        problems.append(f"--deepspeed {path}: not JSON, line {error.lineno} column {error.colno}: {error.msg}")
+        return {}
+    if not isinstance(config, dict):
+        problems.append(f"--deepspeed {path}: must be a JSON object, not {type(config).__name__}")
+        return {}
+    return config
+
+
+def resolve(argv: list[str]) -> Resolved:
+    """Bring command line, DeepSpeed JSON and defaults together: typed beats JSON, JSON beats default."""
+    values, typed = parse(argv)
+    import torch  # after --help has answered
+
+    notes, problems = [], []
+    config = read_deepspeed_json(values["deepspeed"], problems) if values["deepspeed"] else None
+    if config is not None:
+        for path, name in JSON_TWINS.items():
+            if name not in typed and get_json(config, path) not in (None, "auto"):
+                values[name] = get_json(config, path)
+        betas = get_json(config, "optimizer.params.betas")
+        if isinstance(betas, list) and not {"adam_beta1", "adam_beta2"} & set(typed):
+            values["adam_beta1"], values["adam_beta2"] = betas
+        if not {"bf16", "fp16"} & set(typed) and get_json(config, "fp16.enabled") is True:
+            values["bf16"] = False  # the default must not contradict a JSON that asks for fp16
+    resolve_precision(values, torch, notes)
+    resolve_quantization(values, torch, notes)
+    gpus = 0 if values["use_cpu"] or not torch.cuda.is_available() else local_world_size()
+    resolve_workers(values, typed, gpus, notes)
+    if values["micro_batch"]:
+        pages = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
+        if values["micro_batch"] < 1 or pages % values["micro_batch"]:
+            problems.append(f"--micro_batch {values['micro_batch']} must divide the {pages} pages per step of a GPU")
+        else:
+            values["per_device_train_batch_size"] = values["micro_batch"]
+            values["gradient_accumulation_steps"] = pages // values["micro_batch"]
+    if (values["lora"] or values["quantize"] == "4bit") and not {"learning_rate", "demo"} & set(typed):
+        values["learning_rate"] = LORA_LEARNING_RATE
+        notes.append(f"learning rate {LORA_LEARNING_RATE} for adapters")
+    if config is not None:
+        finish_deepspeed_json(config, values, notes)
+    names = {item.name for item in fields(PageSettings)}
+    settings = PageSettings(**{name: values.pop(name) for name in names})
+    return Resolved(settings, values, config, notes, problems)
+
+
+def local_world_size() -> int:
+    """Processes of this machine: torchrun and the deepspeed launcher name them differently."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
+def resolve_precision(values: dict, torch, notes: list[str]) -> None:
+    """bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
+    gpu = torch.cuda.is_available() and not values["use_cpu"]
+    if not gpu and (values["bf16"] or values["fp16"]):
+        values["bf16"] = values["fp16"] = False
+        notes.append("precision: fp32, because there is no GPU")
+    elif values["bf16"] and not torch.cuda.is_bf16_supported(including_emulation=False):
+        values["bf16"], values["fp16"] = False, True
+        notes.append(f"precision: fp16, because {torch.cuda.get_device_name()} has no bf16")
+    values["dataloader_pin_memory"] = values["dataloader_pin_memory"] and gpu
+    if not gpu and not values["deepspeed"]:
+        values["use_cpu"] = True  # accelerate then picks gloo; DeepSpeed chooses its own accelerator
+
+
+def resolve_quantization(values: dict, torch, notes: list[str]) -> None:
+    """4-bit only where adapters can train on it: never under DeepSpeed, whose ZeRO-3 cannot shard it."""
+    if values["deepspeed"]:
+        chosen, why = "none", "DeepSpeed shards full-precision weights"
+    elif values["quantize"] != "auto":
+        chosen, why = values["quantize"], "asked for"
+    elif values["random_weights"] or not torch.cuda.is_available():
+        chosen, why = "none", "random weights" if values["random_weights"] else "no GPU to save memory on"
+    else:
+        import importlib.util
+
+        found = importlib.util.find_spec("bitsandbytes") is not None
+        chosen, why = ("4bit", "bitsandbytes works here") if found else ("none", "bitsandbytes is not installed")
+    values["quantize"] = chosen
+    notes.append(f"quantisation: {chosen} ({why})")
+
+
+def resolve_workers(values: dict, typed: dict, gpus: int, notes: list[str]) -> None:
+    """Processes that decode and tokenise ahead of each GPU; on a CPU they would only take its cores away."""
+    if gpus and "dataloader_num_workers" not in typed:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        values["dataloader_num_workers"] = max(1, min(8, cores // gpus - 1))
+    if values["dataloader_num_workers"] and "dataloader_persistent_workers" not in typed:
+        values["dataloader_persistent_workers"] = True
+    if gpus:
+        notes.append(f"data workers: {values['dataloader_num_workers']} for each GPU")
+
+
+def finish_deepspeed_json(config: dict, values: dict, notes: list[str]) -> None:
+    """Write the resolved values into the JSON, so that DeepSpeed and the Trainer cannot disagree."""
+    for path, name in JSON_TWINS.items():
+        if "." not in path or get_json(config, path) is not None:
+            set_json(config, path, values[name])
+    set_json(config, "bf16.enabled", values["bf16"])
+    set_json(config, "fp16.enabled", values["fp16"])
+    if get_json(config, "optimizer.params.betas") is not None:
+        set_json(config, "optimizer.params.betas", [values["adam_beta1"], values["adam_beta2"]])
+    if get_json(config, "scheduler.params.warmup_num_steps") is not None:
+        set_json(config, "scheduler.params.warmup_num_steps", "auto")  # counts steps; ours may be a share
+    config.pop("train_batch_size", None)  # micro-batch x accumulation x ranks, which DeepSpeed multiplies itself
+    if get_json(config, "zero_optimization.stage") == 3:
+        # Without it a checkpoint holds DeepSpeed's shards and no weights that anything else can load.
+        set_json(config, "zero_optimization.stage3_gather_16bit_weights_on_model_save", True)
+    offload = get_json(config, "zero_optimization.offload_optimizer.device") not in (None, "none")
+    if offload and "optimizer" not in config:
+        config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW on the CPU; DeepSpeed would refuse it
+    notes.append(f"DeepSpeed {values['deepspeed']}: {json.dumps(config)}")
+
+
+# -----------------------------------------------------------------------------
+# Checks
+
+
+def check_settings(resolved: Resolved) -> None:
+    """Gather every setting that cannot work and raise once, before anything loads."""
+    settings, training, problems = resolved.settings, resolved.training, list(resolved.problems)
+    base, data = Path(settings.base_model), Path(settings.dataset)
+    at_least = {"num_samples": 1, "eval_pages": 1, "eval_every": 0, "max_html_tokens": 1, "lora_rank": 1}
+    for name, least in {**at_least, "max_pixels": use.Recipe.min_pixels}.items():
+        if getattr(settings, name) < least:
+            problems.append(f"--{name} {getattr(settings, name)}: at least {least}")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size"):
+        if training[name] < 1:
+            problems.append(f"--{name} {training[name]}: at least 1")
+    if not 0 <= settings.max_bad_share <= 1:
+        problems.append(f"--max_bad_share {settings.max_bad_share}: a share between 0 and 1")
+    if not settings.prompt.strip():
+        problems.append("--prompt is empty: say what the model shall write")
+    local = settings.base_model.startswith((".", "/", "~")) or settings.base_model.count("/") > 1
+    if (base.is_dir() or local) and not (base / "config.json").is_file():
+        problems.append(f"--base_model {settings.base_model}: no config.json there; give a model folder or a Hub name")
+    if settings.dataset.startswith((".", "/", "~")) and not data.exists():
+        problems.append(f"--dataset {settings.dataset}: no such folder; give a folder or a Hub name")
+    if settings.random_weights and settings.quantize == "4bit":
+        problems.append("--random_weights with --quantize 4bit: quantised weights cannot train; leave one out")
+    if settings.quantize == "4bit" and settings.freeze_vision:
+        resolved.notes.append("--freeze_vision changes nothing: adapters train on the language model only")
+    if training["bf16"] and training["fp16"]:
+        problems.append("bf16 and fp16 are both on: choose one, on the command line or in the DeepSpeed JSON")
+    if settings.resume and not newest_checkpoint(training["output_dir"]):
+        problems.append(f"--resume: no checkpoint in {training['output_dir']}; leave --resume out to start anew")
+    steps = get_json(resolved.deepspeed or {}, "zero_optimization.stage")
+    if resolved.deepspeed is not None and steps not in (None, 0, 1, 2, 3):
+        problems.append(f"--deepspeed: zero_optimization.stage is {steps!r}; 0, 1, 2 or 3")
+    try:
+        page_data.cleaning_steps(settings.clean)
+        page_data.resolve_dataset(settings.dataset)
+    except SettingsError as error:
+        problems.append(str(error))
+    if problems:
+        raise SettingsError("these settings cannot work:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def newest_checkpoint(output_dir: str) -> Path | None:
+    """The newest complete checkpoint: the Trainer writes trainer_state.json last."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
