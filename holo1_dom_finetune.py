@@ -832,7 +832,8 @@ def evaluation_model(model, plan: dict[str, BaseTensor], base: Path, settings: P
     from transformers import GenerationConfig
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    copy = empty_model(base, device, dtype, settings.trust_remote_code)
+    # Made on the CPU, as a user's model is: the rotary frequencies, computed on a GPU, differ in the last bit.
+    copy = empty_model(base, "cpu", dtype, settings.trust_remote_code).to(device)
     if (base / "generation_config.json").is_file():
         copy.generation_config = GenerationConfig.from_pretrained(base)
     slots = dict(copy.state_dict())

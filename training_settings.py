@@ -105,9 +105,9 @@ DEMO = {
     "compare_base": True,
     "max_pixels": 224 * 224,
     "max_html_tokens": 256,
-    "num_train_epochs": 6,
+    "num_train_epochs": 7,
     "learning_rate": 1e-3,
-    "per_device_train_batch_size": 8,
+    "per_device_train_batch_size": 8,  # divided among the processes
     "gradient_accumulation_steps": 1,
     "per_device_eval_batch_size": 20,
     "activation_checkpointing": False,
@@ -167,7 +167,8 @@ def parse(argv: list[str]) -> tuple[dict, dict]:
         action.default = argparse.SUPPRESS
     typed = vars(parser.parse_args(argv))
     if typed.get("demo"):  # --demo stands for these flags; what was typed beside it still wins
-        typed = {**DEMO, **typed}
+        share = max(1, DEMO["per_device_train_batch_size"] // int(os.environ.get("WORLD_SIZE", "1")))
+        typed = {**DEMO, "per_device_train_batch_size": share, **typed}
     values.update(typed)
     del values["local_rank"]
     return values, typed
