@@ -139,7 +139,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(start, exact_base, pa
     done = start(flags, tmp_path, env={"HOLO1_STATUS_DIR": str(status)}, **options)
     ranks = [(status / f"rank-{rank}").read_text() for rank in range(len(list(status.iterdir())))]
     assert ranks == ["82"] * options.get("processes", 1), output(done)
-    assert "lower --learning_rate" in done.stderr and "Traceback" not in done.stderr
+    assert "lower --learning_rate" in done.stderr
+    assert 'holo1_dom_finetune.py", line' not in done.stderr, "torchrun has a traceback of its own; ours would be a bug"
     emergency = tmp_path / "holo1_dom_finetune_checkpoint"
     assert all(tensor.isfinite().all() for tensor in weights(emergency).values())
     assert weights(emergency).keys() == weights(exact_base).keys()

@@ -1,0 +1,55 @@
+"""Demo: the bundled pages are what their generator writes, and the demo teaches the bundled model to write them."""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, run_script
+
+sys.path.insert(0, str(ROOT / "demo"))
+import make_demo_pages
+
+
+def test_bundled_pages_are_what_the_generator_writes():
+    lines = (ROOT / "demo" / "pages" / "metadata.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    made = [html for html, _ in itertools.islice(make_demo_pages.generate("demo", seed=7), len(texts))]
+    assert len(texts) == 360 and texts == made
+
+
+def test_the_demo_family_is_none_of_the_bases():
+    """Rules and tags that only the demo has; what it shares are `body`, the palette and the frame of a document."""
+    base = [html for html, _ in itertools.islice(make_demo_pages.generate("base", seed=1), 3000)]
+    names = set(re.findall(r"\n(\w+)\{", "".join(base))) | set(re.findall(r"<(\w+)", "".join(base)))
+    demo = [html for html, _ in itertools.islice(make_demo_pages.generate("demo", seed=1), 300)]
+    own = set(re.findall(r"\n(\w+)\{", "".join(demo))) | set(re.findall(r"<(\w+)", "".join(demo)))
+    assert {"dl", "dt", "section", "b", "footer"} == own - names
+
+
+def test_bundled_model_is_small_and_of_the_true_architecture():
+    folder = ROOT / "demo" / "tiny_holo1"
+    assert (folder / "model.safetensors").stat().st_size < 10_000_000
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["Qwen2_5_VLForConditionalGeneration"]
+    assert config["vision_config"]["fullatt_block_indexes"] == [1, 3] and config["vision_config"]["window_size"] == 112
+
+
+@pytest.mark.slow
+def test_demo_fine_tunes_through_launcher_and_zero_3(tmp_path):
+    """The README's first command: hardly a page right before, most of them after, and none by guessing."""
+    done = run_script(str(ROOT / "run_deepspeed_training.py"), "--demo", cwd=tmp_path, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert '"stage": 3' in done.stdout
+    results = json.loads((tmp_path / "holo1_dom_finetune_output" / "evaluation" / "results.json").read_text())
+    before, after = results["before"], results["after"]
+    assert (before["n"], after["n"]) == (40, 40)
+    assert before["exact"] <= 0.1 and after["shuffled_exact"] <= 0.1
+    assert after["exact"] >= 0.6 and after["valid"] >= 0.95
+    page = tmp_path / "holo1_dom_finetune_output" / "evaluation" / "page-0001"
+    command = [sys.executable, str(ROOT / "use_model_from_hub.py"), "--image", str(page / "screenshot.png")]
+    used = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert used.returncode == 0, used.stderr
+    assert used.stdout.strip() == (page / "written.html").read_text().strip(), "users get what was judged"

@@ -1,0 +1,62 @@
+"""The real main against a Hub: pushed whole, refused early, or left on disk; then used from there."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import MAIN, ROOT, make_pages, small_run
+from fake_hub import READER, WRITER, FakeHub
+
+TRAIN = {"max_steps": 1, "push_to_hub": True, "private_repo": True, "hub_repo": "my_model"}
+
+
+def train(hub: FakeHub, base, pages, cwd, token: str | None = WRITER) -> subprocess.CompletedProcess:
+    command = [sys.executable, MAIN, *small_run(base, pages, **TRAIN)]
+    environment = hub.environment(cwd / "home", token=token)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.slow
+def test_a_trained_model_is_pushed_in_one_commit_and_used_from_there(tiny_base, pages_folder, tmp_path):
+    with FakeHub() as hub:
+        done = train(hub, tiny_base, pages_folder, tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert hub.repos["user/my_model"].private and len(hub.commits("user/my_model")) == 1
+        files = set(hub.commits("user/my_model")[0]["files"])
+        final = tmp_path / "holo1_dom_finetune_final"
+        assert files - {".gitattributes"} == {path.name for path in final.iterdir()}
+        # Used where the final folder is not at hand, so that everything must come from the Hub.
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        picture = make_pages(tmp_path / "one", 1) / "000.png"
+        command = [sys.executable, str(ROOT / "use_model_from_hub.py"), "--image", str(picture)]
+        command += ["--model", "user/my_model", "--output", "page.html"]
+        environment = hub.environment(tmp_path / "other_home")
+        used = subprocess.run(
+            command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert used.returncode == 0, used.stderr
+        assert (elsewhere / "page.html").is_file() and '"max_html_tokens": 120' in used.stderr
+        assert WRITER not in done.stdout + done.stderr + used.stderr
+        written = [path for path in tmp_path.rglob("*") if path.is_file() and "home" not in str(path)]
+        assert not [path for path in written if WRITER.encode() in path.read_bytes()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("token", [None, READER], ids=["no token", "read-only token"])
+def test_without_the_right_to_write_nothing_is_trained(token, tiny_base, pages_folder, tmp_path):
+    with FakeHub() as hub:
+        done = train(hub, tiny_base, pages_folder, tmp_path, token=token)
+    assert done.returncode == 2, done.stdout
+    assert "hf auth login" in done.stderr and "Traceback" not in done.stderr
+    assert "step 1/" not in done.stdout and not (tmp_path / "holo1_dom_finetune_final").exists()
+
+
+@pytest.mark.slow
+def test_a_refused_upload_leaves_the_model_on_disk_and_says_how_to_repeat_it(tiny_base, pages_folder, tmp_path):
+    with FakeHub() as hub:
+        hub.fail_next("/commit/", 403, times=99)
+        done = train(hub, tiny_base, pages_folder, tmp_path)
+        assert done.returncode == 86, done.stderr
+    assert (tmp_path / "holo1_dom_finetune_final" / "model.safetensors").is_file()
+    assert "hf upload user/my_model holo1_dom_finetune_final ." in done.stderr and "Traceback" not in done.stderr
