@@ -5,22 +5,10 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import PLAIN_JSON, ROOT, run_script
 
 import training_settings as pipeline
 from page_data import SettingsError
-
-PLAINEST = {
-    "train_micro_batch_size_per_gpu": 1,
-    "gradient_accumulation_steps": 8,
-    "bf16": {"enabled": True},
-    "zero_optimization": {
-        "stage": 3,
-        "offload_param": {"device": "none"},
-        "overlap_comm": True,
-        "contiguous_gradients": True,
-    },
-}
 
 
 def write_json(folder, config, name="ds.json") -> str:
@@ -54,7 +42,7 @@ def test_every_setting_has_a_sentence_of_help():
 def test_training_arguments_are_reachable_and_typed_values_win(tmp_path):
     resolved = pipeline.resolve(["--learning_rate", "3e-6", "--max_steps", "7", "--max_grad_norm", "0.5"])
     assert (resolved.training["learning_rate"], resolved.training["max_steps"]) == (3e-6, 7)
-    config = PLAINEST | {"gradient_clipping": 0.25, "optimizer": {"type": "AdamW", "params": {"lr": 2e-4}}}
+    config = PLAIN_JSON | {"gradient_clipping": 0.25, "optimizer": {"type": "AdamW", "params": {"lr": 2e-4}}}
     path = write_json(tmp_path, config)
     resolved = pipeline.resolve(["--deepspeed", path, "--gradient_accumulation_steps", "2"])
     assert resolved.training["max_grad_norm"] == 0.25, "JSON beats default"
@@ -64,12 +52,12 @@ def test_training_arguments_are_reachable_and_typed_values_win(tmp_path):
 
 
 def test_editing_accumulation_in_the_json_alone_works(tmp_path):
-    path = write_json(tmp_path, PLAINEST | {"gradient_accumulation_steps": 3})
+    path = write_json(tmp_path, PLAIN_JSON | {"gradient_accumulation_steps": 3})
     assert pipeline.resolve(["--deepspeed", path]).training["gradient_accumulation_steps"] == 3
 
 
 def test_the_plainest_json_gets_what_it_lacks(tmp_path):
-    resolved = pipeline.resolve(["--deepspeed", write_json(tmp_path, PLAINEST), "--max_grad_norm", "0.01"])
+    resolved = pipeline.resolve(["--deepspeed", write_json(tmp_path, PLAIN_JSON), "--max_grad_norm", "0.01"])
     assert resolved.deepspeed["gradient_clipping"] == 0.01
     assert resolved.deepspeed["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
 
@@ -97,7 +85,7 @@ def test_precision_falls_back_on_a_cpu_and_says_so():
 
 
 def test_deepspeed_switches_quantisation_off_and_says_why(tmp_path):
-    resolved = pipeline.resolve(["--deepspeed", write_json(tmp_path, PLAINEST), "--quantize", "4bit"])
+    resolved = pipeline.resolve(["--deepspeed", write_json(tmp_path, PLAIN_JSON), "--quantize", "4bit"])
     assert resolved.settings.quantize == "none"
     assert "quantisation: none (DeepSpeed shards full-precision weights)" in resolved.notes
 
