@@ -108,8 +108,9 @@ def test_every_way_to_train_leaves_a_folder_that_loads_anywhere(way, tiny_base, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rename", [with_old_names, with_new_names], ids=lambda rename: rename.__name__)
-@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    ("rename", "tie"), [(with_old_names, True), (with_new_names, False)], ids=["old names, tied", "new names, untied"]
+)
 def test_the_bases_own_key_names_come_back(rename, tie, pages_folder, tmp_path):
     base = rename(tmp_path / "named", make_base(tmp_path / "base", tie=tie))
     assert ("lm_head.weight" in layout(base)) == (not tie)
