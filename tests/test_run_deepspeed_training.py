@@ -282,7 +282,9 @@ class Started:
         env["PATH"] = os.defpath  # a virtual environment that nobody activated
         with (folder / "log").open("w") as log:
             command = [sys.executable, wrapper.__file__, *flags]
-            self.process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)
+            # A shell's background job ignores SIGINT, and the wrapper respects what was ignored when it started.
+            default = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+            self.process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log, preexec_fn=default)
 
     def wait_until_ready(self) -> "Started":
         files = [self.folder / f"ready-{rank}" for rank in range(self.num_ranks)]
