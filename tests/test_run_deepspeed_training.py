@@ -284,7 +284,7 @@ class Started:
             command = [sys.executable, wrapper.__file__, *flags]
             # A shell's background job ignores SIGINT, and the wrapper respects what was ignored when it started.
             default = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
-            self.process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log, preexec_fn=default)
+            self.process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log, preexec_fn=default)  # noqa: PLW1509
 
     def wait_until_ready(self) -> "Started":
         files = [self.folder / f"ready-{rank}" for rank in range(self.num_ranks)]
