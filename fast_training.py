@@ -29,7 +29,10 @@ def segment_attention(
     Returns ((1, S, heads, D), None). On a GPU with half precision one flash kernel takes all segments; elsewhere
     segments of equal length go through SDPA together. Not causal, no dropout: the vision tower has neither.
     """
-    if query.is_cuda and query.element_size() == 2:
+    import torch
+
+    # The flash kernels need compute capability 8.0; older GPUs, fp32 and CPUs go through SDPA.
+    if query.is_cuda and query.element_size() == 2 and torch.cuda.get_device_capability(query.device) >= (8, 0):
         from torch.nn.attention.varlen import varlen_attn
 
         rows = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]  # (S, heads, D)

@@ -394,6 +394,10 @@ def base_tensors(base: Path, settings: PageSettings) -> dict[str, BaseTensor]:
     model = empty_model(base, "meta", torch.bfloat16, settings.trust_remote_code)
     names = dict(model.state_dict())
     found = read_safetensors(base)
+    if not found and not settings.random_weights and not settings.plan:
+        raise SettingsError(
+            f"--base_model {settings.base_model}: no .safetensors there; convert the weights, or --random_weights"
+        )
     if settings.random_weights or not found:
         tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
         dtype = {"bfloat16": "BF16", "float16": "F16"}.get(str(model.config.dtype).removeprefix("torch."), "F32")
@@ -461,7 +465,7 @@ def quantization_config(compute_dtype):
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
         # Reading small print is what the vision tower is for, and it is a sixth of the weights: it stays whole.
-        llm_int8_skip_modules=["lm_head", "visual"],
+        llm_int8_skip_modules=["lm_head", "model.visual"],  # "visual" alone matches nothing (5.23)
     )
 
 
@@ -705,6 +709,7 @@ def train(trainer, settings: PageSettings, stop: StopRequest, save: Callable[[Pa
     if checkpoint:
         say(f"going on from {checkpoint}")
     emergency_group()
+    started = int(Path(checkpoint).name.split("-")[-1]) if checkpoint else 0
     if world_size() > 1:
         print(f"rank {rank()} of {world_size()} on {args.device}, process {os.getpid()}", flush=True)
     try:
@@ -712,7 +717,8 @@ def train(trainer, settings: PageSettings, stop: StopRequest, save: Callable[[Pa
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
         print(f"rank {rank()}: training failed: {type(error).__name__}: {error}", flush=True)
-        if not is_out_of_memory(error) and all_ranks_arrive():
+        trained = trainer.state.global_step > started  # or the weights are only the base's, and not worth keeping
+        if trained and not is_out_of_memory(error) and all_ranks_arrive():
             save(Path(EMERGENCY_FOLDER))
             say(f"emergency checkpoint: ./{EMERGENCY_FOLDER} has the weights as they were; --base_model takes it")
         raise
@@ -738,7 +744,8 @@ def final_tensors(model, plan: dict[str, BaseTensor]) -> Iterator[tuple[str, Bas
     weights = {}
     for name, parameter in model.named_parameters():
         weights[name.removeprefix("base_model.model.").replace(".base_layer.", ".")] = parameter
-    tied = getattr(getattr(model, "base_model", model), "_tied_weights_keys", None) or {}
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # beneath the adapters
+    tied = inner._tied_weights_keys or {}
     scales = {
         name.removeprefix("base_model.model."): module.scaling["default"]
         for name, module in model.named_modules()
@@ -831,7 +838,7 @@ def evaluation_model(model, plan: dict[str, BaseTensor], base: Path, settings: P
     import torch
     from transformers import GenerationConfig
 
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = use.best_dtype(device.type)
     # Made on the CPU, as a user's model is: the rotary frequencies, computed on a GPU, differ in the last bit.
     copy = empty_model(base, "cpu", dtype, settings.trust_remote_code).to(device)
     if (base / "generation_config.json").is_file():
@@ -1045,7 +1052,9 @@ def derived_licence(base_model: str, base_licence: str | None = None) -> tuple[s
             card = hub.model_info(base_model, timeout=10).card_data or {}
     except (hub.errors.HTTPError, OSError, ValueError, yaml.YAMLError):
         pass  # no network, no such model, a card that does not parse: the licence is not known
-    if base_model in BASE_LICENCES or BASE_LICENCES.get(str(card.get("base_model"))) == QWEN_RESEARCH:
+    parents = card.get("base_model") or []
+    parents = [parents] if isinstance(parents, str) else parents
+    if base_model in BASE_LICENCES or any(BASE_LICENCES.get(parent) == QWEN_RESEARCH for parent in parents):
         return BASE_LICENCES.get(base_model, QWEN_RESEARCH)
     licence = str(card.get("license") or base_licence or "other").lower()
     if licence in HUB_LICENCES:

@@ -199,6 +199,10 @@ def read_deepspeed_json(path: str, problems: list[str]) -> dict:
     if not isinstance(config, dict):
         problems.append(f"--deepspeed {path}: must be a JSON object, not {type(config).__name__}")
         return {}
+    for block in ("bf16", "fp16", "zero_optimization", "optimizer", "scheduler"):
+        if not isinstance(config.get(block, {}), dict):
+            problems.append(f"--deepspeed {path}: {block} is {config[block]!r}; it must be an object")
+            config[block] = {}
     return config
 
 
@@ -218,11 +222,14 @@ def resolve(argv: list[str]) -> Resolved:
             values["adam_beta1"], values["adam_beta2"] = betas
         if not {"bf16", "fp16"} & set(typed) and get_json(config, "fp16.enabled") is True:
             values["bf16"] = False  # the default must not contradict a JSON that asks for fp16
+    for asked, other in (("fp16", "bf16"), ("bf16", "fp16")):
+        if typed.get(asked) and other not in typed:
+            values[other] = False
     resolve_precision(values, torch, notes)
     resolve_quantization(values, torch, notes)
     gpus = 0 if values["use_cpu"] or not torch.cuda.is_available() else local_world_size()
     resolve_workers(values, typed, gpus, notes)
-    if values["micro_batch"]:
+    if values["micro_batch"] is not None:
         pages = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
         if values["micro_batch"] < 1 or pages % values["micro_batch"]:
             problems.append(f"--micro_batch {values['micro_batch']} must divide the {pages} pages per step of a GPU")
@@ -232,6 +239,9 @@ def resolve(argv: list[str]) -> Resolved:
     if (values["lora"] or values["quantize"] == "4bit") and not {"learning_rate", "demo"} & set(typed):
         values["learning_rate"] = LORA_LEARNING_RATE
         notes.append(f"learning rate {LORA_LEARNING_RATE} for adapters")
+    for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):  # transformers' older names
+        if name in typed:
+            values[name.replace("gradient", "activation")] = values[name]
     if config is not None:
         finish_deepspeed_json(config, values, notes)
     names = {item.name for item in fields(PageSettings)}
@@ -324,6 +334,12 @@ def check_settings(resolved: Resolved) -> None:
             problems.append(f"--{name} {training[name]}: at least 1")
     if not 0 <= settings.max_bad_share <= 1:
         problems.append(f"--max_bad_share {settings.max_bad_share}: a share between 0 and 1")
+    if str(training["eval_strategy"]).rpartition(".")[2].lower() != "no":
+        problems.append(f"--eval_strategy {training['eval_strategy']}: held-out pages are written with --eval_every N")
+    if training.get("hub_token"):
+        problems.append("--hub_token: a token on the command line is seen by others; put it into HF_TOKEN")
+    if base.is_dir() and base.resolve() == Path(use.FINAL_FOLDER).resolve():
+        problems.append(f"--base_model {settings.base_model} is where the result will be written; rename it first")
     if not settings.prompt.strip():
         problems.append("--prompt is empty: say what the model shall write")
     local = settings.base_model.startswith((".", "/", "~")) or settings.base_model.count("/") > 1

@@ -57,16 +57,19 @@ def load_recipe(source: str, revision: str | None = None) -> Recipe:
     path = Path(source) / RECIPE_FILE
     if not Path(source).is_dir():
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
+        from huggingface_hub.errors import RemoteEntryNotFoundError  # the Hub says no; not: the Hub is out of reach
 
         try:
             path = Path(hf_hub_download(source, RECIPE_FILE, revision=revision))
-        except EntryNotFoundError:
+        except RemoteEntryNotFoundError:
             path = Path()
     if not path.is_file():
         say(f"{source} has no {RECIPE_FILE}: it was not trained by this project, asking with the defaults")
         return Recipe()
-    facts = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UseError(f"{path} is not JSON ({error}); copy it anew from the training's final folder") from error
     return Recipe(**{field.name: facts[field.name] for field in fields(Recipe) if field.name in facts})
 
 
@@ -238,31 +241,40 @@ def resolve_model(name: str | None) -> str:
     if "/" in name:
         return name
     from huggingface_hub import whoami
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError  # httpx's or httpx2's own
 
     try:
         return f"{whoami()['name']}/{name}"
-    except (LocalTokenNotFoundError, HfHubHTTPError) as error:
+    except (LocalTokenNotFoundError, HTTPError, OSError) as error:
         raise UseError(
             f"no folder ./{FINAL_FOLDER} here, and the Hub repository {name} needs its owner's name: "
             f"give --model USER/{name}, or log in with `hf auth login`"
         ) from error
 
 
+def best_dtype(device: str):
+    """bf16 on a GPU that has it, fp16 on one that has not, fp32 on a CPU."""
+    import torch
+
+    if device != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
 def load_model(source: str, recipe: Recipe, trust_remote_code: bool = False):
-    """Load (model, processor) for writing: bf16 on a GPU, fp32 on a CPU. Raises `UseError` when that is impossible."""
+    """Load (model, processor) for writing, in `best_dtype`. Raises `UseError` when that is impossible."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    gpu = torch.cuda.is_available()
-    options = {"dtype": torch.bfloat16 if gpu else torch.float32, "trust_remote_code": trust_remote_code}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = {"dtype": best_dtype(device), "trust_remote_code": trust_remote_code}
     try:
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
         model = AutoModelForImageTextToText.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise UseError(f"--model {source} cannot be loaded: {error}") from error
     limit_pixels(processor, recipe.min_pixels, recipe.max_pixels)
-    return model.to("cuda" if gpu else "cpu").eval(), processor
+    return model.to(device).eval(), processor
 
 
 # -----------------------------------------------------------------------------
