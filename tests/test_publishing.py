@@ -432,3 +432,8 @@ def test_transformers_loads_what_was_pushed(hub: FakeHub, tmp_path: Path, tiny_b
         assert AutoProcessor.from_pretrained("user/tiny").chat_template
     """
     run(hub, tmp_path, [sys.executable, "-c", code, str(tiny_base)])
+
+
+def test_a_parent_in_a_list_binds_as_one_alone_does(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\nbase_model:\n- Qwen/Qwen2.5-VL-3B-Instruct\n---\n")
+    assert monolith.derived_licence(str(tmp_path))[1] == "qwen-research"

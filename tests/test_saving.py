@@ -193,3 +193,35 @@ def test_an_unwhole_final_folder_is_never_left(tiny_base, tmp_path, monkeypatch)
         pipeline.save_final(model, plan, tiny_base, processor, recipe, folder)
     assert sorted(path.name for path in folder.iterdir()) == before
     assert layout(folder) == layout(tiny_base)
+
+
+def test_quantisation_leaves_the_vision_tower_whole(tiny_base):
+    from types import SimpleNamespace
+
+    settings = pipeline.PageSettings(base_model=str(tiny_base), quantize="4bit")
+    args = SimpleNamespace(bf16=False, fp16=False, deepspeed=None, device=torch.device("cpu"), seed=0)
+    model = pipeline.load_model(tiny_base, settings, args)
+    quantised = [name for name, weight in model.named_parameters() if type(weight).__name__ == "Params4bit"]
+    assert quantised and not [name for name in quantised if "visual" in name or "lm_head" in name]
+
+
+def test_a_tied_base_that_stores_its_head_as_well_keeps_both(tiny_base, tmp_path):
+    from safetensors.torch import save_file
+    from transformers import AutoModelForImageTextToText
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    tensors = weights(base)
+    embedding = next(value for key, value in tensors.items() if key.endswith("embed_tokens.weight"))
+    save_file({**tensors, "lm_head.weight": embedding.clone()}, base / "model.safetensors", metadata={"format": "pt"})
+    plan = pipeline.base_tensors(base, pipeline.PageSettings())
+    model = AutoModelForImageTextToText.from_pretrained(base)
+    processor = pipeline.load_processor(base, pipeline.PageSettings())
+    pipeline.save_final(model, plan, base, processor, {"trust_remote_code": False}, tmp_path / "final")
+    assert layout(tmp_path / "final") == layout(base)
+
+
+def test_a_base_without_weights_is_refused(tmp_path):
+    base = make_base(tmp_path / "base", weights=False)
+    with pytest.raises(pipeline.SettingsError, match=r"no \.safetensors there"):
+        pipeline.base_tensors(base, pipeline.PageSettings(base_model=str(base)))

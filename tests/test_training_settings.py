@@ -116,6 +116,9 @@ BAD_SETTINGS = [
     (["--resume"], "--resume: no checkpoint in"),
     (["--deepspeed", "./nowhere.json"], "--deepspeed ./nowhere.json: No such file"),
     (["--micro_batch", "5"], "--micro_batch 5 must divide the 8 pages"),
+    (["--micro_batch", "0"], "--micro_batch 0 must divide the 8 pages"),
+    (["--eval_strategy", "steps"], "held-out pages are written with --eval_every"),
+    (["--hub_token", "hf_secret"], "put it into HF_TOKEN"),
     (["--clean", "comments,everything"], "everything"),
 ]
 
@@ -136,7 +139,11 @@ def test_all_problems_are_named_at_once(tmp_path, monkeypatch):
     assert str(error.value).count("\n  - ") == 4
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"zero_optimization": {"stage": 7}}'])
+def test_the_older_name_of_checkpointing_is_heard():
+    assert pipeline.resolve(["--gradient_checkpointing", "False"]).training["activation_checkpointing"] is False
+
+
+@pytest.mark.parametrize("text", ['{"bf16": true}', "{", "[1]", '{"zero_optimization": {"stage": 7}}'])
 def test_broken_deepspeed_json_is_refused(text, tmp_path):
     path = tmp_path / "broken.json"
     path.write_text(text)
