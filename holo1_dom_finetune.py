@@ -307,6 +307,10 @@ class PageCollator:
 # Model
 
 
+MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl")  # as config.json names them
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # of weights: safetensors' name, torch's name
+
+
 @dataclass(frozen=True)
 class BaseTensor:
     """One tensor of the base checkpoint: its name in the loaded model, shape, dtype, and file (None: no weights)."""
@@ -324,7 +328,7 @@ def fetch_base(settings: PageSettings) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.txt", "*.jinja", "*.model", "README.md", "LICENSE*", "*.py"]
+    wanted = ["*.json", "*.txt", "*.jinja", "*.model", "README.md", "LICENSE*", "NOTICE*", "*.py"]
     wanted += [] if settings.random_weights or settings.plan else ["*.safetensors"]
     try:
         return Path(snapshot_download(settings.base_model, revision=settings.base_revision, allow_patterns=wanted))
@@ -374,23 +378,32 @@ def empty_model(base: Path, device: str, dtype, trust_remote_code: bool):
 
 def read_safetensors(folder: Path) -> dict[str, tuple[tuple[int, ...], str, Path]]:
     """Shape, dtype and file of every tensor in a folder, from the headers alone."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (a safetensors file is no dict)
-                view = tensors.get_slice(key)
-                found[key] = (tuple(view.get_shape()), view.get_dtype(), file)
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (a safetensors file is no dict)
+                    view = tensors.get_slice(key)
+                    found[key] = (tuple(view.get_shape()), view.get_dtype(), file)
+        except SafetensorError as error:
+            raise SettingsError(f"{file} is damaged ({error}); fetch it anew") from error
     return found
 
 
 def base_tensors(base: Path, settings: PageSettings) -> dict[str, BaseTensor]:
     """What the base checkpoint holds, by its own key; from the architecture where it has no weights."""
     import torch
+    from transformers import AutoConfig
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
 
+    kind = AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code).model_type
+    if kind not in MODEL_TYPES:
+        raise SettingsError(
+            f"--base_model {settings.base_model} is a {kind}; {' or '.join(MODEL_TYPES)} can be trained"
+        )
     model = empty_model(base, "meta", torch.bfloat16, settings.trust_remote_code)
     names = dict(model.state_dict())
     found = read_safetensors(base)
@@ -400,7 +413,8 @@ def base_tensors(base: Path, settings: PageSettings) -> dict[str, BaseTensor]:
         )
     if settings.random_weights or not found:
         tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
-        dtype = {"bfloat16": "BF16", "float16": "F16"}.get(str(model.config.dtype).removeprefix("torch."), "F32")
+        asked = str(model.config.dtype).removeprefix("torch.")
+        dtype = next((short for short, name in DTYPES.items() if name == asked), "F32")
         keys = {name: next(iter(revert_weight_conversion(model, {name: names[name]}))) for name in names}
         return {keys[n]: BaseTensor(n, tuple(t.shape), dtype, None) for n, t in names.items() if n not in tied}
     mapping = get_model_conversion_mapping(model)
@@ -409,6 +423,8 @@ def base_tensors(base: Path, settings: PageSettings) -> dict[str, BaseTensor]:
         raise SettingsError(f"--base_model {settings.base_model}: its weights are merged on loading, not only renamed")
     plan = {}
     for key, (shape, dtype, file) in found.items():
+        if dtype not in DTYPES:
+            raise SettingsError(f"--base_model {settings.base_model}: {key} is {dtype}, not {', '.join(DTYPES)}")
         name, _ = rename_source_key(key, mapping, [], model.base_model_prefix, names)
         if name not in names:
             raise SettingsError(f"--base_model {settings.base_model}: {key} is no weight of {type(model).__name__}")
@@ -501,20 +517,27 @@ class Meter:
     """What went through the model since the last log line, on this rank."""
 
     def __init__(self):
-        self.start = time.monotonic()
+        self.start, self.paused = time.monotonic(), 0.0
         self.pages = self.supervised = self.image = self.steps = 0
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """What happens inside is no training time."""
+        start = time.monotonic()
+        yield
+        self.paused += time.monotonic() - start
 
     def count(self, inputs: dict, image_token_id: int) -> None:
         self.pages += inputs["input_ids"].shape[0]
         self.supervised = self.supervised + inputs["labels"].ne(IGNORED).sum()
         self.image = self.image + inputs["input_ids"].eq(image_token_id).sum()
 
-    def read(self, args, steps: int) -> dict[str, float]:
+    def read(self, args) -> dict[str, float]:
         """(all ranks) Rates over all ranks, and the highest peak memory of one."""
         import torch
         import torch.distributed as dist
 
-        seconds = time.monotonic() - self.start
+        seconds, steps = time.monotonic() - self.start - self.paused, max(1, self.steps)
         peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else process_peak_gib()
         counts = [self.pages, float(self.supervised), float(self.image)]
         sums = torch.tensor(counts, device=args.device)
@@ -528,7 +551,7 @@ class Meter:
             "pages_per_second": pages,
             "supervised_tokens_per_second": supervised,
             "image_tokens_per_second": image,
-            "seconds_per_step": seconds / max(1, steps),
+            "seconds_per_step": seconds / steps,
             "peak_gib": peak.item(),
         }
 
@@ -576,7 +599,8 @@ def agree(flag: bool, device) -> bool:
 
 def make_trainer(args, model, collate: PageCollator, train_pages, stop: StopRequest, evaluate: Callable, every: int):
     """The HF Trainer with an exact token mean, a line per step, and an orderly stop."""
-    from transformers import Trainer, TrainerCallback  # here, so that --help need not load torch
+    import torch  # here, so that --help need not load it
+    from transformers import Trainer, TrainerCallback
 
     class PageTrainer(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -584,30 +608,44 @@ def make_trainer(args, model, collate: PageCollator, train_pages, stop: StopRequ
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
             # Asked before the backward pass, by all ranks together: not one poisoned update, and no rank left waiting.
             if agree(not loss.detach().isfinite().all(), args.device):
-                raise NotFiniteError(
-                    f"the loss is {loss.item()} at step {self.state.global_step + 1}; lower --learning_rate"
-                )
+                raise NotFiniteError(NOT_FINITE.format(f"loss is {loss.item()},", self.state.global_step + 1))
             return (loss, outputs) if return_outputs else loss
 
         def log(self, logs, start_time=None):
             if "loss" in logs:
-                logs |= meter.read(args, args.logging_steps)
+                logs |= meter.read(args)
                 say(log_line(logs, self.state))
             super().log(logs, start_time)
 
     class StepEnd(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            # DDP has averaged them, so every rank sees the same. fp16 overflows now and then; its scaler skips those.
+            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            if not args.fp16 and not torch.nn.utils.get_total_norm(gradients).isfinite():
+                raise NotFiniteError(NOT_FINITE.format("gradients are", state.global_step + 1))
+
         def on_step_end(self, args, state, control, **kwargs):
+            meter.steps += 1
+            # DeepSpeed 0.19.8 leaves a step out, on all ranks, when the norm of its gradients is no number.
+            if args.deepspeed and not args.fp16 and not trainer.model_wrapped.was_step_applied():
+                raise NotFiniteError(NOT_FINITE.format("gradients are", state.global_step))
             if world_size() == 1 and not args.deepspeed and memory_is_tight():
                 release_memory()
             if agree(bool(stop.signal), args.device):
                 control.should_save = control.should_training_stop = True
                 stop.signal = stop.signal or signal.SIGTERM
             elif every and state.global_step % every == 0 and state.global_step < state.max_steps:
-                evaluate(f"step {state.global_step}")
+                with meter.pause():
+                    evaluate(f"step {state.global_step}")
 
     meter = Meter()
     trainer = PageTrainer(
-        model=model, args=args, data_collator=collate, train_dataset=train_pages, callbacks=[StepEnd()]
+        model=model,
+        args=args,
+        data_collator=collate,
+        train_dataset=train_pages,
+        processing_class=collate.processor,  # saved with each checkpoint, which --base_model then takes
+        callbacks=[StepEnd()],
     )
     from transformers.trainer_callback import PrinterCallback
 
@@ -616,6 +654,9 @@ def make_trainer(args, model, collate: PageCollator, train_pages, stop: StopRequ
     # 4,000-token one. Its forward does take num_items_in_batch, so the loss is the mean over all supervised tokens.
     trainer.model_accepts_loss_kwargs = True
     return trainer
+
+
+NOT_FINITE = "the {} not finite at step {}, which was left out; lower --learning_rate"
 
 
 def memory_is_tight() -> bool:
@@ -740,7 +781,6 @@ def final_tensors(model, plan: dict[str, BaseTensor]) -> Iterator[tuple[str, Bas
     import torch
     from safetensors import safe_open
 
-    dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
     weights = {}
     for name, parameter in model.named_parameters():
         weights[name.removeprefix("base_model.model.").replace(".base_layer.", ".")] = parameter
@@ -764,7 +804,7 @@ def final_tensors(model, plan: dict[str, BaseTensor]) -> Iterator[tuple[str, Bas
                     value = tensors.get_tensor(key).to(weight.device)
             if down is not None:
                 value = value.float() + scales[stem] * (up.detach().float() @ down.detach().float())
-            yield key, base, value.to(dtypes[base.dtype])
+            yield key, base, value.to(getattr(torch, DTYPES[base.dtype]))
 
 
 def gathered(parameters: list):
@@ -780,13 +820,15 @@ def save_final(model, plan: dict[str, BaseTensor], base: Path, processor, recipe
     """(all ranks) Write a folder that loads anywhere, with exactly the base checkpoint's keys, shapes and dtypes.
 
     Written beside its place and renamed, so that an interrupted save never leaves half a model. Raises `PipelineError`
-    when what was written differs from the base, naming the difference.
+    when what was written differs from the base, naming the difference, and `NotFiniteError` for poisoned weights.
     """
     from huggingface_hub import save_torch_state_dict
     from transformers import AutoConfig, GenerationConfig
 
     state = {}
     for key, _, tensor in final_tensors(model, plan):
+        if not tensor.isfinite().all():  # whole on every rank, so all of them stop here
+            raise NotFiniteError(f"not saved: {key} holds NaN or infinite numbers")
         if rank() == 0:
             state[key] = tensor.cpu().clone().contiguous()
 
@@ -802,6 +844,8 @@ def save_final(model, plan: dict[str, BaseTensor], base: Path, processor, recipe
         if (base / "generation_config.json").is_file():
             GenerationConfig.from_pretrained(base).save_pretrained(partial)
         processor.save_pretrained(partial)
+        for terms in (path for name in ("LICENSE*", "NOTICE*") for path in base.glob(name)):
+            shutil.copyfile(terms, partial / terms.name)  # most licences ask that they travel with the weights
         (partial / use.RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
         compare_tensors(read_safetensors(partial), plan)
         old = folder.with_name(folder.name + ".old")
@@ -850,6 +894,20 @@ def evaluation_model(model, plan: dict[str, BaseTensor], base: Path, settings: P
     return copy.eval()
 
 
+@contextlib.contextmanager
+def plain_linear() -> Iterator[None]:
+    """DeepSpeed 0.19.8 puts a linear function of its own into torch, for good, whose bias rounds on its own in bf16.
+    Inside, torch's is back: written pages and logits are exactly those of a user who loads the final folder."""
+    import torch
+
+    kept = torch.nn.functional.linear
+    torch.nn.functional.linear = torch._C._nn.linear
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = kept
+
+
 def write_held_out(model, processor, pages, recipe: use.Recipe, batch: int) -> list[dict]:
     """(all ranks) Each rank writes its share of the held-out pages; every rank gets all of them, in order."""
     import torch.distributed as dist
@@ -859,7 +917,8 @@ def write_held_out(model, processor, pages, recipe: use.Recipe, batch: int) -> l
         places = mine[:batch]
         screenshots = [use.open_screenshot(pages[place]["screenshot"]) for place in places]
         try:
-            written = use.write_pages(model, processor, screenshots, recipe)
+            with plain_linear():
+                written = use.write_pages(model, processor, screenshots, recipe)
         except Exception as error:
             if not is_out_of_memory(error) or batch == 1:
                 raise
@@ -947,7 +1006,7 @@ def rehearse(model, collate: PageCollator, processor, pages, recipe: use.Recipe)
         for name, value in collate(list(pages)).items()
     }
     batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
-    with torch.no_grad():
+    with torch.no_grad(), plain_linear():
         loss = model(**batch).loss
     if not loss.isfinite():
         raise NotFiniteError(f"the loss of two held-out pages is {loss.item()} before training: the base is damaged")
@@ -971,7 +1030,12 @@ class Judge:
         return evaluation_model(self.model, self.plan, self.base, self.settings, self.args.device)
 
     def rehearse(self, collate: PageCollator) -> None:
+        import torch
+
         rehearse(self.copy(), collate, self.processor, self.pages.select(range(min(2, len(self.pages)))), self.recipe)
+        release_memory()  # the copy was the first thing on the GPU; the peaks to come are training's own
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
 
     def __call__(self, label: str) -> None:
         """(all ranks) Write every held-out page with the weights as they are now."""
@@ -1214,7 +1278,7 @@ def gather_facts(settings: PageSettings, args, base: Path) -> dict:
         "base_revision": snapshot,
         "dataset": public_name(settings.dataset),
         "dataset_config": source.config,
-        "dataset_revision": settings.dataset_revision,
+        "dataset_revision": page_data.dataset_revision(settings.dataset, settings.dataset_revision),
         "dataset_licence": source.licence,
         "commit": commit or None,
         "versions": versions,
@@ -1256,7 +1320,7 @@ def run(argv: list[str]) -> None:
     say_memory(
         f"{settings.base_model}: {sum(math.prod(t.shape) for t in plan.values()) / 1e6:,.1f} M parameters", start
     )
-    facts = gather_facts(settings, args, base)
+    facts = on_main(lambda: gather_facts(settings, args, base))
     recipe = make_recipe(settings, facts)
     chunk = CHUNK_DEEPSPEED if args.deepspeed else CHUNK_FALLBACK
     geometry = fast_training.image_geometry(model.config)
@@ -1322,6 +1386,8 @@ def finish(final: Path, settings: PageSettings, training: dict, facts: dict, rec
         "repo_id": settings.hub_repo if settings.push_to_hub else None,
     }
     write_model_card(final, card)
+    (final / "evaluation").mkdir(exist_ok=True)
+    shutil.copyfile(Path(training["output_dir"]) / "evaluation" / "results.json", final / "evaluation" / "results.json")
     if "before" in results:
         before, after = results["before"], results["after"]
         say(

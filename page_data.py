@@ -108,6 +108,18 @@ def resolve_dataset(dataset: str, **typed: str | None) -> DatasetSource:
     return replace(source, **{name: value for name, value in typed.items() if value})
 
 
+def dataset_revision(dataset: str, revision: str | None) -> str | None:
+    """The commit of a Hub dataset that `revision` (None: the newest) stands for; as asked where the Hub is silent."""
+    import huggingface_hub as hub
+
+    if Path(dataset).expanduser().exists():
+        return revision
+    try:
+        return hub.HfApi().dataset_info(dataset, revision=revision, timeout=10).sha
+    except (hub.errors.HTTPError, OSError, ValueError):
+        return revision
+
+
 def read_rows(
     dataset: str,
     dataset_config: str | None,

@@ -167,7 +167,7 @@ def parse(argv: list[str]) -> tuple[dict, dict]:
         action.default = argparse.SUPPRESS
     typed = vars(parser.parse_args(argv))
     if typed.get("demo"):  # --demo stands for these flags; what was typed beside it still wins
-        share = max(1, DEMO["per_device_train_batch_size"] // int(os.environ.get("WORLD_SIZE", "1")))
+        share = max(1, DEMO["per_device_train_batch_size"] // processes())
         typed = {**DEMO, "per_device_train_batch_size": share, **typed}
     values.update(typed)
     del values["local_rank"]
@@ -203,6 +203,12 @@ def read_deepspeed_json(path: str, problems: list[str]) -> dict:
         if not isinstance(config.get(block, {}), dict):
             problems.append(f"--deepspeed {path}: {block} is {config[block]!r}; it must be an object")
             config[block] = {}
+    for key in JSON_TWINS:
+        value, truth = get_json(config, key), key.endswith("enabled")
+        if value not in (None, "auto") and (not isinstance(value, int | float) or isinstance(value, bool) != truth):
+            wanted = "true, false" if truth else "a number"
+            problems.append(f'--deepspeed {path}: {key} is {json.dumps(value)}; give {wanted} or "auto"')
+            set_json(config, key, "auto")
     return config
 
 
@@ -243,10 +249,22 @@ def resolve(argv: list[str]) -> Resolved:
         if name in typed:
             values[name.replace("gradient", "activation")] = values[name]
     if config is not None:
+        asked = config.pop("train_batch_size", "auto")  # DeepSpeed multiplies it itself, and so do we
+        typed_pages = {"per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch"} & set(typed)
         finish_deepspeed_json(config, values, notes)
+        total = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] * processes()
+        if not typed_pages and asked not in ("auto", total):
+            problems.append(
+                f"--deepspeed {values['deepspeed']}: train_batch_size is {json.dumps(asked)}, but pages x "
+                f"accumulated x processes are {total}; leave it out, or make them agree"
+            )
     names = {item.name for item in fields(PageSettings)}
     settings = PageSettings(**{name: values.pop(name) for name in names})
     return Resolved(settings, values, config, notes, problems)
+
+
+def processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_world_size() -> int:
@@ -307,7 +325,6 @@ def finish_deepspeed_json(config: dict, values: dict, notes: list[str]) -> None:
         set_json(config, "optimizer.params.betas", [values["adam_beta1"], values["adam_beta2"]])
     if get_json(config, "scheduler.params.warmup_num_steps") is not None:
         set_json(config, "scheduler.params.warmup_num_steps", "auto")  # counts steps; ours may be a share
-    config.pop("train_batch_size", None)  # micro-batch x accumulation x ranks, which DeepSpeed multiplies itself
     if get_json(config, "zero_optimization.stage") == 3:
         # Without it a checkpoint holds DeepSpeed's shards and no weights that anything else can load.
         set_json(config, "zero_optimization.stage3_gather_16bit_weights_on_model_save", True)
@@ -353,8 +370,15 @@ def check_settings(resolved: Resolved) -> None:
         resolved.notes.append("--freeze_vision changes nothing: adapters train on the language model only")
     if training["bf16"] and training["fp16"]:
         problems.append("bf16 and fp16 are both on: choose one, on the command line or in the DeepSpeed JSON")
-    if settings.resume and not newest_checkpoint(training["output_dir"]):
+    checkpoint = newest_checkpoint(training["output_dir"]) if settings.resume else training["resume_from_checkpoint"]
+    if settings.resume and not checkpoint:
         problems.append(f"--resume: no checkpoint in {training['output_dir']}; leave --resume out to start anew")
+    shards = len(list(Path(checkpoint).glob("global_step*/*zero_pp_rank_*_optim_states.pt"))) if checkpoint else 0
+    if resolved.deepspeed is not None and shards not in (0, processes()):  # ZeRO cannot deal them out anew
+        problems.append(
+            f"{checkpoint} was written by {shards} processes and resumes on as many, not on {processes()}; "
+            f"its weights alone go on with --base_model {checkpoint}"
+        )
     steps = get_json(resolved.deepspeed or {}, "zero_optimization.stage")
     if resolved.deepspeed is not None and steps not in (None, 0, 1, 2, 3):
         problems.append(f"--deepspeed: zero_optimization.stage is {steps!r}; 0, 1, 2 or 3")

@@ -201,21 +201,23 @@ def small_run(base: Path, pages: Path, **settings) -> list[str]:
     return flags
 
 
-def start_plain(flags: list[str], cwd: Path, **options) -> subprocess.CompletedProcess:
-    return run_script(MAIN, *flags, cwd=cwd, **options)
+def start_plain(flags: list[str], cwd: Path, script: str = MAIN, **options) -> subprocess.CompletedProcess:
+    return run_script(script, *flags, cwd=cwd, **options)
 
 
-def start_torchrun(flags: list[str], cwd: Path, processes: int = 2, **options) -> subprocess.CompletedProcess:
+def start_torchrun(
+    flags: list[str], cwd: Path, processes: int = 2, script: str = MAIN, **options
+) -> subprocess.CompletedProcess:
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
-    return run_script(*launcher, MAIN, *flags, cwd=cwd, **options)
+    return run_script(*launcher, script, *flags, cwd=cwd, **options)
 
 
-def start_deepspeed(flags: list[str], cwd: Path, processes: int = 1, config=None, **options):
+def start_deepspeed(flags: list[str], cwd: Path, processes: int = 1, config=None, script: str = MAIN, **options):
     path = cwd / "ds.json"
     path.write_text(json.dumps(PLAIN_JSON if config is None else config))
     launcher = ["-m", "deepspeed.launcher.runner", f"--num_gpus={processes}", f"--master_port={free_port()}"]
     environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **options.pop("env", {})}
-    return run_script(*launcher, MAIN, "--deepspeed", str(path), *flags, cwd=cwd, env=environment, **options)
+    return run_script(*launcher, script, "--deepspeed", str(path), *flags, cwd=cwd, env=environment, **options)
 
 
 def weights(folder: Path) -> dict:

@@ -173,6 +173,36 @@ def test_a_tensor_that_the_architecture_does_not_have_is_refused(tiny_base, tmp_
         pipeline.base_tensors(base, pipeline.PageSettings())
 
 
+def test_a_damaged_shard_and_another_architecture_are_refused(tiny_base, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(pipeline.SettingsError, match=r"model\.safetensors is damaged"):
+        pipeline.base_tensors(base, pipeline.PageSettings())
+    (base / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(pipeline.SettingsError, match="is a llama; qwen2_5_vl or qwen3_vl can be trained"):
+        pipeline.base_tensors(base, pipeline.PageSettings())
+
+
+def test_poisoned_weights_are_never_saved_and_terms_travel_along(tiny_base, tmp_path):
+    from transformers import AutoModelForImageTextToText
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    (base / "LICENSE.md").write_text("the base's terms")
+    model = AutoModelForImageTextToText.from_pretrained(base)
+    plan = pipeline.base_tensors(base, pipeline.PageSettings())
+    processor = pipeline.load_processor(base, pipeline.PageSettings())
+    save = (model, plan, base, processor, {"trust_remote_code": False}, tmp_path / "final")
+    pipeline.save_final(*save)
+    assert (tmp_path / "final" / "LICENSE.md").read_text() == "the base's terms"
+    with torch.no_grad():
+        model.model.language_model.norm.weight[0] = float("nan")
+    with pytest.raises(pipeline.NotFiniteError, match=r"model\.norm\.weight holds NaN"):
+        pipeline.save_final(*save)
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "final").values())
+
+
 def test_an_unwhole_final_folder_is_never_left(tiny_base, tmp_path, monkeypatch):
     """A save that fails half-way leaves the earlier final folder as it was."""
     from transformers import AutoModelForImageTextToText

@@ -12,6 +12,7 @@ import torch
 from conftest import (
     MAIN,
     PLAIN_JSON,
+    ROOT,
     make_base,
     make_pages,
     output,
@@ -144,6 +145,50 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(start, exact_base, pa
     emergency = tmp_path / "holo1_dom_finetune_checkpoint"
     assert all(tensor.isfinite().all() for tensor in weights(emergency).values())
     assert weights(emergency).keys() == weights(exact_base).keys()
+
+
+POISON = """
+import os, sys
+sys.path.insert(0, {root!r})
+import holo1_dom_finetune as pipeline
+
+load = pipeline.load_model
+
+def load_and_poison(*arguments):
+    model, calls = load(*arguments), []
+    def poison(gradient):
+        calls.append(None)
+        return gradient * float("nan") if len(calls) == 3 and os.environ.get("RANK", "0") == {rank!r} else gradient
+    model.model.language_model.norm.weight.register_hook(poison)
+    return model
+
+pipeline.load_model = load_and_poison
+pipeline.leave(pipeline.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("start", "ranks"), [(start_plain, 1), (start_torchrun, 2), (start_deepspeed, 2)])
+def test_a_gradient_that_is_not_finite_on_one_rank_poisons_no_weight(start, ranks, exact_base, pages_folder, tmp_path):
+    """The third backward pass gives NaN on the last rank; the emergency checkpoint equals the weights of step 2."""
+    script = tmp_path / "poisoned.py"
+    script.write_text(POISON.format(root=str(ROOT), rank=str(ranks - 1)))
+    status = tmp_path / "status"
+    status.mkdir()
+    rate = {"learning_rate": 1e-3, "warmup_steps": 0, "lr_scheduler_type": "constant", "gradient_accumulation_steps": 1}
+    flags = small_run(exact_base, pages_folder, **rate, max_steps=4)
+    options = {"processes": ranks} if ranks > 1 else {}
+    done = start(flags, tmp_path, script=str(script), env={"HOLO1_STATUS_DIR": str(status)}, **options)
+    codes = [(status / f"rank-{rank}").read_text() for rank in range(ranks)]
+    assert codes == ["82"] * ranks, output(done)
+    assert "gradients are not finite at step 3" in done.stderr
+    emergency = weights(tmp_path / "holo1_dom_finetune_checkpoint")
+    assert all(tensor.isfinite().all() for tensor in emergency.values())
+    done = start([*flags, "--max_steps", "2"], tmp_path, **options)
+    assert done.returncode == 0, output(done)
+    clean = weights(tmp_path / "holo1_dom_finetune_final")
+    worst = max((clean[key] - emergency[key]).abs().max().item() for key in clean)
+    assert worst < 1e-6, worst
 
 
 @pytest.mark.slow

@@ -151,6 +151,42 @@ def test_broken_deepspeed_json_is_refused(text, tmp_path):
         pipeline.check_settings(pipeline.resolve(["--deepspeed", str(path)]))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gradient_accumulation_steps": "4"}, 'gradient_accumulation_steps is "4"; give a number or "auto"'),
+        ({"gradient_clipping": True}, 'gradient_clipping is true; give a number or "auto"'),
+        ({"bf16": {"enabled": 1}}, 'bf16.enabled is 1; give true, false or "auto"'),
+        ({"train_batch_size": 64}, "train_batch_size is 64, but pages x accumulated x processes are 8"),
+    ],
+)
+def test_json_values_that_cannot_be_meant_are_named(change, message, tmp_path):
+    path = write_json(tmp_path, PLAIN_JSON | change)
+    with pytest.raises(SettingsError) as error:
+        pipeline.check_settings(pipeline.resolve(["--deepspeed", path]))
+    assert message in str(error.value)
+
+
+def test_a_fitting_batch_size_in_the_json_is_fine_and_typed_pages_win_over_it(tmp_path):
+    path = write_json(tmp_path, PLAIN_JSON | {"train_batch_size": 8})
+    assert not pipeline.resolve(["--deepspeed", path]).problems
+    assert not pipeline.resolve(["--deepspeed", path, "--gradient_accumulation_steps", "2"]).problems
+
+
+def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shards = tmp_path / "holo1_dom_finetune_output" / "checkpoint-3" / "global_step3"
+    shards.mkdir(parents=True)
+    for rank in range(2):
+        (shards / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    (shards.parent / "trainer_state.json").write_text("{}")
+    argv = ["--deepspeed", write_json(tmp_path, PLAIN_JSON), "--resume"]
+    with pytest.raises(SettingsError, match="was written by 2 processes and resumes on as many, not on 1"):
+        pipeline.check_settings(pipeline.resolve(argv))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    pipeline.check_settings(pipeline.resolve(argv))
+
+
 def test_abbreviated_and_unknown_flags_exit_with_2(tmp_path):
     for flag in ("--learning_rat", "--unknown"):
         done = run_script(str(ROOT / "holo1_dom_finetune.py"), flag, "1", cwd=tmp_path)
