@@ -1,88 +1,479 @@
 """What makes a step fast and leaves its result the same.
 
-    use_segment_attention(model)                 # the vision tower's windows in one call instead of one call each
-    geometry = image_geometry(model.config)      # in the data workers: what the model would work out on the way
-    batch |= geometry(batch["image_grid_thw"])
+    install(model)                                # pages packed into one row, each part faster than the model's own
+    batch |= geometry(grids) | pack(pages, ...)   # in the data workers: what the model would work out on the way
+    set_leaves(model)                             # under ZeRO-3, before DeepSpeed takes the model
 
 Nothing of ours is imported, and nothing here changes what is learned: each part equals the model's own way, which the
-tests show. Sections: Attention, Geometry.
+tests show. Sections: Attention, Element-wise, Modules, Loss, Model, Geometry, Vision MLP, ZeRO-3, Cost.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import inspect
+import math
+import types
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+ARCHITECTURES = ("qwen2_5_vl",)  # whose modules are known here; others train their own way, with padded rows
 
 # -----------------------------------------------------------------------------
 # Attention
 
-# The name must hold "flash": only then does the vision tower hand over its boundaries instead of looping over windows,
-# some 2,700 calls a screenshot (transformers 5.23, modeling_qwen2_5_vl.py).
-SEGMENT_ATTENTION = "flash_page_segments"
 
+def attend(query, key, value, bounds, longest: int, scale: float, causal: bool):
+    """Attention inside segments: `query` (S, heads, D), `key` and `value` (S, fewer heads, D), `bounds` (segments + 1)
+    on the same device, `longest` segment. Returns (S, heads, D).
 
-def segment_attention(
-    module, query, key, value, attention_mask, scaling, cu_seq_lens_q=None, max_length_q=None, **kwargs
-):
-    """Attention inside segments. `query`, `key`, `value` (1, heads, S, D), boundaries `cu_seq_lens_q` (segments + 1).
-
-    Returns ((1, S, heads, D), None). On a GPU with half precision one flash kernel takes all segments; elsewhere
-    segments of equal length go through SDPA together. Not causal, no dropout: the vision tower has neither.
+    On a GPU with half precision one flash kernel takes all segments; elsewhere SDPA takes equal lengths together.
     """
     import torch
 
-    # The flash kernels need compute capability 8.0; older GPUs, fp32 and CPUs go through SDPA.
-    if query.is_cuda and query.element_size() == 2 and torch.cuda.get_device_capability(query.device) >= (8, 0):
-        from torch.nn.attention.varlen import varlen_attn
+    if not query.is_cuda or query.element_size() != 2 or torch.cuda.get_device_capability(query.device) < (8, 0):
+        return equal_segments_together(query, key, value, bounds.tolist(), scale, causal)
+    if importlib.util.find_spec("flash_attn"):
+        from flash_attn import flash_attn_varlen_func as flash
 
-        rows = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]  # (S, heads, D)
-        longest = int(max_length_q)
-        return varlen_attn(*rows, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scale=scaling)[None], None
-    return equal_segments_together(query[0], key[0], value[0], scaling, cu_seq_lens_q.tolist())[None], None
+        return flash(query, key, value, bounds, bounds, longest, longest, softmax_scale=scale, causal=causal)
+    from torch.nn.attention.varlen import varlen_attn
+
+    options = {"scale": scale}
+    known = varlen_parameters()
+    if causal:
+        options |= {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "enable_gqa" in known:  # torch 2.11 has no such word and takes fewer keys without it
+        options["enable_gqa"] = key.shape[1] != query.shape[1]
+    return varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
 
 
-def equal_segments_together(query, key, value, scaling: float, bounds: list[int]):
-    """(heads, S, D) to (S, heads, D), one SDPA call for each length that occurs among the segments."""
+@lru_cache(maxsize=1)
+def varlen_parameters() -> frozenset[str]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def equal_segments_together(query, key, value, bounds: list[int], scale: float, causal: bool = False):
+    """(S, heads, D) to (S, heads, D), one SDPA call for each length that occurs among the segments."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
     starts = defaultdict(list)
     for start, end in zip(bounds, bounds[1:]):
         starts[end - start].append(start)
-    result = torch.empty_like(query.transpose(0, 1))
+    result = torch.empty_like(query)
+    grouped = {"enable_gqa": True} if key.shape[1] != query.shape[1] else {}
     for length, places in starts.items():
         rows = torch.tensor(places, device=query.device)[:, None] + torch.arange(length, device=query.device)  # (n, L)
-        parts = [tensor[:, rows].transpose(0, 1) for tensor in (query, key, value)]  # (n, heads, L, D)
-        done = scaled_dot_product_attention(*parts, scale=scaling)
+        parts = [tensor[rows].transpose(1, 2) for tensor in (query, key, value)]  # (n, heads, L, D)
+        done = scaled_dot_product_attention(*parts, scale=scale, is_causal=causal, **grouped)
         result = result.index_copy(0, rows.flatten(), done.transpose(1, 2).flatten(0, 1))
     return result
 
 
-def use_segment_attention(model) -> bool:
-    """Let the vision tower attend segment by segment; False, and nothing changed, where it has no such attention."""
-    from transformers import AttentionInterface
+# -----------------------------------------------------------------------------
+# Element-wise: the model's own formulas, each of which eager torch runs as five to ten passes over memory
 
-    vision = getattr(model.config, "vision_config", None)
-    if getattr(vision, "model_type", "") not in ("qwen2_5_vl", "qwen2_5_vl_vision"):
-        return False
-    AttentionInterface.register(SEGMENT_ATTENTION, segment_attention)
-    # Set after loading: asked of from_pretrained, the name would be looked for among the Hub's kernels.
-    model.model.visual.config._attn_implementation = SEGMENT_ATTENTION
-    return True
+
+def rms_norm(hidden, weight, epsilon: float):
+    import torch
+
+    wide = hidden.to(torch.float32)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return weight * wide.to(hidden.dtype)
+
+
+def rms_norm_backward(hidden, weight, epsilon: float, gradient, residual):
+    """Gradients of `rms_norm` for `hidden`, plus `residual`, which went past it, and for `weight`."""
+    import torch
+
+    wide = hidden.to(torch.float32)
+    inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    normed, outer = wide * inverse, gradient.float()
+    inner = outer * weight.float()
+    for_hidden = inverse * (inner - normed * (inner * normed).mean(-1, keepdim=True)) + residual.float()
+    for_weight = (outer * normed.to(hidden.dtype).float()).sum(0)
+    return for_hidden.to(hidden.dtype), for_weight.to(weight.dtype)
+
+
+def swiglu(gate, up):
+    import torch
+
+    return torch.nn.functional.silu(gate) * up
+
+
+def swiglu_backward(gate, up, gradient):
+    """Gradients of `swiglu` for `gate` and `up`, and its value once more."""
+    import torch
+
+    sigmoid = torch.sigmoid(gate.float())
+    silu = gate.float() * sigmoid
+    wide = gradient.float()
+    for_gate = wide * up.float() * (sigmoid + silu * (1 - sigmoid))
+    return for_gate.to(gate.dtype), (wide * silu).to(up.dtype), silu.to(gate.dtype) * up
+
+
+def rotate(query, key, cos, sin):
+    """Rotary positions; `query`, `key` (S, heads, D), `cos`, `sin` (S, 1, D), whose precision is the product's."""
+    import torch
+
+    def turned(states):
+        first, second = states.chunk(2, dim=-1)
+        wide, halves = states.to(cos.dtype), torch.cat((-second, first), dim=-1).to(cos.dtype)
+        return (wide * cos + halves * sin).to(states.dtype)
+
+    return turned(query), turned(key)
+
+
+def cross_entropy(logits, targets):
+    """Sum of the losses of `logits` (L, V) against `targets` (L,), and its gradient in the logits' own precision."""
+    import torch
+
+    wide = logits.float()
+    high = wide.amax(dim=-1, keepdim=True)
+    exponents = (wide - high).exp()
+    total = exponents.sum(dim=-1, keepdim=True)
+    loss = (total.log() + high - wide.gather(1, targets[:, None])).sum()
+    hits = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    return loss, (exponents / total - hits.float()).to(logits.dtype)
+
+
+class Elementwise:
+    """The functions above, for one family of shapes, fused by torch.compile where that works and is asked for."""
+
+    def __init__(self, fuse: bool):
+        for function in (rms_norm, rms_norm_backward, swiglu, swiglu_backward, rotate, cross_entropy):
+            if fuse:
+                import torch
+
+                # A code object of its own: torch.compile keeps its graphs by code, and two families would mix.
+                own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+                function = torch.compile(own)
+            setattr(self, function.__name__ if not fuse else own.__name__, function)
+
+
+def can_fuse() -> str:
+    """Why element-wise functions cannot be fused here; empty when they can."""
+    import shutil
+
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        return "no C compiler, which triton needs"
+    return ""
+
+
+# -----------------------------------------------------------------------------
+# Modules: forwards that know of packed pages
+
+
+def norm_forward(self, hidden_states):
+    return self.fused.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+def mlp_forward(self, hidden_state):
+    return self.down_proj(self.fused.swiglu(self.gate_proj(hidden_state), self.up_proj(hidden_state)))
+
+
+def language_attention(self, hidden_states, position_embeddings, page_bounds, longest_page, **unused):
+    """(1, T, H) to ((1, T, H), None); pages see themselves only, and only what stands before."""
+    rows = hidden_states[0]
+    parts = [part(rows) for part in (self.q_proj, self.k_proj, self.v_proj)]
+    done = language_heads(self, parts, position_embeddings, page_bounds, longest_page)
+    return self.o_proj(done)[None], None
+
+
+def language_heads(self, parts, position_embeddings, page_bounds, longest_page):
+    query, key, value = (part.view(len(part), -1, self.head_dim) for part in parts)
+    cos, sin = (part[0, :, None] for part in position_embeddings)
+    query, key = self.fused.rotate(query, key, cos, sin)
+    return attend(query, key, value.to(query.dtype), page_bounds, longest_page, self.scaling, causal=True).flatten(1)
+
+
+def vision_attention(self, hidden_states, cu_seqlens, position_embeddings, max_seqlen, **unused):
+    """(P, H) to (P, H); patches see their window or, in some layers, their picture."""
+    return self.proj(vision_heads(self, self.qkv(hidden_states), cu_seqlens, position_embeddings, max_seqlen))
+
+
+def vision_heads(self, together, cu_seqlens, position_embeddings, max_seqlen):
+    parts = together.view(len(together), 3, self.num_heads, -1).unbind(1)
+    cos, sin = (part.float()[:, None] for part in position_embeddings)
+    query, key = self.fused.rotate(*parts[:2], cos, sin)
+    # A copy of the values lets go of the three together, of which the other two are not needed any more.
+    return attend(query, key, parts[2].contiguous(), cu_seqlens, max_seqlen, self.scaling, causal=False).flatten(1)
+
+
+def patch_forward(self, pixels):
+    """The patch embedding's convolution, whose kernel covers each patch exactly once, as the product that it is."""
+    import torch
+
+    done = torch.nn.functional.linear(pixels.flatten(1), self.weight.flatten(1))
+    return done[:, :, None, None, None]
+
+
+def head_forward(self, hidden, targets=None):
+    import torch
+
+    if targets is None:
+        return torch.nn.functional.linear(hidden, self.weight)
+    return supervised_loss(hidden, self.weight, targets, self.fused.cross_entropy)
+
+
+# -----------------------------------------------------------------------------
+# Blocks: a whole layer of plain weights, with the residual inside the products, keeping for the backward pass only what
+# is dear to work out again: of 100 KB a token and layer, 61
+
+
+def language_block(self, hidden_states, position_embeddings, page_bounds, longest_page, **unused):
+    attention, mlp = self.self_attn, self.mlp
+    parts = normed_products(
+        hidden_states[0], self.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj
+    )
+    done = language_heads(attention, parts, position_embeddings, page_bounds, longest_page)
+    rows = add_product(hidden_states[0], done, attention.o_proj)
+    return add_mlp(rows, self.post_attention_layernorm, mlp)[None]
+
+
+def vision_block(self, hidden_states, cu_seqlens, position_embeddings, max_seqlen, **unused):
+    (together,) = normed_products(hidden_states, self.norm1, self.attn.qkv)
+    done = vision_heads(self.attn, together, cu_seqlens, position_embeddings, max_seqlen)
+    return add_mlp(add_product(hidden_states, done, self.attn.proj), self.norm2, self.mlp)
+
+
+def layer_forward(self, hidden_states, *positional, **options):
+    """The block of this layer; its own forward where adapters, 4-bit weights or autocast have a way of their own."""
+    import torch
+
+    products = (*self.mlp.children(), *(self.self_attn if self.block is language_block else self.attn).children())
+    linear = all(type(module) in (torch.nn.Linear, type(self.mlp.act_fn)) for module in products)
+    if not linear or positional or torch.is_autocast_enabled(hidden_states.device.type):
+        return type(self).forward(self, hidden_states, *positional, **options)
+    block = functools.partial(self.block, self, **options)
+    if self.gradient_checkpointing and self.training:
+        return self._gradient_checkpointing_func(block, hidden_states)
+    return block(hidden_states)
+
+
+def normed_products(hidden, norm, *linears):
+    """rms_norm(`hidden`) (S, H) times the weights of each of `linears`; what was normed is worked out twice."""
+    return _functions()[0].apply(hidden, norm, len(linears), norm.weight, *_flat(linears))
+
+
+def add_product(residual, hidden, linear):
+    """`residual` + `linear`(`hidden`), both (S, ...), in one product."""
+    return _functions()[1].apply(residual, hidden, linear.weight, linear.bias)
+
+
+def add_mlp(hidden, norm, mlp):
+    """`hidden` + mlp(rms_norm(`hidden`)); what was normed and the gated product are worked out twice."""
+    return _functions()[2].apply(hidden, norm, norm.weight, *_flat((mlp.gate_proj, mlp.up_proj, mlp.down_proj)))
+
+
+def _flat(linears) -> list:
+    return [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
+
+
+@lru_cache(maxsize=1)
+def _functions() -> tuple:
+    """The three autograd functions; torch is known only once a model is. Weights are saved as parameters, not as views,
+    so that ZeRO-3 may take their data away and bring it back in between."""
+    import torch
+
+    linear = torch._C._nn.linear  # DeepSpeed puts another one into torch.nn.functional
+
+    def weight_gradients(ctx, place: int, gradient, hidden) -> list:
+        """For the weight at input `place` and the bias after it."""
+        for_weight = gradient.T @ hidden if ctx.needs_input_grad[place] else None
+        return [for_weight, gradient.sum(0) if ctx.needs_input_grad[place + 1] else None]
+
+    def add_linear(residual, hidden, weight, bias):
+        done = torch.addmm(residual, hidden, weight.T)
+        return done if bias is None else done.add_(bias)
+
+    class NormedProducts(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden, norm, count, norm_weight, *weights):
+            normed = norm.fused.rms_norm(hidden, norm_weight, norm.variance_epsilon)
+            ctx.save_for_backward(hidden, norm_weight, *weights[::2])
+            ctx.norm = norm
+            return tuple(linear(normed, weights[2 * n], weights[2 * n + 1]) for n in range(count))
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            hidden, norm_weight, *weights = ctx.saved_tensors
+            fused, epsilon = ctx.norm.fused, ctx.norm.variance_epsilon
+            normed, found = fused.rms_norm(hidden, norm_weight, epsilon), []
+            inner = gradients[0] @ weights[0]
+            for gradient, weight in zip(gradients[1:], weights[1:]):
+                inner = inner.addmm_(gradient, weight)
+            for number, gradient in enumerate(gradients):
+                found += weight_gradients(ctx, 4 + 2 * number, gradient, normed)
+            nothing = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
+            outer, for_norm = fused.rms_norm_backward(hidden, norm_weight, epsilon, inner, nothing)
+            return outer, None, None, for_norm, *found
+
+    class AddProduct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, residual, hidden, weight, bias):
+            ctx.save_for_backward(hidden, weight)
+            return add_linear(residual, hidden, weight, bias)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            hidden, weight = ctx.saved_tensors
+            return gradient, gradient @ weight, *weight_gradients(ctx, 2, gradient, hidden)
+
+    class AddMlp(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden, norm, norm_weight, gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias):
+            normed = norm.fused.rms_norm(hidden, norm_weight, norm.variance_epsilon)
+            gate, up = linear(normed, gate_weight, gate_bias), linear(normed, up_weight, up_bias)
+            ctx.save_for_backward(hidden, gate, up, norm_weight, gate_weight, up_weight, down_weight)
+            ctx.norm = norm
+            return add_linear(hidden, norm.fused.swiglu(gate, up), down_weight, down_bias)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            hidden, gate, up, norm_weight, gate_weight, up_weight, down_weight = ctx.saved_tensors
+            fused, epsilon = ctx.norm.fused, ctx.norm.variance_epsilon
+            for_gate, for_up, product = fused.swiglu_backward(gate, up, gradient @ down_weight)
+            for_down = weight_gradients(ctx, 7, gradient, product)
+            del product
+            normed = fused.rms_norm(hidden, norm_weight, epsilon)
+            found = weight_gradients(ctx, 3, for_gate, normed) + weight_gradients(ctx, 5, for_up, normed)
+            inner = (for_gate @ gate_weight).addmm_(for_up, up_weight)
+            outer, for_norm = fused.rms_norm_backward(hidden, norm_weight, epsilon, inner, gradient)
+            return outer, None, for_norm, *found, *for_down
+
+    return NormedProducts, AddProduct, AddMlp
+
+
+# -----------------------------------------------------------------------------
+# Loss
+
+LOSS_ROWS = 2_048  # rows of logits that exist at once: 0.6 GiB in bf16 for 151,936 words
+
+
+def supervised_loss(hidden, weight, targets, cross_entropy: Callable = cross_entropy):
+    """Sum of the cross-entropies of `hidden` (L, H) times `weight` (V, H) against `targets` (L,).
+
+    Logits exist for `LOSS_ROWS` rows at a time and are worked out once: the gradients are taken in the forward pass.
+    """
+    import torch
+
+    class SupervisedLoss(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden, weight):
+            kind = hidden.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+            for_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+            for_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+            loss = hidden.new_zeros((), dtype=torch.float32)
+            with torch.autocast(kind, enabled=False):
+                head = weight.to(dtype)
+                for start in range(0, len(hidden), LOSS_ROWS):
+                    rows = hidden[start : start + LOSS_ROWS].to(dtype)
+                    part, gradient = cross_entropy(rows @ head.T, targets[start : start + LOSS_ROWS])
+                    loss += part
+                    if for_hidden is not None:
+                        for_hidden[start : start + LOSS_ROWS] = gradient @ head
+                    if for_weight is not None:
+                        for_weight += gradient.T @ rows
+            ctx.gradients = for_hidden, for_weight
+            return loss
+
+        @staticmethod
+        def backward(ctx, factor):
+            gradients = [None if part is None else part.mul_(factor.to(part.dtype)) for part in ctx.gradients]
+            del ctx.gradients
+            return tuple(gradients)
+
+    return SupervisedLoss.apply(hidden, weight)
+
+
+# -----------------------------------------------------------------------------
+# Model
+
+NO_MASK = {"full_attention": None, "sliding_attention": None}  # the segments are the mask
+
+
+def packed_forward(
+    self,
+    input_ids,
+    position_ids,
+    pixel_values,
+    image_grid_thw,
+    image_places,
+    page_bounds,
+    longest_page: int,
+    supervised_places,
+    targets,
+    num_items_in_batch=None,
+    **geometry,
+):
+    """The loss of one row of packed pages: the sum over its supervised tokens / `num_items_in_batch`, or their mean."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    core, vision = self.model, {name.removeprefix("image_"): value for name, value in geometry.items()}
+    pictures = core.visual(pixel_values.to(core.visual.dtype), grid_thw=image_grid_thw, **vision).pooler_output
+    embedded = core.get_input_embeddings()(input_ids)[0]
+    embedded = embedded.index_copy(0, image_places, pictures.to(embedded.dtype))[None]  # (1, T, H)
+    pages = {"page_bounds": page_bounds, "longest_page": longest_page}
+    options = {"position_ids": position_ids, "attention_mask": NO_MASK, "use_cache": False}
+    hidden = core.language_model(inputs_embeds=embedded, **options, **pages).last_hidden_state
+    loss = self.lm_head(hidden[0].index_select(0, supervised_places), targets)
+    return CausalLMOutputWithPast(loss=loss / (len(targets) if num_items_in_batch is None else num_items_in_batch))
+
+
+def install(model, fuse: bool) -> None:
+    """Let `model` (of ARCHITECTURES, not wrapped) take batches of `pack`, by faster ways to the same numbers."""
+    import torch
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as own
+
+    forwards = {
+        own.Qwen2_5_VLRMSNorm: norm_forward,
+        own.Qwen2_5_VLMLP: mlp_forward,
+        own.Qwen2MLP: mlp_forward,
+        own.Qwen2_5_VLAttention: language_attention,
+        own.Qwen2_5_VLVisionAttention: vision_attention,
+        torch.nn.Conv3d: patch_forward,
+    }
+    blocks = {own.Qwen2_5_VLDecoderLayer: language_block, own.Qwen2_5_VLVisionBlock: vision_block}
+    for part in (model.model.visual, model.model.language_model):
+        fused = Elementwise(fuse)
+        for module in part.modules():
+            if type(module) in forwards and getattr(module, "act_fn", None).__class__.__name__ in ("NoneType", *SILU):
+                module.fused = fused
+                module.forward = types.MethodType(forwards[type(module)], module)
+            elif type(module) in blocks and type(module.mlp.act_fn).__name__ in SILU:
+                module.block = blocks[type(module)]
+                module.forward = types.MethodType(layer_forward, module)
+    model.lm_head.fused = fused
+    model.lm_head.forward = types.MethodType(head_forward, model.lm_head)
+    model.forward = types.MethodType(packed_forward, model)
+
+
+SILU = ("SiLU", "SiLUActivation")  # mlp_forward's own activation
 
 
 # -----------------------------------------------------------------------------
 # Geometry
 
 
-def image_geometry(config) -> Callable | None:
+def image_geometry(config) -> Callable:
     """A function from `image_grid_thw` (B, 3) to what the vision tower derives from it, as keyword arguments.
 
-    Worked out in the data workers, it costs the GPU no wait. None for architectures whose tower is another one.
+    Worked out in the data workers, it costs the GPU no wait.
     """
     vision = config.vision_config
-    if getattr(vision, "model_type", "") not in ("qwen2_5_vl", "qwen2_5_vl_vision"):
-        return None
     merge, window, patch = vision.spatial_merge_size, vision.window_size, vision.patch_size
 
     def geometry(grids) -> dict:
@@ -102,6 +493,32 @@ def image_geometry(config) -> Callable | None:
     return geometry
 
 
+def pack(rows: Sequence[tuple[list[int], list[int]]], sizes: Sequence[tuple[int, int]], before: int, ignored: int):
+    """Pages as one row. `rows` (ids, labels) of each page, `sizes` (rows, columns) of each picture in tokens, which
+    begins after `before` tokens. Returns `input_ids` (1, T), `position_ids` (4, 1, T), `image_places`,
+    `supervised_places` and `targets` (all 1-D), `page_bounds` (pages + 1), `longest_page`."""
+    import torch
+
+    lengths = [len(ids) for ids, _ in rows]
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    labels = torch.tensor([label for _, row in rows for label in row])
+    pictures = [torch.arange(height * width) + start + before for start, (height, width) in zip(starts, sizes)]
+    positions = [page_positions(before, *size, length) for size, length in zip(sizes, lengths)]
+    # The state at a place predicts the next token. No page begins with a supervised one, so none looks across.
+    supervised = (labels != ignored).nonzero().flatten()
+    return {
+        "input_ids": torch.tensor([[token for ids, _ in rows for token in ids]]),
+        "position_ids": torch.cat(positions, dim=1)[:, None],
+        "image_places": torch.cat(pictures),
+        "supervised_places": supervised - 1,
+        "targets": labels[supervised],
+        "page_bounds": torch.tensor(starts, dtype=torch.int32),
+        "longest_page": max(lengths),
+    }
+
+
 def page_positions(text_before: int, rows: int, columns: int, length: int):
     """Positions (4, length) of one page: the running place, then mRoPE's time, height and width.
 
@@ -118,3 +535,130 @@ def page_positions(text_before: int, rows: int, columns: int, length: int):
     moment = torch.full((picture,), text_before)
     parts = [torch.cat([before, part, after]) for part in (moment, height, width)]
     return torch.stack([torch.arange(length), *parts])
+
+
+# -----------------------------------------------------------------------------
+# Vision MLP
+
+
+def align_vision_mlp(model, multiple: int = 32) -> int:
+    """(all ranks) Widen the vision MLPs with zeros to a multiple of `multiple`; returns the new width.
+
+    3,420 is no multiple of 8, so half-precision products fall back to old tensor-core kernels. Zeros stay zeros:
+    silu(0) x 0 = 0, and so are all their gradients. What is saved has to be cut to the base's shapes again.
+    """
+    import torch
+    from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
+
+    sharded, width = is_deepspeed_zero3_enabled(), 0
+    if sharded:
+        import deepspeed
+    for block in model.model.visual.blocks:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            old = getattr(block.mlp, name)
+            shape = [old.out_features, old.in_features]
+            axis = 1 if name == "down_proj" else 0
+            width = shape[axis] = math.ceil(shape[axis] / multiple) * multiple
+            if shape == [old.out_features, old.in_features]:
+                return width
+            options = {"bias": old.bias is not None, "dtype": old.weight.dtype, "device": old.weight.device}
+            if sharded:
+                with deepspeed.zero.Init(config_dict_or_path=deepspeed_config()):
+                    new = torch.nn.Linear(shape[1], shape[0], **options)
+                whole = deepspeed.zero.GatheredParameters([*old.parameters(), *new.parameters()], modifier_rank=0)
+            else:
+                new, whole = torch.nn.Linear(shape[1], shape[0], **options), torch.no_grad()
+            with whole, torch.no_grad():
+                for part, narrow in old.named_parameters():
+                    wide = getattr(new, part)
+                    wide.zero_()[tuple(map(slice, narrow.shape))] = narrow
+                    wide.requires_grad_(narrow.requires_grad)
+            new.register_load_state_dict_pre_hook(widen)
+            setattr(block.mlp, name, new)
+    return width
+
+
+def widen(module, state: dict, prefix: str, *unused) -> None:
+    """Saved weights have the base's shapes; a checkpoint that is resumed is widened on its way in."""
+    import torch
+
+    for name, parameter in module.named_parameters():
+        narrow = state.get(prefix + name)
+        if narrow is not None and narrow.dim() == parameter.dim() and narrow.shape != parameter.shape:
+            missing = [wide - now for wide, now in zip(parameter.shape, narrow.shape)]
+            padding = [side for size in reversed(missing) for side in (0, size)]
+            state[prefix + name] = torch.nn.functional.pad(narrow, padding)
+
+
+def narrowed(tensor, shape: Sequence[int]):
+    """The part of a widened tensor that the base has."""
+    return tensor[tuple(map(slice, shape))]
+
+
+# -----------------------------------------------------------------------------
+# ZeRO-3
+
+LEAVES = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]
+
+
+def set_leaves(model) -> None:
+    """Let ZeRO-3 fetch a whole layer at once; hooks on each of its dozen parts cost more than their arithmetic."""
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(model, LEAVES)
+
+
+# -----------------------------------------------------------------------------
+# Cost
+
+# Dense bf16 TFLOP/s by NVIDIA's datasheets; the first name that the device's own contains.
+PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165}
+PEAK_TFLOPS |= {"B200": 2250}
+
+
+def peak_tflops(device: str) -> float | None:
+    """What the device can do at most; None where it is not known."""
+    return next((tflops for name, tflops in PEAK_TFLOPS.items() if name in device), None)
+
+
+def page_flops(config, tokens: int, supervised: int, patches: int) -> float:
+    """Floating-point operations that one page needs, forward and backward: products and attention, nothing recomputed.
+
+    6 per weight and token, as Kaplan et al. 2020 count, the head for supervised tokens only; causal attention half.
+    """
+    text, vision = config.get_text_config(), config.vision_config
+    language, head, tower, merger = parameters(config)
+    attention = 12 * text.num_hidden_layers * text.hidden_size * tokens**2 / 2
+    whole = len(vision.fullatt_block_indexes)
+    window = (vision.window_size // vision.patch_size) ** 2
+    seen = whole * patches + (vision.depth - whole) * min(window, patches)
+    merged = merger * patches / vision.spatial_merge_size**2
+    products = 6 * (language * tokens + head * supervised + tower * patches + merged)
+    return products + attention + 12 * vision.hidden_size * patches * seen
+
+
+def parameters(config) -> tuple[int, int, int, int]:
+    """Weights that multiply: (language layers, head, vision blocks, merger)."""
+    text, vision = config.get_text_config(), config.vision_config
+    narrow = text.hidden_size * text.num_key_value_heads // text.num_attention_heads
+    layer = 2 * text.hidden_size * (text.hidden_size + narrow) + 3 * text.hidden_size * text.intermediate_size
+    block = 4 * vision.hidden_size**2 + 3 * vision.hidden_size * vision.intermediate_size
+    wide = vision.hidden_size * vision.spatial_merge_size**2
+    patch = 3 * vision.temporal_patch_size * vision.patch_size**2 * vision.hidden_size
+    head = text.hidden_size * text.vocab_size
+    return layer * text.num_hidden_layers, head, block * vision.depth + patch, wide * (wide + vision.out_hidden_size)
+
+
+def deal(costs: Sequence[float], bins: int) -> list[list[int]]:
+    """Places 0..len(costs)-1 in `bins` groups of equal size (one more in some, if they do not divide) and cost.
+
+    The dearest first, each to the cheapest group with room (LPT, Graham 1969); groups come back dearest first.
+    """
+    groups: list[list[int]] = [[] for _ in range(bins)]
+    sums = [0.0] * bins
+    room = [len(costs) // bins + (place < len(costs) % bins) for place in range(bins)]
+    for place in sorted(range(len(costs)), key=lambda place: (-costs[place], place)):
+        chosen = min((group for group in range(bins) if len(groups[group]) < room[group]), key=lambda g: (sums[g], g))
+        groups[chosen].append(place)
+        sums[chosen] += costs[place]
+    return [groups[group] for group in sorted(range(bins), key=lambda group: (-sums[group], group))]

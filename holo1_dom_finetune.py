@@ -34,6 +34,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import fast_training
+import memory_plan
 import page_data
 import use_model_from_hub as use
 from page_data import DataError, PipelineError, SettingsError
@@ -212,15 +213,24 @@ class PageCollator:
     """
 
     def __init__(
-        self, processor, encoder: PageEncoder, pages, chunk: int, notes_file: Path | None = None, geometry=None
+        self,
+        processor,
+        encoder: PageEncoder,
+        pages,
+        chunk: int,
+        notes_file: Path | None = None,
+        config=None,
+        packed: bool = False,
+        dtype=None,
     ):
         self.processor, self.encoder, self.pages, self.notes_file = processor, encoder, pages, notes_file
         self.chunk = self.largest_chunk = chunk
-        self.geometry = geometry  # None: the model works positions and windows out by itself
+        self.config = config  # of the model, to count its operations; None: not counted
+        self.packed = packed  # into one row; else padded rows, as every model takes them
+        self.dtype = dtype  # of the pixels, which halves what travels to the GPU; None: as the processor makes them
 
     def __call__(self, pages: list[dict]) -> dict:
-        """Returns `input_ids`, `labels`, `attention_mask`, `mm_token_type_ids` (B, T), `pixel_values` (patches, dim),
-        `image_grid_thw` (B, 3) and, with `geometry`, what the model would derive from them."""
+        """Returns `pixel_values` (patches, dim), `image_grid_thw` (B, 3) and what `pad` or `pack` adds."""
         import torch
 
         kept, features = [], []
@@ -233,26 +243,36 @@ class PageCollator:
         rows = []
         for page, grid in zip(kept, grids):
             rows.append(self.encoder.encode(page["html"], int(grid.prod()) // self.encoder.merge))
+        batch = {"pixel_values": torch.cat([pixels for pixels, _ in features]), "image_grid_thw": grids}
+        if self.config is not None:
+            sizes = zip(rows, grids.prod(dim=1).tolist())
+            batch["flops"] = sum(self.flops(labels, patches) for (_, labels), patches in sizes)
+        if not self.packed:
+            return batch | self.pad(rows)
+        if self.dtype is not None:
+            batch["pixel_values"] = batch["pixel_values"].to(self.dtype)
+        sizes = (grids[:, 1:] // math.isqrt(self.encoder.merge)).tolist()
+        batch |= fast_training.pack(rows, sizes, len(self.encoder.before), IGNORED)
+        return batch | fast_training.image_geometry(self.config)(grids)
+
+    def flops(self, labels: list[int], patches: int) -> float:
+        return fast_training.page_flops(self.config, len(labels), len(labels) - labels.count(IGNORED), patches)
+
+    def pad(self, rows: list[tuple[list[int], list[int]]]) -> dict:
+        """`input_ids`, `labels`, `attention_mask`, `mm_token_type_ids`, all (B, T)."""
+        import torch
+
         longest = max(len(ids) for ids, _ in rows)
-        pad = self.processor.tokenizer.pad_token_id
-        input_ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in rows])
-        labels = torch.tensor([row + [IGNORED] * (longest - len(row)) for _, row in rows])
+        token = self.processor.tokenizer.pad_token_id
+        input_ids = torch.tensor([ids + [token] * (longest - len(ids)) for ids, _ in rows])
         lengths = torch.tensor([len(ids) for ids, _ in rows])
-        batch = {
+        return {
             "input_ids": input_ids,
-            "labels": labels,
+            "labels": torch.tensor([row + [IGNORED] * (longest - len(row)) for _, row in rows]),
             "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
             # Without these the model's positions silently become one-dimensional (transformers 5.23).
             "mm_token_type_ids": (input_ids == self.encoder.image_token_id).long(),
-            "pixel_values": torch.cat([pixels for pixels, _ in features]),
-            "image_grid_thw": grids,
         }
-        if self.geometry:
-            before, merge = len(self.encoder.before), math.isqrt(self.encoder.merge)
-            sizes = (grids[:, 1:] // merge).tolist()
-            positions = [fast_training.page_positions(before, *size, longest) for size in sizes]
-            batch |= self.geometry(grids) | {"position_ids": torch.stack(positions, dim=1)}  # (4, B, T)
-        return batch
 
     def process(self, pages: list[dict]) -> tuple[list[dict], list[tuple]]:
         """As many of `pages` as fit into memory, at least one: (pages, one (pixels, grid) each)."""
@@ -453,13 +473,14 @@ def load_model(base: Path, settings: PageSettings, args):
         model = AutoModelForImageTextToText.from_config(config, **options)
     else:
         model = AutoModelForImageTextToText.from_pretrained(base, **options)
-    fast_training.use_segment_attention(model)
     if is_deepspeed_zero3_enabled():
         if not all(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             raise PipelineError("ZeRO-3 is on, yet the weights were not sharded while loading")
         model._weight_conversions = None  # else saving reverses renamings that never happened (transformers 5.23)
     for parameter in vision_tower(model).parameters() if settings.freeze_vision else ():
         parameter.requires_grad_(False)
+    if trains_fast(model.config, settings):
+        make_fast(model, settings, is_deepspeed_zero3_enabled())
     if frozen_base:
         model = add_adapters(model, settings)
     model.config.get_text_config().use_cache = (
@@ -470,6 +491,27 @@ def load_model(base: Path, settings: PageSettings, args):
 
 def vision_tower(model):
     return model.model.visual
+
+
+def trains_fast(config, settings: PageSettings) -> bool:
+    return settings.fast and config.model_type in fast_training.ARCHITECTURES
+
+
+def make_fast(model, settings: PageSettings, sharded: bool) -> None:
+    """(all ranks) Everything of fast_training.py, and a line that says what runs and what could not."""
+    obstacle = fast_training.can_fuse() if settings.fuse == "auto" else ""
+    fuse = settings.fuse == "yes" or (settings.fuse == "auto" and not obstacle)
+    if fuse:
+        import torch
+
+        # A handful of small kernels: worker processes for them would outlive the training by many seconds.
+        torch._inductor.config.compile_threads = 1
+    width = fast_training.align_vision_mlp(model)
+    fast_training.install(model, fuse)
+    if sharded:
+        fast_training.set_leaves(model)
+    fused = "fused" if fuse else f"not fused ({obstacle or 'as asked'})"
+    say(f"fast path: pages packed, element-wise parts {fused}, vision MLP {width:,} wide")
 
 
 def quantization_config(compute_dtype):
@@ -494,19 +536,220 @@ def add_adapters(model, settings: PageSettings):
     return get_peft_model(model, config)
 
 
-def print_plan(base: Path, settings: PageSettings) -> None:
-    """Memory of the model's states, from the architecture alone; activations and the head's logits come on top."""
+def print_plan(base: Path, resolved: Resolved) -> None:
+    """What each part of the memory would take, and what `--micro_batch auto` would choose, without a GPU."""
+    settings, config = resolved.settings, load_config(base, resolved.settings)
     sizes = [math.prod(tensor.shape) for tensor in base_tensors(base, settings).values()]
-    total, largest = sum(sizes), max(sizes)
-    say(f"{settings.base_model}: {total / 1e9:.2f} B parameters, the largest tensor {largest / 1e6:.0f} M")
-    say("full fine-tuning under ZeRO-3, bf16 with fp32 master weights and AdamW, GiB per GPU, without activations:")
-    say("GPUs  weights  gradients  optimizer    sum  (offloaded: gathered weights only)")
-    for gpus in (1, 2, 4, 8, 16, 32, 64):
-        weights, optimizer = 2 * total / gpus / 2**30, 12 * total / gpus / 2**30
-        say(
-            f"{gpus:4d} {weights:8.1f} {weights:10.1f} {optimizer:10.1f} {2 * weights + optimizer:6.1f}"
-            f"  ({2 * largest / 2**30:.1f})"
-        )
+    pages = resolved.training["per_device_train_batch_size"] * resolved.training["gradient_accumulation_steps"]
+    tokens = (settings.max_pixels // 28**2, settings.max_html_tokens + 1)
+    say(f"{settings.base_model}: {sum(sizes) / 1e9:.2f} B parameters; {pages} pages per step and GPU, each of at most ")
+    say(
+        f"{tokens[0]:,} image tokens and {tokens[1]:,} of HTML; GiB on each GPU under {resolved.training['deepspeed']}:"
+    )
+
+    def longest(count: int) -> memory_plan.Load:
+        return memory_plan.Load(count * (sum(tokens) + 40), count * tokens[0] * 4, count * tokens[1])
+
+    way = training_way(resolved.training, settings, resolved.deepspeed, fused=True)
+    say(memory_plan.table(config, longest, way, pages, bucket_size(resolved.deepspeed, config), (24, 40, 80, 140)))
+    copy = 2 * sum(sizes) / 2**30
+    say(f"before and after training a copy that writes pages takes {copy:.1f} GiB more, when activations take none")
+
+
+def load_config(base: Path, settings: PageSettings):
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code)
+
+
+def bucket_size(deepspeed: dict | None, config) -> int:
+    """Weights in one of DeepSpeed's buckets; `auto` is what transformers makes of it."""
+    asked = (deepspeed or {}).get("zero_optimization", {}).get("reduce_bucket_size", "auto")
+    return config.get_text_config().hidden_size ** 2 if asked == "auto" else int(asked)
+
+
+def training_way(training: dict, settings: PageSettings, deepspeed: dict | None, fused: bool) -> memory_plan.Way:
+    """How these settings train, as the memory plan sees it."""
+    zero = (deepspeed or {}).get("zero_optimization", {})
+    return memory_plan.Way(
+        processes=world_size(),
+        micro_batch=training["per_device_train_batch_size"],
+        sharded=zero.get("stage") == 3,
+        offload=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
+        adapters=settings.lora or settings.quantize == "4bit",
+        four_bit=settings.quantize == "4bit",
+        frozen_vision=settings.freeze_vision,
+        fused=fused,
+    )
+
+
+# -----------------------------------------------------------------------------
+# Memory
+
+
+def choose_micro_batch(args, settings: PageSettings, config, pages, encoder: PageEncoder) -> memory_plan.Plan | None:
+    """(all ranks) As many pages at once, and as few layers worked out twice, as the plan says will fit; None on a CPU.
+
+    Sets them in `args` and in DeepSpeed's configuration; pages per step stay the same. `Fit` proves the choice.
+    """
+    import torch
+
+    if args.device.type != "cuda" or not trains_fast(config, settings):
+        return None
+    deepspeed = args.hf_deepspeed_config.config if args.deepspeed else None
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    way = training_way({"per_device_train_batch_size": args.per_device_train_batch_size}, settings, deepspeed, True)
+    bucket, loads = REDUCED_AT_ONCE, longest_loads(pages, encoder, per_step)
+    shares = memory_plan.SHARES if settings.checkpoint_share is None else [settings.checkpoint_share]
+    ways = memory_plan.candidates(way, per_step, shares)
+    if settings.micro_batch != "auto":
+        ways = [way for way in ways if way.micro_batch == args.per_device_train_batch_size]
+
+    def plan_of(way: memory_plan.Way) -> memory_plan.Plan:
+        return memory_plan.estimate(config, loads[way.micro_batch - 1], way, bucket)
+
+    limit = memory_plan.MEMORY_SHARE * torch.cuda.get_device_properties(args.device).total_memory / 2**30
+    plan = memory_plan.choose(ways, plan_of, limit)
+    if plan is None:  # the plan may err: tried, with a warning, rather than refused
+        plan = min(map(plan_of, ways), key=lambda plan: plan.total)
+        say(f"the plan says {plan.total:.1f} GiB, which {memory_plan.remedy(way, limit)}; trying all the same")
+    args.per_device_train_batch_size = plan.way.micro_batch
+    args.gradient_accumulation_steps = per_step // plan.way.micro_batch
+    args.activation_checkpointing = plan.way.checkpointed > 0
+    if deepspeed is not None:
+        deepspeed["train_micro_batch_size_per_gpu"] = plan.way.micro_batch
+        deepspeed["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+        tune_zero(deepspeed.get("zero_optimization", {}), plan.way)
+    parts = ", ".join(f"{name} {size:.1f}" for name, size in plan.parts.items())
+    say(
+        f"micro-batch: {plan.way.micro_batch} pages at once, {plan.way.checkpointed:.0%} of the layers worked out twice"
+        f"{', weights stay gathered' * plan.way.whole}; {plan.total:.1f} GiB planned of {limit:.1f} ({parts})"
+    )
+    return plan
+
+
+REDUCED_AT_ONCE = 200_000_000  # weights: transformers' own choice, 4 M for 3B, sends each gradient by itself
+
+
+def tune_zero(zero: dict, way: memory_plan.Way) -> None:
+    """What DeepSpeed's configuration leaves to us ("auto", or nothing), by measurement (benchmarks/README.md)."""
+    wanted = {"reduce_bucket_size": REDUCED_AT_ONCE}
+    if way.whole:  # one GPU: gathering for every layer what nobody else holds would only be copying
+        wanted |= {"stage3_param_persistence_threshold": 10**11, "stage3_max_live_parameters": 10**11}
+    elif zero.get("stage") == 3:
+        wanted["stage3_prefetch_bucket_size"] = REDUCED_AT_ONCE // 2  # a layer of 3B has 77 M: fetched one ahead
+    for name, value in wanted.items():
+        if zero.get(name, "auto") == "auto":
+            zero[name] = value
+
+
+def longest_loads(pages, encoder: PageEncoder, most: int) -> list[memory_plan.Load]:
+    """The longest possible batch of 1, 2, ... `most` pages: no order of the pages makes a longer one."""
+    question = len(encoder.before) + len(encoder.after)
+    sizes = sorted(
+        (
+            (question + page["image_tokens"] + page["html_tokens"] + 1, page["image_tokens"], page["html_tokens"] + 1)
+            for page in pages.select_columns(["html_tokens", "image_tokens"])
+        ),
+        reverse=True,
+    )
+    loads, sums = [], (0, 0, 0)
+    for number in range(most):
+        sums = tuple(map(sum, zip(sums, sizes[number % len(sizes)])))
+        loads.append(memory_plan.Load(sums[0], sums[1] * encoder.merge, sums[2]))
+    return loads
+
+
+class Fit:
+    """Proves before step one that the longest possible batch fits, and that the fast path gives the plain loss."""
+
+    def __init__(self, plan: memory_plan.Plan | None, plain_loss: float | None):
+        self.plan, self.plain_loss = plan, plain_loss
+
+    def __call__(self, trainer, collate: PageCollator, pages, held_out) -> None:
+        """(all ranks) Raises OutOfMemoryError, or starts anew with half as many pages where auto chose them."""
+        import torch
+
+        model, share = trainer.model, self.plan.way.checkpointed if self.plan else 1.0
+        if trainer.args.activation_checkpointing:
+            checkpoint_some_layers(model, share)
+        if self.plain_loss is not None:
+            with torch.no_grad():
+                loss = self.forward(trainer, collate(list(held_out.select(range(min(2, len(held_out)))))))
+            say(f"fast path: loss {loss.item():.4f} on the two held-out pages, {self.plain_loss:.4f} the plain way")
+            if not abs(loss.item() - self.plain_loss) <= 0.02 * self.plain_loss:
+                raise PipelineError(
+                    f"the fast path's loss is {loss.item()}, the plain one's {self.plain_loss}: use --fast False"
+                )
+        if self.plan:
+            self.prove(trainer, collate, pages)
+
+    def forward(self, trainer, batch: dict):
+        batch.pop("flops", None)
+        with trainer.compute_loss_context_manager():
+            return trainer.model_wrapped(**trainer._prepare_inputs(batch)).loss
+
+    def prove(self, trainer, collate: PageCollator, pages) -> None:
+        import torch
+
+        costs = page_costs(trainer.model.config, pages, collate.encoder)
+        longest = sorted(range(len(pages)), key=lambda place: -costs[place])
+        chosen = [pages[longest[number % len(pages)]] for number in range(self.plan.way.micro_batch)]
+        start, failure = time.monotonic(), None
+        trainer.model.train()
+        try:
+            # Times zero: gradients of zeros, which change nothing when DeepSpeed adds those of the first step.
+            loss = self.forward(trainer, collate(chosen)) * 0.0
+            trainer.accelerator.gradient_state._set_sync_gradients(False)
+            trainer.accelerator.backward(loss)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = error
+        if not trainer.args.deepspeed:
+            trainer.model.zero_grad(set_to_none=True)
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        if together(failure is not None):
+            self.start_anew(trainer.args, failure)
+        say_memory(f"the longest possible batch of {self.plan.way.micro_batch} pages fits, {peak:.1f} GiB,", start)
+
+    def start_anew(self, args, failure: Exception | None) -> None:
+        """(all ranks) In the same processes, with half as many pages at once: DeepSpeed cannot go on after this."""
+        import torch
+
+        size = self.plan.way.micro_batch
+        if size == 1 or "--micro_batch" in sys.argv:
+            raise failure or torch.OutOfMemoryError("out of memory on another GPU")
+        say(f"the plan was too bold: starting anew with --micro_batch {size // 2}")
+        sys.stdout.flush()
+        again = [*sys.orig_argv[1:], "--micro_batch", str(size // 2), "--checkpoint_share", "1"]
+        os.execv(sys.executable, [sys.executable, *again])
+
+
+def checkpoint_some_layers(model, share: float) -> None:
+    """Of each tower's layers, `share` have their activations worked out twice, spread evenly."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    towers: dict[type, list] = {}
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            towers.setdefault(type(module), []).append(module)
+    for layers in towers.values():
+        for place, layer in enumerate(layers):
+            layer.gradient_checkpointing = math.floor((place + 1) * share) > math.floor(place * share)
+
+
+def together(flag: bool, seconds: float = 60.0) -> bool:
+    """(all ranks) True everywhere when it is true anywhere; over gloo, since NCCL may be stuck after a failure."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or world_size() == 1:
+        return flag
+    dist.monitored_barrier(emergency_group(), timeout=timedelta(seconds=seconds))
+    votes = torch.tensor(float(flag))
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=emergency_group())
+    return bool(votes)
 
 
 # -----------------------------------------------------------------------------
@@ -517,8 +760,9 @@ class Meter:
     """What went through the model since the last log line, on this rank."""
 
     def __init__(self):
-        self.start, self.paused = time.monotonic(), 0.0
+        self.start, self.paused, self.waited = time.monotonic(), 0.0, 0.0
         self.pages = self.supervised = self.image = self.steps = 0
+        self.flops = 0.0
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -528,32 +772,41 @@ class Meter:
         self.paused += time.monotonic() - start
 
     def count(self, inputs: dict, image_token_id: int) -> None:
-        self.pages += inputs["input_ids"].shape[0]
-        self.supervised = self.supervised + inputs["labels"].ne(IGNORED).sum()
-        self.image = self.image + inputs["input_ids"].eq(image_token_id).sum()
+        self.pages += len(inputs["image_grid_thw"])
+        self.flops += inputs.pop("flops", 0.0)
+        if "targets" in inputs:
+            self.supervised += len(inputs["targets"])
+            self.image += len(inputs["image_places"])
+        else:
+            self.supervised = self.supervised + inputs["labels"].ne(IGNORED).sum()
+            self.image = self.image + inputs["input_ids"].eq(image_token_id).sum()
 
     def read(self, args) -> dict[str, float]:
-        """(all ranks) Rates over all ranks, and the highest peak memory of one."""
+        """(all ranks) Rates over all ranks, the longest wait for data, and the highest peak memory of one."""
         import torch
         import torch.distributed as dist
 
         seconds, steps = time.monotonic() - self.start - self.paused, max(1, self.steps)
-        peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else process_peak_gib()
-        counts = [self.pages, float(self.supervised), float(self.image)]
-        sums = torch.tensor(counts, device=args.device)
-        peak = torch.tensor(peak, device=args.device)
+        cuda = torch.cuda.is_available()
+        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else process_peak_gib()
+        counts = [self.pages, float(self.supervised), float(self.image), self.flops / 1e12]
+        sums = torch.tensor(counts, device=args.device, dtype=torch.float64 if cuda else torch.float32)
+        worst = torch.tensor([peak, self.waited / seconds], device=args.device)
         if dist.is_initialized() and world_size() > 1:
             dist.all_reduce(sums)
-            dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-        pages, supervised, image = (sums / seconds).tolist()
+            dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        pages, supervised, image, tflops = (sums / seconds).tolist()
+        peak, waited = worst.tolist()
         self.__init__()
+        most = fast_training.peak_tflops(torch.cuda.get_device_name()) if cuda else None
         return {
             "pages_per_second": pages,
             "supervised_tokens_per_second": supervised,
             "image_tokens_per_second": image,
             "seconds_per_step": seconds / steps,
-            "peak_gib": peak.item(),
-        }
+            "data_wait_share": waited,
+            "peak_gib": peak,
+        } | ({"mfu": tflops / most / world_size()} if most and tflops else {})
 
 
 def process_peak_gib() -> float:
@@ -597,27 +850,105 @@ def agree(flag: bool, device) -> bool:
     return bool(votes)
 
 
-def make_trainer(args, model, collate: PageCollator, train_pages, stop: StopRequest, evaluate: Callable, every: int):
-    """The HF Trainer with an exact token mean, a line per step, and an orderly stop."""
-    import torch  # here, so that --help need not load it
-    from transformers import Trainer, TrainerCallback
+def trainer_class(meter: Meter, collate: PageCollator, plan: dict[str, BaseTensor], costs: list[float]) -> type:
+    """The HF Trainer with an exact token mean, steps of equal cost, a line per step, and the base's shapes on disk."""
+    from transformers import Trainer  # here, so that --help need not load torch
 
     class PageTrainer(Trainer):
+        def _get_train_sampler(self, train_dataset=None):
+            return page_sampler(costs, self.args)
+
+        def get_batch_samples(self, *arguments):
+            start = time.monotonic()
+            batches = super().get_batch_samples(*arguments)
+            meter.waited += time.monotonic() - start
+            return batches
+
+        def _get_num_items_in_batch(self, batch_samples, device):
+            packed = [{"labels": batch["targets"], "shift_labels": batch["targets"]} for batch in batch_samples]
+            return super()._get_num_items_in_batch(packed, device)
+
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             meter.count(inputs, collate.encoder.image_token_id)
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-            # Asked before the backward pass, by all ranks together: not one poisoned update, and no rank left waiting.
-            if agree(not loss.detach().isfinite().all(), args.device):
-                raise NotFiniteError(NOT_FINITE.format(f"loss is {loss.item()},", self.state.global_step + 1))
-            return (loss, outputs) if return_outputs else loss
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
         def log(self, logs, start_time=None):
             if "loss" in logs:
-                logs |= meter.read(args)
+                if not math.isfinite(logs["loss"]):  # the mean over all ranks, which all of them see
+                    raise NotFiniteError(NOT_FINITE.format(f"loss is {logs['loss']},", self.state.global_step))
+                logs |= meter.read(self.args)
                 say(log_line(logs, self.state))
             super().log(logs, start_time)
 
-    class StepEnd(TrainerCallback):
+        def _save(self, output_dir=None, state_dict=None):
+            if not hasattr(self.model, "peft_config"):  # adapters alone are saved then
+                shapes = {tensor.name: tensor.shape for tensor in plan.values()}
+                whole = self.model.state_dict() if state_dict is None else state_dict
+                state_dict = {
+                    name: fast_training.narrowed(value, shapes[name]).contiguous() if name in shapes else value
+                    for name, value in whole.items()
+                }
+            super()._save(output_dir, state_dict=state_dict)
+
+    if collate.config is None or not collate.packed:
+        del PageTrainer._get_num_items_in_batch
+    return PageTrainer
+
+
+def page_sampler(costs: list[float], args):
+    """Batches of equal cost: the pages of a step, drawn at random, are dealt out so that all ranks finish together.
+
+    No page comes twice in an epoch, and all ranks have equally many batches: of the last pages, as many as cannot be
+    shared out evenly are left out of this epoch; another one draws others.
+    """
+    import torch
+    from transformers.trainer_pt_utils import BatchRebalanceSampler  # the Trainer deals with its kind, rank by rank
+
+    micro, accumulated, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size()
+
+    class PageSampler(BatchRebalanceSampler):
+        def __init__(self):
+            self.epoch = 0
+
+        def steps(self) -> Iterator[list[list[int]]]:
+            """The pages of each optimizer step, in groups: one for each rank and micro-batch, rank by rank."""
+            generator = torch.Generator().manual_seed(args.seed + self.epoch)
+            order = torch.randperm(len(costs), generator=generator).tolist()
+            order = order[: len(order) // ranks * ranks]
+            size = micro * accumulated * ranks
+            for start in range(0, len(order), size):
+                pages = order[start : start + size]
+                groups = fast_training.deal(
+                    [costs[page] for page in pages], math.ceil(len(pages) / micro / ranks) * ranks
+                )
+                yield [[pages[place] for place in group] for group in groups]
+
+        def __iter__(self):
+            for groups in self.steps():
+                yield from groups[rank() :: ranks]
+
+        def __len__(self):
+            mine = len(costs) // ranks
+            return mine // (micro * accumulated) * accumulated + math.ceil(mine % (micro * accumulated) / micro)
+
+    if len(costs) < ranks:
+        raise DataError(f"{len(costs)} training pages for {ranks} processes: each needs one; give more pages")
+    return PageSampler()
+
+
+def make_trainer(args, model, collate: PageCollator, pages, stop: StopRequest, judge: Judge, fit: Fit):
+    """The Trainer and what happens at the end of each of its steps."""
+    import torch
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import PrinterCallback
+
+    every = judge.settings.eval_every
+
+    class Steps(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            fit(trainer, collate, pages, judge.pages)
+            meter.__init__()
+
         def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
             # DDP has averaged them, so every rank sees the same. fp16 overflows now and then; its scaler skips those.
             gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -636,24 +967,39 @@ def make_trainer(args, model, collate: PageCollator, train_pages, stop: StopRequ
                 stop.signal = stop.signal or signal.SIGTERM
             elif every and state.global_step % every == 0 and state.global_step < state.max_steps:
                 with meter.pause():
-                    evaluate(f"step {state.global_step}")
+                    judge(f"step {state.global_step}")
 
-    meter = Meter()
-    trainer = PageTrainer(
+    meter, costs = Meter(), page_costs(model.config, pages, collate.encoder)
+    trainer = trainer_class(meter, collate, judge.plan, costs)(
         model=model,
         args=args,
         data_collator=collate,
-        train_dataset=train_pages,
+        train_dataset=pages,
         processing_class=collate.processor,  # saved with each checkpoint, which --base_model then takes
-        callbacks=[StepEnd()],
+        callbacks=[Steps()],
     )
-    from transformers.trainer_callback import PrinterCallback
-
+    if rank() == 0:  # which page was trained on in which step of the first epoch
+        steps = enumerate(page_sampler(costs, args).steps(), start=1)
+        names = pages.select_columns(["name"])["name"]
+        lines = ({"step": step, "pages": [names[page] for group in groups for page in group]} for step, groups in steps)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (Path(args.output_dir) / "page_order.jsonl").write_text(text, encoding="utf-8")
     trainer.remove_callback(PrinterCallback)  # it prints the dictionary that log_line puts into words
     # Qwen2.5-VL declares False, and the Trainer would average micro-batch means: an 8-token page as heavy as a
     # 4,000-token one. Its forward does take num_items_in_batch, so the loss is the mean over all supervised tokens.
     trainer.model_accepts_loss_kwargs = True
     return trainer
+
+
+def page_costs(config, pages, encoder: PageEncoder) -> list[float]:
+    """Floating-point operations of each page, from its counted tokens alone."""
+    counted, question = pages.select_columns(["html_tokens", "image_tokens"]), len(encoder.before) + len(encoder.after)
+    costs = []
+    for page in counted:
+        tokens = question + page["image_tokens"] + page["html_tokens"] + 1
+        patches = page["image_tokens"] * encoder.merge
+        costs.append(fast_training.page_flops(config, tokens, page["html_tokens"] + 1, patches))
+    return costs
 
 
 NOT_FINITE = "the {} not finite at step {}, which was left out; lower --learning_rate"
@@ -687,7 +1033,9 @@ def log_line(logs: dict, state) -> str:
         f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"
         f"  {logs['pages_per_second']:.2f} pages/s  {logs['supervised_tokens_per_second']:,.0f} supervised tokens/s"
         f"  {logs['image_tokens_per_second']:,.0f} image tokens/s  {logs['seconds_per_step']:.2f} s/step"
-        f"  peak {logs['peak_gib']:.1f} GiB  {timedelta(seconds=round(left))} left"
+        + (f"  MFU {100 * logs['mfu']:.1f} %" if "mfu" in logs else "")
+        + f"  data wait {100 * logs['data_wait_share']:.0f} %  peak {logs['peak_gib']:.1f} GiB"
+        f"  {timedelta(seconds=round(left))} left"
     )
 
 
@@ -798,7 +1146,7 @@ def final_tensors(model, plan: dict[str, BaseTensor]) -> Iterator[tuple[str, Bas
         stem = base.name.removesuffix(".weight")
         down, up = (weights.get(f"{stem}.lora_{part}.default.weight") for part in "AB")
         with gathered([part for part in (weight, down, up) if part is not None]):
-            value = weight.detach()
+            value = fast_training.narrowed(weight.detach(), base.shape)
             if type(weight).__name__ == "Params4bit":
                 with safe_open(base.file, framework="pt") as tensors:
                     value = tensors.get_tensor(key).to(weight.device)
@@ -997,8 +1345,9 @@ def announce(label: str, result: dict) -> str:
     )
 
 
-def rehearse(model, collate: PageCollator, processor, pages, recipe: use.Recipe) -> None:
-    """(all ranks) Two held-out pages through collate, loss and generation: what is broken shows now, not in an hour."""
+def rehearse(model, collate: PageCollator, processor, pages, recipe: use.Recipe) -> float:
+    """(all ranks) Two held-out pages through collate, loss and generation: what is broken shows now, not in an hour.
+    Returns the loss."""
     import torch
 
     batch = {
@@ -1014,6 +1363,7 @@ def rehearse(model, collate: PageCollator, processor, pages, recipe: use.Recipe)
     written = write_held_out(model, processor, pages, short, batch=2)
     tokens = sum(row["tokens"] for row in written)
     say(f"rehearsal: loss {loss.item():.4f} on two held-out pages, {tokens} tokens written")
+    return loss.item()
 
 
 class Judge:
@@ -1029,13 +1379,16 @@ class Judge:
     def copy(self):
         return evaluation_model(self.model, self.plan, self.base, self.settings, self.args.device)
 
-    def rehearse(self, collate: PageCollator) -> None:
+    def rehearse(self, collate: PageCollator) -> float:
         import torch
 
-        rehearse(self.copy(), collate, self.processor, self.pages.select(range(min(2, len(self.pages)))), self.recipe)
+        loss = rehearse(
+            self.copy(), collate, self.processor, self.pages.select(range(min(2, len(self.pages)))), self.recipe
+        )
         release_memory()  # the copy was the first thing on the GPU; the peaks to come are training's own
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+        return loss
 
     def __call__(self, label: str) -> None:
         """(all ranks) Write every held-out page with the weights as they are now."""
@@ -1236,12 +1589,15 @@ def make_arguments(resolved: Resolved):
         args._n_gpu = 1
     for note in resolved.notes:
         say(note)
-    micro, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    total = micro * accumulated * world_size()
     if args.world_size != world_size():
         raise PipelineError(f"the launcher started {world_size()} processes, the Trainer counts {args.world_size}")
-    say(f"{micro} pages x {accumulated} accumulated x {world_size()} processes = {total} pages per step")
     return args
+
+
+def say_batch(args) -> None:
+    micro, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    total = micro * accumulated * world_size()
+    say(f"{micro} pages x {accumulated} accumulated x {world_size()} processes = {total} pages per step")
 
 
 def prepare_pages(settings: PageSettings, args, encoder: PageEncoder, processor):
@@ -1299,10 +1655,12 @@ def make_recipe(settings: PageSettings, facts: dict) -> dict:
 def run(argv: list[str]) -> None:
     """(all ranks) One page's way from the dataset to the Hub."""
     resolved = resolve(argv)
+    import torch
+
     check_settings(resolved)
     settings = resolved.settings
     if settings.plan:
-        return print_plan(fetch_base(settings), settings)
+        return print_plan(fetch_base(settings), resolved)
     args = make_arguments(resolved)
     if settings.push_to_hub:
         settings.hub_repo = on_main(lambda: check_hub_access(settings.hub_repo, settings.private_repo))
@@ -1314,6 +1672,8 @@ def run(argv: list[str]) -> None:
         ids, labels = encoder.encode(training[0]["html"], training[0]["image_tokens"])
         return say(colour_supervision(ids, labels, processor.tokenizer, encoder.image_token_id))
     keep_earlier_checkpoints(settings, args)
+    memory = choose_micro_batch(args, settings, load_config(base, settings), training, encoder)
+    say_batch(args)
     start = time.monotonic()
     plan = base_tensors(base, settings)
     model = load_model(base, settings, args)
@@ -1323,12 +1683,15 @@ def run(argv: list[str]) -> None:
     facts = on_main(lambda: gather_facts(settings, args, base))
     recipe = make_recipe(settings, facts)
     chunk = CHUNK_DEEPSPEED if args.deepspeed else CHUNK_FALLBACK
-    geometry = fast_training.image_geometry(model.config)
-    collate = PageCollator(
-        processor, encoder, training, chunk, Path(args.output_dir) / "replaced_pages.jsonl", geometry
-    )
+    notes = Path(args.output_dir) / "replaced_pages.jsonl"
+    half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    packed = trains_fast(model.config, settings)
     judge = Judge(model, plan, base, settings, args, processor, held_out)
-    judge.rehearse(collate)
+    plain_loss = judge.rehearse(PageCollator(processor, encoder, training, chunk, notes))
+    # Quantised weights give another loss, and so do those that a checkpoint will bring.
+    same = packed and settings.quantize == "none" and not settings.resume and not args.resume_from_checkpoint
+    fit = Fit(memory, plain_loss if same else None)
+    collate = PageCollator(processor, encoder, training, chunk, notes, model.config, packed, half)
     if settings.compare_base:
         judge("before")
 
@@ -1336,7 +1699,7 @@ def run(argv: list[str]) -> None:
         save_final(model, plan, base, processor, recipe, folder)
 
     stop = StopRequest()
-    trainer = make_trainer(args, model, collate, training, stop, judge, settings.eval_every)
+    trainer = make_trainer(args, model, collate, training, stop, judge, fit)
     start = time.monotonic()
     result = train(trainer, settings, stop, save)
     seconds = time.monotonic() - start
@@ -1445,14 +1808,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def leave(code: int) -> None:
-    """End this process without waiting for ranks that may hang: after a failure, nothing collective is left to do."""
-    dist = sys.modules.get("torch.distributed")  # --help has not loaded it
-    if code == 0 and dist and dist.is_initialized():
-        dist.destroy_process_group()
+    """End this process at once. Everything is written; NCCL, the compiler and data workers may take long to tidy up,
+    and after a failure wait for ranks that hang."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if code == 0:
-        sys.exit(0)
     os._exit(code)
 
 

@@ -3,7 +3,9 @@
     python run_deepspeed_training.py --dry_run    # checks everything, shows the command, starts nothing
     python run_deepspeed_training.py --demo       # a tiny model, no network, no GPU
     python run_deepspeed_training.py --num_gpus 4 --num_samples 5000 --learning_rate 1e-5
+    python run_deepspeed_training.py --num_gpus 8 --num_nodes 2 --node_rank 0 --no_ssh --master_addr 10.0.0.1
 
+The last is for two machines: the other one gets the same with --node_rank 1; under srun, neither needs the last four.
 Flags that are not listed by --help, and all after `--`, go to the training script untouched. One Ctrl-C (or SIGTERM)
 lets the training save its state and exit with 85; a second one ends everything at once. The launcher loses exit codes
 and leaves ranks behind (deepspeed 0.19.8): so HOLO1_RUN_ID marks every process of a run, and each rank's last act is
@@ -62,6 +64,12 @@ def read_command_line(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--private_repo", action="store_true", help="make the repository private, default off")
     parser.add_argument("--num_samples", type=int, help="training pages, default 1000")
     parser.add_argument("--dry_run", action="store_true", help="check everything, print the command, start nothing")
+    several = parser.add_argument_group("several machines", "Start the wrapper on each, with one and the same port.")
+    several.add_argument("--num_nodes", type=int, help="machines, each with --num_gpus; default 1, or as srun says")
+    several.add_argument("--node_rank", type=int, help="which of them this one is, from 0; on 0 the ranks meet")
+    several.add_argument("--no_ssh", action="store_true", help="always: over ssh ranks cannot be watched or stopped")
+    several.add_argument("--master_addr", help="name or address of machine 0, on every machine the same")
+    several.add_argument("--hostfile", help="DeepSpeed's list of machines, in place of --num_nodes; slots do not count")
     end = argv.index("--") if "--" in argv else len(argv)
     args, others = parser.parse_known_args(argv[:end])
     typed = [f"--{name}" for name in ("push_to_hub", "private_repo") if getattr(args, name)]
@@ -70,12 +78,17 @@ def read_command_line(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return args, typed + others + argv[end + 1 :]
 
 
-def build_command(args: argparse.Namespace, gpus: list[str], passed_on: list[str]) -> list[str]:
+def build_command(args: argparse.Namespace, gpus: list[str], passed_on: list[str], hostfile: str) -> list[str]:
     # This interpreter starts the launcher, and the launcher the ranks: right in a venv that nobody activated.
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(args.num_gpus)]
     if "CUDA_VISIBLE_DEVICES" in os.environ:  # --num_gpus ignores it and takes the first GPUs; --include obeys
         chosen = gpus or [str(NO_GPU + rank) for rank in range(args.num_gpus)]
-        launcher[3:] = ["--include", "localhost:" + ",".join(chosen[: args.num_gpus])]
+        ours = ",".join(chosen[: args.num_gpus])  # of other machines' GPUs, only the number counts here
+        hosts = ["localhost"] if args.num_nodes == 1 else [f"node{number}" for number in range(args.num_nodes)]
+        launcher[3:] = ["--include", "@".join(f"{host}:{ours}" for host in hosts)]
+    if args.num_nodes > 1:
+        launcher += ["--hostfile", hostfile, "--no_ssh", "--node_rank", str(args.node_rank)]
+        launcher += ["--master_addr", args.master_addr]
     return [*launcher, "--master_port", str(args.master_port), args.script, "--deepspeed", args.config, *passed_on]
 
 
@@ -104,24 +117,74 @@ def port_trouble(port: int) -> str:
     return ""
 
 
+def ask_slurm(args: argparse.Namespace) -> list[str]:
+    """Fills in what was not typed, where srun has started us on several machines; returns what is wrong with that."""
+    env, nodes = os.environ, os.environ.get("SLURM_STEP_NUM_NODES")  # not set in the batch script, which runs once
+    if args.num_nodes is None and nodes is None and (job := env.get("SLURM_JOB_NUM_NODES", "1")) != "1":
+        say(f"of the {job} machines of this SLURM job only this one trains; for all, start the wrapper with srun")
+    if args.num_nodes == 1 or nodes in (None, "1"):
+        return []
+    told = {"num_nodes": int(nodes), "node_rank": int(env["SLURM_NODEID"])}
+    told["master_addr"] = re.sub(r"\[(\w+).*?\]", r"\1", env["SLURM_STEP_NODELIST"]).split(",")[0]  # of node[01-03,07]
+    vars(args).update({name: value for name, value in told.items() if getattr(args, name) is None}, no_ssh=True)
+    say("srun: --no_ssh " + " ".join(f"--{name} {getattr(args, name)}" for name in told))
+    tasks = env.get("SLURM_STEP_NUM_TASKS", nodes)
+    wrong = f"srun: {tasks} tasks on {nodes} machines; start one on each, with --ntasks-per-node=1"
+    return [wrong] if tasks != nodes else []
+
+
+def machine_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the flags for several machines; --num_nodes is resolved here."""
+    problems, hosts, rank = ask_slurm(args), {}, args.node_rank
+    if args.hostfile is not None:
+        try:
+            lines = [line.strip() for line in Path(args.hostfile).read_text().splitlines()]
+            lines = [line for line in lines if line and not line.startswith("#")]
+            hosts = {line.split()[0] for line in lines}
+            if bad := [line for line in lines if not re.match(r"\S+\s+slots=\d", line)]:
+                raise ValueError(f"bad line {bad[0]!r}")
+            if not hosts or len(hosts) < len(lines):
+                raise ValueError(f"{len(lines)} lines name {len(hosts)} different machines")
+        except (OSError, ValueError) as error:
+            problems.append(f"--hostfile {args.hostfile}: {error}; give a file of lines like: node1 slots=8")
+    elif args.num_nodes is None and (args.no_ssh or args.master_addr or rank is not None):
+        problems.append("--node_rank, --no_ssh, --master_addr: for several machines only; tell how many, --num_nodes")
+    nodes = len(hosts) if args.num_nodes is None else args.num_nodes
+    if hosts and nodes > len(hosts):
+        problems.append(f"--num_nodes {nodes}: --hostfile {args.hostfile} names {len(hosts)}; correct one of them")
+    if rank is not None and nodes > 0 and not 0 <= rank < nodes:
+        problems.append(f"--node_rank {rank}: give a number from 0 to {nodes - 1}, one less than --num_nodes")
+    needed = {"--no_ssh": args.no_ssh or None, "--node_rank": rank, "--master_addr": args.master_addr or None}
+    if nodes > 1 and (missing := [flag for flag, value in needed.items() if value is None]):
+        how = "start this on each, with --no_ssh (ranks started over ssh can be neither watched nor stopped)"
+        how += ", its --node_rank from 0, and the --master_addr of machine 0"
+        problems.append(f"--num_nodes {nodes}: {', '.join(missing)} missing; {how}")
+    args.num_nodes = max(1, nodes)
+    return problems
+
+
 def find_problems(args: argparse.Namespace, gpus: list[str], passed_on: list[str]) -> list[str]:
     """All that would stop this run, each with its remedy; --script, --config and --master_port are resolved here."""
     problems = []
-    for name in ("num_gpus", "num_samples"):
+    for name in ("num_gpus", "num_nodes", "num_samples"):
         if (value := getattr(args, name)) is not None and value < 1:
             problems.append(f"--{name} {value}: give 1 or more")
+    problems += machine_problems(args)
     if gpus and args.num_gpus > len(gpus):
         which = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
         only = f"only {len(gpus)} can be used here (CUDA_VISIBLE_DEVICES: {which})"
         problems.append(f"--num_gpus {args.num_gpus}: {only}; ask for at most {len(gpus)}")
+    if args.master_port is None and args.num_nodes > 1:
+        args.master_port = DEFAULT_PORT  # the other machines could not know of another one
     if (port := args.master_port) is None:
         args.master_port = next(port for port in range(DEFAULT_PORT, 65536) if not port_trouble(port))
         if args.master_port != DEFAULT_PORT:
             say(f"port {DEFAULT_PORT} is busy: taking {args.master_port}")
     elif not 1 <= port <= 65535:
         problems.append(f"--master_port {port}: give a number from 1 to 65535")
-    elif trouble := port_trouble(port):
-        problems.append(f"--master_port {port}: {trouble}; give another, or none for the next free one")
+    elif not args.node_rank and (trouble := port_trouble(port)):  # the ranks meet on machine 0
+        other = "another, or none for the next free one" if args.num_nodes == 1 else "every machine another"
+        problems.append(f"--master_port {port}: {trouble}; give {other}")
     for name in ("script", "config"):  # relative to the current folder, else to this file's
         path = Path(getattr(args, name))
         found = [place for place in (path, Path(__file__).resolve().parent / path) if place.is_file()]
@@ -154,7 +217,8 @@ def parent_of(pid: int) -> int:
 class Run:
     """One start of the launcher: its processes, how they end, and what that means."""
 
-    def __init__(self, num_ranks: int):
+    def __init__(self, num_ranks: int, first_rank: int = 0):
+        self.ranks = range(first_rank, first_rank + num_ranks)  # of this machine
         self.num_ranks, self.id, self.status_dir = num_ranks, uuid.uuid4().hex, tempfile.mkdtemp(prefix="holo1-run-")
         self.pids: dict[int, int] = {}  # rank -> process id
         self.asleep: list[int] = []  # the part of the launcher that watches over the ranks, while we do
@@ -265,7 +329,7 @@ class Run:
     def verdict(self) -> tuple[int, str]:
         """The exit code to believe, and why. Of several, 80-86 goes before 2 before any other; a tie, to the lowest."""
         codes, launcher = self.codes(), self.launcher.returncode
-        missing = [rank for rank in range(self.num_ranks) if rank not in codes]
+        missing = [rank for rank in self.ranks if rank not in codes]
         # 85 comes last among its equals: another's code says why the rest had to stop.
         order = [(not 80 <= code <= 86, code != 2, code == 85, rank, code) for rank, code in codes.items() if code]
         code = min(order)[-1] if order else launcher if 0 < launcher < 128 else int(bool(missing or launcher))
@@ -289,14 +353,20 @@ def main(argv: list[str] | None = None) -> int:
     if problems := find_problems(args, gpus, passed_on):
         print(*problems, sep="\n", file=sys.stderr)
         return 2
-    command = build_command(args, gpus, passed_on)
+    hostfile = "HOSTFILE_WRITTEN_AT_THE_START"
+    if not args.dry_run:
+        run = Run(args.num_gpus, args.num_gpus * (args.node_rank or 0))
+        run.start_watchdog()
+        hostfile = os.path.join(run.status_dir, "hostfile")  # the launcher counts its lines, and calls nobody in it
+        Path(hostfile).write_text("".join(f"node{number} slots={2 * NO_GPU}\n" for number in range(args.num_nodes)))
+    command = build_command(args, gpus, passed_on, hostfile)
+    if args.num_nodes > 1:
+        say(f"machine {args.node_rank} of {args.num_nodes} x {args.num_gpus} ranks, which meet at {args.master_addr}")
     if not gpus:
         say(f"no GPU can be used here: {args.num_gpus} processes on the CPU, with gloo")
     print(shlex.join(command), flush=True)
     if args.dry_run:
         return 0
-    run = Run(args.num_gpus)
-    run.start_watchdog()
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup has ignored SIGHUP: so do we
             signal.signal(number, lambda number, frame: run.arrived.put(number))
@@ -308,7 +378,7 @@ def main(argv: list[str] | None = None) -> int:
         run.kill_all()
     run.launcher.wait()
     code, why = run.verdict()
-    say(f"exit {code}: {why}")
+    say(f"exit {code}: {why}" + ("; or another machine failed: see there" if code == 1 and args.num_nodes > 1 else ""))
     return code
 
 

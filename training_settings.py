@@ -65,8 +65,19 @@ class PageSettings:
     lora_alpha: int = setting(32, "Scale of the adapters: alpha / rank multiplies their product.")
     freeze_vision: bool = setting(False, "Leave the vision tower and its merger as they are.")
     random_weights: bool = setting(False, "Start from random weights: the base is configuration and processor only.")
-    micro_batch: int | None = setting(None, "Pages that go through at once on each GPU; pages per step stay the same.")
-    plan: bool = setting(False, "Print the memory of weights, gradients and optimizer for 1 to 64 GPUs, then stop.")
+    fast: bool = setting(True, "The fast path (fast_training.py); False is the model's own, slower way to the same.")
+    fuse: str = setting(
+        "auto",
+        "Fuse element-wise parts with torch.compile: auto (on a GPU with triton), yes, no.",
+        choices=["auto", "yes", "no"],
+    )
+    micro_batch: str = setting(
+        "auto", "Pages that go through at once on each GPU, or auto: as many as fit. Pages per step stay the same."
+    )
+    checkpoint_share: float | None = setting(
+        None, "Share of the layers whose activations are worked out twice; not set: as few as memory asks for."
+    )
+    plan: bool = setting(False, "Print how much memory 1 to 64 GPUs need and what auto would choose, then stop.")
     eval_pages: int = setting(32, "Held-out pages, written by the model after training.")
     eval_every: int = setting(0, "Write the held-out pages also every N steps; 0 is only at the end.")
     compare_base: bool = setting(False, "Write the held-out pages also before training.")
@@ -233,21 +244,15 @@ def resolve(argv: list[str]) -> Resolved:
             values[other] = False
     resolve_precision(values, torch, notes)
     resolve_quantization(values, torch, notes)
-    gpus = 0 if values["use_cpu"] or not torch.cuda.is_available() else local_world_size()
-    resolve_workers(values, typed, gpus, notes)
-    if values["micro_batch"] is not None:
-        pages = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
-        if values["micro_batch"] < 1 or pages % values["micro_batch"]:
-            problems.append(f"--micro_batch {values['micro_batch']} must divide the {pages} pages per step of a GPU")
-        else:
-            values["per_device_train_batch_size"] = values["micro_batch"]
-            values["gradient_accumulation_steps"] = pages // values["micro_batch"]
-    if (values["lora"] or values["quantize"] == "4bit") and not {"learning_rate", "demo"} & set(typed):
-        values["learning_rate"] = LORA_LEARNING_RATE
-        notes.append(f"learning rate {LORA_LEARNING_RATE} for adapters")
     for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):  # transformers' older names
         if name in typed:
             values[name.replace("gradient", "activation")] = values[name]
+    gpus = 0 if values["use_cpu"] or not torch.cuda.is_available() else local_world_size()
+    resolve_workers(values, typed, gpus, notes)
+    resolve_micro_batch(values, typed, gpus, problems)
+    if (values["lora"] or values["quantize"] == "4bit") and not {"learning_rate", "demo"} & set(typed):
+        values["learning_rate"] = LORA_LEARNING_RATE
+        notes.append(f"learning rate {LORA_LEARNING_RATE} for adapters")
     if config is not None:
         asked = config.pop("train_batch_size", "auto")  # DeepSpeed multiplies it itself, and so do we
         typed_pages = {"per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch"} & set(typed)
@@ -301,6 +306,28 @@ def resolve_quantization(values: dict, torch, notes: list[str]) -> None:
         chosen, why = ("4bit", "bitsandbytes works here") if found else ("none", "bitsandbytes is not installed")
     values["quantize"] = chosen
     notes.append(f"quantisation: {chosen} ({why})")
+
+
+def resolve_micro_batch(values: dict, typed: dict, gpus: int, problems: list[str]) -> None:
+    """A number keeps the pages per step. `auto` needs a GPU, and leaves what was typed as it is."""
+    asked = values["micro_batch"]
+    if asked == "auto":
+        if (not gpus and not values["plan"]) or "per_device_train_batch_size" in typed or not values["fast"]:
+            values["micro_batch"] = str(values["per_device_train_batch_size"])
+    else:
+        pages = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
+        size = int(asked) if asked.isdecimal() else 0
+        if size < 1 or pages % size:
+            problems.append(f"--micro_batch {asked} must divide the {pages} pages per step of a GPU, or be auto")
+        else:
+            values["per_device_train_batch_size"], values["gradient_accumulation_steps"] = size, pages // size
+    share = values["checkpoint_share"]
+    if share is not None and not 0 <= share <= 1:
+        problems.append(f"--checkpoint_share {share}: a share between 0 and 1")
+    if {"activation_checkpointing", "gradient_checkpointing"} & set(typed) and share is None:
+        values["checkpoint_share"] = float(values["activation_checkpointing"])
+    elif share is not None:
+        values["activation_checkpointing"] = share > 0
 
 
 def resolve_workers(values: dict, typed: dict, gpus: int, notes: list[str]) -> None:

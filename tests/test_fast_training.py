@@ -1,5 +1,7 @@
 """Fast training changes nothing: each part equals the model's own way."""
 
+import contextlib
+import copy
 import random
 
 import pytest
@@ -37,60 +39,276 @@ def pages(count: int, seed: int = 0) -> list[dict]:
     return made
 
 
-def collate(processor, made, geometry=None):
-    encoder = pipeline.PageEncoder(processor, "write this page")
-    return pipeline.PageCollator(processor, encoder, made, 4, geometry=geometry)(made)
+def collate(processor, made, packed=False):
+    encoder, config = pipeline.PageEncoder(processor, "write this page"), make_config(processor.tokenizer)
+    batch = pipeline.PageCollator(processor, encoder, made, 4, config=config, packed=packed)(made)
+    assert batch.pop("flops") > 0
+    return batch
 
 
-def gradients(model, batch) -> dict:
+def fast_twin(model, fuse: bool = False):
+    twin = copy.deepcopy(model)
+    fast_training.align_vision_mlp(twin)
+    fast_training.install(twin, fuse)
+    return twin
+
+
+def gradients(model, batch, shapes=None) -> dict:
+    """Loss and gradients, cut to the `shapes` of the parameters of another model."""
     model.zero_grad()
-    output = model(**batch)
-    output.loss.backward()
-    return {"logits": output.logits.detach(), **{n: p.grad.clone() for n, p in model.named_parameters()}}
+    loss = model(**batch).loss
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters()}
+    cut = {n: fast_training.narrowed(grad, shapes[n]) for n, grad in found.items()} if shapes else found
+    for name, grad in found.items():
+        assert grad.abs().sum() == pytest.approx(cut[name].abs().sum()), f"{name}: the padding learns"
+    return {"loss": loss.detach(), **cut}
 
 
-def test_segments_and_ready_made_geometry_give_the_models_own_gradients(processor, model):
-    made = pages(5)
+def worst_difference(first: dict, second: dict) -> float:
+    assert first.keys() == second.keys()
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+@pytest.mark.parametrize("fuse", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_packed_pages_give_the_models_own_loss_and_gradients(processor, model, fuse, monkeypatch):
+    """Everything together: packing, segments, the loss on supervised tokens in chunks, the widened vision MLP."""
+    monkeypatch.setattr(fast_training, "LOSS_ROWS", 50)
+    made, shapes = pages(5), {n: p.shape for n, p in model.named_parameters()}
     plain = gradients(model, collate(processor, made))
-    assert fast_training.use_segment_attention(model)
-    fast = gradients(model, collate(processor, made, fast_training.image_geometry(model.config)))
-    real = collate(processor, made)["attention_mask"].bool()
-    assert torch.allclose(plain.pop("logits")[real], fast.pop("logits")[real], atol=1e-5)
-    worst = {name: (plain[name] - fast[name]).abs().max().item() for name in plain}
-    assert max(worst.values()) <= 1e-5, worst
+    twin = fast_twin(model, fuse)
+    fast = gradients(twin, collate(processor, made, packed=True), shapes)
+    assert worst_difference(plain, fast) <= 1e-5
+    one_by_one = [gradients(twin, collate(processor, [page], packed=True), shapes) for page in made]
+    counts = [len(collate(processor, [page], packed=True)["targets"]) for page in made]
+    mean = {n: sum(part[n] * count for part, count in zip(one_by_one, counts)) / sum(counts) for n in fast}
+    assert worst_difference(mean, fast) <= 1e-5
 
 
-def test_positions_equal_the_models_own_for_200_sizes(processor, model):
-    encoder, rng = pipeline.PageEncoder(processor, "write this page"), random.Random(1)
-    geometry = fast_training.image_geometry(model.config)
+class KeepsFour(torch.autograd.Function):
+    """Stands for the flash kernels, which keep query, key, value and output, where a CPU's keep more."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        output = query.clone()
+        ctx.save_for_backward(query, key, value, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None, None
+
+
+@pytest.mark.parametrize("tower", ["language", "vision"])
+def test_a_layer_keeps_what_the_memory_plan_counts(processor, model, tower, monkeypatch):
+    import memory_plan
+
+    twin, kept = fast_twin(model), {}
+    monkeypatch.setattr(fast_training, "attend", lambda query, key, value, *_, **__: KeepsFour.apply(query, key, value))
+    known = {parameter.data_ptr() for parameter in twin.parameters()}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in known and tensor.numel() > 1000:  # neither weights nor positions
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    rows, text = 300, twin.config.text_config
+    width = text.hidden_size if tower == "language" else twin.config.vision_config.hidden_size
+    part = twin.model.language_model.layers[0] if tower == "language" else twin.model.visual.blocks[0]
+    size = part.self_attn.head_dim if tower == "language" else width // part.attn.num_heads
+    angles = torch.ones(1, rows, size) if tower == "language" else torch.ones(rows, size)
+    known.add(angles.data_ptr())
+    hidden = torch.randn(rows, width, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        if tower == "language":
+            part(hidden[None] * 1, position_embeddings=(angles, angles), page_bounds=None, longest_page=rows)
+        else:
+            part(hidden * 1, cu_seqlens=None, max_seqlen=rows, position_embeddings=(angles, angles))
+    narrow = text.hidden_size // 2 if tower == "language" else width
+    inner = part.mlp.gate_proj.out_features
+    planned = 2 * memory_plan.layer_bytes(width, narrow, inner, adapters=False)  # fp32 here, half precision there
+    assert sum(kept.values()) / rows == pytest.approx(planned, rel=0.02)
+
+
+def test_a_page_of_a_pack_changes_no_other_pages_states(processor, model):
+    twin, made = fast_twin(model), pages(4)
+    states = []
+    twin.model.language_model.norm.register_forward_hook(lambda module, given, made: states.append(made[0].detach()))
+    batch = collate(processor, made, packed=True)
+    twin(**batch)
+    start, end = batch["page_bounds"][1:3].tolist()
+    changed = [made[0], pages(4, seed=9)[2] | {"screenshot": made[1]["screenshot"]}, *made[2:]]
+    changed[1]["html"] = made[1]["html"].replace("<p>", "<b>").replace("</p>", "</b>")  # as many tokens
+    other = collate(processor, changed, packed=True)
+    assert torch.equal(other["page_bounds"], batch["page_bounds"])
+    twin(**other)
+    outside = torch.ones(len(states[0]), dtype=torch.bool)
+    outside[start:end] = False
+    assert torch.equal(states[0][outside], states[1][outside])
+    assert not torch.allclose(states[0][~outside], states[1][~outside])
+
+
+def test_a_pack_is_written_out_whole(processor):
+    """Two pages by hand: every entry, so that a slip by one place cannot hide."""
+    rows = [([1, 9, 9, 5, 6, 7], [-100, -100, -100, -100, 6, 7]), ([1, 9, 5, 8], [-100, -100, -100, 8])]
+    batch = fast_training.pack(rows, [(1, 2), (1, 1)], before=1, ignored=-100)
+    assert {name: value.tolist() if torch.is_tensor(value) else value for name, value in batch.items()} == {
+        "input_ids": [[1, 9, 9, 5, 6, 7, 1, 9, 5, 8]],
+        "position_ids": [
+            [[0, 1, 2, 3, 4, 5, 0, 1, 2, 3]],
+            [[0, 1, 1, 3, 4, 5, 0, 1, 2, 3]],
+            [[0, 1, 1, 3, 4, 5, 0, 1, 2, 3]],
+            [[0, 1, 2, 3, 4, 5, 0, 1, 2, 3]],
+        ],
+        "image_places": [1, 2, 7],
+        "supervised_places": [3, 4, 8],
+        "targets": [6, 7, 8],
+        "page_bounds": [0, 6, 10],
+        "longest_page": 6,
+    }
+
+
+@pytest.mark.parametrize("rows", [2, 7, 1000])
+def test_the_chunked_loss_equals_torchs_own(rows, monkeypatch):
+    monkeypatch.setattr(fast_training, "LOSS_ROWS", rows)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(23, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    targets = torch.randint(50, (23,))
+    own = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum") * 0.25
+    wanted = torch.autograd.grad(own, (hidden, weight))
+    loss = fast_training.supervised_loss(hidden, weight, targets) * 0.25
+    found = torch.autograd.grad(loss, (hidden, weight))
+    assert loss.item() == pytest.approx(own.item(), abs=1e-5)
+    for first, second in zip(wanted, found):
+        assert torch.allclose(first, second, atol=1e-5)
+
+
+def test_a_frozen_head_costs_no_gradient_of_its_own(processor, model):
+    twin = fast_twin(model)
+    twin.lm_head.weight.requires_grad_(False)
+    fast = collate(processor, pages(2), packed=True)
+    twin(**fast).loss.backward()
+    assert twin.lm_head.weight.grad is None
+    assert twin.model.language_model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+
+
+def test_the_widened_vision_mlp_is_the_same_function_and_saves_the_same_shapes(processor, model):
+    twin = copy.deepcopy(model)
+    assert fast_training.align_vision_mlp(twin) == 64, "60 in the base"
+    batch = collate(processor, pages(3))
+    with torch.no_grad():
+        assert torch.allclose(model(**batch).logits, twin(**batch).logits, atol=1e-6)
+    plan = {name: pipeline.BaseTensor(name, tuple(p.shape), "F32", None) for name, p in model.named_parameters()}
+    saved = {key: tensor for key, _, tensor in pipeline.final_tensors(twin, plan)}
+    for name, parameter in model.named_parameters():
+        assert torch.equal(saved[name], parameter), name
+    assert twin.model.visual.blocks[0].mlp.up_proj.weight.shape == (64, 32)
+    twin.load_state_dict(model.state_dict())  # a checkpoint has the base's shapes, and is widened on its way in
+    with torch.no_grad():
+        assert torch.allclose(model(**batch).logits, twin(**batch).logits, atol=1e-6)
+
+
+def test_positions_and_geometry_equal_the_models_own_for_200_sizes(processor, model, monkeypatch):
+    """The model works them out itself in a forward pass; what it worked out is caught and compared."""
+    import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl as own
+
+    encoder, rng, caught = pipeline.PageEncoder(processor, "write this page"), random.Random(1), {}
+    for name in ("get_vision_position_ids", "get_vision_attention_seqlens", "get_vision_window_index"):
+        real = getattr(own, name)
+
+        def keep(*given, name=name, real=real, **options):
+            caught[name] = real(*given, **options)
+            return caught[name]
+
+        monkeypatch.setattr(own, name, keep)
+    geometry, tower = fast_training.image_geometry(model.config), model.model.visual
+    tower.blocks, tower.merger = torch.nn.ModuleList(), torch.nn.Identity()  # only the geometry is looked at
+    tower.forward_windows = None
     for _ in range(200):
         rows, columns = rng.randint(2, 40), rng.randint(2, 40)
         grids = torch.tensor([[1, 2 * rows, 2 * columns]])
         ids, _ = encoder.encode("<p>river</p>", rows * columns)
         ids = torch.tensor([ids])
         kinds = (ids == encoder.image_token_id).long()
-        own, _ = model.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grids)
+        positions, _ = model.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grids)
         made = fast_training.page_positions(len(encoder.before), rows, columns, ids.shape[1])
-        assert torch.equal(made[1:], own[:, 0]) and torch.equal(made[0], torch.arange(ids.shape[1]))
+        assert torch.equal(made[1:], positions[:, 0]) and torch.equal(made[0], torch.arange(ids.shape[1]))
+        with torch.no_grad(), contextlib.suppress(IndexError):  # without blocks the merged rows are too many
+            tower(torch.zeros(4 * rows * columns, 1176), grid_thw=grids)
         ready = geometry(grids)
-        assert sorted(ready["image_window_index"].tolist()) == list(range(rows * columns))
-        assert ready["image_cu_window_seqlens"][-1] == ready["image_cu_seqlens"][-1] == 4 * rows * columns
+        index, windows = caught["get_vision_window_index"]
+        bounds, _ = caught["get_vision_attention_seqlens"]
+        assert torch.equal(ready["image_position_ids"], caught["get_vision_position_ids"])
+        assert torch.equal(ready["image_window_index"], index)
+        assert torch.equal(ready["image_cu_window_seqlens"], windows)
+        assert torch.equal(ready["image_cu_seqlens"], bounds)
+        assert ready["image_max_window_seqlen"] == windows.diff().max()
+        assert ready["image_max_seqlen"] == bounds.diff().max()
 
 
 def test_a_segment_sees_nothing_of_its_neighbours():
     torch.manual_seed(0)
-    query, key, value = torch.randn(3, 2, 12, 8)
-    bounds = [0, 3, 8, 12]
-    before = fast_training.equal_segments_together(query, key, value, 0.3, bounds)
+    query, key, value = torch.randn(3, 12, 2, 8)
+    bounds = torch.tensor([0, 3, 8, 12])
+    before = fast_training.attend(query, key, value, bounds, 5, 0.3, causal=False)
     changed = [tensor.clone() for tensor in (query, key, value)]
     for tensor in changed:
-        tensor[:, 3:8] += 1
-    after = fast_training.equal_segments_together(*changed, 0.3, bounds)
+        tensor[3:8] += 1
+    after = fast_training.attend(*changed, bounds, 5, 0.3, causal=False)
     assert torch.equal(before[:3], after[:3]) and torch.equal(before[8:], after[8:])
     assert not torch.allclose(before[3:8], after[3:8])
 
 
-def test_other_architectures_are_left_alone(model):
-    model.config.vision_config.model_type = "qwen3_vl_vision"
-    assert not fast_training.use_segment_attention(model)
-    assert fast_training.image_geometry(model.config) is None
+def test_attention_with_fewer_keys_is_causal_inside_each_segment():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(10, 4, 8), torch.randn(10, 2, 8), torch.randn(10, 2, 8)
+    done = fast_training.attend(query, key, value, torch.tensor([0, 4, 10]), 6, 0.3, causal=True)
+    for head in range(4):
+        for start, end in ((0, 4), (4, 10)):
+            for place in range(start, end):
+                scores = query[place, head] @ key[start : place + 1, head // 2].T * 0.3
+                wanted = scores.softmax(-1) @ value[start : place + 1, head // 2]
+                assert torch.allclose(done[place, head], wanted, atol=1e-5)
+
+
+def test_other_architectures_and_the_plain_way_are_left_alone(model):
+    settings = pipeline.PageSettings()
+    assert pipeline.trains_fast(model.config, settings)
+    assert not pipeline.trains_fast(model.config, pipeline.PageSettings(fast=False))
+    model.config.model_type = "qwen3_vl"
+    assert not pipeline.trains_fast(model.config, settings)
+
+
+def test_pages_are_dealt_out_by_cost():
+    rng, dealt, blind = random.Random(0), 0.0, 0.0
+    for bins in (2, 3, 8) * 20:
+        costs = [rng.lognormvariate(0, 0.8) for _ in range(24)]
+        groups = fast_training.deal(costs, bins)
+        assert sorted(place for group in groups for place in group) == list(range(24))
+        assert {len(group) for group in groups} == {24 // bins}
+        sums = [sum(costs[place] for place in group) for group in groups]
+        assert sums == sorted(sums, reverse=True)
+        dealt += max(sums)  # all ranks wait for the dearest group
+        blind += max(sum(costs[start::bins]) for start in range(bins))
+    assert dealt < 0.85 * blind
+    assert [len(group) for group in fast_training.deal([1.0] * 7, 3)] == [3, 2, 2]
+
+
+def test_cost_of_a_page_is_the_published_formula():
+    """Holo1-3B: 2.775e9 weights in the language layers, 3.11e8 in the head, 0.63e9 in the vision tower."""
+    from transformers import Qwen2_5_VLConfig
+
+    text = {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16}
+    text |= {"num_key_value_heads": 2, "vocab_size": 151_936}
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048}
+    vision |= {"fullatt_block_indexes": [7, 15, 23, 31], "window_size": 112}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
+    language, head, tower, merger = fast_training.parameters(config)
+    assert (language, head) == (pytest.approx(2.775e9, rel=2e-3), pytest.approx(3.11e8, rel=2e-3))
+    assert tower == pytest.approx(0.63e9, rel=0.02) and merger == pytest.approx(3.67e7, rel=0.01)
+    tokens, supervised, patches = 2_800, 1_500, 5_000
+    products = 6 * (2.775e9 * tokens + 3.11e8 * supervised) + 6 * 0.63e9 * patches
+    attention = 12 * 36 * 2048 * tokens**2 / 2 + 12 * 1280 * patches * (4 * patches + 28 * 64)
+    assert fast_training.page_flops(config, tokens, supervised, patches) == pytest.approx(
+        products + attention, rel=0.02
+    )

@@ -3,7 +3,7 @@
     python -m pytest tests/test_run_deepspeed_training.py               # what needs no launcher
     python -m pytest tests/test_run_deepspeed_training.py -m slow       # starts and kills ranks, some minutes
 
-Sections: Command line, Checks, Ends, Signals, Kills.
+Sections: Command line, Checks, Several machines, Ends, Signals, Kills, Two machines.
 """
 
 import os
@@ -29,7 +29,7 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "train.py").write_text("")
     (tmp_path / "zero.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
+    for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", *[name for name in os.environ if name.startswith("SLURM_")]):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(wrapper, "port_trouble", lambda port: "")
     monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi, unless the test puts one there
@@ -90,6 +90,7 @@ def test_help_answers_at_once_and_loads_no_torch():
     assert done.returncode == 0 and time.monotonic() - start < 3
     assert "torch" not in done.stderr and "| deepspeed" not in done.stderr
     shown = "--num_gpus --master_port --config --script --hub_repo --push_to_hub --private_repo --num_samples --dry_run"
+    shown += " --num_nodes --node_rank --no_ssh --master_addr --hostfile"
     assert [flag for flag in shown.split() if flag not in done.stdout] == []
     assert [word for word in ["29500", "ds_z3.json", "holo1_dom_finetune.py", "1000"] if word not in done.stdout] == []
 
@@ -185,6 +186,11 @@ def test_a_busy_port_that_was_typed_is_refused(tmp_path, address):
 FOUR_GPUS = "".join(f"GPU {number}: NVIDIA H200 (UUID: GPU-{number}{number}-ab)\n" for number in range(4))
 
 
+def four_gpus(here: Path) -> None:
+    (here / "nvidia-smi").write_text(f"#!/bin/sh\nwhile read line; do echo \"$line\"; done <<'X'\n{FOUR_GPUS}X\n")
+    (here / "nvidia-smi").chmod(0o755)
+
+
 @pytest.mark.parametrize(
     ("visible", "wanted", "expected"),
     [
@@ -199,8 +205,7 @@ FOUR_GPUS = "".join(f"GPU {number}: NVIDIA H200 (UUID: GPU-{number}{number}-ab)\
     ],
 )
 def test_the_gpus_are_those_that_are_visible(here, capsys, monkeypatch, visible, wanted, expected):
-    (here / "nvidia-smi").write_text(f"#!/bin/sh\nwhile read line; do echo \"$line\"; done <<'X'\n{FOUR_GPUS}X\n")
-    (here / "nvidia-smi").chmod(0o755)
+    four_gpus(here)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     if "only" in expected:
@@ -213,6 +218,162 @@ def test_the_gpus_are_those_that_are_visible(here, capsys, monkeypatch, visible,
 def test_a_machine_without_a_gpu_trains_on_its_cpu_and_says_so(here, capsys):
     assert wrapper.main(["--dry_run", "--script", "train.py", "--config", "zero.json", "--num_gpus", "2"]) == 0
     assert "no GPU can be used here: 2 processes on the CPU, with gloo" in capsys.readouterr().err
+
+
+# -----------------------------------------------------------------------------
+# Several machines
+
+HOSTFILE = "HOSTFILE_WRITTEN_AT_THE_START"
+SECOND_OF_TWO = ["--num_nodes", "2", "--node_rank", "1", "--no_ssh", "--master_addr", "10.0.0.1"]
+SRUN = {"STEP_NUM_NODES": "4", "STEP_NUM_TASKS": "4", "NODEID": "2", "STEP_NODELIST": "node[01-03,07]"}
+SRUN |= {"JOB_NUM_NODES": "8", "NNODES": "4", "JOB_NODELIST": "node[00-07]", "LAUNCH_NODE_IPADDR": "10.9.9.9"}
+
+
+def by_srun(monkeypatch, **variables: str) -> None:
+    for name, text in (SRUN | variables).items():
+        monkeypatch.setenv(f"SLURM_{name}", text)
+
+
+def expected_command(rank: int, address: str, port: int = 29500, gpus: str = "--num_gpus 1") -> list[str]:
+    flags = f"{gpus} --hostfile {HOSTFILE} --no_ssh --node_rank {rank} --master_addr {address} --master_port {port}"
+    return [*LAUNCHER, *flags.split(), "train.py", "--deepspeed", "zero.json"]
+
+
+def test_each_machine_gets_the_launchers_own_flags(here, capsys):
+    assert dry_run(capsys, *SECOND_OF_TWO) == expected_command(1, "10.0.0.1")
+    flags = ["--num_gpus", "8", "--master_port", "4000"]
+    assert dry_run(capsys, *SECOND_OF_TWO, *flags) == expected_command(1, "10.0.0.1", 4000, "--num_gpus 8")
+
+
+def test_one_machine_that_is_called_so_is_started_as_ever(here, capsys, monkeypatch):
+    by_srun(monkeypatch)
+    expected = dry_run(capsys, "--num_nodes", "1")
+    assert expected == [*LAUNCHER, *"--num_gpus 1 --master_port 29500 train.py --deepspeed zero.json".split()]
+    flags = "--num_nodes 1 --node_rank 0 --no_ssh --master_addr 10.0.0.1".split()
+    assert dry_run(capsys, *flags) == expected
+
+
+def test_each_machine_takes_its_own_visible_gpus(here, capsys, monkeypatch):
+    four_gpus(here)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    expected = expected_command(1, "10.0.0.1", gpus="--include node0:3,1@node1:3,1")
+    assert dry_run(capsys, *SECOND_OF_TWO, "--num_gpus", "2") == expected
+    assert "--num_gpus 3: only 2 can be used here" in refused(capsys, *SECOND_OF_TWO, "--num_gpus", "3")
+
+
+def test_a_hostfile_tells_how_many_machines_there_are(here, capsys):
+    (here / "hosts").write_text("# two\n\n  a.example slots=8\nfe80::1   slots=4 # old\n")
+    flags = "--hostfile hosts --no_ssh --master_addr a.example".split()
+    assert dry_run(capsys, *flags, "--node_rank", "1") == expected_command(1, "a.example")
+    assert "--node_rank 2: give a number from 0 to 1" in refused(capsys, *flags, "--node_rank", "2")
+    assert dry_run(capsys, "--hostfile", "hosts", "--num_nodes", "1")[3:5] == ["--num_gpus", "1"]
+
+
+ALONE = "--node_rank, --no_ssh, --master_addr: for several machines only; tell how many, --num_nodes"
+LINES = "give a file of lines like: node1 slots=8"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--num_nodes 0", "--num_nodes 0: give 1 or more"),
+        ("--node_rank 1", ALONE),
+        ("--no_ssh", ALONE),
+        ("--master_addr a", ALONE),
+        ("--num_nodes 1 --node_rank 1", "--node_rank 1: give a number from 0 to 0, one less than --num_nodes"),
+        ("TWO --node_rank 2", "--node_rank 2: give a number from 0 to 1, one less than --num_nodes"),
+        ("TWO --node_rank -1", "--node_rank -1: give a number from 0 to 1, one less than --num_nodes"),
+        ("TWO --node_rank 0 --hostfile one", "--num_nodes 2: --hostfile one names 1; correct one of them"),
+        ("--hostfile gone", f"--hostfile gone: [Errno 2] No such file or directory: 'gone'; {LINES}"),
+        ("--hostfile bad", f"--hostfile bad: bad line 'b 4'; {LINES}"),
+        ("--hostfile twice", f"--hostfile twice: 2 lines name 1 different machines; {LINES}"),
+        ("--hostfile empty", f"--hostfile empty: 0 lines name 0 different machines; {LINES}"),
+    ],
+)
+def test_machines_that_do_not_fit_are_refused_with_the_remedy(here, capsys, flags, expected):
+    texts = {"bad": "# here\nb 4", "twice": "a slots=1\na slots=2", "empty": "# a slots=1\n", "one": "a slots=1"}
+    for name, text in texts.items():
+        (here / name).write_text(text)
+    flags = flags.replace("TWO", "--num_nodes 2 --no_ssh --master_addr a")
+    assert refused(capsys, *flags.split()) == expected + "\n"
+
+
+def test_all_that_is_wrong_with_several_machines_is_named_at_once(here, capsys):
+    flags = "--num_gpus 0 --num_nodes 2 --node_rank 5 --hostfile gone --master_port 0 --script gone.py".split()
+    problems = refused(capsys, *flags).splitlines()
+    starts = ["--num_gpus", "--hostfile", "--node_rank", "--num_nodes", "--master_port", "--script"]
+    assert [problem.split()[0] for problem in problems] == starts
+
+
+@pytest.mark.parametrize(
+    ("flags", "missing"),
+    [
+        ("--num_nodes 2", "--no_ssh, --node_rank, --master_addr"),
+        ("--hostfile hosts --master_addr a", "--no_ssh, --node_rank"),
+        ("--num_nodes 2 --no_ssh --master_addr a", "--node_rank"),
+        ("--num_nodes 2 --no_ssh --node_rank 0", "--master_addr"),
+        ("--num_nodes 2 --node_rank 0 --master_addr a", "--no_ssh"),
+    ],
+)
+def test_several_machines_are_never_started_over_ssh_and_what_misses_is_named(here, capsys, flags, missing):
+    (here / "hosts").write_text("a slots=1\nb slots=1\n")
+    error = refused(capsys, *flags.split())
+    assert error.startswith(f"--num_nodes 2: {missing} missing; start this on each, with --no_ssh (ranks started over ")
+    assert error.endswith("its --node_rank from 0, and the --master_addr of machine 0\n")
+
+
+def test_the_port_of_several_machines_never_moves_and_is_bound_on_the_first_only(here, capsys, monkeypatch):
+    monkeypatch.setattr(wrapper, "port_trouble", lambda port: "busy" if port < 29502 else "")
+    assert dry_run(capsys, *SECOND_OF_TWO) == expected_command(1, "10.0.0.1")
+    first = [*SECOND_OF_TWO[:3], "0", *SECOND_OF_TWO[4:]]
+    assert refused(capsys, *first) == "--master_port 29500: busy; give every machine another\n"
+    assert dry_run(capsys, *first, "--master_port", "29502") == expected_command(0, "10.0.0.1", 29502)
+    assert "--master_port 0: give a number" in refused(capsys, *SECOND_OF_TWO, "--master_port", "0")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node[01-03,07]", "node01"),
+        ("node[7,9],other[1-2]", "node7"),
+        ("gpu-a.example,gpu-b", "gpu-a.example"),
+        ("rack[2-3]n[04,06-08]-ib", "rack2n04-ib"),
+    ],
+)
+def test_srun_tells_everything(here, capsys, monkeypatch, nodes, first):
+    by_srun(monkeypatch, STEP_NODELIST=nodes)
+    assert wrapper.main(["--dry_run", "--script", "train.py", "--config", "zero.json"]) == 0
+    said = capsys.readouterr()
+    assert shlex.split(said.out) == expected_command(2, first)
+    assert f"srun: --no_ssh --num_nodes 4 --node_rank 2 --master_addr {first}" in said.err
+
+
+def test_what_is_typed_wins_over_srun(here, capsys, monkeypatch):
+    by_srun(monkeypatch)
+    flags = ["--master_addr", "10.0.0.7", "--node_rank", "0"]
+    assert dry_run(capsys, *flags) == expected_command(0, "10.0.0.7")
+    error = refused(capsys, "--num_nodes", "2")  # it does not fit the number that srun gave this machine
+    assert error.endswith("\n--node_rank 2: give a number from 0 to 1, one less than --num_nodes\n")
+
+
+def test_srun_on_one_machine_changes_nothing(here, capsys, monkeypatch):
+    by_srun(monkeypatch, STEP_NUM_NODES="1", STEP_NUM_TASKS="1", NODEID="0", STEP_NODELIST="node05")
+    assert dry_run(capsys)[3:7] == ["--num_gpus", "1", "--master_port", "29500"]
+
+
+def test_more_than_one_wrapper_on_a_machine_is_refused(here, capsys, monkeypatch):
+    by_srun(monkeypatch, STEP_NUM_TASKS="32")
+    assert "\nsrun: 32 tasks on 4 machines; start one on each, with --ntasks-per-node=1\n" in refused(capsys)
+
+
+def test_a_batch_script_without_srun_trains_on_its_one_machine_and_says_so(here, capsys, monkeypatch):
+    for name in ("JOB_NUM_NODES", "NNODES", "JOB_NODELIST"):
+        monkeypatch.setenv(f"SLURM_{name}", SRUN[name])
+    monkeypatch.setenv("SLURM_NODEID", "0")
+    assert wrapper.main(["--dry_run", "--script", "train.py", "--config", "zero.json"]) == 0
+    said = capsys.readouterr()
+    assert shlex.split(said.out)[3:7] == ["--num_gpus", "1", "--master_port", "29500"]
+    assert "of the 8 machines of this SLURM job only this one trains" in said.err
 
 
 # -----------------------------------------------------------------------------
@@ -273,21 +434,22 @@ def alive(run_id: str) -> list[str]:
 class Started:
     """The wrapper with a training script of the test's own, in a folder of its own."""
 
-    def __init__(self, folder: Path, body: str, num_ranks: int = 2):
-        self.folder, self.num_ranks = folder, num_ranks
+    def __init__(self, folder: Path, body: str, num_ranks: int = 2, more: tuple[str, ...] = (), first_rank: int = 0):
+        self.folder, self.ranks = folder, range(first_rank, first_rank + num_ranks)
+        self.log_file = folder / f"log-{first_rank}"
         (folder / "train.py").write_text(PREAMBLE + body)
         (folder / "zero.json").write_text("{}")
-        flags = ["--script", "train.py", "--config", "zero.json", "--num_gpus", str(num_ranks)]
-        env = {key: text for key, text in os.environ.items() if key != "OMP_NUM_THREADS"}
+        flags = ["--script", "train.py", "--config", "zero.json", "--num_gpus", str(num_ranks), *more]
+        env = {key: text for key, text in os.environ.items() if not key.startswith(("OMP_NUM_THREADS", "SLURM_"))}
         env["PATH"] = os.defpath  # a virtual environment that nobody activated
-        with (folder / "log").open("w") as log:
+        with self.log_file.open("w") as log:
             command = [sys.executable, wrapper.__file__, *flags]
             # A shell's background job ignores SIGINT, and the wrapper respects what was ignored when it started.
             default = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
             self.process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log, preexec_fn=default)  # noqa: PLW1509
 
     def wait_until_ready(self) -> "Started":
-        files = [self.folder / f"ready-{rank}" for rank in range(self.num_ranks)]
+        files = [self.folder / f"ready-{rank}" for rank in self.ranks]
         eventually(lambda: all(file.exists() for file in files), 60)
         self.pids = [int(file.read_text().split()[0]) for file in files]
         self.run_id = files[0].read_text().split()[1]
@@ -298,7 +460,7 @@ class Started:
         return self.process.wait(timeout=seconds)
 
     def log(self) -> str:
-        return (self.folder / "log").read_text()
+        return self.log_file.read_text()
 
     def pid_of(self, module: str) -> int:
         for folder in Path("/proc").glob("[0-9]*"):
@@ -319,8 +481,8 @@ class Started:
 def start(tmp_path):
     started = []
 
-    def start_one(body: str, num_ranks: int = 2) -> Started:
-        started.append(Started(tmp_path, body, num_ranks))
+    def start_one(body: str, **more) -> Started:
+        started.append(Started(tmp_path, body, **more))
         return started[-1]
 
     yield start_one
@@ -517,3 +679,64 @@ def test_nothing_is_left_in_the_temporary_folder(start):
     run = start("open('where', 'w').write(os.environ['HOLO1_STATUS_DIR'])\nready()\nleave(0)")
     assert run.end() == 0
     eventually(lambda: not Path((run.folder / "where").read_text()).exists(), 5)
+
+
+# -----------------------------------------------------------------------------
+# Two machines
+
+# Both on this one, at the loopback address, each with a wrapper and one rank of its own.
+
+
+@pytest.fixture
+def start_two(start):
+    def start_both(body: str) -> list[Started]:
+        with socket.create_server(("", 0)) as server:
+            port = str(server.getsockname()[1])
+        flags = ["--num_nodes", "2", "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", port, "--node_rank"]
+        return [start(body, num_ranks=1, more=(*flags, str(node)), first_rank=node) for node in range(2)]
+
+    return start_both
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("visible", [None, ""])
+def test_two_machines_train_together(start_two, monkeypatch, visible):
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    names = "WORLD_SIZE LOCAL_RANK MASTER_ADDR CROSS_RANK CUDA_VISIBLE_DEVICES"
+    body = f"open(f'seen-{{rank}}', 'w').write(' '.join(os.environ[name] for name in '{names}'.split()))\n"
+    nodes = start_two(GLOO + body + "ready()\nleave(0)")
+    assert [node.end() for node in nodes] == [0, 0], nodes[0].log() + nodes[1].log()
+    shown = "0" if visible is None else "1000"
+    seen = [(nodes[0].folder / f"seen-{rank}").read_text() for rank in range(2)]
+    assert seen == [f"2 0 127.0.0.1 {rank} {shown}" for rank in range(2)]
+    for rank, node in enumerate(nodes):
+        assert f"machine {rank} of 2 x 1 ranks, which meet at 127.0.0.1" in node.log()
+        assert alive(node.wait_until_ready().run_id) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize(("end", "code"), [("leave(81)", 81), ("os.kill(os.getpid(), 9)", 1)])
+def test_a_machine_that_fails_takes_the_other_down(start_two, failing, end, code):
+    body = f"ready()\ntime.sleep(2)\nif rank == {failing}: {end}\n"
+    body += "try:\n    while True: dist.all_reduce(total)\nexcept RuntimeError: leave(1)"
+    nodes = start_two(GLOO + body)
+    for node in nodes:
+        node.wait_until_ready()
+    expected = [code if rank == failing else 1 for rank in range(2)]
+    assert [node.end(20) for node in nodes] == expected, nodes[0].log() + nodes[1].log()
+    assert "or another machine failed: see there" in nodes[1 - failing].log()
+    assert [alive(node.run_id) for node in nodes] == [[], []]
+
+
+@pytest.mark.slow
+def test_a_signal_on_one_machine_lets_both_save(start_two):
+    body = "stopped = []\nsignal.signal(signal.SIGTERM, lambda *_: stopped.append(1))\n" + GLOO + "ready()\n"
+    body += "while total.item():\n    total.fill_(float(not stopped))\n"
+    nodes = start_two(body + "    dist.all_reduce(total, op=dist.ReduceOp.MIN)\n    time.sleep(0.05)\nleave(85)")
+    for node in nodes:
+        node.wait_until_ready()
+    nodes[1].process.send_signal(signal.SIGTERM)
+    assert [node.end(20) for node in nodes] == [85, 85], nodes[0].log() + nodes[1].log()
+    assert [alive(node.run_id) for node in nodes] == [[], []]

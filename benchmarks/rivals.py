@@ -1,0 +1,249 @@
+"""Other ways to train the same pages: what step_speed.py compares this project with. Nothing of ours is imported here.
+
+    torchrun --nproc_per_node 1 benchmarks/rivals.py JOB.json     # step_speed.py writes the job and starts this
+
+`plain` is what one writes with the HF Trainer and DeepSpeed in an afternoon. `trl` is TRL's SFTTrainer as its own
+documentation and its examples/scripts/sft_vlm.py train a vision-language model: max_length=None, a dataset with
+`image`, `prompt` and `completion`, its own collator, gradient checkpointing as TRL switches it on. Both take ZERO3, one
+page per micro-batch, the learning rate of ours, and the pages in the order that the job lists.
+
+One line a step on stdout: `STEP {"step": 1, "loss": …}`. Sections: Job, Pages, Measuring, Plain, TRL, Main.
+"""
+
+import importlib
+import io
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+# What every DeepSpeed tutorial has for ZeRO-3; "auto" lets the Trainer fill in its own values.
+ZERO3 = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "zero_optimization": {
+        "stage": 3,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "steps_per_print": 1_000_000,
+}
+
+# -----------------------------------------------------------------------------
+# Job
+
+
+@dataclass
+class Job:
+    way: str  # plain or trl
+    checkpointing: bool
+    base_model: str
+    arrow: str  # pages with `screenshot` and `html`, as ours has read and cleaned them
+    order: list[int]  # rows of `arrow`, step by step
+    pages_per_step: int  # over all processes
+    prompt: str
+    min_pixels: int
+    max_pixels: int
+    training: dict  # TrainingArguments that ours has, too: learning rate, schedule, …
+    output_dir: str
+
+
+def trainer_arguments(job: Job) -> dict:
+    """(all ranks) TrainingArguments for both; the process group begins here on a machine without a GPU."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    options = {
+        **job.training,
+        "output_dir": job.output_dir,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": job.pages_per_step // int(os.environ["WORLD_SIZE"]),
+        "num_train_epochs": 1,
+        "train_sampling_strategy": "sequential",
+        "bf16": gpu,
+        "gradient_checkpointing": job.checkpointing,
+        "deepspeed": ZERO3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": gpu,
+    }
+    if not gpu:  # accelerate 1.15 gives DeepSpeed no backend on a CPU
+        from accelerate import PartialState
+
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        PartialState(backend="gloo")
+        options["accelerator_config"] = {"use_configured_state": True}
+    return options
+
+
+def load_model(job: Job):
+    """(all ranks) After the TrainingArguments, so that ZeRO-3 shards while loading; its own attention is SDPA."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    model = AutoModelForImageTextToText.from_pretrained(job.base_model, dtype=dtype, attn_implementation="sdpa")
+    model.config.get_text_config().use_cache = False
+    return model
+
+
+def load_processor(job: Job):
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(job.base_model)
+    processor.image_processor.size = {"shortest_edge": job.min_pixels, "longest_edge": job.max_pixels}
+    return processor
+
+
+# -----------------------------------------------------------------------------
+# Pages
+
+
+def load_pages(job: Job):
+    import datasets
+
+    return datasets.Dataset.from_file(job.arrow).select(job.order)
+
+
+# -----------------------------------------------------------------------------
+# Measuring
+
+
+def measured(trainer_class: type) -> type:
+    """The trainer with one line a step; the figures are read when the Trainer itself waits for the loss anyway."""
+    import torch
+    import torch.distributed as dist
+
+    class Measured(trainer_class):
+        waited, start = 0.0, 0.0
+        weighted = tokens = 0.0  # loss x supervised tokens, where the trainer takes the mean of each page
+
+        def get_batch_samples(self, *arguments):
+            start = time.monotonic()
+            self.start = self.start or start
+            batches = super().get_batch_samples(*arguments)
+            self.waited += time.monotonic() - start
+            return batches
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            supervised = inputs["labels"][..., 1:].ne(-100).sum()
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if num_items_in_batch is None:
+                self.weighted = self.weighted + (result[0] if return_outputs else result).detach() * supervised
+            self.tokens = self.tokens + supervised
+            return result
+
+        def log(self, logs, start_time=None):
+            if "loss" in logs:
+                seconds = time.monotonic() - self.start
+                sums = torch.tensor([float(self.weighted), float(self.tokens)], device=self.args.device)
+                worst = torch.tensor([peak_gib(), self.waited / seconds], device=self.args.device)
+                dist.all_reduce(sums)
+                dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+                weighted, tokens = sums.tolist()
+                peak, waited = worst.tolist()
+                line = {
+                    "step": self.state.global_step,
+                    "loss": weighted / tokens if weighted else logs["loss"],  # over tokens, as ours
+                    "logged_loss": logs["loss"],
+                    "supervised_tokens": tokens,
+                    "seconds": seconds,
+                    "data_wait_share": waited,
+                    "peak_gib": peak,
+                }
+                if dist.get_rank() == 0:
+                    print("STEP " + json.dumps(line), flush=True)
+                self.start, self.waited, self.weighted, self.tokens = time.monotonic(), 0.0, 0.0, 0.0
+            super().log(logs, start_time)
+
+    return Measured
+
+
+def peak_gib() -> float:
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+# -----------------------------------------------------------------------------
+# Plain
+
+
+def train_plain(job: Job) -> None:
+    from PIL import Image
+    from transformers import Trainer, TrainingArguments
+
+    args = TrainingArguments(**trainer_arguments(job), remove_unused_columns=False)
+    processor, model = load_processor(job), load_model(job)
+    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": job.prompt}]}]
+    question = processor.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    processor.tokenizer.padding_side = "right"
+
+    def collate(pages: list[dict]) -> dict:
+        """The processor's batch, and labels on the answer only: the HTML and the token that ends the turn."""
+        answers = [page["html"] + "<|im_end|>" for page in pages]
+        pictures = [Image.open(io.BytesIO(page["screenshot"])).convert("RGB") for page in pages]
+        texts = [question + answer for answer in answers]
+        batch = processor(text=texts, images=pictures, padding=True, return_tensors="pt", return_mm_token_type_ids=True)
+        labels = batch["input_ids"].clone()
+        for row, (mask, answer) in enumerate(zip(batch["attention_mask"], answers)):
+            end = int(mask.sum())
+            labels[row, end:] = -100
+            labels[row, : end - len(processor.tokenizer(answer)["input_ids"])] = -100
+        return {**batch, "labels": labels}
+
+    trainer = measured(Trainer)(model=model, args=args, data_collator=collate, train_dataset=load_pages(job))
+    # Qwen2.5-VL declares False, and the loss would be a mean of page means; its forward does take num_items_in_batch.
+    trainer.model_accepts_loss_kwargs = True
+    trainer.train()
+
+
+# -----------------------------------------------------------------------------
+# TRL
+
+
+def train_trl(job: Job) -> None:
+    from datasets import Dataset, Features, Image, Value
+
+    trl = importlib.import_module("trl")  # by name: no requirement of this project
+    args = trl.SFTConfig(**trainer_arguments(job), max_length=None)
+    processor, model = load_processor(job), load_model(job)
+    turn = [{"role": Value("string"), "content": Value("string")}]
+    rows = [
+        {
+            "image": {"bytes": page["screenshot"], "path": None},
+            "prompt": [{"role": "user", "content": job.prompt}],
+            "completion": [{"role": "assistant", "content": page["html"]}],
+        }
+        for page in load_pages(job)
+    ]
+    pages = Dataset.from_list(rows, features=Features({"image": Image(), "prompt": turn, "completion": turn}))
+    trainer = measured(trl.SFTTrainer)(model=model, args=args, train_dataset=pages, processing_class=processor)
+    trainer.train()
+
+
+# -----------------------------------------------------------------------------
+# Main
+
+
+def main() -> None:
+    job = Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    {"plain": train_plain, "trl": train_trl}[job.way](job)
+
+
+if __name__ == "__main__":
+    main()

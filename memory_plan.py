@@ -1,0 +1,187 @@
+"""How much GPU memory a training needs, from the architecture alone, and how many pages can go through at once.
+
+    plan = estimate(config, Load(tokens=21_000, patches=20_000, supervised=16_000), Way(processes=4))
+    plan.parts, plan.total                          # GiB on each GPU: weights, gradients, optimizer, activations, ...
+    choose(candidates(8), estimate_of, limit_gib)   # the fastest way that fits
+
+Nothing of ours is imported but the counting of weights. Sections: What is planned, Estimate, Choice, Table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import fast_training
+
+GIB = 2**30
+
+# -----------------------------------------------------------------------------
+# What is planned
+
+
+@dataclass(frozen=True)
+class Load:
+    """What goes through a GPU at once: language tokens, vision patches, supervised tokens of all its pages together."""
+
+    tokens: int
+    patches: int
+    supervised: int
+
+
+@dataclass(frozen=True)
+class Way:
+    """How it is trained. `checkpointed` is the share of layers whose activations are worked out twice; `whole` keeps
+    the gathered weights between steps (ZeRO-3 on one GPU, where there is nobody to share them with)."""
+
+    processes: int = 1
+    micro_batch: int = 1
+    checkpointed: float = 1.0
+    whole: bool = False
+    sharded: bool = True  # ZeRO-3; else each GPU holds everything, in fp32
+    offload: bool = False
+    adapters: bool = False  # LoRA: only these learn
+    four_bit: bool = False
+    frozen_vision: bool = False
+    fused: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    way: Way
+    parts: dict[str, float]  # GiB
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+# -----------------------------------------------------------------------------
+# Estimate
+
+LIVE_WEIGHTS = 1_000_000_000  # gathered at once at most: DeepSpeed's stage3_max_live_parameters
+BUCKETS = 3  # reduce_bucket_size in flight: two to overlap, one being copied
+ADAPTER_SHARE = 0.01  # of the weights; rank 16 on 3B is 0.8 %
+MEMORY_SHARE = 0.93  # of a GPU that is planned for: the rest is the driver's, NCCL's, and the allocator's gaps
+
+
+def weights_of(config) -> tuple[int, int, int]:
+    """Weights of (language layers and norms, vision tower and merger, embedding and head)."""
+    language, head, tower, merger = fast_training.parameters(config)
+    tied = getattr(config, "tie_word_embeddings", False) or config.get_text_config().tie_word_embeddings
+    return language, tower + merger, head if tied else 2 * head
+
+
+def estimate(config, load: Load, way: Way, bucket: int = 0) -> Plan:
+    """GiB on each GPU at the worst moment of a step. Within a tenth of what was measured (benchmarks/README.md)."""
+    language, vision, embedding = weights_of(config)
+    total, shared = language + vision + embedding, way.processes if way.sharded else 1
+    learning = ADAPTER_SHARE * total if way.adapters else total - (vision if way.frozen_vision else 0)
+    if not way.sharded:  # fp32 weights and their half-precision copies, which autocast keeps for the backward pass
+        stored = (0.55 * language + 2 * (vision + embedding)) if way.four_bit else (2 if way.adapters else 6) * total
+        parts = {"weights": stored, "gradients": 4 * learning, "optimizer": 8 * learning, "gathered": 0.0}
+    else:
+        live = total if way.whole else min(total, LIVE_WEIGHTS)
+        parts = {"weights": 2 * total / shared, "gradients": 2 * learning / shared, "optimizer": 12 * learning / shared}
+        parts["gathered"] = 2 * live
+        if way.offload:
+            parts |= {"weights": 0.0, "gradients": 2 * learning / shared, "optimizer": 0.0}
+    parts["buckets"] = 2 * BUCKETS * bucket * way.sharded
+    parts["activations"] = activations(config, load, way)
+    parts["head"] = head(config, load, way)
+    return Plan(way, {name: size / GIB for name, size in parts.items()})
+
+
+def layer_bytes(hidden: int, narrow: int, intermediate: int, adapters: bool) -> float:
+    """Bytes per token that one layer keeps for its backward pass: the residual stream before and after attention,
+    query, key, value, what attention made of them, gate and up; with adapters what was normed and gated, too."""
+    kept = 2 * (4 * hidden + 2 * narrow + 2 * intermediate)
+    return kept + 2 * (2 * hidden + intermediate) * adapters
+
+
+def activations(config, load: Load, way: Way) -> float:
+    text, vision = config.get_text_config(), config.vision_config
+    narrow = text.hidden_size * text.num_key_value_heads // text.num_attention_heads
+    per_token = layer_bytes(text.hidden_size, narrow, text.intermediate_size, way.adapters)
+    per_patch = layer_bytes(vision.hidden_size, vision.hidden_size, vision.intermediate_size, way.adapters)
+
+    def tower(layers: int, count: int, kept: float, hidden: int) -> float:
+        again = math.floor(layers * way.checkpointed)
+        return count * ((layers - again) * kept + again * 2 * hidden + kept * (again > 0))
+
+    needed = tower(text.num_hidden_layers, load.tokens, per_token, text.hidden_size)
+    if not (way.frozen_vision or way.adapters):
+        needed += tower(vision.depth, load.patches, per_patch, vision.hidden_size)
+    pixels = 3 * vision.temporal_patch_size * vision.patch_size**2
+    return needed + load.tokens * 12 * text.hidden_size + load.patches * 2 * (pixels + 2 * vision.hidden_size)
+
+
+def head(config, load: Load, way: Way) -> float:
+    text = config.get_text_config()
+    rows = min(load.supervised, fast_training.LOSS_ROWS)
+    logits = rows * text.vocab_size * (4 if way.fused else 16)
+    gradients = 0 if way.adapters else 2 * 2 * text.vocab_size * text.hidden_size  # the head's and the embedding's
+    return logits + gradients + load.supervised * 4 * text.hidden_size
+
+
+# -----------------------------------------------------------------------------
+# Choice
+
+SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+
+
+def candidates(way: Way, pages: int, shares: Iterable[float] = SHARES) -> list[Way]:
+    """Every way to put `pages` pages of a step through a GPU, the fastest first.
+
+    Measured on an H200 (benchmarks/README.md): working out all layers twice costs a quarter more, a further micro-batch
+    some hundredths of a step of 8 pages, gathering weights anew a twentieth.
+    """
+    sizes = [size for size in range(pages, 0, -1) if pages % size == 0]
+    whole = [True, False] if way.sharded and way.processes == 1 and not way.offload else [False]
+    found = [replace(way, micro_batch=s, checkpointed=c, whole=w) for s in sizes for c in shares for w in whole]
+    return sorted(
+        found, key=lambda way: 0.26 * way.checkpointed + 0.03 * (pages / way.micro_batch - 1) - 0.05 * way.whole
+    )
+
+
+def choose(ways: Iterable[Way], plan_of: Callable[[Way], Plan], limit_gib: float) -> Plan | None:
+    """The first way that fits; None when none does."""
+    return next((plan for plan in map(plan_of, ways) if plan.total <= limit_gib), None)
+
+
+# -----------------------------------------------------------------------------
+# Table
+
+
+def remedy(way: Way, limit_gib: float) -> str:
+    """What to change when nothing fits."""
+    options = [] if way.frozen_vision else ["--freeze_vision"]
+    options += [] if way.adapters else ["--lora"]
+    options += [] if way.offload else ["--config ds_z3_offload.json"]
+    fewer = "fewer --max_pixels or --max_html_tokens, more GPUs"
+    return f"does not fit {limit_gib:.0f} GiB: {fewer}, {', '.join(options)}"
+
+
+def table(config, longest: Callable[[int], Load], way: Way, pages: int, bucket: int, sizes_gib: Iterable[float]) -> str:
+    """The plan for 1 to 64 GPUs of several sizes, each with the choice that would be made there."""
+    lines = ["GPUs  of GiB  at once  recomputed  weights  gradients  optimizer  gathered  activations  head   sum"]
+    for processes in (1, 2, 4, 8, 16, 32, 64):
+        for size in sizes_gib:
+            asked = replace(way, processes=processes)
+            plan = choose(
+                candidates(asked, pages),
+                lambda one: estimate(config, longest(one.micro_batch), one, bucket),
+                MEMORY_SHARE * size,
+            )
+            if plan is None:
+                lines.append(f"{processes:4d} {size:7.0f}  {remedy(asked, size)}")
+                continue
+            part = plan.parts
+            lines.append(
+                f"{processes:4d} {size:7.0f} {plan.way.micro_batch:8d} {plan.way.checkpointed:10.0%} "
+                f"{part['weights']:8.1f} {part['gradients']:10.1f} {part['optimizer']:10.1f} "
+                f"{part['gathered'] + part['buckets']:9.1f} {part['activations']:12.1f} {part['head']:5.1f} "
+                f"{plan.total:5.1f}"
+            )
+    return "\n".join(lines)

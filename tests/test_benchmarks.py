@@ -1,0 +1,222 @@
+"""benchmarks/: pages of the wanted size, the same weights for all, figures read off log lines, and one small run."""
+
+import importlib.util
+import json
+import random
+import sys
+
+import pytest
+from conftest import ROOT, make_base, make_tokenizer, output, run_script, weights
+
+import fast_training
+import page_data
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import make_pages_like_real
+import make_shapes
+import random_weights
+import step_speed
+
+SIZES = json.loads(make_pages_like_real.SIZES.read_text())
+
+# -----------------------------------------------------------------------------
+# Pages
+
+
+def count(text: str, tokenizer=make_tokenizer()) -> int:  # noqa: B008 (one for all tests)
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def test_the_sizes_are_of_screenshots_and_short_enough():
+    sizes = SIZES["width_height_html_tokens"]
+    assert (SIZES["pages_read"], SIZES["most_html_tokens"], len(sizes)) == (74, 4096, 43)
+    assert {width for width, _, _ in sizes} == {1280}
+    assert all(600 <= height <= 2000 and 100 <= tokens <= 4096 for _, height, tokens in sizes)
+
+
+def test_every_size_is_drawn_once_before_any_comes_twice():
+    sizes = SIZES["width_height_html_tokens"]
+    drawn = make_pages_like_real.draw(sizes, 100, seed=3)
+    assert sorted(drawn[:43]) == sorted(drawn[43:86]) == sorted(sizes) and len(drawn) == 100
+    assert drawn == make_pages_like_real.draw(sizes, 100, seed=3) != make_pages_like_real.draw(sizes, 100, seed=4)
+
+
+@pytest.mark.parametrize("wanted", [300, 881, 4096])
+def test_a_page_has_the_wanted_tokens_and_nothing_to_clean(wanted):
+    pages = [make_pages_like_real.make_html(random.Random(seed), wanted, count) for seed in (0, 1)]
+    assert all(0.98 * wanted <= count(page) <= wanted for page in pages)
+    assert pages[0] != pages[1]
+    assert [page_data.clean_html(page, page_data.CLEANING_STEPS).strip() for page in pages] == pages
+
+
+def test_a_page_shorter_than_any_is_refused():
+    with pytest.raises(ValueError, match="no page of 5 tokens"):
+        make_pages_like_real.make_html(random.Random(0), 5, count)
+
+
+def test_written_pages_are_a_dataset_of_different_pages(tmp_path):
+    tokens = make_pages_like_real.write_pages(tmp_path, [[320, 200, 400], [320, 640, 500]], count, seed=0)
+    rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    pictures = [(tmp_path / row["file_name"]).read_bytes() for row in rows]
+    assert [page_data.screenshot_size(picture) for picture in pictures] == [(320, 200), (320, 640)]
+    assert [count(row["text"]) for row in rows] == tokens
+
+
+# -----------------------------------------------------------------------------
+# Weights
+
+
+def test_random_weights_have_a_published_checkpoints_keys_and_leave_the_rest_alone(tiny_base, tmp_path):
+    make_base(tmp_path, weights=False)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    random_weights.write_weights(tmp_path, seed=0)
+    written, known = weights(tmp_path), weights(tiny_base)
+    assert {key: (value.shape, value.dtype) for key, value in written.items()} == {
+        key: (value.shape, value.dtype) for key, value in known.items()
+    }
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    with pytest.raises(SystemExit, match="has weights"):
+        random_weights.write_weights(tmp_path, seed=1)
+
+
+# -----------------------------------------------------------------------------
+# Cost
+
+
+@pytest.fixture(scope="module")
+def config():
+    class Tokenizer:
+        @staticmethod
+        def convert_tokens_to_ids(name: str) -> int:
+            return 151_643 + len(name)
+
+    return make_shapes.make_config("3b", Tokenizer)
+
+
+def test_the_operations_of_a_page_are_those_of_the_published_formula(config):
+    tokens, supervised, patches = 2_900, 1_500, 5_000
+    formula = 6 * (2.775e9 * tokens + 3.11e8 * supervised) + 6 * 0.63e9 * patches + 12 * 36 * 2048 * tokens**2 / 2
+    vision_attention = 12 * 1280 * patches * (4 * patches + 28 * 64)
+    flops = fast_training.page_flops(config, tokens, supervised, patches)
+    # The rest is the merger, which the short formula leaves out.
+    assert flops == pytest.approx(formula + vision_attention, rel=0.005)
+
+
+def test_pages_per_second_and_mfu_fit_the_published_rows(config):
+    """4.35 pages/s were 36.0 % and 5.05 pages/s 41.7 % of 989 TFLOP/s: 82 TFLOP a page. How long those pages were is
+    not published; screenshots at the limit (1,280 tokens) and answers of about 1,800 tokens cost as much."""
+    rows = [0.360 * 989e12 / 4.35, 0.417 * 989e12 / 5.05]
+    assert rows == pytest.approx([81.75e12] * 2, rel=0.002)
+    costs = [fast_training.page_flops(config, answer + 1_320, answer, 5_120) for answer in (1_500, 2_100)]
+    assert costs[0] < rows[1] < costs[1]
+
+
+# -----------------------------------------------------------------------------
+# Reading
+
+LINE = (
+    "step 3/8  loss 12.3400  lr 1.00e-05  3.41 pages/s  7,788 supervised tokens/s  4,250 image tokens/s  2.34 s/step"
+    "  MFU 29.8 %  data wait 3 %  peak 71.9 GiB  0:00:12 left\n"
+)
+
+
+def test_the_figures_of_our_line_are_read():
+    assert step_speed.read_step(LINE) == {
+        "step": 3,
+        "loss": 12.34,
+        "seconds": 2.34,
+        "logged_pages_per_second": 3.41,
+        "logged_mfu": 0.298,
+        "data_wait_share": 0.03,
+        "peak_gib": 71.9,
+    }
+
+
+def test_a_figure_that_the_line_lacks_is_left_out():
+    short = step_speed.read_step("step 1/2  loss 5.8664  lr 0.00e+00  22.50 pages/s  0.18 s/step  peak 0.9 GiB\n")
+    assert short.keys() == {"step", "loss", "seconds", "logged_pages_per_second", "peak_gib"}
+
+
+def test_the_line_of_the_real_trainer_is_read():
+    import holo1_dom_finetune as training
+
+    names = "pages_per_second supervised_tokens_per_second image_tokens_per_second seconds_per_step".split()
+    logs = dict.fromkeys([*names, "data_wait_share", "peak_gib", "mfu"], 0.5) | {"loss": 1.25, "learning_rate": 1e-5}
+    state = type("State", (), {"global_step": 4, "max_steps": 9})
+    figures = step_speed.read_step(training.log_line(logs, state))
+    assert (figures["step"], figures["loss"], figures["seconds"], figures["peak_gib"]) == (4, 1.25, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("line", ["", "8 pages per step\n", "saved at step 3/8\n", "before training, loss 3\n"])
+def test_other_lines_are_no_steps(line):
+    assert step_speed.read_step(line) is None
+
+
+def test_a_rivals_line_is_read_as_it_is():
+    assert step_speed.read_step('STEP {"step": 1, "loss": 2.5}\n') == {"step": 1, "loss": 2.5}
+
+
+def test_the_order_of_ours_is_taken_only_when_it_is_whole(tmp_path):
+    file, names = tmp_path / "page_order.jsonl", ["a", "b", "c", "d"]
+    assert step_speed.read_order(file, names, 2, 2) is None
+    rows = [{"step": 1, "pages": ["c", "a"]}, {"step": 2, "pages": ["d", "b"]}, {"step": 1, "pages": ["a", "b"]}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert step_speed.read_order(file, names, 2, 2) == [[2, 0], [3, 1]]
+    assert step_speed.read_order(file, names, 2, 3) is None
+    assert step_speed.read_order(file, names[:3], 2, 2) is None
+
+
+# -----------------------------------------------------------------------------
+# Results
+
+
+def test_rates_are_means_over_steps_three_to_the_last():
+    steps = [{"step": n, "loss": 9.0 - n, "seconds": s, "peak_gib": 10.0 + n} for n, s in enumerate((60, 9, 2, 4), 1)]
+    row = step_speed.summarise(steps, "all steps", 8, 2, [1e15, 1e15, 3e15, 6e15], 1000.0)
+    assert row["pages_per_second"] == pytest.approx(16 / 6) and row["seconds_per_step"] == 3
+    assert row["mfu"] == pytest.approx(9e15 / 6 / 2 / 1e15)
+    assert (row["first_step_loss"], row["last_step_loss"], row["peak_gib"]) == (8.0, 5.0, 14.0)
+    assert row["measured_steps"] == [3, 4] and row["seconds"] == [60, 9, 2, 4] and row["data_wait_share"] is None
+
+
+def test_a_way_that_never_came_to_a_step_has_a_row_without_figures():
+    row = step_speed.summarise([], "exit code 83", 8, 1, [], None)
+    assert row == {"ended": "exit code 83", "steps_seen": 0}
+    results = {"ways": {"trl": row}, "gpus": 1, "gpu": None, "base_model": "b", "pages_per_step": 8, "date": "today"}
+    table = step_speed.table(results | {"first_step_comparable": True})
+    assert table.splitlines()[-1] == "| trl | – | – | – | – | – | – | – | exit code 83 |"
+
+
+def test_too_few_pages_are_refused_before_anything_runs(tiny_base, pages_folder, tmp_path, capsys):
+    flags = ["--base_model", str(tiny_base), "--pages", str(pages_folder), "--out", str(tmp_path / "r.json")]
+    with pytest.raises(SystemExit):
+        step_speed.read_command_line([*flags, "--steps", "3"])
+    assert "has 24 pages, 26 are needed" in capsys.readouterr().err
+
+
+# -----------------------------------------------------------------------------
+# The whole
+
+
+@pytest.mark.slow
+def test_all_ways_train_the_same_pages_from_the_same_weights(tiny_base, pages_folder, tmp_path):
+    ways = ["ours", "plain", *["trl"] * (importlib.util.find_spec("trl") is not None)]
+    if "trl" not in ways:
+        print("trl is not installed, and its way is not tested")
+    out = tmp_path / "results" / "tiny.json"
+    flags = {"base_model": tiny_base, "pages": pages_folder, "out": out, "ways": ",".join(ways), "steps": 2}
+    flags |= {"pages_per_step": 4, "max_pixels": 280 * 280, "max_html_tokens": 120, "work": tmp_path / "work"}
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    done = run_script(str(ROOT / "benchmarks" / "step_speed.py"), *words, cwd=tmp_path, timeout=900)
+    assert done.returncode == 0, output(done)
+    results = json.loads(out.read_text())
+    assert [(way, row["ended"], row["steps_seen"]) for way, row in results["ways"].items()] == [
+        (way, "all steps", 2) for way in ways
+    ], output(done)
+    assert all(row["pages_per_second"] > 0 and row["peak_gib"] > 0 for row in results["ways"].values())
+    losses = {way: [step["loss"] for step in row["steps"]] for way, row in results["ways"].items()}
+    if results["first_step_comparable"]:
+        assert losses["plain"] == pytest.approx(losses["ours"], abs=1e-4)
+        # One token more per page, of some forty here: near, not equal.
+        assert losses.get("trl", losses["ours"]) == pytest.approx(losses["ours"], abs=1e-2)
+    assert step_speed.table(results) in done.stdout
