@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import hashlib
 import html
 import json
@@ -601,7 +602,9 @@ def choose_micro_batch(args, settings: PageSettings, config, pages, encoder: Pag
     way = training_way({"per_device_train_batch_size": args.per_device_train_batch_size}, settings, deepspeed, True)
     bucket, loads = REDUCED_AT_ONCE, longest_loads(pages, encoder, per_step)
     shares = memory_plan.SHARES if settings.checkpoint_share is None else [settings.checkpoint_share]
-    ways = memory_plan.candidates(way, per_step, shares)
+    costs = page_costs(config, pages, encoder)
+    tflops = fast_training.peak_tflops(torch.cuda.get_device_name(args.device))
+    ways = memory_plan.candidates(way, per_step, memory_plan.page_seconds(sum(costs) / len(costs), tflops), shares)
     if settings.micro_batch != "auto":
         ways = [way for way in ways if way.micro_batch == args.per_device_train_batch_size]
 
@@ -697,11 +700,15 @@ class Fit:
         chosen = [pages[longest[number % len(pages)]] for number in range(self.plan.way.micro_batch)]
         start, failure = time.monotonic(), None
         trainer.model.train()
+        alone = (
+            contextlib.nullcontext() if trainer.args.deepspeed else trainer.accelerator.no_sync(trainer.model_wrapped)
+        )
         try:
             # Times zero: gradients of zeros, which change nothing when DeepSpeed adds those of the first step.
-            loss = self.forward(trainer, collate(chosen)) * 0.0
-            trainer.accelerator.gradient_state._set_sync_gradients(False)
-            trainer.accelerator.backward(loss)
+            with alone:
+                loss = self.forward(trainer, collate(chosen)) * 0.0
+                trainer.accelerator.gradient_state._set_sync_gradients(False)
+                trainer.accelerator.backward(loss)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -709,7 +716,11 @@ class Fit:
         if not trainer.args.deepspeed:
             trainer.model.zero_grad(set_to_none=True)
         peak = torch.cuda.max_memory_allocated() / 2**30
-        if together(failure is not None):
+        try:
+            failed = together(failure is not None)
+        except RuntimeError as error:  # others wait for us inside a collective, where nobody can call them back
+            raise failure or error from error
+        if failed:
             self.start_anew(trainer.args, failure)
         say_memory(f"the longest possible batch of {self.plan.way.micro_batch} pages fits, {peak:.1f} GiB,", start)
 
@@ -722,8 +733,26 @@ class Fit:
             raise failure or torch.OutOfMemoryError("out of memory on another GPU")
         say(f"the plan was too bold: starting anew with --micro_batch {size // 2}")
         sys.stdout.flush()
+        if world_size() > 1:  # at a place of our own: torchrun's still holds the keys of this attempt
+            os.environ["MASTER_PORT"] = str(agreed_port())
+            os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
         again = [*sys.orig_argv[1:], "--micro_batch", str(size // 2), "--checkpoint_share", "1"]
         os.execv(sys.executable, [sys.executable, *again])
+
+
+def agreed_port() -> int:
+    """(all ranks) A port that is free where rank 0 runs."""
+    import socket
+
+    import torch.distributed as dist
+
+    chosen = [0]
+    if rank() == 0:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            chosen = [probe.getsockname()[1]]
+    dist.broadcast_object_list(chosen, src=0, group=emergency_group())
+    return chosen[0]
 
 
 def checkpoint_some_layers(model, share: float) -> None:
@@ -947,6 +976,8 @@ def make_trainer(args, model, collate: PageCollator, pages, stop: StopRequest, j
     class Steps(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
             fit(trainer, collate, pages, judge.pages)
+            release_memory()
+            gc.freeze()  # what is there by now stays; looking through it again costs 0.3 s each time
             meter.__init__()
 
         def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
@@ -1018,8 +1049,6 @@ def memory_is_tight() -> bool:
 
 
 def release_memory() -> None:
-    import gc
-
     import torch
 
     gc.collect()
@@ -1654,6 +1683,8 @@ def make_recipe(settings: PageSettings, facts: dict) -> dict:
 
 def run(argv: list[str]) -> None:
     """(all ranks) One page's way from the dataset to the Hub."""
+    # Packed rows differ in length from step to step; growing segments instead of gaps between fixed ones.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     resolved = resolve(argv)
     import torch
 

@@ -2,7 +2,7 @@
 
     plan = estimate(config, Load(tokens=21_000, patches=20_000, supervised=16_000), Way(processes=4))
     plan.parts, plan.total                          # GiB on each GPU: weights, gradients, optimizer, activations, ...
-    choose(candidates(8), estimate_of, limit_gib)   # the fastest way that fits
+    choose(candidates(Way(), 8, 0.2), plan_of, limit_gib)           # the fastest way that fits
 
 Nothing of ours is imported but the counting of weights. Sections: What is planned, Estimate, Choice, Table.
 """
@@ -84,7 +84,7 @@ def estimate(config, load: Load, way: Way, bucket: int = 0) -> Plan:
     else:
         live = total if way.whole else min(total, LIVE_WEIGHTS)
         parts = {"weights": 2 * total / shared, "gradients": 2 * learning / shared, "optimizer": 12 * learning / shared}
-        parts["gathered"] = 2 * live
+        parts["gathered"] = 2 * live * (shared > 1 or way.offload)  # one process: DeepSpeed gathers without a copy
         if way.offload:
             parts |= {"weights": 0.0, "gradients": 2 * learning / shared, "optimizer": 0.0}
     parts["buckets"] = 2 * BUCKETS * bucket * way.sharded
@@ -131,18 +131,32 @@ def head(config, load: Load, way: Way) -> float:
 SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 
 
-def candidates(way: Way, pages: int, shares: Iterable[float] = SHARES) -> list[Way]:
-    """Every way to put `pages` pages of a step through a GPU, the fastest first.
+HOOK_SECONDS = 0.5  # of a core, for each micro-batch, in DeepSpeed's and torch's Python; the GPU waits if it needs less
+REWORK = 0.3  # more time when all layers are worked out twice
+USED_SHARE = 0.45  # of a GPU's peak that a step can reach
 
-    Measured on an H200 (benchmarks/README.md): working out all layers twice costs a quarter more, a further micro-batch
-    some hundredths of a step of 8 pages, gathering weights anew a twentieth.
+
+def page_seconds(flops: float, tflops: float | None) -> float:
+    """Seconds that a page of `flops` keeps a GPU of `tflops` (by its datasheet; unknown: an H100's) busy."""
+    return flops / (USED_SHARE * (tflops or 989) * 1e12)
+
+
+def candidates(way: Way, pages: int, seconds: float, shares: Iterable[float] = SHARES) -> list[Way]:
+    """Every way to put `pages` pages of a step, each of `seconds`, through a GPU, the fastest first.
+
+    The constants were measured on an H200 with 3B (benchmarks/README.md): 1 page x 8 took 4.3 s a step, 4 x 2 took 1.8,
+    and 2.4 with all layers worked out twice.
     """
     sizes = [size for size in range(pages, 0, -1) if pages % size == 0]
     whole = [True, False] if way.sharded and way.processes == 1 and not way.offload else [False]
     found = [replace(way, micro_batch=s, checkpointed=c, whole=w) for s in sizes for c in shares for w in whole]
-    return sorted(
-        found, key=lambda way: 0.26 * way.checkpointed + 0.03 * (pages / way.micro_batch - 1) - 0.05 * way.whole
-    )
+
+    def time(way: Way) -> float:
+        gathering = 1.0 if way.whole else 1.05
+        busy = way.micro_batch * seconds * (1 + REWORK * way.checkpointed) * gathering
+        return pages / way.micro_batch * (max(HOOK_SECONDS, busy) + 0.02)
+
+    return sorted(found, key=time)
 
 
 def choose(ways: Iterable[Way], plan_of: Callable[[Way], Plan], limit_gib: float) -> Plan | None:
@@ -165,12 +179,14 @@ def remedy(way: Way, limit_gib: float) -> str:
 
 def table(config, longest: Callable[[int], Load], way: Way, pages: int, bucket: int, sizes_gib: Iterable[float]) -> str:
     """The plan for 1 to 64 GPUs of several sizes, each with the choice that would be made there."""
+    one = longest(1)
+    seconds = page_seconds(fast_training.page_flops(config, one.tokens, one.supervised, one.patches), None)
     lines = ["GPUs  of GiB  at once  recomputed  weights  gradients  optimizer  gathered  activations  head   sum"]
     for processes in (1, 2, 4, 8, 16, 32, 64):
         for size in sizes_gib:
             asked = replace(way, processes=processes)
             plan = choose(
-                candidates(asked, pages),
+                candidates(asked, pages, seconds),
                 lambda one: estimate(config, longest(one.micro_batch), one, bucket),
                 MEMORY_SHARE * size,
             )

@@ -116,8 +116,12 @@ def test_plan_needs_neither_gpu_nor_weights(tmp_path):
     base = make_base(tmp_path / "base", weights=False)
     done = run_script(MAIN, "--plan", "--base_model", str(base), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines() if line.strip()[:1].isdigit()]
-    assert [row[0] for row in rows] == ["1", "2", "4", "8", "16", "32", "64"]
+    table = done.stdout.split("  sum\n")[1].splitlines()
+    rows = [line.split() for line in table if line.strip()[:1].isdigit()]
+    assert [(row[0], row[1]) for row in rows] == [
+        (processes, size) for processes in ("1", "2", "4", "8", "16", "32", "64") for size in ("24", "40", "80", "140")
+    ]
+    assert all(row[2] == "8" and row[3] == "0%" for row in rows), "the tiny model fits everywhere at once"
 
 
 @pytest.mark.slow

@@ -24,7 +24,9 @@ def test_a_trained_model_is_pushed_in_one_commit_and_used_from_there(tiny_base, 
         assert hub.repos["user/my_model"].private and len(hub.commits("user/my_model")) == 1
         files = set(hub.commits("user/my_model")[0]["files"])
         final = tmp_path / "holo1_dom_finetune_final"
-        assert files - {".gitattributes"} == {path.name for path in final.iterdir()}
+        assert files - {".gitattributes"} == {
+            str(path.relative_to(final)) for path in final.rglob("*") if path.is_file()
+        }
         # Used where the final folder is not at hand, so that everything must come from the Hub.
         elsewhere = tmp_path / "elsewhere"
         elsewhere.mkdir()

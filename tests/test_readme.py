@@ -431,7 +431,8 @@ def test_every_import_is_a_requirement_or_comes_with_one():
                 imported |= {name.name.split(".")[0] for name in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add(node.module.split(".")[0])
-    assert not imported - packages - ours - {*sys.stdlib_module_names}
+    optional = {"flash_attn"}  # used where it is installed, and asked for nowhere
+    assert not imported - packages - ours - optional - {*sys.stdlib_module_names}
     # Used without an import of ours: transformers' processors, quantisation and reports, and the two tools.
     unused = packages - {*brought} - imported
     assert unused <= {"torchvision", "bitsandbytes", "tensorboard", "ruff", "playwright", "accelerate"}

@@ -444,8 +444,8 @@ class Started:
         env["PATH"] = os.defpath  # a virtual environment that nobody activated
         with self.log_file.open("w") as log:
             command = [sys.executable, wrapper.__file__, *flags]
-            # A shell's background job ignores SIGINT, and the wrapper respects what was ignored when it started.
-            default = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+            # A shell's background job ignores SIGINT, nohup SIGHUP, and the wrapper respects what was ignored.
+            default = lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)]  # noqa: E731
             self.process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log, preexec_fn=default)  # noqa: PLW1509
 
     def wait_until_ready(self) -> "Started":

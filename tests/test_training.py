@@ -57,6 +57,7 @@ def test_gradients_do_not_depend_on_how_a_step_is_divided(exact_base, pages_fold
     """8 pages per step as 1 x 8, 2 x 4, 8 x 1 on one rank, 1 x 4 on two, with DDP and under ZeRO-3."""
     ways = {
         "1x8": (start_plain, 1, 8, {}),
+        "the model's own way, 2x4": (lambda flags, cwd: start_plain([*flags, "--fast", "False"], cwd), 2, 4, {}),
         "2x4": (start_plain, 2, 4, {}),
         "8x1": (start_plain, 8, 1, {}),
         "1x4 on 2": (start_torchrun, 1, 4, {}),
@@ -69,7 +70,7 @@ def test_gradients_do_not_depend_on_how_a_step_is_divided(exact_base, pages_fold
     }
     gradients = {}
     for name, (start, micro, accumulated, options) in ways.items():
-        cwd = tmp_path / name.replace(" ", "_")
+        cwd = tmp_path / str(len(gradients))
         cwd.mkdir()
         batch = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulated}
         done = start(small_run(exact_base, pages_folder, **SGD, **batch), cwd, **options)
@@ -91,6 +92,66 @@ def test_plainest_json_clips_as_asked_and_ends_loadable(exact_base, pages_folder
     done = start_deepspeed(flags, tmp_path, config=config)
     assert done.returncode == 0, output(done)
     assert norm(change(exact_base, tmp_path / "holo1_dom_finetune_final")) == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_fast_path_learns_what_the_plain_one_learns(exact_base, pages_folder, tmp_path):
+    """Three epochs of AdamW under ZeRO-3 with layers as leaves, and the plain way: the same losses and weights."""
+    rate = {"learning_rate": 1e-3, "max_steps": 6, "num_train_epochs": 3, "gradient_accumulation_steps": 4}
+    losses, finals = {}, {}
+    for name, way in {"fast": {}, "plain": {"fast": False}}.items():
+        cwd = tmp_path / name
+        cwd.mkdir()
+        done = start_deepspeed(small_run(exact_base, pages_folder, **rate, **way), cwd)
+        assert done.returncode == 0, output(done)
+        assert ("fast path:" in done.stdout) == (name == "fast")
+        steps = [line for line in done.stdout.splitlines() if line.startswith("step ")]
+        losses[name] = [float(line.split("loss ")[1].split()[0]) for line in steps]
+        finals[name] = weights(cwd / "holo1_dom_finetune_final")
+    assert losses["fast"] == pytest.approx(losses["plain"], abs=2e-4)
+    assert losses["fast"][-1] < losses["fast"][0] - 0.05, "nothing was learned"
+    worst = max((finals["fast"][key] - value).abs().max().item() for key, value in finals["plain"].items())
+    assert worst < 1e-4, worst
+
+
+START_ANEW = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch
+import holo1_dom_finetune as pipeline
+import memory_plan
+
+def choose(args, settings, *unused):
+    way = memory_plan.Way(processes=2, micro_batch=args.per_device_train_batch_size)
+    return memory_plan.Plan(way, {{"weights": 1.0}})
+
+def forward(self, trainer, batch, real=pipeline.Fit.forward):
+    pages = len(batch["image_grid_thw"])
+    if trainer.model.training and pages > 2 and str(pipeline.rank()) in {failing!r}:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return real(self, trainer, batch)
+
+pipeline.choose_micro_batch, pipeline.Fit.forward = choose, forward
+torch.cuda.max_memory_allocated = lambda: 2**30
+pipeline.leave(pipeline.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("start", "failing"), [(start_torchrun, "1"), (start_deepspeed, "01")])
+def test_a_batch_that_does_not_fit_starts_anew_with_half_as_many_pages(
+    start, failing, exact_base, pages_folder, tmp_path
+):
+    """Memory runs out in the proof on one of two ranks, or on both (simulated: no GPU here); both begin again."""
+    script = tmp_path / "bold.py"
+    script.write_text(START_ANEW.format(root=str(ROOT), failing=failing))
+    flags = small_run(exact_base, pages_folder, per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    done = start(flags, tmp_path, script=str(script), processes=2, timeout=120)
+    assert done.returncode == 0, output(done)
+    assert "starting anew with --micro_batch 2" in done.stdout
+    assert "4 pages x 1 accumulated x 2 processes = 8 pages per step" in done.stdout
+    assert "2 pages x 2 accumulated x 2 processes = 8 pages per step" in done.stdout
+    assert "the longest possible batch of 2 pages fits" in done.stdout
 
 
 def run_in_background(flags, cwd):
