@@ -1,11 +1,10 @@
 """What makes a step fast and leaves its result the same.
 
-    install(model)                                # pages packed into one row, each part faster than the model's own
-    batch |= geometry(grids) | pack(pages, ...)   # in the data workers: what the model would work out on the way
-    set_leaves(model)                             # under ZeRO-3, before DeepSpeed takes the model
+    install(model, fuse=True)       # takes pages packed into one row (page_batches.pack), each part faster than its own
+    set_leaves(model)               # under ZeRO-3, before DeepSpeed takes the model
 
 Nothing of ours is imported, and nothing here changes what is learned: each part equals the model's own way, which the
-tests show. Sections: Attention, Element-wise, Modules, Loss, Model, Geometry, Vision MLP, ZeRO-3, Cost.
+tests show. Sections: Attention, Element-wise, Modules, Blocks, Loss, Model, Vision MLP, ZeRO-3.
 """
 
 from __future__ import annotations
@@ -31,11 +30,10 @@ def attend(query, key, value, bounds, longest: int, scale: float, causal: bool):
 
     On a GPU with half precision one flash kernel takes all segments; elsewhere SDPA takes equal lengths together.
     """
-    import torch
-
-    if not query.is_cuda or query.element_size() != 2 or torch.cuda.get_device_capability(query.device) < (8, 0):
+    kernel = attention_kernel(query.device.type, query.element_size() == 2)
+    if kernel == SEGMENTS:
         return equal_segments_together(query, key, value, bounds.tolist(), scale, causal)
-    if importlib.util.find_spec("flash_attn"):
+    if kernel == FLASH:
         from flash_attn import flash_attn_varlen_func as flash
 
         return flash(query, key, value, bounds, bounds, longest, longest, softmax_scale=scale, causal=causal)
@@ -48,6 +46,19 @@ def attend(query, key, value, bounds, longest: int, scale: float, causal: bool):
     if "enable_gqa" in known:  # torch 2.11 has no such word and takes fewer keys without it
         options["enable_gqa"] = key.shape[1] != query.shape[1]
     return varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
+
+
+FLASH, VARLEN, SEGMENTS = "flash-attn", "torch's variable-length kernel", "SDPA, segment by segment"
+
+
+@lru_cache
+def attention_kernel(device: str, half: bool) -> str:
+    """Which of the three takes the segments; the kernels need half precision and compute capability 8.0."""
+    import torch
+
+    if device != "cuda" or not half or torch.cuda.get_device_capability() < (8, 0):
+        return SEGMENTS
+    return FLASH if importlib.util.find_spec("flash_attn") else VARLEN
 
 
 @lru_cache(maxsize=1)
@@ -264,39 +275,49 @@ def layer_forward(self, hidden_states, *positional, **options):
 
 def normed_products(hidden, norm, *linears):
     """rms_norm(`hidden`) (S, H) times the weights of each of `linears`; what was normed is worked out twice."""
-    return _functions()[0].apply(hidden, norm, len(linears), norm.weight, *_flat(linears))
+    return _normed_products().apply(hidden, norm, len(linears), norm.weight, *_flat(linears))
 
 
 def add_product(residual, hidden, linear):
     """`residual` + `linear`(`hidden`), both (S, ...), in one product."""
-    return _functions()[1].apply(residual, hidden, linear.weight, linear.bias)
+    return _add_product().apply(residual, hidden, linear.weight, linear.bias)
 
 
 def add_mlp(hidden, norm, mlp):
     """`hidden` + mlp(rms_norm(`hidden`)); what was normed and the gated product are worked out twice."""
-    return _functions()[2].apply(hidden, norm, norm.weight, *_flat((mlp.gate_proj, mlp.up_proj, mlp.down_proj)))
+    return _add_mlp().apply(hidden, norm, norm.weight, *_flat((mlp.gate_proj, mlp.up_proj, mlp.down_proj)))
 
 
 def _flat(linears) -> list:
     return [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
 
 
-@lru_cache(maxsize=1)
-def _functions() -> tuple:
-    """The three autograd functions; torch is known only once a model is. Weights are saved as parameters, not as views,
-    so that ZeRO-3 may take their data away and bring it back in between."""
+# The autograd functions, made once torch is known. Weights are saved as parameters, not as views, so that ZeRO-3 may
+# take their data away and bring it back in between.
+
+
+def _weight_gradients(ctx, place: int, gradient, hidden) -> list:
+    """For the weight at input `place` and the bias after it."""
+    for_weight = gradient.T @ hidden if ctx.needs_input_grad[place] else None
+    return [for_weight, gradient.sum(0) if ctx.needs_input_grad[place + 1] else None]
+
+
+def _add_linear(residual, hidden, weight, bias):
     import torch
 
-    linear = torch._C._nn.linear  # DeepSpeed puts another one into torch.nn.functional
+    done = torch.addmm(residual, hidden, weight.T)
+    return done if bias is None else done.add_(bias)
 
-    def weight_gradients(ctx, place: int, gradient, hidden) -> list:
-        """For the weight at input `place` and the bias after it."""
-        for_weight = gradient.T @ hidden if ctx.needs_input_grad[place] else None
-        return [for_weight, gradient.sum(0) if ctx.needs_input_grad[place + 1] else None]
 
-    def add_linear(residual, hidden, weight, bias):
-        done = torch.addmm(residual, hidden, weight.T)
-        return done if bias is None else done.add_(bias)
+def _linear(hidden, weight, bias):
+    import torch
+
+    return torch._C._nn.linear(hidden, weight, bias)  # DeepSpeed puts another one into torch.nn.functional
+
+
+@lru_cache(maxsize=1)
+def _normed_products() -> type:
+    import torch
 
     class NormedProducts(torch.autograd.Function):
         @staticmethod
@@ -304,7 +325,7 @@ def _functions() -> tuple:
             normed = norm.fused.rms_norm(hidden, norm_weight, norm.variance_epsilon)
             ctx.save_for_backward(hidden, norm_weight, *weights[::2])
             ctx.norm = norm
-            return tuple(linear(normed, weights[2 * n], weights[2 * n + 1]) for n in range(count))
+            return tuple(_linear(normed, weights[2 * n], weights[2 * n + 1]) for n in range(count))
 
         @staticmethod
         def backward(ctx, *gradients):
@@ -315,45 +336,59 @@ def _functions() -> tuple:
             for gradient, weight in zip(gradients[1:], weights[1:]):
                 inner = inner.addmm_(gradient, weight)
             for number, gradient in enumerate(gradients):
-                found += weight_gradients(ctx, 4 + 2 * number, gradient, normed)
+                found += _weight_gradients(ctx, 4 + 2 * number, gradient, normed)
             nothing = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
             outer, for_norm = fused.rms_norm_backward(hidden, norm_weight, epsilon, inner, nothing)
             return outer, None, None, for_norm, *found
+
+    return NormedProducts
+
+
+@lru_cache(maxsize=1)
+def _add_product() -> type:
+    import torch
 
     class AddProduct(torch.autograd.Function):
         @staticmethod
         def forward(ctx, residual, hidden, weight, bias):
             ctx.save_for_backward(hidden, weight)
-            return add_linear(residual, hidden, weight, bias)
+            return _add_linear(residual, hidden, weight, bias)
 
         @staticmethod
         def backward(ctx, gradient):
             hidden, weight = ctx.saved_tensors
-            return gradient, gradient @ weight, *weight_gradients(ctx, 2, gradient, hidden)
+            return gradient, gradient @ weight, *_weight_gradients(ctx, 2, gradient, hidden)
+
+    return AddProduct
+
+
+@lru_cache(maxsize=1)
+def _add_mlp() -> type:
+    import torch
 
     class AddMlp(torch.autograd.Function):
         @staticmethod
         def forward(ctx, hidden, norm, norm_weight, gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias):
             normed = norm.fused.rms_norm(hidden, norm_weight, norm.variance_epsilon)
-            gate, up = linear(normed, gate_weight, gate_bias), linear(normed, up_weight, up_bias)
+            gate, up = _linear(normed, gate_weight, gate_bias), _linear(normed, up_weight, up_bias)
             ctx.save_for_backward(hidden, gate, up, norm_weight, gate_weight, up_weight, down_weight)
             ctx.norm = norm
-            return add_linear(hidden, norm.fused.swiglu(gate, up), down_weight, down_bias)
+            return _add_linear(hidden, norm.fused.swiglu(gate, up), down_weight, down_bias)
 
         @staticmethod
         def backward(ctx, gradient):
             hidden, gate, up, norm_weight, gate_weight, up_weight, down_weight = ctx.saved_tensors
             fused, epsilon = ctx.norm.fused, ctx.norm.variance_epsilon
             for_gate, for_up, product = fused.swiglu_backward(gate, up, gradient @ down_weight)
-            for_down = weight_gradients(ctx, 7, gradient, product)
+            for_down = _weight_gradients(ctx, 7, gradient, product)
             del product
             normed = fused.rms_norm(hidden, norm_weight, epsilon)
-            found = weight_gradients(ctx, 3, for_gate, normed) + weight_gradients(ctx, 5, for_up, normed)
+            found = _weight_gradients(ctx, 3, for_gate, normed) + _weight_gradients(ctx, 5, for_up, normed)
             inner = (for_gate @ gate_weight).addmm_(for_up, up_weight)
             outer, for_norm = fused.rms_norm_backward(hidden, norm_weight, epsilon, inner, gradient)
             return outer, None, for_norm, *found, *for_down
 
-    return NormedProducts, AddProduct, AddMlp
+    return AddMlp
 
 
 # -----------------------------------------------------------------------------
@@ -465,79 +500,6 @@ SILU = ("SiLU", "SiLUActivation")  # mlp_forward's own activation
 
 
 # -----------------------------------------------------------------------------
-# Geometry
-
-
-def image_geometry(config) -> Callable:
-    """A function from `image_grid_thw` (B, 3) to what the vision tower derives from it, as keyword arguments.
-
-    Worked out in the data workers, it costs the GPU no wait.
-    """
-    vision = config.vision_config
-    merge, window, patch = vision.spatial_merge_size, vision.window_size, vision.patch_size
-
-    def geometry(grids) -> dict:
-        from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
-
-        index, windows = get_vision_window_index(grids, merge, window, patch)
-        bounds = get_vision_cu_seqlens(grids)
-        return {
-            "image_position_ids": get_vision_position_ids(grids, merge),
-            "image_cu_seqlens": bounds,
-            "image_max_seqlen": int(bounds.diff().max()),
-            "image_window_index": index,
-            "image_cu_window_seqlens": windows,
-            "image_max_window_seqlen": int(windows.diff().max()),
-        }
-
-    return geometry
-
-
-def pack(rows: Sequence[tuple[list[int], list[int]]], sizes: Sequence[tuple[int, int]], before: int, ignored: int):
-    """Pages as one row. `rows` (ids, labels) of each page, `sizes` (rows, columns) of each picture in tokens, which
-    begins after `before` tokens. Returns `input_ids` (1, T), `position_ids` (4, 1, T), `image_places`,
-    `supervised_places` and `targets` (all 1-D), `page_bounds` (pages + 1), `longest_page`."""
-    import torch
-
-    lengths = [len(ids) for ids, _ in rows]
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    labels = torch.tensor([label for _, row in rows for label in row])
-    pictures = [torch.arange(height * width) + start + before for start, (height, width) in zip(starts, sizes)]
-    positions = [page_positions(before, *size, length) for size, length in zip(sizes, lengths)]
-    # The state at a place predicts the next token. No page begins with a supervised one, so none looks across.
-    supervised = (labels != ignored).nonzero().flatten()
-    return {
-        "input_ids": torch.tensor([[token for ids, _ in rows for token in ids]]),
-        "position_ids": torch.cat(positions, dim=1)[:, None],
-        "image_places": torch.cat(pictures),
-        "supervised_places": supervised - 1,
-        "targets": labels[supervised],
-        "page_bounds": torch.tensor(starts, dtype=torch.int32),
-        "longest_page": max(lengths),
-    }
-
-
-def page_positions(text_before: int, rows: int, columns: int, length: int):
-    """Positions (4, length) of one page: the running place, then mRoPE's time, height and width.
-
-    Text counts on from one to the next; the picture's `rows` x `columns` tokens share one moment and spread over height
-    and width from there; the text after it begins beyond the larger of the two (Qwen2-VL, Wang et al. 2024, sec. 2.1).
-    """
-    import torch
-
-    picture = rows * columns
-    places = torch.arange(picture)
-    height, width = places // columns + text_before, places % columns + text_before
-    before = torch.arange(text_before)
-    after = torch.arange(length - text_before - picture) + text_before + max(rows, columns)
-    moment = torch.full((picture,), text_before)
-    parts = [torch.cat([before, part, after]) for part in (moment, height, width)]
-    return torch.stack([torch.arange(length), *parts])
-
-
-# -----------------------------------------------------------------------------
 # Vision MLP
 
 
@@ -606,59 +568,3 @@ def set_leaves(model) -> None:
     from deepspeed.utils import set_z3_leaf_modules
 
     set_z3_leaf_modules(model, LEAVES)
-
-
-# -----------------------------------------------------------------------------
-# Cost
-
-# Dense bf16 TFLOP/s by NVIDIA's datasheets; the first name that the device's own contains.
-PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165}
-PEAK_TFLOPS |= {"B200": 2250}
-
-
-def peak_tflops(device: str) -> float | None:
-    """What the device can do at most; None where it is not known."""
-    return next((tflops for name, tflops in PEAK_TFLOPS.items() if name in device), None)
-
-
-def page_flops(config, tokens: int, supervised: int, patches: int) -> float:
-    """Floating-point operations that one page needs, forward and backward: products and attention, nothing recomputed.
-
-    6 per weight and token, as Kaplan et al. 2020 count, the head for supervised tokens only; causal attention half.
-    """
-    text, vision = config.get_text_config(), config.vision_config
-    language, head, tower, merger = parameters(config)
-    attention = 12 * text.num_hidden_layers * text.hidden_size * tokens**2 / 2
-    whole = len(vision.fullatt_block_indexes)
-    window = (vision.window_size // vision.patch_size) ** 2
-    seen = whole * patches + (vision.depth - whole) * min(window, patches)
-    merged = merger * patches / vision.spatial_merge_size**2
-    products = 6 * (language * tokens + head * supervised + tower * patches + merged)
-    return products + attention + 12 * vision.hidden_size * patches * seen
-
-
-def parameters(config) -> tuple[int, int, int, int]:
-    """Weights that multiply: (language layers, head, vision blocks, merger)."""
-    text, vision = config.get_text_config(), config.vision_config
-    narrow = text.hidden_size * text.num_key_value_heads // text.num_attention_heads
-    layer = 2 * text.hidden_size * (text.hidden_size + narrow) + 3 * text.hidden_size * text.intermediate_size
-    block = 4 * vision.hidden_size**2 + 3 * vision.hidden_size * vision.intermediate_size
-    wide = vision.hidden_size * vision.spatial_merge_size**2
-    patch = 3 * vision.temporal_patch_size * vision.patch_size**2 * vision.hidden_size
-    head = text.hidden_size * text.vocab_size
-    return layer * text.num_hidden_layers, head, block * vision.depth + patch, wide * (wide + vision.out_hidden_size)
-
-
-def deal(costs: Sequence[float], bins: int) -> list[list[int]]:
-    """Places 0..len(costs)-1 in `bins` groups of equal size (one more in some, if they do not divide) and cost.
-
-    The dearest first, each to the cheapest group with room (LPT, Graham 1969); groups come back dearest first.
-    """
-    groups: list[list[int]] = [[] for _ in range(bins)]
-    sums = [0.0] * bins
-    room = [len(costs) // bins + (place < len(costs) % bins) for place in range(bins)]
-    for place in sorted(range(len(costs)), key=lambda place: (-costs[place], place)):
-        chosen = min((group for group in range(bins) if len(groups[group]) < room[group]), key=lambda g: (sums[g], g))
-        groups[chosen].append(place)
-        sums[chosen] += costs[place]
-    return [groups[group] for group in sorted(range(bins), key=lambda group: (-sums[group], group))]

@@ -8,8 +8,9 @@
     python holo1_dom_finetune.py --help
 
 One page travels through this file from top to bottom: dataset, prompt and mask, batch, step, checkpoint, HTML, score,
-card, Hub. Sections: Errors, Processes, Prompt and mask, Collate, Model, Training, Saving, Evaluation,
-Publishing, Main. (all ranks) marks what every process must call together.
+card, Hub. Sections: Errors, Processes, Model, Memory, Training, Saving, Evaluation, Main; beside it stand
+training_settings.py, page_data.py, page_batches.py, fast_training.py, memory_plan.py and publishing.py. (all ranks)
+marks what every process must call together.
 """
 
 from __future__ import annotations
@@ -18,12 +19,9 @@ import contextlib
 import errno
 import gc
 import hashlib
-import html
 import json
 import math
 import os
-import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -38,7 +36,18 @@ import fast_training
 import memory_plan
 import page_data
 import use_model_from_hub as use
+from page_batches import (
+    CHUNK_DEEPSPEED,
+    CHUNK_FALLBACK,
+    IGNORED,
+    PageCollator,
+    PageEncoder,
+    colour_supervision,
+    count_tokens,
+    is_out_of_memory,
+)
 from page_data import DataError, PipelineError, SettingsError
+from publishing import check_hub_access, derived_licence, push_final_folder, write_model_card
 from training_settings import TRAINING_DEFAULTS, PageSettings, Resolved, check_settings, newest_checkpoint, resolve
 
 HERE = Path(__file__).resolve().parent
@@ -54,10 +63,6 @@ class NotFiniteError(PipelineError):
 
 class StoppedError(PipelineError):
     code = 85
-
-
-class UploadError(PipelineError):
-    code = 86
 
 
 # -----------------------------------------------------------------------------
@@ -110,218 +115,32 @@ def on_main(work: Callable):
     return outcome[0]
 
 
-# -----------------------------------------------------------------------------
-# Prompt and mask
+def on_each_machine(work: Callable, there: Callable[[object], bool]):
+    """(all ranks) `work` on the main process, and again on every machine that does not see what it left: `there`.
 
-IGNORED = -100  # the label that no loss sees
-
-
-class PageEncoder:
-    """Turns a page's HTML and its number of image tokens into ids and labels, built together, never searched for.
-
-    The question is tokenised once, in the model's own chat template, and split at its one image token. The answer is
-    the HTML and the end-of-turn token; only these carry labels.
+    Its result must be the same wherever it is done; returns this machine's own.
     """
+    import torch.distributed as dist
 
-    def __init__(self, processor, prompt: str):
-        self.tokenizer = processor.tokenizer
-        self.image_token_id = processor.image_token_id
-        question = use.ask(processor, prompt)
-        self.before, self.after = self.split_question(question)
-        self.end = self.find_end(processor, prompt, question)
-        self.merge = processor.image_processor.merge_size**2
-
-    def tokens(self, text: str, special: bool = False) -> list[int]:
-        # A page that spells out <|im_end|> must not end the answer: special tokens in HTML are plain text.
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"]
-
-    def split_question(self, question: str) -> tuple[list[int], list[int]]:
-        ids = self.tokens(question, special=True)
-        if ids.count(self.image_token_id) != 1:
-            raise SettingsError(
-                f"the chat template asks with {ids.count(self.image_token_id)} image tokens where 1 was expected: "
-                f"{question!r}; give a --base_model with a Qwen-VL chat template"
+    outcome = [on_main(work), None]
+    if dist.is_initialized() and world_size() > 1:
+        alone = os.environ.get("LOCAL_RANK", "0") == "0" and not there(outcome[0])
+        if alone:
+            print(
+                f"rank {rank()}: this machine sees nothing of what rank 0 has prepared and prepares it, too", flush=True
             )
-        place = ids.index(self.image_token_id)
-        return ids[:place], ids[place + 1 :]
-
-    def find_end(self, processor, prompt: str, question: str) -> int:
-        """The token with which the chat template ends an answer."""
-        mark = "ANSWER"
-        turns = [
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]},
-            {"role": "assistant", "content": [{"type": "text", "text": mark}]},
-        ]
-        whole = processor.apply_chat_template(turns, tokenize=False)
-        if not whole.startswith(question + mark):
-            raise SettingsError("the chat template trains another question than it asks; give another --base_model")
-        return self.tokens(whole[len(question + mark) :], special=True)[0]
-
-    def encode(self, html: str, image_tokens: int) -> tuple[list[int], list[int]]:
-        """Ids and labels of one page, both of length T; `IGNORED` wherever the loss does not look."""
-        question = [*self.before, *[self.image_token_id] * image_tokens, *self.after]
-        answer = [*self.tokens(html), self.end]
-        return question + answer, [IGNORED] * len(question) + answer
-
-
-def count_tokens(encoder: PageEncoder, processor) -> Callable[[str, int, int], tuple[int, int]]:
-    """A function (html, width, height) -> (html tokens, image tokens), without decoding the picture."""
-
-    def count(html: str, width: int, height: int) -> tuple[int, int]:
-        patches = processor.image_processor.get_number_of_image_patches(height, width, {})
-        return len(encoder.tokens(html)), patches // encoder.merge
-
-    return count
-
-
-def colour_supervision(ids: list[int], labels: list[int], tokenizer, image_token_id: int) -> str:
-    """One example as text: image tokens counted, the prompt grey, what the loss sees green."""
-    parts, place = [], 0
-    while place < len(ids):
-        supervised, picture = labels[place] != IGNORED, ids[place] == image_token_id
-        end = place
-        while end < len(ids) and (labels[end] != IGNORED, ids[end] == image_token_id) == (supervised, picture):
-            end += 1
-        text = f"[{end - place:,} image tokens]" if picture else tokenizer.decode(ids[place:end])
-        colour = "32" if supervised else "34" if picture else "90"
-        parts.append(f"\033[{colour}m{text}\033[0m")
-        place = end
-    return "".join(parts)
-
-
-# -----------------------------------------------------------------------------
-# Collate
-
-CHUNK_DEEPSPEED, CHUNK_FALLBACK = 16, 4  # screenshots decoded and processed at once
-# What allocators say when they fail; pillow and numpy raise MemoryError, torch on a CPU a plain RuntimeError.
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    import torch
-
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, (RuntimeError, OSError)) and any(text in str(error).lower() for text in OUT_OF_MEMORY)
-
-
-class PageCollator:
-    """Pages to a batch, tolerant of full memory and of broken pictures, never of a missing one.
-
-    Screenshots are decoded and processed `chunk` at a time; when memory runs out the chunk is halved, down to one, and
-    doubled again after success. A page that cannot be read is replaced by another of the same dataset: ZeRO-3 waits
-    for ever for a rank whose batch is shorter or has no picture. Replacements are noted in `notes_file`.
-    """
-
-    def __init__(
-        self,
-        processor,
-        encoder: PageEncoder,
-        pages,
-        chunk: int,
-        notes_file: Path | None = None,
-        config=None,
-        packed: bool = False,
-        dtype=None,
-    ):
-        self.processor, self.encoder, self.pages, self.notes_file = processor, encoder, pages, notes_file
-        self.chunk = self.largest_chunk = chunk
-        self.config = config  # of the model, to count its operations; None: not counted
-        self.packed = packed  # into one row; else padded rows, as every model takes them
-        self.dtype = dtype  # of the pixels, which halves what travels to the GPU; None: as the processor makes them
-
-    def __call__(self, pages: list[dict]) -> dict:
-        """Returns `pixel_values` (patches, dim), `image_grid_thw` (B, 3) and what `pad` or `pack` adds."""
-        import torch
-
-        kept, features = [], []
-        while len(kept) < len(pages):
-            batch = pages[len(kept) : len(kept) + self.chunk]
-            chunk_pages, chunk_features = self.process(batch)
-            kept += chunk_pages
-            features += chunk_features
-        grids = torch.stack([grid for _, grid in features])
-        rows = []
-        for page, grid in zip(kept, grids):
-            rows.append(self.encoder.encode(page["html"], int(grid.prod()) // self.encoder.merge))
-        batch = {"pixel_values": torch.cat([pixels for pixels, _ in features]), "image_grid_thw": grids}
-        if self.config is not None:
-            sizes = zip(rows, grids.prod(dim=1).tolist())
-            batch["flops"] = sum(self.flops(labels, patches) for (_, labels), patches in sizes)
-        if not self.packed:
-            return batch | self.pad(rows)
-        if self.dtype is not None:
-            batch["pixel_values"] = batch["pixel_values"].to(self.dtype)
-        sizes = (grids[:, 1:] // math.isqrt(self.encoder.merge)).tolist()
-        batch |= fast_training.pack(rows, sizes, len(self.encoder.before), IGNORED)
-        return batch | fast_training.image_geometry(self.config)(grids)
-
-    def flops(self, labels: list[int], patches: int) -> float:
-        return fast_training.page_flops(self.config, len(labels), len(labels) - labels.count(IGNORED), patches)
-
-    def pad(self, rows: list[tuple[list[int], list[int]]]) -> dict:
-        """`input_ids`, `labels`, `attention_mask`, `mm_token_type_ids`, all (B, T)."""
-        import torch
-
-        longest = max(len(ids) for ids, _ in rows)
-        token = self.processor.tokenizer.pad_token_id
-        input_ids = torch.tensor([ids + [token] * (longest - len(ids)) for ids, _ in rows])
-        lengths = torch.tensor([len(ids) for ids, _ in rows])
-        return {
-            "input_ids": input_ids,
-            "labels": torch.tensor([row + [IGNORED] * (longest - len(row)) for _, row in rows]),
-            "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
-            # Without these the model's positions silently become one-dimensional (transformers 5.23).
-            "mm_token_type_ids": (input_ids == self.encoder.image_token_id).long(),
-        }
-
-    def process(self, pages: list[dict]) -> tuple[list[dict], list[tuple]]:
-        """As many of `pages` as fit into memory, at least one: (pages, one (pixels, grid) each)."""
-        replaced, wanted = 0, pages[0]
-        while True:
-            pages = pages[: self.chunk]
             try:
-                done = self.decode_and_process(pages)
-            except Exception as error:
-                if not is_out_of_memory(error) or replaced == 8:  # eight different pages: the machine is too small
-                    raise
-                if self.chunk == 1:
-                    pages = [self.replacement(wanted, "out of memory even alone", replaced)]
-                    replaced += 1
-                    continue
-                self.chunk = max(1, min(self.chunk, len(pages)) // 2)
-                print(f"collate: memory ran out, going on with {self.chunk} screenshots at once", flush=True)
-            else:
-                self.chunk = min(self.largest_chunk, self.chunk * 2)
-                return done
-
-    def decode_and_process(self, pages: list[dict]) -> tuple[list[dict], list[tuple]]:
-        kept, screenshots = [], []
-        for wanted in pages:
-            page = wanted
-            for tries in range(len(self.pages) + 1):
-                try:
-                    screenshots.append(use.open_screenshot(page["screenshot"]))
-                    break
-                except ValueError as error:
-                    page = self.replacement(wanted, str(error), tries)
-            else:
-                raise DataError("no page of the dataset can be read any more")
-            kept.append(page)
-        features = self.processor.image_processor(images=screenshots, return_tensors="pt")
-        sizes = features["image_grid_thw"].prod(dim=1).tolist()
-        return kept, list(zip(features["pixel_values"].split(sizes), features["image_grid_thw"]))
-
-    def replacement(self, page: dict, reason: str, tries: int = 0) -> dict:
-        """A page that depends on the broken one's name alone, so that every run replaces alike."""
-        digest = hashlib.sha256(page["name"].encode()).digest()
-        spare = self.pages[(int.from_bytes(digest[:8], "big") + tries) % len(self.pages)]
-        note = {"page": page["name"], "reason": reason, "replaced_by": spare["name"]}
-        print(f"collate: {json.dumps(note)}", flush=True)
-        if self.notes_file:
-            with self.notes_file.open("a", encoding="utf-8") as notes:
-                notes.write(json.dumps(note) + "\n")
-        return spare
+                outcome[0] = work()
+            except PipelineError as error:
+                outcome[1] = error
+        outcomes = [None] * world_size()
+        dist.all_gather_object(outcomes, outcome)
+        for _, error in outcomes:
+            if error is not None:
+                raise error
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        outcome = outcomes[rank() - local]
+    return outcome[0]
 
 
 # -----------------------------------------------------------------------------
@@ -481,7 +300,7 @@ def load_model(base: Path, settings: PageSettings, args):
     for parameter in vision_tower(model).parameters() if settings.freeze_vision else ():
         parameter.requires_grad_(False)
     if trains_fast(model.config, settings):
-        make_fast(model, settings, is_deepspeed_zero3_enabled())
+        make_fast(model, settings, args, is_deepspeed_zero3_enabled())
     if frozen_base:
         model = add_adapters(model, settings)
     model.config.get_text_config().use_cache = (
@@ -498,7 +317,7 @@ def trains_fast(config, settings: PageSettings) -> bool:
     return settings.fast and config.model_type in fast_training.ARCHITECTURES
 
 
-def make_fast(model, settings: PageSettings, sharded: bool) -> None:
+def make_fast(model, settings: PageSettings, args, sharded: bool) -> None:
     """(all ranks) Everything of fast_training.py, and a line that says what runs and what could not."""
     obstacle = fast_training.can_fuse() if settings.fuse == "auto" else ""
     fuse = settings.fuse == "yes" or (settings.fuse == "auto" and not obstacle)
@@ -512,7 +331,8 @@ def make_fast(model, settings: PageSettings, sharded: bool) -> None:
     if sharded:
         fast_training.set_leaves(model)
     fused = "fused" if fuse else f"not fused ({obstacle or 'as asked'})"
-    say(f"fast path: pages packed, element-wise parts {fused}, vision MLP {width:,} wide")
+    kernel = fast_training.attention_kernel(args.device.type, args.bf16 or args.fp16)
+    say(f"fast path: pages packed, attention by {kernel}, element-wise parts {fused}, vision MLP {width:,} wide")
 
 
 def quantization_config(compute_dtype):
@@ -603,7 +423,7 @@ def choose_micro_batch(args, settings: PageSettings, config, pages, encoder: Pag
     bucket, loads = REDUCED_AT_ONCE, longest_loads(pages, encoder, per_step)
     shares = memory_plan.SHARES if settings.checkpoint_share is None else [settings.checkpoint_share]
     costs = page_costs(config, pages, encoder)
-    tflops = fast_training.peak_tflops(torch.cuda.get_device_name(args.device))
+    tflops = memory_plan.peak_tflops(torch.cuda.get_device_name(args.device))
     ways = memory_plan.candidates(way, per_step, memory_plan.page_seconds(sum(costs) / len(costs), tflops), shares)
     if settings.micro_batch != "auto":
         ways = [way for way in ways if way.micro_batch == args.per_device_train_batch_size]
@@ -827,7 +647,7 @@ class Meter:
         pages, supervised, image, tflops = (sums / seconds).tolist()
         peak, waited = worst.tolist()
         self.__init__()
-        most = fast_training.peak_tflops(torch.cuda.get_device_name()) if cuda else None
+        most = memory_plan.peak_tflops(torch.cuda.get_device_name()) if cuda else None
         return {
             "pages_per_second": pages,
             "supervised_tokens_per_second": supervised,
@@ -947,7 +767,7 @@ def page_sampler(costs: list[float], args):
             size = micro * accumulated * ranks
             for start in range(0, len(order), size):
                 pages = order[start : start + size]
-                groups = fast_training.deal(
+                groups = memory_plan.deal(
                     [costs[page] for page in pages], math.ceil(len(pages) / micro / ranks) * ranks
                 )
                 yield [[pages[place] for place in group] for group in groups]
@@ -1029,7 +849,7 @@ def page_costs(config, pages, encoder: PageEncoder) -> list[float]:
     for page in counted:
         tokens = question + page["image_tokens"] + page["html_tokens"] + 1
         patches = page["image_tokens"] * encoder.merge
-        costs.append(fast_training.page_flops(config, tokens, page["html_tokens"] + 1, patches))
+        costs.append(memory_plan.page_flops(config, tokens, page["html_tokens"] + 1, patches))
     return costs
 
 
@@ -1289,7 +1109,9 @@ def write_held_out(model, processor, pages, recipe: use.Recipe, batch: int) -> l
     """(all ranks) Each rank writes its share of the held-out pages; every rank gets all of them, in order."""
     import torch.distributed as dist
 
-    rows, mine, start = [], list(range(rank(), len(pages), world_size())), time.monotonic()
+    # Pages of like length together: a batch is written until its longest page ends.
+    order = sorted(range(len(pages)), key=lambda place: -len(pages[place]["html"]))
+    rows, mine, start = [], order[rank() :: world_size()], time.monotonic()
     while mine:
         places = mine[:batch]
         screenshots = [use.open_screenshot(pages[place]["screenshot"]) for place in places]
@@ -1436,161 +1258,6 @@ class Judge:
 
 
 # -----------------------------------------------------------------------------
-# Publishing
-
-PUBLISHED = (  # all that may leave the machine; arguments, optimizer states, logs and pickles stay
-    "*.safetensors *.safetensors.index.json config.json generation_config.json *processor_config.json tokenizer*.json "
-    "special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.json chat_template.jinja "
-    "dom_recipe.json evaluation/results.json README.md LICENSE* NOTICE*"
-).split()
-# Ids that the Hub knows. Any other licence becomes `other` with a name, or the Hub would refuse the card.
-HUB_LICENCES = "apache-2.0 mit bsd-3-clause cc0-1.0 cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 gemma".split()
-QWEN_RESEARCH = ("other", "qwen-research", "https://huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct/blob/main/LICENSE")
-BASE_LICENCES = dict.fromkeys(("Hcompany/Holo1-3B", "Qwen/Qwen2.5-VL-3B-Instruct"), QWEN_RESEARCH)
-BASE_LICENCES |= dict.fromkeys(("Hcompany/Holo1-7B", "Qwen/Qwen2.5-VL-7B-Instruct"), ("apache-2.0", None, None))
-
-
-def is_hub_id(name: str) -> bool:
-    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not Path(name).exists()
-
-
-def shown(value: object) -> str:
-    """For cards and messages: one line that holds no token, opens no HTML or table cell, and names no folder."""
-    from huggingface_hub import get_token
-
-    text = "unknown" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-    text = re.sub(r"\bhf_[A-Za-z0-9]{16,}", "(token)", text.replace(get_token() or "\0", "(token)"))
-    text = re.sub(r"(?<![\w.:/<-])~?/(?:[^\s/'\"]+/)*(?=[^\s/])", "", text)
-    return html.escape(" ".join(text.split()), quote=False).replace("|", "&#124;").replace("`", "'")
-
-
-def check_hub_access(repo_id: str, private: bool) -> str:
-    """(main process only) Proves before training that the model can be pushed; returns the full `owner/name`."""
-    import huggingface_hub as hub
-
-    try:
-        me = (api := hub.HfApi()).whoami()
-        if (me.get("auth") or {}).get("accessToken", {}).get("role") == "read":
-            raise PermissionError(f"The token of {me['name']!r} may only read.")
-        full_id = repo_id if "/" in repo_id else f"{me['name']}/{repo_id}"
-        # What a fine-grained token or an organisation allows only the server knows, and it says so only when the
-        # repository is created. An empty one costs less than a trained model that cannot be pushed.
-        api.create_repo(full_id, private=private, exist_ok=True)
-        api.auth_check(full_id, write=True)  # create_repo is content with a repository that can merely be read
-        if private and not api.model_info(full_id).private:
-            raise PermissionError(f"It exists and is public. To hide it: hf repos settings {full_id} --private.")
-        return full_id
-    except (hub.errors.HTTPError, OSError, ValueError) as error:  # httpx's in huggingface_hub 1, httpx2's in 2
-        needs = "the network, a NAME or OWNER/NAME of yours, and a token that may write (`hf auth login` or HF_TOKEN)"
-        raise SettingsError(f"--hub_repo {repo_id!r}: {shown(error)} Pushing needs {needs}.") from None
-
-
-def derived_licence(base_model: str, base_licence: str | None = None) -> tuple[str, str | None, str | None]:
-    """license, license_name and license_link for a fine-tune of this base: the base's own, never a looser one."""
-    import huggingface_hub as hub
-    import yaml
-
-    card = {}
-    try:
-        if (readme := Path(base_model, "README.md")).is_file():
-            card = hub.metadata_load(readme) or {}
-        elif base_model not in BASE_LICENCES and base_licence in (None, "other") and is_hub_id(base_model):
-            card = hub.model_info(base_model, timeout=10).card_data or {}
-    except (hub.errors.HTTPError, OSError, ValueError, yaml.YAMLError):
-        pass  # no network, no such model, a card that does not parse: the licence is not known
-    parents = card.get("base_model") or []
-    parents = [parents] if isinstance(parents, str) else parents
-    if base_model in BASE_LICENCES or any(BASE_LICENCES.get(parent) == QWEN_RESEARCH for parent in parents):
-        return BASE_LICENCES.get(base_model, QWEN_RESEARCH)
-    licence = str(card.get("license") or base_licence or "other").lower()
-    if licence in HUB_LICENCES:
-        return licence, None, None
-    name = card.get("license_name") or (licence if licence != "other" else "unknown, see the base model")
-    page = f"https://huggingface.co/{base_model}" if is_hub_id(base_model) else card.get("license_link", "")
-    return "other", re.sub(r"[^a-z0-9.]+", "-", str(name).lower()).strip("-"), shown(page) if page else None
-
-
-def write_model_card(final_folder: Path, facts: dict) -> str:
-    """(main process only) Writes README.md from the facts alone and returns it; what is missing is called unknown."""
-    import huggingface_hub as hub
-
-    def table(*rows: tuple) -> str:
-        lines = [f"| {' | '.join(map(shown, row))} |" for row in rows]
-        return "\n".join([lines[0], "| --- " * len(rows[0]) + "|", *lines[1:]])
-
-    base, data, where = (shown(facts.get(key)) for key in ("base_model", "dataset", "repo_id"))
-    where = where if is_hub_id(where) else f"./{final_folder.name}"
-    known = facts.get("licence")  # looked up before the base's folder lost its path
-    licence, name, link = known or derived_licence(str(facts.get("base_model")), facts.get("base_licence"))
-    head = {"license": licence, "license_name": name, "license_link": link}
-    head |= {"datasets": [data]} if is_hub_id(data) else {}
-    # `finetune` for adapters too: they are merged into whole weights.
-    head |= {"base_model": base, "base_model_relation": "finetune"} if is_hub_id(base) else {}
-    head |= {"pipeline_tag": "image-text-to-text", "library_name": "transformers", "tags": ["screenshot-to-html"]}
-    measures = "n valid exact shuffled_exact truncated looping mean_tokens tokens_per_second".split()
-    runs = [facts.get("results_before") or {}, facts.get("results") or {}]
-    measured = [[measure, *(run.get(measure, "not measured") for run in runs)] for measure in measures]
-    apart = {"results", "results_before", "base_licence", "licence", "settings", "recipe", "versions"}
-    trained = [(key, value) for key, value in facts.items() if key not in apart]
-    for group in ("settings", "recipe", "versions"):
-        trained += [(f"{group}: {key}", value) for key, value in (facts.get(group) or {}).items() if key not in facts]
-    asks = {"by": "asks for credit", "sa": "asks for the same licence", "nc": "forbids commercial use"}
-    terms = [shown(facts.get("dataset_licence"))]
-    terms += [text for part, text in asks.items() if part in terms[0].lower().split("-")]
-    load = f'from_pretrained("{where}")'
-    sections = {
-        "Use": f"```bash\npython use_model_from_hub.py --model {shlex.quote(where)} --image page.png\n```\n\n"
-        "```python\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
-        f"model = AutoModelForImageTextToText.{load}\nprocessor = AutoProcessor.{load}\n```\n\n"
-        "Ask with the screenshot first, then the prompt of `dom_recipe.json`, in the model's own chat template.",
-        "Results on held-out pages": table(("measure", "before", "after"), *measured),
-        "Training": table(("fact", "value"), *trained),
-        "Licence": f"{'For research only, not for commerce. Improved using Qwen. ' * (name == 'qwen-research')}The "
-        f"terms of {base} hold for it: {name or licence} ({link or 'see there'}). The data: {', '.join(terms)}.",
-        "Limitations": "Judged by the table above. What it writes can be wrong or unsafe: open it without scripts.",
-        "Citation": f"```bibtex\n@misc{{{where},\n  title = {{{where}: {base} fine-tuned on {data}}}\n}}\n```",
-    }
-    text = f"---\n{hub.ModelCardData(**head).to_yaml()}\n---\n\n# {where}\n\nScreenshot of a web page in, HTML out.\n"
-    text += "".join(f"\n## {heading}\n\n{body}\n" for heading, body in sections.items())
-    (final_folder / "README.md").write_text(text, encoding="utf-8")
-    return text
-
-
-def push_final_folder(final_folder: Path, repo_id: str, private: bool) -> str:
-    """(main process only) Uploads weights and card in one commit and returns their address."""
-    import huggingface_hub as hub
-
-    found = [p for pattern in PUBLISHED for p in final_folder.glob(pattern) if p.is_file() and not p.is_symlink()]
-    names = sorted(path.relative_to(final_folder).as_posix() for path in found)
-    if not any(name.endswith(".safetensors") for name in names):  # or the Hub's own weights would only be deleted
-        raise UploadError(f"Not uploaded: {final_folder} holds no model.safetensors. Train and save first.")
-    again = ["hf", "upload", repo_id, str(final_folder), ".", *["--private"] * private, "--delete=*.safetensors*"]
-    command, waits_s = shlex.join([*again, *(f"--include={name}" for name in names)]), [1, 4, 15, 60]
-    while True:
-        try:
-            (api := hub.HfApi()).create_repo(repo_id, private=private, exist_ok=True)
-            there = api.model_info(repo_id)
-            if private and not there.private:
-                command = f"hf repos settings {repo_id} --private && {command}"
-                raise ValueError(f"--private_repo was asked, but {repo_id} is public.")
-            # New operations each time: they ask what the Hub has by now, so a commit whose answer was lost is not
-            # repeated. Not upload_folder: it commits every 5 minutes (huggingface_hub 1.33, 2.4), so in several parts.
-            old = [s.rfilename for s in there.siblings or [] if ".safetensors" in s.rfilename]  # would load instead
-            changes = [hub.CommitOperationDelete(name) for name in old if name not in names]
-            changes += [hub.CommitOperationAdd(name, final_folder / name) for name in names]
-            api.create_commit(repo_id, changes, commit_message="Upload the fine-tuned model and its card")
-            return f"{api.endpoint}/{repo_id}"
-        except (hub.errors.HTTPError, OSError, RuntimeError, ValueError) as error:
-            answer = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
-            refused = 400 <= getattr(answer, "status_code", 0) < 500 and answer.status_code not in (408, 409, 429)
-            why = shown(f"{error} {error.__cause__ or ''}")
-            if refused or not waits_s or isinstance(error, (ValueError, PermissionError)):  # waiting cannot help
-                raise UploadError(f"{why} The model is whole in {final_folder}. To upload it: {command}") from None
-            print(f"Upload: {why} Again in {waits_s[0]} s.", flush=True)
-            time.sleep(waits_s.pop(0))
-
-
-# -----------------------------------------------------------------------------
 # Main
 
 
@@ -1629,15 +1296,48 @@ def say_batch(args) -> None:
     say(f"{micro} pages x {accumulated} accumulated x {world_size()} processes = {total} pages per step")
 
 
-def prepare_pages(settings: PageSettings, args, encoder: PageEncoder, processor):
-    """(all ranks) (training pages, held-out pages, the drop report as a line), read once by the main process."""
+@dataclass(frozen=True)
+class Pages:
+    """Checked pages as datasets, and the line that says what became of the others."""
+
+    training: object
+    held_out: object
+    report: str
+
+
+def prepare_pages(settings: PageSettings, args, encoder: PageEncoder, processor) -> Pages:
+    """(all ranks) Read once, by the main process, and by one of each machine that does not share its disk."""
     start = time.monotonic()
     count = count_tokens(encoder, processor)
-    report = on_main(lambda: str(page_data.load_pages(settings, args.output_dir, count, args.seed)))
+    mark = f"prepared-{os.environ.get('HOLO1_RUN_ID', '')}-{time.time_ns()}"  # rank 0's, told to the others below
+
+    def prepare() -> tuple[str, str]:
+        report = str(page_data.load_pages(settings, args.output_dir, count, args.seed))
+        for earlier in (Path(args.output_dir) / "pages").glob("prepared-*"):
+            earlier.unlink()
+        (Path(args.output_dir) / "pages" / mark).touch()
+        return report, mark
+
+    report, _ = on_each_machine(prepare, lambda done: (Path(args.output_dir) / "pages" / done[1]).exists())
     training, held_out = page_data.load_pages_from_disk(args.output_dir)
+    check_same_pages(training, held_out)
     say(report)
     say_memory(f"{len(training):,} training and {len(held_out):,} held-out pages", start)
-    return training, held_out, report
+    return Pages(training, held_out, report)
+
+
+def check_same_pages(*datasets) -> None:
+    """(all ranks) Raise `DataError` when machines that read for themselves did not read the same."""
+    import torch.distributed as dist
+
+    if dist.is_initialized() and world_size() > 1:
+        names = repr([pages.select_columns(["name", "html_tokens"]).to_list() for pages in datasets])
+        digests = [None] * world_size()
+        dist.all_gather_object(digests, hashlib.sha256(names.encode()).hexdigest())
+        if len(set(digests)) > 1:
+            raise DataError(
+                "the machines have read different pages; give a --dataset_revision, or a shared --output_dir"
+            )
 
 
 def gather_facts(settings: PageSettings, args, base: Path) -> dict:
@@ -1686,8 +1386,6 @@ def run(argv: list[str]) -> None:
     # Packed rows differ in length from step to step; growing segments instead of gaps between fixed ones.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     resolved = resolve(argv)
-    import torch
-
     check_settings(resolved)
     settings = resolved.settings
     if settings.plan:
@@ -1695,13 +1393,22 @@ def run(argv: list[str]) -> None:
     args = make_arguments(resolved)
     if settings.push_to_hub:
         settings.hub_repo = on_main(lambda: check_hub_access(settings.hub_repo, settings.private_repo))
-    base = on_main(lambda: fetch_base(settings))
+    base = on_each_machine(lambda: fetch_base(settings), Path.is_dir)
     processor = load_processor(base, settings)
     encoder = PageEncoder(processor, settings.prompt)
-    training, held_out, drops = prepare_pages(settings, args, encoder, processor)
+    pages = prepare_pages(settings, args, encoder, processor)
     if settings.show_supervision:
-        ids, labels = encoder.encode(training[0]["html"], training[0]["image_tokens"])
+        first = pages.training[0]
+        ids, labels = encoder.encode(first["html"], first["image_tokens"])
         return say(colour_supervision(ids, labels, processor.tokenizer, encoder.image_token_id))
+    fine_tune(resolved, args, base, processor, encoder, pages)
+
+
+def fine_tune(resolved: Resolved, args, base: Path, processor, encoder: PageEncoder, pages: Pages) -> None:
+    """(all ranks) From checked pages to a trained, saved, judged and published model."""
+    import torch
+
+    settings, training = resolved.settings, pages.training
     keep_earlier_checkpoints(settings, args)
     memory = choose_micro_batch(args, settings, load_config(base, settings), training, encoder)
     say_batch(args)
@@ -1717,7 +1424,7 @@ def run(argv: list[str]) -> None:
     notes = Path(args.output_dir) / "replaced_pages.jsonl"
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     packed = trains_fast(model.config, settings)
-    judge = Judge(model, plan, base, settings, args, processor, held_out)
+    judge = Judge(model, plan, base, settings, args, processor, pages.held_out)
     plain_loss = judge.rehearse(PageCollator(processor, encoder, training, chunk, notes))
     # Quantised weights give another loss, and so do those that a checkpoint will bring.
     same = packed and settings.quantize == "none" and not settings.resume and not args.resume_from_checkpoint
@@ -1734,6 +1441,9 @@ def run(argv: list[str]) -> None:
     start = time.monotonic()
     result = train(trainer, settings, stop, save)
     seconds = time.monotonic() - start
+    if memory:
+        peak = max((entry["peak_gib"] for entry in trainer.state.log_history if "peak_gib" in entry), default=0.0)
+        say(f"peak: {peak:.1f} GiB, {memory.total:.1f} planned for the longest possible batch")
     final = Path(use.FINAL_FOLDER)
     save(final)
     say(f"saved: ./{final} has the base's {len(plan)} tensors, same keys, shapes and dtypes")
@@ -1745,8 +1455,8 @@ def run(argv: list[str]) -> None:
         "steps": trainer.state.global_step,
         "seconds": seconds,
         "pages_trained": len(training),
-        "pages_held_out": len(held_out),
-        "drops": drops,
+        "pages_held_out": len(pages.held_out),
+        "drops": pages.report,
     }
     on_main(lambda: finish(final, settings, resolved.training, facts, recipe, judge.results))
 

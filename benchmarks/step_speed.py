@@ -143,12 +143,12 @@ class Pages:
         """Useful operations of each step: products and attention forward and backward, nothing recomputed."""
         from transformers import AutoConfig
 
-        import fast_training
+        import memory_plan
 
         config, costs = AutoConfig.from_pretrained(base), []
         for html, image in self.sizes:
             tokens = self.question + image + html + 1  # the end of the turn
-            costs.append(fast_training.page_flops(config, tokens, html + 1, image * self.merge))
+            costs.append(memory_plan.page_flops(config, tokens, html + 1, image * self.merge))
         return [sum(costs[page] for page in step) for step in self.steps]
 
     def summary(self) -> dict:
@@ -452,10 +452,10 @@ def main() -> None:
     if args.weights and not list(args.base_model.glob("*.safetensors")):
         subprocess.run([sys.executable, str(HERE / "random_weights.py"), str(args.base_model)], check=True)
 
-    import fast_training
+    import memory_plan
 
     gpu = gpu_name()
-    env, peak = environment(args.gpus, gpu is not None), fast_training.peak_tflops(gpu) if gpu else None
+    env, peak = environment(args.gpus, gpu is not None), memory_plan.peak_tflops(gpu) if gpu else None
     results = {
         "command": shlex.join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d"),

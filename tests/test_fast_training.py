@@ -10,6 +10,8 @@ from conftest import make_config, make_processor, page_html
 
 import fast_training
 import holo1_dom_finetune as pipeline
+import memory_plan
+import page_batches
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +153,7 @@ def test_a_page_of_a_pack_changes_no_other_pages_states(processor, model):
 def test_a_pack_is_written_out_whole(processor):
     """Two pages by hand: every entry, so that a slip by one place cannot hide."""
     rows = [([1, 9, 9, 5, 6, 7], [-100, -100, -100, -100, 6, 7]), ([1, 9, 5, 8], [-100, -100, -100, 8])]
-    batch = fast_training.pack(rows, [(1, 2), (1, 1)], before=1, ignored=-100)
+    batch = page_batches.pack(rows, [(1, 2), (1, 1)], before=1, ignored=-100)
     assert {name: value.tolist() if torch.is_tensor(value) else value for name, value in batch.items()} == {
         "input_ids": [[1, 9, 9, 5, 6, 7, 1, 9, 5, 8]],
         "position_ids": [
@@ -221,7 +223,7 @@ def test_positions_and_geometry_equal_the_models_own_for_200_sizes(processor, mo
             return caught[name]
 
         monkeypatch.setattr(own, name, keep)
-    geometry, tower = fast_training.image_geometry(model.config), model.model.visual
+    geometry, tower = page_batches.image_geometry(model.config), model.model.visual
     tower.blocks, tower.merger = torch.nn.ModuleList(), torch.nn.Identity()  # only the geometry is looked at
     tower.forward_windows = None
     for _ in range(200):
@@ -231,7 +233,7 @@ def test_positions_and_geometry_equal_the_models_own_for_200_sizes(processor, mo
         ids = torch.tensor([ids])
         kinds = (ids == encoder.image_token_id).long()
         positions, _ = model.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grids)
-        made = fast_training.page_positions(len(encoder.before), rows, columns, ids.shape[1])
+        made = page_batches.page_positions(len(encoder.before), rows, columns, ids.shape[1])
         assert torch.equal(made[1:], positions[:, 0]) and torch.equal(made[0], torch.arange(ids.shape[1]))
         with torch.no_grad(), contextlib.suppress(IndexError):  # without blocks the merged rows are too many
             tower(torch.zeros(4 * rows * columns, 1176), grid_thw=grids)
@@ -283,7 +285,7 @@ def test_pages_are_dealt_out_by_cost():
     rng, dealt, blind = random.Random(0), 0.0, 0.0
     for bins in (2, 3, 8) * 20:
         costs = [rng.lognormvariate(0, 0.8) for _ in range(24)]
-        groups = fast_training.deal(costs, bins)
+        groups = memory_plan.deal(costs, bins)
         assert sorted(place for group in groups for place in group) == list(range(24))
         assert {len(group) for group in groups} == {24 // bins}
         sums = [sum(costs[place] for place in group) for group in groups]
@@ -291,7 +293,7 @@ def test_pages_are_dealt_out_by_cost():
         dealt += max(sums)  # all ranks wait for the dearest group
         blind += max(sum(costs[start::bins]) for start in range(bins))
     assert dealt < 0.85 * blind
-    assert [len(group) for group in fast_training.deal([1.0] * 7, 3)] == [3, 2, 2]
+    assert [len(group) for group in memory_plan.deal([1.0] * 7, 3)] == [3, 2, 2]
 
 
 def test_cost_of_a_page_is_the_published_formula():
@@ -303,12 +305,10 @@ def test_cost_of_a_page_is_the_published_formula():
     vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048}
     vision |= {"fullatt_block_indexes": [7, 15, 23, 31], "window_size": 112}
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
-    language, head, tower, merger = fast_training.parameters(config)
+    language, head, tower, merger = memory_plan.parameters(config)
     assert (language, head) == (pytest.approx(2.775e9, rel=2e-3), pytest.approx(3.11e8, rel=2e-3))
     assert tower == pytest.approx(0.63e9, rel=0.02) and merger == pytest.approx(3.67e7, rel=0.01)
     tokens, supervised, patches = 2_800, 1_500, 5_000
     products = 6 * (2.775e9 * tokens + 3.11e8 * supervised) + 6 * 0.63e9 * patches
     attention = 12 * 36 * 2048 * tokens**2 / 2 + 12 * 1280 * patches * (4 * patches + 28 * 64)
-    assert fast_training.page_flops(config, tokens, supervised, patches) == pytest.approx(
-        products + attention, rel=0.02
-    )
+    assert memory_plan.page_flops(config, tokens, supervised, patches) == pytest.approx(products + attention, rel=0.02)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from fake_hub import FINE_GRAINED, LOSE_ANSWER, READER, RESET, WRITER, FakeHub
 
-import holo1_dom_finetune as monolith
+import publishing
 
 # Waiting is recorded instead of done; what the function returns or raises becomes the last line of stdout.
 CLIENT = """
@@ -20,13 +20,13 @@ import json, sys, time
 from pathlib import Path
 waits = []
 time.sleep = waits.append
-import holo1_dom_finetune as monolith
+import publishing
 name, arguments = json.loads(sys.argv[1])
 arguments = [Path(a[5:]) if str(a).startswith("path:") else a for a in arguments]
 answer = {"error": None, "value": None}
 try:
-    answer["value"] = getattr(monolith, name)(*arguments)
-except (monolith.SettingsError, monolith.UploadError) as error:
+    answer["value"] = getattr(publishing, name)(*arguments)
+except (publishing.SettingsError, publishing.UploadError) as error:
     answer |= {"error": type(error).__name__, "message": str(error)}
 print(json.dumps(answer | {"waits": waits}))
 """
@@ -323,7 +323,7 @@ def test_no_network_after_training_leaves_the_model_and_the_command(
     ],
 )
 def test_the_licence_is_the_bases_own(base: str, given: str | None, expected: tuple[str, str | None]) -> None:
-    assert monolith.derived_licence(base, given)[:2] == expected
+    assert publishing.derived_licence(base, given)[:2] == expected
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_the_licence_is_the_bases_own(base: str, given: str | None, expected: tu
             "license: other\nlicense_name: my-terms\nlicense_link: https://x.test",
             ("other", "my-terms", "https://x.test"),
         ),
-        ("license: mit\nbase_model: Hcompany/Holo1-3B", monolith.QWEN_RESEARCH),
+        ("license: mit\nbase_model: Hcompany/Holo1-3B", publishing.QWEN_RESEARCH),
         ("tags: [a]", ("other", "unknown-see-the-base-model", None)),
         ("license: [unclosed", ("other", "unknown-see-the-base-model", None)),
         (None, ("other", "unknown-see-the-base-model", None)),
@@ -345,7 +345,7 @@ def test_a_local_bases_licence_is_read_from_its_card(
 ) -> None:
     if front is not None:
         (tmp_path / "README.md").write_text(f"---\n{front}\n---\n# Base\n")
-    assert monolith.derived_licence(str(tmp_path)) == expected
+    assert publishing.derived_licence(str(tmp_path)) == expected
 
 
 def test_a_hub_base_that_cannot_be_asked_has_an_unknown_licence(hub: FakeHub, tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ def front_matter(text: str) -> dict[str, Any]:
 
 
 def test_the_card_says_what_the_facts_say(tmp_path: Path) -> None:
-    text = monolith.write_model_card(tmp_path, FACTS)
+    text = publishing.write_model_card(tmp_path, FACTS)
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == text
     assert front_matter(text) == {
         "base_model": "Hcompany/Holo1-3B",
@@ -374,7 +374,7 @@ def test_the_card_says_what_the_facts_say(tmp_path: Path) -> None:
         "library_name": "transformers",
         "license": "other",
         "license_name": "qwen-research",
-        "license_link": monolith.QWEN_RESEARCH[2],
+        "license_link": publishing.QWEN_RESEARCH[2],
         "pipeline_tag": "image-text-to-text",
         "tags": ["screenshot-to-html"],
     }
@@ -388,7 +388,7 @@ def test_the_card_says_what_the_facts_say(tmp_path: Path) -> None:
 
 def test_the_cards_python_compiles_and_nothing_is_invented(tmp_path: Path) -> None:
     facts = {"base_model": str(tmp_path), "dataset": str(tmp_path), "drops": f"2 of {tmp_path}/a.png unreadable"}
-    text = monolith.write_model_card(tmp_path, facts)
+    text = publishing.write_model_card(tmp_path, facts)
     compile(text.split("```python\n")[1].split("```")[0], "card", "exec")
     assert set(front_matter(text)) == {"library_name", "license", "license_name", "pipeline_tag", "tags"}
     assert "| valid | not measured | not measured |" in text
@@ -402,7 +402,7 @@ def test_hostile_facts_stay_inside_their_cells(tmp_path: Path) -> None:
     base.mkdir()
     (base / "README.md").write_text(f"---\n{json.dumps({'license_name': evil, 'license_link': evil})}\n---\n")
     facts |= {"base_model": str(base), "results_before": {"valid": evil}}
-    text = monolith.write_model_card(tmp_path, facts)
+    text = publishing.write_model_card(tmp_path, facts)
     assert sorted(front_matter(text)) == sorted(
         ["library_name", "license", "license_link", "license_name", "pipeline_tag", "tags"]
     )
@@ -416,7 +416,7 @@ def test_hostile_facts_stay_inside_their_cells(tmp_path: Path) -> None:
 def test_no_token_reaches_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "an-odd-token-of-a-mirror")
     leaks = {"settings": {"hub_token": WRITER, "note": "an-odd-token-of-a-mirror", "max_html_tokens": 4096}}
-    text = monolith.write_model_card(tmp_path, FACTS | leaks | {"hardware": f"box {WRITER}", "commit": WRITER})
+    text = publishing.write_model_card(tmp_path, FACTS | leaks | {"hardware": f"box {WRITER}", "commit": WRITER})
     assert WRITER not in text and "an-odd-token" not in text and "4096" in text
 
 
@@ -436,4 +436,4 @@ def test_transformers_loads_what_was_pushed(hub: FakeHub, tmp_path: Path, tiny_b
 
 def test_a_parent_in_a_list_binds_as_one_alone_does(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\nbase_model:\n- Qwen/Qwen2.5-VL-3B-Instruct\n---\n")
-    assert monolith.derived_licence(str(tmp_path))[1] == "qwen-research"
+    assert publishing.derived_licence(str(tmp_path))[1] == "qwen-research"

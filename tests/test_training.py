@@ -13,6 +13,7 @@ from conftest import (
     MAIN,
     PLAIN_JSON,
     ROOT,
+    free_port,
     make_base,
     make_pages,
     output,
@@ -24,6 +25,7 @@ from conftest import (
 )
 
 import holo1_dom_finetune as pipeline
+import publishing
 
 # With plain SGD and a learning rate of 1, what one step changes is the gradient.
 SGD = {
@@ -119,6 +121,7 @@ import os, sys
 sys.path.insert(0, {root!r})
 import torch
 import holo1_dom_finetune as pipeline
+import publishing
 import memory_plan
 
 def choose(args, settings, *unused):
@@ -152,6 +155,52 @@ def test_a_batch_that_does_not_fit_starts_anew_with_half_as_many_pages(
     assert "4 pages x 1 accumulated x 2 processes = 8 pages per step" in done.stdout
     assert "2 pages x 2 accumulated x 2 processes = 8 pages per step" in done.stdout
     assert "the longest possible batch of 2 pages fits" in done.stdout
+
+
+@pytest.mark.slow
+def test_two_machines_with_disks_of_their_own_train_together(tiny_base, pages_folder, tmp_path):
+    """Two wrappers on the loopback address, each in a folder of its own; the second reads the same pages for itself."""
+    flags = small_run(tiny_base, pages_folder, max_steps=2, gradient_accumulation_steps=2)
+    wrapper, port, machines = str(ROOT / "run_deepspeed_training.py"), str(free_port()), []
+    for number in ("0", "1"):
+        (tmp_path / number).mkdir()
+        where = ["--num_nodes", "2", "--node_rank", number, "--no_ssh", "--master_addr", "127.0.0.1"]
+        command = [sys.executable, wrapper, *where, "--master_port", port, *flags]
+        log = (tmp_path / f"{number}.log").open("w")
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        machines.append(subprocess.Popen(command, cwd=tmp_path / number, env=environment, stdout=log, stderr=log))
+    codes = [machine.wait(timeout=240) for machine in machines]
+    logs = [(tmp_path / f"{number}.log").read_text() for number in "01"]
+    assert codes == [0, 0], logs
+    assert "1 pages x 2 accumulated x 2 processes = 4 pages per step" in logs[0]
+    assert "sees nothing of what rank 0 has prepared" in logs[1] and "sees nothing" not in logs[0]
+    pages = [tmp_path / number / "holo1_dom_finetune_output" / "pages" / "train.arrow" for number in "01"]
+    assert pages[0].read_bytes() == pages[1].read_bytes()
+    assert layout(tmp_path / "0" / "holo1_dom_finetune_final") == layout(tiny_base)
+
+
+def layout(folder) -> dict:
+    return {key: (tuple(value.shape), value.dtype) for key, value in weights(folder).items()}
+
+
+def test_no_page_comes_twice_and_all_ranks_have_as_many_batches(monkeypatch):
+    from types import SimpleNamespace
+
+    for count, micro, accumulated, ranks in ((50, 2, 2, 3), (17, 1, 8, 2), (9, 4, 1, 2), (3, 2, 2, 3), (24, 2, 4, 3)):
+        args = SimpleNamespace(per_device_train_batch_size=micro, gradient_accumulation_steps=accumulated, seed=7)
+        batches = []
+        for rank in range(ranks):
+            monkeypatch.setenv("RANK", str(rank))
+            monkeypatch.setenv("WORLD_SIZE", str(ranks))
+            sampler = pipeline.page_sampler([1.0 + page % 5 for page in range(count)], args)
+            batches.append(list(sampler))
+            assert len(batches[-1]) == len(sampler)
+            assert all(1 <= len(batch) <= micro for batch in batches[-1])
+        assert len({len(mine) for mine in batches}) == 1
+        seen = [page for mine in batches for batch in mine for page in batch]
+        assert len(seen) == len(set(seen)) == count // ranks * ranks
+        sampler.set_epoch(1)
+        assert count < 10 or list(sampler) != batches[-1], "another epoch, another order"
 
 
 def run_in_background(flags, cwd):
@@ -212,6 +261,7 @@ POISON = """
 import os, sys
 sys.path.insert(0, {root!r})
 import holo1_dom_finetune as pipeline
+import publishing
 
 load = pipeline.load_model
 
@@ -298,7 +348,7 @@ def test_exit_codes_are_those_of_the_design():
         pipeline.NotFiniteError("x"): 82,
         MemoryError(): 83,
         pipeline.StoppedError("x"): 85,
-        pipeline.UploadError("x"): 86,
+        publishing.UploadError("x"): 86,
         KeyError("x"): 1,
     }
     assert {pipeline.exit_code(error): code for error, code in errors.items()} == {
