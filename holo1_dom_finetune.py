@@ -483,6 +483,15 @@ def longest_loads(pages, encoder: PageEncoder, most: int) -> list[memory_plan.Lo
     return loads
 
 
+def compare_with_plan(trainer, plan: memory_plan.Plan) -> None:
+    """(main process only) Say how far the measured peak was from the plan for the heaviest batch of this rank."""
+    peak = max((entry["peak_gib"] for entry in trainer.state.log_history if "peak_gib" in entry), default=0.0)
+    if peak and hasattr(trainer, "heaviest"):
+        load = memory_plan.Load(*trainer.heaviest)
+        planned = memory_plan.estimate(trainer.model.config, load, plan.way, REDUCED_AT_ONCE).total
+        say(f"peak: {peak:.1f} GiB measured, {planned:.1f} planned for the heaviest batch, {planned / peak - 1:+.1%}")
+
+
 class Fit:
     """Proves before step one that the longest possible batch fits, and that the fast path gives the plain loss."""
 
@@ -719,6 +728,9 @@ def trainer_class(meter: Meter, collate: PageCollator, plan: dict[str, BaseTenso
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             meter.count(inputs, collate.encoder.image_token_id)
+            if collate.packed:
+                load = (inputs["input_ids"].numel(), len(inputs["pixel_values"]), len(inputs["targets"]))
+                self.heaviest = max(getattr(self, "heaviest", load), load)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
         def log(self, logs, start_time=None):
@@ -1442,8 +1454,7 @@ def fine_tune(resolved: Resolved, args, base: Path, processor, encoder: PageEnco
     result = train(trainer, settings, stop, save)
     seconds = time.monotonic() - start
     if memory:
-        peak = max((entry["peak_gib"] for entry in trainer.state.log_history if "peak_gib" in entry), default=0.0)
-        say(f"peak: {peak:.1f} GiB, {memory.total:.1f} planned for the longest possible batch")
+        compare_with_plan(trainer, memory)
     final = Path(use.FINAL_FOLDER)
     save(final)
     say(f"saved: ./{final} has the base's {len(plan)} tensors, same keys, shapes and dtypes")

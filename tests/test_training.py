@@ -177,6 +177,15 @@ def test_two_machines_with_disks_of_their_own_train_together(tiny_base, pages_fo
     pages = [tmp_path / number / "holo1_dom_finetune_output" / "pages" / "train.arrow" for number in "01"]
     assert pages[0].read_bytes() == pages[1].read_bytes()
     assert layout(tmp_path / "0" / "holo1_dom_finetune_final") == layout(tiny_base)
+    (tmp_path / "one").mkdir()
+    config = json.loads((ROOT / "ds_z3.json").read_text())
+    together = start_deepspeed(flags, tmp_path / "one", processes=2, config=config)
+    assert together.returncode == 0, output(together)
+    assert losses_of(together.stdout) == losses_of(logs[0]) and len(losses_of(logs[0])) == 2, "as one machine with two"
+
+
+def losses_of(log: str) -> list[str]:
+    return [line.split("loss ")[1].split()[0] for line in log.splitlines() if line.startswith("step ")]
 
 
 def layout(folder) -> dict:
