@@ -495,16 +495,16 @@ def compare_with_plan(trainer, plan: memory_plan.Plan) -> None:
 class Fit:
     """Proves before step one that the longest possible batch fits, and that the fast path gives the plain loss."""
 
-    def __init__(self, plan: memory_plan.Plan | None, plain_loss: float | None):
+    def __init__(self, plan: memory_plan.Plan | None, plain_loss: float | None, share: float | None):
         self.plan, self.plain_loss = plan, plain_loss
+        self.share = plan.way.checkpointed if plan else 1.0 if share is None else share
 
     def __call__(self, trainer, collate: PageCollator, pages, held_out) -> None:
         """(all ranks) Raises OutOfMemoryError, or starts anew with half as many pages where auto chose them."""
         import torch
 
-        model, share = trainer.model, self.plan.way.checkpointed if self.plan else 1.0
         if trainer.args.activation_checkpointing:
-            checkpoint_some_layers(model, share)
+            checkpoint_some_layers(trainer.model, self.share)
         if self.plain_loss is not None:
             with torch.no_grad():
                 loss = self.forward(trainer, collate(list(held_out.select(range(min(2, len(held_out)))))))
@@ -742,7 +742,8 @@ def trainer_class(meter: Meter, collate: PageCollator, plan: dict[str, BaseTenso
             super().log(logs, start_time)
 
         def _save(self, output_dir=None, state_dict=None):
-            if not hasattr(self.model, "peft_config"):  # adapters alone are saved then
+            # Adapters alone are saved as they are; ranks that write nothing hold placeholders under ZeRO-3.
+            if self.args.should_save and not hasattr(self.model, "peft_config"):
                 shapes = {tensor.name: tensor.shape for tensor in plan.values()}
                 whole = self.model.state_dict() if state_dict is None else state_dict
                 state_dict = {
@@ -1440,7 +1441,7 @@ def fine_tune(resolved: Resolved, args, base: Path, processor, encoder: PageEnco
     plain_loss = judge.rehearse(PageCollator(processor, encoder, training, chunk, notes))
     # Quantised weights give another loss, and so do those that a checkpoint will bring.
     same = packed and settings.quantize == "none" and not settings.resume and not args.resume_from_checkpoint
-    fit = Fit(memory, plain_loss if same else None)
+    fit = Fit(memory, plain_loss if same else None, settings.checkpoint_share)
     collate = PageCollator(processor, encoder, training, chunk, notes, model.config, packed, half)
     if settings.compare_base:
         judge("before")

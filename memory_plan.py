@@ -78,8 +78,8 @@ def page_flops(config, tokens: int, supervised: int, patches: int) -> float:
     text, vision = config.get_text_config(), config.vision_config
     language, head, tower, merger = parameters(config)
     attention = 12 * text.num_hidden_layers * text.hidden_size * tokens**2 / 2
-    whole = len(vision.fullatt_block_indexes)
-    window = (vision.window_size // vision.patch_size) ** 2
+    whole = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))  # Qwen3-VL has no windows
+    window = (getattr(vision, "window_size", 0) // vision.patch_size) ** 2
     seen = whole * patches + (vision.depth - whole) * min(window, patches)
     merged = merger * patches / vision.spatial_merge_size**2
     products = 6 * (language * tokens + head * supervised + tower * patches + merged)
