@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -708,9 +708,11 @@ def agree(flag: bool, device) -> bool:
     return bool(votes)
 
 
-def trainer_class(meter: Meter, collate: PageCollator, plan: dict[str, BaseTensor], costs: list[float]) -> type:
+def trainer_class(meter: Meter, collate: PageCollator, judge: Judge, costs: list[float]) -> type:
     """The HF Trainer with an exact token mean, steps of equal cost, a line per step, and the base's shapes on disk."""
     from transformers import Trainer  # here, so that --help need not load torch
+
+    plan = judge.plan
 
     class PageTrainer(Trainer):
         def _get_train_sampler(self, train_dataset=None):
@@ -752,9 +754,29 @@ def trainer_class(meter: Meter, collate: PageCollator, plan: dict[str, BaseTenso
                 }
             super()._save(output_dir, state_dict=state_dict)
 
+        def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+            if hasattr(self.model, "peft_config"):
+                return super()._load_from_checkpoint(resume_from_checkpoint, model)
+            load_weights(self.model if model is None else model, Path(resume_from_checkpoint), judge.settings)
+
     if collate.config is None or not collate.packed:
         del PageTrainer._get_num_items_in_batch
     return PageTrainer
+
+
+def load_weights(model, folder: Path, settings: PageSettings) -> None:
+    """The weights of a checkpoint, by their names in the model. The Trainer of transformers 5.23 saves them by their
+    older names, looks for the newer ones, finds none, and goes on with the base's weights and a warning."""
+    from safetensors import safe_open
+
+    state = {}
+    for key, tensor in base_tensors(folder, replace(settings, random_weights=False, plan=False)).items():
+        with safe_open(tensor.file, framework="pt") as tensors:
+            state[tensor.name] = tensors.get_tensor(key)
+    missing, _ = model.load_state_dict(state, strict=False)
+    missing = set(missing) - set(model._tied_weights_keys or ())
+    if missing:
+        raise SettingsError(f"{folder} lacks {', '.join(sorted(missing)[:5])}: it is no checkpoint of this model")
 
 
 def page_sampler(costs: list[float], args):
@@ -834,7 +856,7 @@ def make_trainer(args, model, collate: PageCollator, pages, stop: StopRequest, j
                     judge(f"step {state.global_step}")
 
     meter, costs = Meter(), page_costs(model.config, pages, collate.encoder)
-    trainer = trainer_class(meter, collate, judge.plan, costs)(
+    trainer = trainer_class(meter, collate, judge, costs)(
         model=model,
         args=args,
         data_collator=collate,

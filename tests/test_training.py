@@ -240,11 +240,12 @@ def test_a_signal_saves_the_step_and_resume_goes_on_from_it(number, tiny_base, p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", [start_plain, start_deepspeed], ids=["plain", "ZeRO-3, 2 ranks"])
-def test_a_resumed_run_ends_in_the_same_weights(start, tiny_base, pages_folder, tmp_path):
+@pytest.mark.parametrize("way", ["plain", "plain, LoRA", "ZeRO-3, 2 ranks"])
+def test_a_resumed_run_ends_in_the_same_weights(way, tiny_base, pages_folder, tmp_path):
     """The base's vision MLP is 60 wide, trained as 64 and saved as 60."""
-    options = {"processes": 2} if start is start_deepspeed else {}
-    flags = small_run(tiny_base, pages_folder, gradient_accumulation_steps=2, learning_rate=1e-2, max_steps=4)
+    start, options = (start_deepspeed, {"processes": 2}) if "ZeRO-3" in way else (start_plain, {})
+    step = {"gradient_accumulation_steps": 2, "learning_rate": 1e-2, "max_steps": 4}
+    flags = small_run(tiny_base, pages_folder, **step, **({"lora": True} if "LoRA" in way else {}))
     whole = start([*flags, "--save_strategy", "steps", "--save_steps", "2"], tmp_path, **options)
     assert whole.returncode == 0, output(whole)
     final = weights(tmp_path / "holo1_dom_finetune_final")
