@@ -502,9 +502,12 @@ class Fit:
     def __call__(self, trainer, collate: PageCollator, pages, held_out) -> None:
         """(all ranks) Raises OutOfMemoryError, or starts anew with half as many pages where auto chose them."""
         import torch
+        from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
         if trainer.args.activation_checkpointing:
             checkpoint_some_layers(trainer.model, self.share)
+        if collate.packed and is_deepspeed_zero3_enabled():
+            fast_training.lean_steps(trainer.model_wrapped)
         if self.plain_loss is not None:
             with torch.no_grad():
                 loss = self.forward(trainer, collate(list(held_out.select(range(min(2, len(held_out)))))))

@@ -142,7 +142,7 @@ def estimate(config, load: Load, way: Way, bucket: int = 0) -> Plan:
         parts = {"weights": 2 * total / shared, "gradients": 2 * learning / shared, "optimizer": 12 * learning / shared}
         parts["gathered"] = 2 * live * (shared > 1 or way.offload)  # one process: DeepSpeed gathers without a copy
         if way.offload:
-            parts |= {"weights": 0.0, "gradients": 2 * learning / shared, "optimizer": 0.0}
+            parts |= {"weights": 0.0, "gradients": 0.0, "optimizer": 0.0}  # they leave as they come
     parts["buckets"] = 2 * BUCKETS * bucket * way.sharded
     parts["activations"] = activations(config, load, way)
     parts["head"] = head(config, load, way)

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,13 +44,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="results without their ending")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each way")
     parser.add_argument("--pages_per_step", type=int, default=8, help="pages in each of them")
+    parser.add_argument("--gpus", type=int, default=1, help="ways that run at the same time, each on a GPU of its own")
     parser.add_argument("--learning_rate", default="1e-5", help="as for --learning_rate of the training")
+    parser.add_argument("--master_port", type=int, default=29600, help="of the first way; the others take the next")
     parser.add_argument("--max_html_tokens", type=int, default=4096, help="longer pages are left out")
     return parser.parse_args(argv)
 
 
-def losses(way: str, args: argparse.Namespace, folder: Path) -> list[float]:
+def losses(way: str, args: argparse.Namespace, folder: Path, number: int) -> list[float]:
     """The loss of each step; raises SystemExit with the end of the log when the training fails."""
+    folder.mkdir()
     script = ROOT / "holo1_dom_finetune.py"
     if "other order" in way:
         script = folder / "turned.py"
@@ -60,7 +64,10 @@ def losses(way: str, args: argparse.Namespace, folder: Path) -> list[float]:
     flags |= {"max_html_tokens": args.max_html_tokens, "save_strategy": "no", "report_to": "none"}
     typed = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     wrapper = [sys.executable, str(ROOT / "run_deepspeed_training.py"), "--script", str(script)]
+    wrapper += ["--master_port", str(args.master_port + number)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if args.gpus > 1:
+        environment["CUDA_VISIBLE_DEVICES"] = str(number % args.gpus)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen([*wrapper, *typed, *WAYS[way]], cwd=folder, env=environment, **pipes) as run:
         found, lines = [], []
@@ -105,11 +112,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     place = Path(tempfile.mkdtemp(prefix="same_curve-"))
     try:
-        curves = {}
-        for way in WAYS:
-            folder = place / way.split(",")[0].replace(" ", "_") / str(len(curves))
-            folder.mkdir(parents=True)
-            curves[way] = losses(way, args, folder)
+        with ThreadPoolExecutor(args.gpus) as pool:
+            runs = {way: pool.submit(losses, way, args, place / str(n), n) for n, way in enumerate(WAYS)}
+            curves = {way: run.result() for way, run in runs.items()}
     finally:
         shutil.rmtree(place, ignore_errors=True)
     fast, plain, turned = curves.values()

@@ -410,3 +410,41 @@ def test_unreadable_pages_end_with_80_before_the_model_loads(tiny_base, tmp_path
     assert done.returncode == 80, output(done)
     assert "Traceback" not in done.stderr and "parameters" not in done.stdout
     assert time.monotonic() - start < 120
+
+
+LEAN = """
+import os, sys
+sys.path.insert(0, {root!r})
+import fast_training
+import holo1_dom_finetune as pipeline
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Zero
+
+release, calls = Zero._partition_all_parameters, []
+Zero._partition_all_parameters = lambda self: calls.append(1) or release(self)
+if {plain}:
+    fast_training.lean_steps = lambda engine: None
+code = pipeline.main(sys.argv[1:])
+print(f"released {{len(calls)}} times")
+pipeline.leave(code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_lean_steps_learn_what_deepspeeds_own_do(processes, exact_base, pages_folder, tmp_path):
+    """On one process whose weights stay gathered they are never released between steps."""
+    zero = {**PLAIN_JSON["zero_optimization"], "stage3_param_persistence_threshold": 10**11}
+    config = {**PLAIN_JSON, "zero_optimization": {**zero, "stage3_max_live_parameters": 10**11}}
+    flags = small_run(exact_base, pages_folder, max_steps=4, learning_rate=1e-2, max_grad_norm=0.1)
+    final, released = {}, {}
+    for plain in (True, False):
+        place = tmp_path / str(plain)
+        place.mkdir()
+        script = place / "lean.py"
+        script.write_text(LEAN.format(root=str(ROOT), plain=plain))
+        done = start_deepspeed(flags, place, processes=processes, config=config, script=str(script))
+        assert done.returncode == 0, output(done)
+        final[plain] = weights(place / "holo1_dom_finetune_final")
+        released[plain] = int(done.stdout.split("released ")[1].split()[0])
+    assert max((final[True][name] - final[False][name]).abs().max() for name in final[True]) <= 1e-6
+    assert released[True] - released[False] == (4 if processes == 1 else 0), released
