@@ -571,43 +571,24 @@ def set_leaves(model) -> None:
 
 
 def lean_steps(engine) -> None:
-    """Take from a step under DeepSpeed 0.19.8's ZeRO-3 what a GPU only waits for, or copies to no end (3B, one GPU:
-    a sixth of a second). What is left out: walking through all modules to say again that they train; a widening to
-    fp64 of each gradient for its norm; and on one process the reduction of gradients that nobody else has, and the
-    release and return of gathered weights that share their memory with what is updated.
+    """Take from a step under DeepSpeed 0.19.8's ZeRO-3 what a GPU only waits for, or copies to no end.
+
+    Everywhere: walking through all modules to say again that they train, and a widening to fp64 of each gradient for
+    its norm. On one process also the reduction of gradients that nobody else has; and where its weights are gathered
+    for good, their release and return, and the hooks that fetch them for each module.
     """
     optimizer = engine.optimizer
     if optimizer.model_parallel_group is not None:
         return
     train = engine.train
     engine.train = lambda mode=True: engine if engine.training == mode else train(mode)
+    alone = optimizer.partition_count == 1
     if not optimizer.offload_optimizer:
         optimizer.get_grad_norm_direct = types.MethodType(gradient_norm, optimizer)
-    if optimizer.partition_count == 1:
-        optimizer._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads = types.MethodType(own_gradients, optimizer)
-        keep_views_gathered(optimizer)
-
-
-def keep_views_gathered(optimizer) -> None:
-    step, release = optimizer.step, optimizer._partition_all_parameters
-
-    def release_what_is_no_view() -> None:
-        if not all(is_view_of_its_shard(parameter) for group in optimizer.fp16_groups for parameter in group):
-            release()
-
-    def lean_step(closure=None) -> None:
-        optimizer._partition_all_parameters = release_what_is_no_view  # checkpoints still want them released
-        try:
-            step(closure)
-        finally:
-            optimizer._partition_all_parameters = release
-
-    optimizer.step = lean_step
-
-
-def is_view_of_its_shard(parameter) -> bool:
-    """Whether a gathered parameter lies where its shard does, as it can on one process."""
-    return parameter.numel() == parameter.ds_numel and parameter.data_ptr() == parameter.ds_tensor.data_ptr()
+        if alone:
+            optimizer.reduce_independent_p_g_buckets_and_remove_grads = types.MethodType(keep_gradient, optimizer)
+    if alone and all(parameter.ds_persist for parameter in engine.module.parameters()):
+        stay_gathered(engine.module, optimizer)
 
 
 def gradient_norm(self, gradients, params, norm_type: float = 2.0):
@@ -623,6 +604,42 @@ def gradient_norm(self, gradients, params, norm_type: float = 2.0):
     return torch.where(norm.isfinite(), norm, -1.0)
 
 
-def own_gradients(self, params: list, dtype) -> list:
-    """What an average over one process is: the gradients themselves, flat."""
-    return [parameter.grad.reshape(-1).to(self.gradient_accumulation_dtype) for parameter in params]
+def keep_gradient(self, parameter) -> None:
+    """Add a gradient to those of the step; DeepSpeed sends it through a bucket and an average over one process."""
+    kept = self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition[parameter.ds_id]
+    gradient = parameter.grad.reshape(-1)
+    kept = kept.narrow(0, 0, len(gradient))
+    if self.micro_step_id == 0:
+        kept.copy_(gradient)
+    else:
+        kept.add_(gradient)
+    parameter.grad = None
+
+
+def stay_gathered(model, optimizer) -> None:
+    """Weights that lie where their shards do, as they can on one process, are up to date as soon as those are."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    offload, parameters = optimizer.parameter_offload, list(model.parameters())
+    step, release = optimizer.step, optimizer._partition_all_parameters
+
+    def gather_missing(module, inputs) -> None:  # after a checkpoint, say
+        missing = [parameter for parameter in parameters if parameter.ds_status != ZeroParamStatus.AVAILABLE]
+        if missing:
+            missing[0].all_gather(missing)
+
+    def release_what_is_no_view() -> None:
+        if any(p.numel() != p.ds_numel or p.data_ptr() != p.ds_tensor.data_ptr() for p in parameters):
+            release()
+
+    def lean_step(closure=None) -> None:
+        optimizer._partition_all_parameters = release_what_is_no_view  # checkpoints still want them released
+        try:
+            step(closure)
+        finally:
+            optimizer._partition_all_parameters = release
+
+    for hook in (*offload.forward_hooks, *offload.backward_hooks):
+        hook.remove()
+    model.register_forward_pre_hook(gather_missing)
+    optimizer.step = lean_step

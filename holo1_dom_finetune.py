@@ -731,6 +731,9 @@ def trainer_class(meter: Meter, collate: PageCollator, judge: Judge, costs: list
             packed = [{"labels": batch["targets"], "shift_labels": batch["targets"]} for batch in batch_samples]
             return super()._get_num_items_in_batch(packed, device)
 
+        def floating_point_ops(self, inputs):
+            return 0  # counted by page_flops; the Trainer's own count walks through all modules at every micro-batch
+
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             meter.count(inputs, collate.encoder.image_token_id)
             if collate.packed:

@@ -39,6 +39,11 @@ SGD = {
 }
 
 
+# What --micro_batch auto chooses on one GPU that is large enough: weights stay gathered between steps.
+WHOLE = {"stage3_param_persistence_threshold": 10**11, "stage3_max_live_parameters": 10**11}
+GATHERED = {**PLAIN_JSON, "zero_optimization": {**PLAIN_JSON["zero_optimization"], **WHOLE}}
+
+
 @pytest.fixture(scope="module")
 def exact_base(tmp_path_factory):
     """A base in fp32, so that saving rounds nothing away."""
@@ -240,10 +245,12 @@ def test_a_signal_saves_the_step_and_resume_goes_on_from_it(number, tiny_base, p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["plain", "plain, LoRA", "ZeRO-3, 2 ranks"])
+@pytest.mark.parametrize("way", ["plain", "plain, LoRA", "ZeRO-3, gathered", "ZeRO-3, 2 ranks"])
 def test_a_resumed_run_ends_in_the_same_weights(way, tiny_base, pages_folder, tmp_path):
     """The base's vision MLP is 60 wide, trained as 64 and saved as 60."""
-    start, options = (start_deepspeed, {"processes": 2}) if "ZeRO-3" in way else (start_plain, {})
+    start, options = (start_deepspeed, {"processes": 2}) if "2 ranks" in way else (start_plain, {})
+    if "gathered" in way:
+        start, options = start_deepspeed, {"config": GATHERED}
     step = {"gradient_accumulation_steps": 2, "learning_rate": 1e-2, "max_steps": 4}
     flags = small_run(tiny_base, pages_folder, **step, **({"lora": True} if "LoRA" in way else {}))
     whole = start([*flags, "--save_strategy", "steps", "--save_steps", "2"], tmp_path, **options)
@@ -433,8 +440,6 @@ pipeline.leave(code)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_lean_steps_learn_what_deepspeeds_own_do(processes, exact_base, pages_folder, tmp_path):
     """On one process whose weights stay gathered they are never released between steps."""
-    zero = {**PLAIN_JSON["zero_optimization"], "stage3_param_persistence_threshold": 10**11}
-    config = {**PLAIN_JSON, "zero_optimization": {**zero, "stage3_max_live_parameters": 10**11}}
     flags = small_run(exact_base, pages_folder, max_steps=4, learning_rate=1e-2, max_grad_norm=0.1)
     final, released = {}, {}
     for plain in (True, False):
@@ -442,7 +447,7 @@ def test_lean_steps_learn_what_deepspeeds_own_do(processes, exact_base, pages_fo
         place.mkdir()
         script = place / "lean.py"
         script.write_text(LEAN.format(root=str(ROOT), plain=plain))
-        done = start_deepspeed(flags, place, processes=processes, config=config, script=str(script))
+        done = start_deepspeed(flags, place, processes=processes, config=GATHERED, script=str(script))
         assert done.returncode == 0, output(done)
         final[plain] = weights(place / "holo1_dom_finetune_final")
         released[plain] = int(done.stdout.split("released ")[1].split()[0])
