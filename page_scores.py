@@ -1,20 +1,36 @@
-"""How good a written page is: whether it is a whole document, whether it repeats itself, whether it equals another.
+"""How alike two pages look and are built, and how good a written page is: matched text blocks, structure, validity.
 
-    from page_scores import looping, same_html, summarise, validity
-    validity("<html><body><p>Hello</p></body></html>").valid                      # True
-    looping("<ul>" + "<li>again</li>" * 100)                                      # True
-    same_html("<p>a  b</p>\\n<p>c</p>", "<p>a b</p><p>c</p>")                       # True
+    python page_scores.py reference.html prediction.html --json -
+    python page_scores.py references/ predictions/ --report report.html --json scores.json
+    python page_scores.py holo1_dom_finetune_output/evaluation --report report.html      # what a training has written
 
-Needs html5lib; never torch.
+    with Renderer() as renderer:
+        score(reference_html, prediction_html, renderer).overall
+
+Chromium renders both pages, safely (page_renders.py). The scores are those of Design2Code (Si et al., NAACL 2025),
+TreeBLEU (Gui et al., WebCode2M, 2025) and SSIM (Wang et al., 2004); CLIP's is left out: its weights are not at hand.
+Before every run the scorer proves itself (`prove`). Needs html5lib, numpy, scikit-image with scipy, and cydifflib;
+never torch.
+
+Sections: Validity, Repetition and equality, Blocks, Matching, Scores, Proof, Comparison, Many pages, Command line.
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
+import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
+
+from page_renders import SHOT, BrowserMissing, Job, Render, Renderer
 
 # -----------------------------------------------------------------------------
 # Validity
@@ -145,3 +161,769 @@ def summarise(pages: Sequence[Mapping[str, Any]]) -> dict[str, float | int | Non
     return {"n": len(pages)} | {
         name: sum(map(bool, (page[name] for page in pages))) / len(pages) if pages else None for name in shares
     }
+
+
+# -----------------------------------------------------------------------------
+# Blocks: where each text stands and in which colour, found by rendering the page twice with a colour for each text
+
+TEXT_TAGS = "p h1 h2 h3 h4 h5 h6 div span a b li table td th button footer header figcaption".split()
+LEVELS = tuple(range(10, 251, 16))  # of red, green and blue; 16 apart, so that each is known within 4
+PALETTE, SHIFT = len(LEVELS) ** 3, 50  # colours; what the second render adds to each, modulo 256
+NEAR_COLOUR, NEAR_SHIFT = 4, 8  # by Design2Code's definition
+MAX_PASSES = 4  # pairs of renders: a page with more texts than colours is coloured in parts
+
+# Prototypes' own functions: a form's field called `style` or `parentNode` would stand in for the form's property.
+PREPARE = """
+const get = (type, name) => Object.getOwnPropertyDescriptor(type.prototype, name).get;
+const parentOf = (node) => get(Node, "parentNode").call(node);
+const styleOf = (node) => get(node instanceof SVGElement ? SVGElement
+  : node instanceof HTMLElement ? HTMLElement : MathMLElement, "style").call(node);
+const set = (node, name, value) => CSSStyleDeclaration.prototype.setProperty.call(
+  styleOf(node), name, value, "important");
+const all = (selector) => [...Document.prototype.querySelectorAll.call(document, selector)];
+"""
+
+RECOLOUR = (
+    """() => {"""
+    + PREPARE
+    + """
+  const still = new CSSStyleSheet();
+  still.replaceSync("*,*::before,*::after{transition:none!important}");
+  document.adoptedStyleSheets = [still];
+  const levels = %(levels)s, count = levels.length, coloured = new Map();
+  for (const node of all("*")) if ("style" in node) set(node, "background-color", "rgba(255, 255, 255, 0)");
+  all("%(tags)s").forEach((node, place) => {
+    const pass = Math.floor(place / count ** 3), number = count ** 3 - 1 - place %% count ** 3;
+    const parts = [Math.floor(number / count ** 2), Math.floor(number / count) %% count, number %% count];
+    const colour = parts.map((part) => (levels[part] + %(shift)d) %% 256);
+    coloured.set(node, [pass, ...parts.map((part) => levels[part])]);
+    set(node, "color", pass === %(pass)d ? `rgb(${colour})` : "transparent");
+    set(node, "opacity", "1");
+  });
+  if (%(shift)d) return null;
+  const body = get(Document, "body").call(document), found = [];
+  if (!body) return found;
+  const unseen = new Set(["SCRIPT", "STYLE", "TEMPLATE", "NOSCRIPT"]);
+  const walker = Document.prototype.createTreeWalker.call(document, body, NodeFilter.SHOW_TEXT);
+  for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+    const text = node.data.trim();
+    if (!text || unseen.has(parentOf(node).nodeName)) continue;
+    for (let owner = parentOf(node); owner && owner !== body; owner = parentOf(owner)) {
+      if (coloured.has(owner)) {
+        if (coloured.get(owner)[0] === %(pass)d) found.push([text, ...coloured.get(owner).slice(1)]);
+        break;
+      }
+      if (Element.prototype.getAttribute.call(owner, "style")?.match(/(^|;)\\s*color\\s*:/)) break;
+    }
+  }
+  return found;
+}"""
+)
+
+SUBTREES = (
+    """() => {"""
+    + PREPARE
+    + """
+  const children = get(Element, "children"), found = new Set();
+  for (const node of all("*")) {
+    const inner = [...children.call(node)].map((child) => child.localName);
+    if (inner.length) found.add(`${node.localName}(${inner.join(", ")})`);
+  }
+  return [...found];
+}"""
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A text, its box in shares of the page's width and height, and its mean colour (red, green, blue; 0 to 255)."""
+
+    text: str
+    x: float
+    y: float
+    width: float
+    height: float
+    color: tuple[float, float, float]
+
+    @property
+    def area(self) -> float:
+        return self.width * self.height
+
+    @property
+    def center(self) -> tuple[float, float]:
+        return self.x + self.width / 2, self.y + self.height / 2
+
+
+@dataclass(frozen=True)
+class Page:
+    """A rendered page: picture (H, W, 3), text blocks, `tag(child, child)` of every element, or why there is none."""
+
+    image: Any
+    blocks: tuple[Block, ...] = ()
+    subtrees: frozenset[str] = frozenset()
+    failure: str | None = None
+    clipped: bool = False
+
+
+def job_for(html: str, width: int = 1280) -> Job:
+    """What is to be rendered of a page so that `page_of` can read it."""
+    tags = len(re.findall(rf"<(?:{'|'.join(TEXT_TAGS)})\b", html, re.IGNORECASE))
+    passes = min(MAX_PASSES, max(1, -(-tags // PALETTE)))
+    steps = [SHOT, SUBTREES]
+    for number in range(passes):
+        for shift in (0, SHIFT):
+            values = {"levels": list(LEVELS), "tags": ",".join(TEXT_TAGS), "shift": shift, "pass": number}
+            steps += [RECOLOUR % values, SHOT]
+    return Job(html, width=width, steps=tuple(steps))
+
+
+def page_of(render: Render) -> Page:
+    if render.failure is not None:
+        return Page(None, failure=render.failure)
+    image, subtrees, *passes = render.values
+    found: list[Block] = []
+    for texts, first, _, second in zip(passes[::4], passes[1::4], passes[2::4], passes[3::4]):
+        found += blocks_of(image, first, second, texts)
+    return Page(image, same_boxes_merged(found), frozenset(subtrees), clipped=render.clipped)
+
+
+def blocks_of(image, first, second, texts: Sequence[Sequence]) -> list[Block]:
+    """Blocks of `texts` (text, red, green, blue) by two renders whose text differs by SHIFT, colours by `image`."""
+    import numpy as np
+
+    height, width = (min(sizes) for sizes in zip(image.shape[:2], first.shape[:2], second.shape[:2]))
+    image, one, two = (part[:height, :width].astype(np.int16) for part in (image, first, second))
+    is_text = (np.abs((one + SHIFT) % 256 - two) <= NEAR_SHIFT).all(axis=2)
+    levels = np.rint((one - LEVELS[0]) / 16).astype(np.int16).clip(0, len(LEVELS) - 1)
+    is_text &= (np.abs(one - (LEVELS[0] + 16 * levels)) <= NEAR_COLOUR).all(axis=2)
+    rows, columns = np.nonzero(is_text)
+    keys = levels[rows, columns].astype(np.int64) @ np.array([len(LEVELS) ** 2, len(LEVELS), 1])
+    order = np.argsort(keys, kind="stable")
+    known, starts = np.unique(keys[order], return_index=True)
+    pixels = dict(zip(known.tolist(), np.split(order, starts[1:])))
+    found = []
+    for text, *color in texts:
+        key = sum(LEVELS.index(part) * len(LEVELS) ** power for part, power in zip(color, (2, 1, 0)))
+        if key not in pixels or not text.strip():
+            continue
+        y, x = rows[pixels[key]], columns[pixels[key]]
+        mean = image[y, x].mean(axis=0).astype(int)
+        box = x.min() / first.shape[1], y.min() / first.shape[0]
+        box += (x.max() - x.min() + 1) / first.shape[1], (y.max() - y.min() + 1) / first.shape[0]
+        found.append(Block(text.strip().lower(), *map(float, box), tuple(map(float, mean))))
+    return found
+
+
+def same_boxes_merged(blocks: Iterable[Block]) -> tuple[Block, ...]:
+    """Texts that share a box, as those of one element do, are one block."""
+    found: dict[tuple, Block] = {}
+    for block in blocks:
+        box = block.x, block.y, block.width, block.height
+        if box in found:
+            color = tuple((one + two) / 2 for one, two in zip(found[box].color, block.color))
+            block = replace(found[box], text=f"{found[box].text} {block.text}", color=color)
+        found[box] = block
+    return tuple(found.values())
+
+
+# -----------------------------------------------------------------------------
+# Matching
+
+ALIKE, MERGE_GAIN, CONTEXT = 0.5, 0.05, 0.1  # least similarity of a pair; least gain of a merge; weight of neighbours
+
+
+class Similarity:
+    """difflib's ratio of two texts, each pair worked out once; with its rule for popular characters."""
+
+    def __init__(self):
+        self.known: dict[tuple[str, str], float] = {}
+
+    def __call__(self, one: str, two: str) -> float:
+        from cydifflib import SequenceMatcher
+
+        pair = one, two
+        if pair not in self.known:
+            self.known[pair] = 1.0 if one == two else SequenceMatcher(None, one, two).ratio()
+        return self.known[pair]
+
+    def costs(self, first: Sequence[Block], second: Sequence[Block]):
+        import numpy as np
+
+        return np.array([[-self(one.text, two.text) for two in second] for one in first]).reshape(len(first), -1)
+
+
+def assigned(costs) -> tuple[Any, Any]:
+    from scipy.optimize import linear_sum_assignment
+
+    return linear_sum_assignment(costs)
+
+
+def merged(one: Block, two: Block) -> Block:
+    x, y = min(one.x, two.x), min(one.y, two.y)
+    width = max(one.x + one.width, two.x + two.width) - x
+    height = max(one.y + one.height, two.y + two.height) - y
+    color = tuple((a + b) // 2 for a, b in zip(one.color, two.color))
+    return Block(f"{one.text} {two.text}", x, y, width, height, color)
+
+
+def gain(before: Sequence[float], after: Sequence[float]) -> float:
+    """By how much the mean of the costs that changed has fallen; 0 unless the best of them has fallen, too."""
+    common = Counter(before) & Counter(after)
+    old, new = (list((Counter(costs) - common).elements()) for costs in (before, after))
+    mean = [sum(costs) / len(costs) if costs else 0.0 for costs in (old, new)]
+    if mean[0] > mean[1] and not (old and new and min(old) > min(new)):
+        return 0.0
+    return mean[0] - mean[1]
+
+
+def merge_neighbours(first: list[Block], second: Sequence[Block], similarity: Similarity, turned: bool) -> list[Block]:
+    """`first` with those neighbours merged that match `second` better together, the best first."""
+    import numpy as np
+
+    def costs_of(blocks: Sequence[Block]):
+        return similarity.costs(second, blocks).T if turned else similarity.costs(blocks, second)
+
+    def matched(costs) -> list[float]:
+        costs = costs.T if turned else costs
+        return costs[assigned(costs)].tolist()
+
+    if len(first) < 2:
+        return first
+    costs, gains = costs_of(first), []
+    current = matched(costs)
+    for place in range(len(first) - 1):
+        row = costs_of([merged(first[place], first[place + 1])])
+        better = gain(current, matched(np.concatenate([costs[:place], row, costs[place + 2 :]])))
+        if better > MERGE_GAIN:
+            gains.append((place, better))
+    taken: set[int] = set()
+    for place, _ in sorted(gains, key=lambda item: item[1], reverse=True):
+        if not {place, place + 1} & taken:
+            first = [*first[:place], merged(first[place], first[place + 1]), *first[place + 1 :]]
+            taken |= {place, place + 1}
+            first[place + 1] = None  # so that places stay what they were
+    return [block for block in first if block is not None]
+
+
+def with_context(costs):
+    """Costs below -ALIKE, lowered by CONTEXT times the sum of the two lowest neighbours."""
+    import numpy as np
+
+    adjusted = costs.copy()
+    for row, column in zip(*np.nonzero(costs < -ALIKE)):
+        near = costs[max(0, row - 1) : row + 2, max(0, column - 1) : column + 2].ravel()
+        near = np.sort(np.delete(near, np.flatnonzero(near == costs[row, column])[0]))
+        adjusted[row, column] += CONTEXT * near[:2].sum()
+    return adjusted
+
+
+def match(prediction: Sequence[Block], reference: Sequence[Block]) -> tuple[list[Block], list[Block], list[tuple]]:
+    """(blocks of the prediction, of the reference, both merged; pairs (prediction, reference, similarity))."""
+    similarity, predicted, wanted = Similarity(), list(prediction), list(reference)
+    while True:
+        before = len(predicted), len(wanted)
+        predicted = merge_neighbours(predicted, wanted, similarity, turned=False)
+        wanted = merge_neighbours(wanted, predicted, similarity, turned=True)
+        if (len(predicted), len(wanted)) == before:
+            break
+    costs = similarity.costs(predicted, wanted)
+    pairs = [(predicted[i], wanted[j], -costs[i, j]) for i, j in zip(*assigned(with_context(costs)))]
+    return predicted, wanted, [pair for pair in pairs if pair[2] >= ALIKE]
+
+
+# -----------------------------------------------------------------------------
+# Scores
+
+SSIM_SHRINK = 2  # both sides of the pictures, before SSIM: a quarter of the time, and small type still counts
+METRICS = ("block", "text", "position", "color", "overall", "likeness", "tree_bleu", "ssim")
+MISPLACED, MISCOLOURED, MISSED = 0.9, 0.8, 0.5  # below these a page carries the cause's name
+
+
+@dataclass(frozen=True)
+class PageScore:
+    """All scores are 0 to 1. `overall` is the mean of the first four, as Design2Code's without CLIP; `likeness` is
+    `block` times the mean of the other three, so that a wrong page with one lucky match cannot look half right."""
+
+    block: float = 0.0
+    text: float = 0.0
+    position: float = 0.0
+    color: float = 0.0
+    overall: float = 0.0
+    likeness: float = 0.0
+    tree_bleu: float = 0.0
+    ssim: float = 0.0
+    valid: bool = False
+    blocks_reference: int = 0
+    blocks_prediction: int = 0
+    failure: str | None = None  # why a page could not be rendered; all scores are 0 then
+    causes: tuple[str, ...] = ()
+    matched: tuple[tuple[Block, Block], ...] = field(default=(), repr=False)  # (reference, prediction)
+    missing: tuple[Block, ...] = field(default=(), repr=False)  # of the reference only
+    invented: tuple[Block, ...] = field(default=(), repr=False)  # of the prediction only
+
+    def as_json(self) -> dict[str, Any]:
+        """Without the blocks."""
+        left_out = ("matched", "missing", "invented")
+        return {
+            name: value
+            for name, value in asdict(replace(self, matched=(), missing=(), invented=())).items()
+            if name not in left_out
+        }
+
+
+def score(reference: str, prediction: str, renderer: Renderer | None = None, width: int = 1280) -> PageScore:
+    """How alike two pages are, given as HTML. Raises `page_renders.BrowserMissing` without Chromium.
+
+    With a `renderer` of one's own many pages share a browser; the proof is the caller's then.
+    """
+    if renderer is None:
+        with Renderer() as own:
+            prove(own)
+            return score(reference, prediction, own, width)
+    wanted, written = map(page_of, renderer.map([job_for(reference, width), job_for(prediction, width)]))
+    return compare(wanted, written, prediction)
+
+
+def compare(reference: Page, prediction: Page, html: str) -> PageScore:
+    """`html` is the prediction's, for what its picture does not tell."""
+    checked = validity(html)
+    causes = ["cut off"] if not checked.closed else []
+    causes += ["looping"] if looping(html) else []
+    failure = prediction.failure and f"the written page: {prediction.failure}"
+    failure = (reference.failure and f"the reference: {reference.failure}") or failure
+    sizes = {"blocks_reference": len(reference.blocks), "blocks_prediction": len(prediction.blocks)}
+    if failure:
+        lists = {"missing": reference.blocks, "invented": prediction.blocks}
+        return PageScore(valid=checked.valid, failure=failure, causes=("not rendered", *causes), **sizes, **lists)
+    found = block_scores(prediction.blocks, reference.blocks)
+    found["tree_bleu"] = len(reference.subtrees & prediction.subtrees) / max(1, len(reference.subtrees))
+    found["ssim"] = ssim(reference.image, prediction.image)
+    causes += ["blank"] if reference.blocks and not prediction.blocks else []
+    causes += ["misplaced"] if found["matched"] and found["position"] < MISPLACED else []
+    causes += ["miscoloured"] if found["matched"] and found["color"] < MISCOLOURED else []
+    causes += ["texts missing"] if prediction.blocks and len(found["missing"]) > MISSED * len(reference.blocks) else []
+    return PageScore(valid=checked.valid, causes=tuple(causes), **sizes, **found)
+
+
+def block_scores(prediction: Sequence[Block], reference: Sequence[Block]) -> dict[str, Any]:
+    """Design2Code's four scores, their mean, and which blocks were matched; without any match all are 0.
+
+    Two pages without a single text are as alike as texts can tell: 1.
+    """
+    predicted, wanted, pairs = match(prediction, reference) if prediction and reference else (prediction, reference, [])
+    taken = {id(block) for pair in pairs for block in pair[:2]}
+    missing, invented = ([block for block in blocks if id(block) not in taken] for blocks in (wanted, predicted))
+    lists = {"missing": tuple(missing), "invented": tuple(invented)}
+    lists["matched"] = tuple((two, one) for one, two, _ in pairs)
+    four = [1.0] * 4 if not prediction and not reference else [0.0] * 4
+    if pairs:
+        areas = sum(one.area + two.area for one, two, _ in pairs)
+        offsets = [max(abs(a - b) for a, b in zip(one.center, two.center)) for one, two, _ in pairs]
+        four[0] = areas / (areas + sum(block.area for block in (*missing, *invented)))
+        four[1] = sum(similarity for *_, similarity in pairs) / len(pairs)
+        four[2] = sum(1 - offset for offset in offsets) / len(pairs)
+        four[3] = sum(color_likeness([(one.color, two.color) for one, two, _ in pairs])) / len(pairs)
+    four = [float(value) for value in four]
+    named = dict(zip(("block", "text", "position", "color"), four))
+    return named | {"overall": sum(four) / 4, "likeness": four[0] * sum(four[1:]) / 3} | lists
+
+
+def color_likeness(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> list[float]:
+    """1 - CIEDE2000 / 100 of pairs of colours (red, green, blue; 0 to 255), at least 0."""
+    import numpy as np
+    from skimage.color import deltaE_ciede2000, rgb2lab
+
+    one, two = (rgb2lab(np.array(colors, dtype=float).reshape(-1, 1, 3) / 255) for colors in zip(*pairs))
+    return np.maximum(0.0, 1 - deltaE_ciede2000(one, two) / 100).ravel().tolist()
+
+
+def ssim(one, two) -> float:
+    """Of the grey pictures' common part, times that part's share of what both cover."""
+    import numpy as np
+    from PIL import Image
+    from skimage.metrics import structural_similarity
+
+    height, width = (min(sizes) for sizes in zip(one.shape[:2], two.shape[:2]))
+    covered = one.shape[0] * one.shape[1] + two.shape[0] * two.shape[1] - height * width
+    grey = [np.asarray(Image.fromarray(part[:height, :width]).convert("L").reduce(SSIM_SHRINK)) for part in (one, two)]
+    if min(grey[0].shape) < 7:  # smaller than SSIM's window
+        return 0.0
+    return max(0.0, float(structural_similarity(*grey, data_range=255))) * height * width / covered
+
+
+# -----------------------------------------------------------------------------
+# Proof: before every run, on pages whose scores are known
+
+PROOF = [  # (tag, left, top, colour, text), in pixels of a page of 640 by 480
+    ("h1", 20, 10, "#102030", "Harbour timetable"),
+    ("p", 20, 70, "#803010", "Ferries leave every morning"),
+    ("p", 330, 70, "#106030", "Return before the evening tide"),
+    ("div", 20, 130, "#1040a0", "Island of birds"),
+    ("div", 330, 130, "#a01060", "Lighthouse and museum"),
+    ("span", 20, 190, "#505050", "Tickets at the quay"),
+    ("a", 330, 190, "#0060c0", "Ask the captain"),
+    ("li", 60, 250, "#604000", "Bring warm clothes"),
+    ("button", 330, 250, "#000000", "Reserve two seats"),
+    ("footer", 20, 420, "#203040", "Closed on stormy days"),
+]
+
+
+class ScorerError(RuntimeError):
+    """The scorer does not score what it should; no number of it can be trusted."""
+
+
+def proof_page(items: Sequence[Sequence]) -> str:
+    lines = (
+        f'<{tag} style="position:absolute;margin:0;left:{left}px;top:{top}px;color:{color}">{text}</{tag}>'
+        for tag, left, top, color, text in items
+    )
+    return f"<!DOCTYPE html>\n<html><head><title>proof</title></head><body>{''.join(lines)}</body></html>"
+
+
+def proof_cases() -> dict[str, str]:
+    """Changed copies of the page; of each pair the second is changed more."""
+    turned = [item[4] for item in PROOF]
+    turned = [*turned[1:], turned[0]]
+    colors = ["#f0e010", "#10e0f0"] * 5
+
+    def changed(count: int, change: Callable[[int, Sequence], Sequence]) -> str:
+        return proof_page([change(n, item) if n < count else item for n, item in enumerate(PROOF)])
+
+    return {
+        "itself": proof_page(PROOF),
+        "blank": proof_page([]),
+        "3 moved": changed(3, lambda n, item: (item[0], item[1] + 150, item[2] + 100, *item[3:])),
+        "6 moved": changed(6, lambda n, item: (item[0], item[1] + 150, item[2] + 100, *item[3:])),
+        "3 recoloured": changed(3, lambda n, item: (*item[:3], colors[n], item[4])),
+        "9 recoloured": changed(9, lambda n, item: (*item[:3], colors[n], item[4])),
+        "3 shortened": changed(3, lambda n, item: (*item[:4], item[4][: len(item[4]) * 2 // 3])),
+        "9 shortened": changed(9, lambda n, item: (*item[:4], item[4][: len(item[4]) * 2 // 3])),
+        "2 removed": proof_page(PROOF[:-2]),
+        "6 removed": proof_page(PROOF[:-6]),
+        "another page": "<!DOCTYPE html>\n<html><body><main><p>Nothing of the kind</p></main></body></html>",
+        "texts shuffled": changed(10, lambda n, item: (*item[:4], turned[n])),
+    }
+
+
+def prove(renderer: Renderer, cases: Mapping[str, str] | None = None) -> dict[str, PageScore]:
+    """Raise `ScorerError`, naming the case, unless known pages score as they must. Returns their scores."""
+    known = dict(cases or proof_cases())
+    html = known["itself"]
+    pages = dict(zip(known, map(page_of, renderer.map(job_for(page, width=640) for page in known.values()))))
+    found = {name: compare(pages["itself"], page, known[name]) for name, page in pages.items()}
+    found["not rendered"] = compare(pages["itself"], Page(None, failure="on purpose"), html)
+    found["both not rendered"] = compare(Page(None, failure="on purpose"), Page(None, failure="on purpose"), html)
+
+    def claim(true: bool, text: str, *names: str) -> None:
+        if not true:
+            seen = "; ".join(f"{name}: {found[name].as_json()}" for name in names)
+            raise ScorerError(f"the scorer is broken: {text}. {seen}")
+
+    for name in known:
+        claim(found[name].failure is None, f"{name!r} could not be rendered", name)
+    for metric in METRICS:
+        value = getattr(found["itself"], metric)
+        claim(abs(value - 1) < 1e-6, f"{metric} of a page against itself is {value}, not 1", "itself")
+        for name in ("not rendered", "both not rendered"):
+            claim(getattr(found[name], metric) == 0, f"{metric} of a failed render is not 0", name)
+    for metric in ("block", "text", "position", "color", "overall", "likeness"):
+        claim(getattr(found["blank"], metric) == 0, f"{metric} of a blank page is not 0", "blank")
+    claim(found["itself"].blocks_reference == len(PROOF), f"{len(PROOF)} texts give another number of blocks", "itself")
+    for metric, few, many in (
+        ("position", "3 moved", "6 moved"),
+        ("color", "3 recoloured", "9 recoloured"),
+        ("text", "3 shortened", "9 shortened"),
+        ("block", "2 removed", "6 removed"),
+        ("tree_bleu", "2 removed", "another page"),
+        ("ssim", "3 moved", "6 moved"),
+    ):
+        values = [getattr(found[name], metric) for name in ("itself", few, many)]
+        claim(
+            values[0] > values[1] > values[2], f"{metric} does not fall from {few!r} to {many!r}: {values}", few, many
+        )
+    for name, kept in (("6 moved", ("text", "color")), ("9 recoloured", ("text", "position", "block"))):
+        for metric in kept:
+            claim(getattr(found[name], metric) > 0.99, f"{metric} has fallen where only others may: {name!r}", name)
+    claim(found["another page"].likeness < 0.2, "another page looks half right", "another page")
+    claim(found["texts shuffled"].position < 0.9, "position does not see that texts were shuffled", "texts shuffled")
+    return found
+
+
+# -----------------------------------------------------------------------------
+# Comparison
+
+
+def paired_comparison(before: Sequence[float], after: Sequence[float], draws: int = 10_000, seed: int = 0) -> dict:
+    """Two scores of each page: means, their difference with its 95 % bootstrap interval (Efron 1979, percentiles), and
+    `p` by a sign-flip permutation test (Fisher 1935), two-sided: how often chance alone would differ as much."""
+    import numpy as np
+
+    one, two = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
+    if one.shape != two.shape or not len(one):
+        raise ValueError(f"{len(one)} scores before and {len(two)} after: there must be as many, and at least one")
+    difference, random = two - one, np.random.default_rng(seed)
+    means = difference[random.integers(0, len(difference), (draws, len(difference)))].mean(axis=1)
+    flipped = (difference * random.choice((-1.0, 1.0), (draws, len(difference)))).mean(axis=1)
+    low, high = np.percentile(means, (2.5, 97.5))
+    as_far = np.abs(flipped) >= abs(difference.mean()) - 1e-12
+    return {
+        "n": len(difference),
+        "before": float(one.mean()),
+        "after": float(two.mean()),
+        "difference": float(difference.mean()),
+        "low": float(low),
+        "high": float(high),
+        "p": float((as_far.sum() + 1) / (draws + 1)),
+    }
+
+
+def means(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """n, failures, and the mean of each metric: failures as 0, and (`..._without_failures`) without them."""
+    failed = [row for row in scores if row.get("failure")]
+    found: dict[str, Any] = {"n": len(scores), "failures": len(failed), "failed": [row.get("page") for row in failed]}
+    rendered = [row for row in scores if not row.get("failure")]
+    for metric in METRICS:
+        found[metric] = sum(row[metric] for row in scores) / len(scores) if scores else None
+        alone = sum(row[metric] for row in rendered) / len(rendered) if rendered else None
+        found[f"{metric}_without_failures"] = alone
+    return found
+
+
+# -----------------------------------------------------------------------------
+# Many pages
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A page's name, its reference, and what was written (None: nothing was)."""
+
+    name: str
+    reference: str
+    prediction: str | None
+
+    def key(self, width: int) -> str:
+        content = json.dumps([self.reference, self.prediction, width])
+        return hashlib.sha256(content.encode("utf-8", "replace")).hexdigest()
+
+
+def score_pairs(
+    pairs: Iterable[Pair], renderer: Renderer, width: int = 1280
+) -> Iterator[tuple[Pair, PageScore, Any, Any]]:
+    """Of each pair, in order: its score, and the pictures of reference and prediction (None where there is none)."""
+    waiting: list[Pair] = []
+
+    def jobs() -> Iterator[Job]:
+        for pair in pairs:
+            waiting.append(pair)
+            yield job_for(pair.reference, width)
+            yield job_for(pair.prediction or "", width)
+
+    renders = iter(renderer.map(jobs()))
+    for render in renders:
+        wanted, written = page_of(render), page_of(next(renders))
+        pair = waiting.pop(0)
+        if pair.prediction is None:
+            written = Page(None, failure="there is none")
+        yield pair, compare(wanted, written, pair.prediction or ""), wanted.image, written.image
+
+
+def pairs_of(references: Path, predictions: Path | None) -> list[Pair]:
+    """Pairs of two folders, by equal file names, or of what a training has left: page-*/{reference,written}.html."""
+    if predictions is None:
+        files = [
+            (place.parent.name, place, place.with_name("written.html"))
+            for place in sorted(references.glob("page-*/reference.html"))
+        ]
+    else:
+        files = [
+            (str(place.relative_to(references).with_suffix("")), place, predictions / place.relative_to(references))
+            for place in sorted(references.rglob("*.html"))
+        ]
+    return [Pair(name, read(wanted), read(written) if written.is_file() else None) for name, wanted, written in files]
+
+
+def read(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace")
+
+
+class Progress:
+    """Scores and pictures of a run, on disk until it ends: an interrupted one goes on where it was."""
+
+    def __init__(self, folder: Path | None, pictures: bool):
+        self.folder, self.pictures, self.rows = folder, pictures, {}
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "scores.jsonl"
+        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+            try:
+                row = json.loads(line)
+            except ValueError:  # the end of an interrupted run
+                continue
+            if not pictures or row["pictures"]:
+                self.rows[row["key"]] = row["score"]
+
+    def keep(self, key: str, score: PageScore, images: Sequence[Any]) -> None:
+        self.rows[key] = asdict(score)
+        if self.folder is None:
+            return
+        for name, image in zip(("reference", "written"), images):
+            if self.pictures and image is not None:
+                from PIL import Image
+
+                Image.fromarray(image).reduce(2).save(self.folder / f"{key}-{name}.png", compress_level=1)
+        with (self.folder / "scores.jsonl").open("a", encoding="utf-8") as file:
+            row = {"key": key, "pictures": self.pictures, "score": self.rows[key]}
+            file.write(json.dumps(row) + "\n")
+
+    def picture(self, key: str, name: str) -> Path | None:
+        file = self.folder / f"{key}-{name}.png" if self.folder else None
+        return file if file and file.is_file() else None
+
+    def forget(self) -> None:
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def run_pairs(pairs: Sequence[Pair], renderer: Renderer, progress: Progress, width: int) -> list[dict[str, Any]]:
+    """Scores of all pairs, in order, each with its `page`; a bar on stderr."""
+    from tqdm import tqdm
+
+    left = [pair for pair in pairs if pair.key(width) not in progress.rows]
+    with tqdm(total=len(pairs), initial=len(pairs) - len(left), unit="page", file=sys.stderr) as bar:
+        for pair, score, *images in score_pairs(left, renderer, width):
+            progress.keep(pair.key(width), score, images)
+            bar.update()
+    return [{"page": pair.name, **score_of(progress.rows[pair.key(width)]).as_json()} for pair in pairs]
+
+
+def score_of(row: Mapping[str, Any]) -> PageScore:
+    """A score back from its JSON."""
+
+    def block(value: Mapping[str, Any]) -> Block:
+        return Block(**{**value, "color": tuple(value["color"])})
+
+    lists = {name: tuple(map(block, row[name])) for name in ("missing", "invented")}
+    lists["matched"] = tuple((block(one), block(two)) for one, two in row["matched"])
+    return PageScore(**{**row, **lists, "causes": tuple(row["causes"])})
+
+
+def write_pages_report(
+    file: Path,
+    title: str,
+    pairs: Sequence[Pair],
+    progress: Progress,
+    width: int,
+    facts: Mapping[str, str],
+    more: Mapping[str, Mapping[str, Any]] | None = None,
+    comparison: Mapping[str, Any] | None = None,
+) -> None:
+    """`more` has further scores of a page by its name, such as `truncated`; they stand beside the others."""
+    from page_report import Box, PageResult, write_report
+
+    def box(block: Block) -> Box:
+        return Box(block.x, block.y, block.width, block.height, block.text)
+
+    def results() -> Iterator[PageResult]:
+        for pair in pairs:
+            key = pair.key(width)
+            score = score_of(progress.rows[key])
+            shown = {name: getattr(score, name) for name in (*METRICS, "valid")} | dict((more or {}).get(pair.name, {}))
+            yield PageResult(
+                name=pair.name,
+                scores=shown,
+                reference=progress.picture(key, "reference"),
+                written=progress.picture(key, "written"),
+                html=pair.prediction or "",
+                reference_html=pair.reference,
+                matched=[(box(one), box(two)) for one, two in score.matched],
+                missing=[box(block) for block in score.missing],
+                invented=[box(block) for block in score.invented],
+                failure=score.failure,
+                causes=score.causes,
+            )
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_report(file, title, results(), dict(facts), comparison)
+
+
+def browser_facts(renderer: Renderer) -> dict[str, str]:
+    """What a picture depends on, besides the page."""
+    facts = renderer.facts
+    fonts = facts.get("fonts") or []
+    return {
+        "browser": f"{facts.get('chromium')}{'' if facts.get('sandbox') else ', without its sandbox (as root)'}",
+        "fonts": f"{len(fonts)}: {', '.join(fonts[:12])}{', ...' if len(fonts) > 12 else ''}",
+        "CLIP": "not scored, its weights are not at hand",
+    }
+
+
+# -----------------------------------------------------------------------------
+# Command line
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "references", type=Path, help="a page, a folder of pages, or the evaluation folder of a training"
+    )
+    parser.add_argument("predictions", type=Path, nargs="?", help="a page, or a folder with files of the same names")
+    parser.add_argument("--json", help="file for the scores; - for stdout")
+    parser.add_argument("--report", type=Path, help="file for a report that shows every page")
+    parser.add_argument("--width", type=int, default=1280, help="of the browser's window, in pixels")
+    args = parser.parse_args(argv)
+    for place in (args.references, args.predictions):
+        if place is not None and not place.exists():
+            parser.error(f"{place}: no such file or folder")
+    if args.predictions and args.references.is_dir() != args.predictions.is_dir():
+        parser.error(f"{args.references} and {args.predictions}: give two files, or two folders")
+    if args.predictions is None and not args.references.is_dir():
+        parser.error("give a reference and a prediction, or the evaluation folder of a training")
+    return args
+
+
+def summary_line(found: Mapping[str, Any]) -> str:
+    scores = ", ".join(f"{metric} {found[metric]:.3f}" for metric in METRICS)
+    text = f"{found['n']} pages, {found['failures']} failures, counted as 0: {scores}"
+    if found["failures"]:
+        alone = ", ".join(f"{m} {found[m + '_without_failures'] or 0:.3f}" for m in METRICS)
+        text += f"; without them: {alone}; failed: {', '.join(map(str, found['failed'][:20]))}"
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    single = args.references.is_file()
+    pairs = pairs_of(args.references, args.predictions)
+    if single:
+        pairs = [Pair(args.references.stem, read(args.references), read(args.predictions))]
+    if not pairs:
+        print(f"{args.references}: no pages there (*.html, or page-*/reference.html)", file=sys.stderr)
+        return 2
+    target = args.report or (Path(args.json) if args.json not in (None, "-") else None)
+    progress = Progress(target and target.with_name(f"{target.name}.partial"), pictures=args.report is not None)
+    try:
+        with Renderer() as renderer:
+            prove(renderer)
+            scores = run_pairs(pairs, renderer, progress, args.width)
+            facts = browser_facts(renderer)
+    except (BrowserMissing, ScorerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, BrowserMissing) else 1
+    print(summary_line(means(scores)), file=sys.stderr)
+    if args.report:
+        facts = {"references": args.references.name, "predictions": (args.predictions or args.references).name, **facts}
+        write_pages_report(args.report, "What was written", pairs, progress, args.width, facts)
+    text = json.dumps(scores[0] if single else scores, indent=2)
+    if args.json == "-":
+        print(text)
+    elif args.json:
+        Path(args.json).write_text(text + "\n", encoding="utf-8")
+    progress.forget()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,457 @@
+"""Renders pages that a model wrote in Chromium, and lets none of them out: hostile HTML in, pictures out.
+
+    python page_renders.py page.html --out page.png
+
+    with Renderer(pages_at_once=2) as renderer:
+        renderer.render(html).image                                  # (H, W, 3) uint8
+        for render in renderer.map(Job(html, width=390) for html in many): ...
+
+A worker process owns a browser and renders one page at a time; this process holds the clock, and kills a worker with
+all its children when a page takes too long. Nothing of ours is imported. Sections: What is rendered, Browser, In the
+worker, In the parent, Command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import queue
+import select
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+# -----------------------------------------------------------------------------
+# What is rendered
+
+SHOT = "shot"
+MAX_HEIGHT, MAX_WIDTH, MAX_PIXELS = 16_384, 16_384, 20_000_000  # of a picture; a longer page is cut
+
+
+@dataclass(frozen=True)
+class Job:
+    """`steps`, in order: SHOT takes the full page's picture; anything else is the source of a JavaScript function
+    `() => ...` whose JSON result is kept. `scripts` lets the page's own run, without any network; `pictures` gives
+    those that cannot load a grey placeholder, since a broken picture ignores its size and moves the layout."""
+
+    html: str
+    width: int = 1280  # of the window, CSS px
+    height: int = 720
+    steps: tuple[str, ...] = (SHOT,)
+    scripts: bool = False
+    pictures: bool = True
+
+
+@dataclass(frozen=True)
+class Render:
+    values: tuple[Any, ...]  # one for each step: an array (H, W, 3) uint8, or the JSON value; () when it failed
+    failure: str | None
+    clipped: bool
+    seconds: float
+
+    @property
+    def image(self) -> Any:
+        """The first picture; None when the render failed."""
+        return next((value for value in self.values if hasattr(value, "shape")), None)
+
+
+class BrowserMissing(RuntimeError):
+    """No Chromium here; the message says how to get one."""
+
+
+# -----------------------------------------------------------------------------
+# Browser
+
+FLAGS = [
+    # the same pixels every time
+    *"--force-device-scale-factor=1 --font-render-hinting=none --disable-lcd-text --hide-scrollbars".split(),
+    *"--disable-gpu --disable-font-subpixel-positioning --force-color-profile=srgb --disable-checker-imaging".split(),
+    *"--run-all-compositor-stages-before-draw --disable-threaded-animation --disable-threaded-scrolling".split(),
+    # no way out: a proxy where nobody listens, for loopback addresses, too, and nothing past it
+    *"--proxy-server=127.0.0.1:1 --proxy-bypass-list=<-loopback> --disable-quic --dns-prefetch-disable".split(),
+    *"--force-webrtc-ip-handling-policy=disable_non_proxied_udp --no-pings --disable-domain-reliability".split(),
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+    # nor for the browser's own errands
+    *"--disable-background-networking --disable-component-update --disable-sync --no-first-run".split(),
+    *"--disable-client-side-phishing-detection --disable-default-apps --disable-dev-shm-usage --mute-audio".split(),
+    "--disable-features=NetworkPrediction,Translate,MediaRouter,OptimizationHints,SpeculationRulesPrefetchFuture",
+]
+PLACE = "https://page.invalid/"
+CSP = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:; script-src {}; form-action 'none'; "
+    "base-uri 'none'; frame-src 'none'; object-src 'none'; connect-src 'none'; worker-src 'none'"
+)
+RECYCLE = 80  # pages of one browser: a warm one wedged after fewer than 100 screenshots
+
+
+def find_chromium(asked: str | None = None) -> str | None:
+    """A path, or None for Playwright's own; raises `BrowserMissing`."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        raise BrowserMissing("playwright is not installed: pip install playwright") from None
+    if asked:
+        if not Path(asked).exists():
+            raise BrowserMissing(f"{asked}: no such browser")
+        return asked
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if found := shutil.which(name):
+            return found
+    with sync_playwright() as playwright:
+        if Path(playwright.chromium.executable_path).exists():
+            return None
+    raise BrowserMissing("no Chromium here: `playwright install chromium`, or install your system's `chromium`")
+
+
+# -----------------------------------------------------------------------------
+# In the worker
+
+# Prototypes' own functions: a form's field called `body` or `style` would stand in for the document's or the form's.
+SETTLE = r"""async (pictures) => {
+  const all = (selector) => [...Document.prototype.querySelectorAll.call(document, selector)];
+  const get = (node, name) => Element.prototype.getAttribute.call(node, name);
+  const set = (node, name, value) => Element.prototype.setAttribute.call(node, name, value);
+  const drop = (node, name) => Element.prototype.removeAttribute.call(node, name);
+  const grey = "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'%3E%3Crect width='100%25' height='100%25'"
+    + " fill='%23ccc'/%3E%3C/svg%3E";
+  const wait = (promise, ms) => Promise.race([promise, new Promise((done) => setTimeout(done, ms))]);
+  const isData = (node, name) => /^\s*data:/i.test(get(node, name) ?? "");
+  if (pictures) {
+    for (const node of all("img, picture > source, input[type=image]")) {
+      drop(node, "srcset");
+      drop(node, "loading");
+      if (node.localName !== "source" && !isData(node, "src")) set(node, "src", grey);
+    }
+    for (const node of all("svg image")) {
+      for (const name of ["href", "xlink:href"]) {
+        if (get(node, name) !== null && !isData(node, name)) set(node, name, grey);
+      }
+    }
+  }
+  const images = all("img");
+  await wait(Promise.all(images.map((node) => HTMLImageElement.prototype.decode.call(node).catch(() => {
+    if (pictures) set(node, "src", grey);
+  }))), 2000);
+  const again = () => Promise.all(images.map((node) => HTMLImageElement.prototype.decode.call(node).catch(() => 0)));
+  if (pictures) await wait(again(), 1000);
+  await wait(document.fonts.ready, 1000);
+  for (const moving of Document.prototype.getAnimations.call(document)) {
+    try { moving.finish(); } catch { moving.cancel(); }
+  }
+}"""
+
+SIZE = """() => {
+  const root = Object.getOwnPropertyDescriptor(Document.prototype, "documentElement").get.call(document);
+  const body = Object.getOwnPropertyDescriptor(Document.prototype, "body").get.call(document);
+  const of = (node, type, name) => node ? Object.getOwnPropertyDescriptor(type.prototype, name).get.call(node) : 0;
+  const most = (side) => Math.max(of(root, Element, `scroll${side}`), of(body, Element, `scroll${side}`),
+    of(root, HTMLElement, `offset${side}`), of(body, HTMLElement, `offset${side}`), of(root, Element, `client${side}`));
+  return [most("Width"), most("Height")];
+}"""
+
+
+def receive(stream) -> bytes | None:
+    head = stream.read(8)
+    return stream.read(struct.unpack(">Q", head)[0]) if len(head) == 8 else None
+
+
+def send(stream, content: bytes) -> None:
+    stream.write(struct.pack(">Q", len(content)) + content)
+    stream.flush()
+
+
+def work(chromium: str | None) -> None:
+    """(worker process) Render jobs from stdin until it ends: JSON in; JSON, then each picture's PNG, out."""
+    from playwright.sync_api import sync_playwright
+
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # nothing else may write where the answers go
+    flags = FLAGS + (["--no-sandbox"] if os.geteuid() == 0 else [])
+    with sync_playwright() as playwright:
+        browser, rendered = None, 0
+        while (frame := receive(sys.stdin.buffer)) is not None:
+            if browser is None or rendered >= RECYCLE or not browser.is_connected():
+                if browser is not None:
+                    browser.close()
+                browser, rendered = playwright.chromium.launch(executable_path=chromium, args=flags), 0
+            job, pictures = Job(**json.loads(frame)), []
+            try:
+                values, clipped = render_in(browser, job, pictures)
+                answer = {"values": values, "clipped": clipped, "version": browser.version}
+            except Exception as error:  # handed to the parent, which reports or retries
+                answer, pictures = {"failure": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}, []
+                browser.close()
+                browser = None
+            rendered += 1
+            send(answers, json.dumps(answer).encode("utf-8", "replace"))
+            for picture in pictures:
+                send(answers, picture)
+
+
+def render_in(browser, job: Job, pictures: list[bytes]) -> tuple[list, bool]:
+    """(worker process) The steps' values, None for each picture, which goes into `pictures`; whether one was cut."""
+    context = browser.new_context(
+        viewport={"width": job.width, "height": job.height},
+        locale="en-US",
+        timezone_id="UTC",
+        reduced_motion="reduce",
+        color_scheme="light",
+        device_scale_factor=1,
+        service_workers="block",
+        accept_downloads=False,
+    )
+    try:
+        page = context.new_page()
+        context.on("page", lambda other: other.close())
+        page.on("dialog", lambda dialog: dialog.dismiss())
+        served = []
+
+        def serve(route) -> None:
+            request = route.request
+            if request.url == PLACE and request.is_navigation_request() and not served:
+                served.append(True)
+                policy = CSP.format("'unsafe-inline'" if job.scripts else "'none'")
+                headers = {"content-type": "text/html; charset=utf-8", "content-security-policy": policy}
+                route.fulfill(status=200, headers=headers, body=job.html.encode("utf-8", "replace"))
+            else:
+                route.abort()
+
+        context.route("**/*", serve)
+        context.route_web_socket("**/*", lambda socket: socket.close())
+        page.goto(PLACE, wait_until="load")
+        session = context.new_cdp_session(page)
+        return run_steps(session, job, pictures)
+    finally:
+        with contextlib.suppress(Exception):  # the page may be gone, and its browser with it
+            context.close()
+
+
+def run_steps(session, job: Job, pictures: list[bytes]) -> tuple[list, bool]:
+    frame = session.send("Page.getFrameTree")["frameTree"]["frame"]["id"]
+    world = session.send("Page.createIsolatedWorld", {"frameId": frame})["executionContextId"]
+
+    def evaluate(source: str, *arguments: Any) -> Any:
+        options = {"functionDeclaration": source, "executionContextId": world, "returnByValue": True}
+        options |= {"awaitPromise": True, "arguments": [{"value": value} for value in arguments]}
+        answer = session.send("Runtime.callFunctionOn", options)
+        if "exceptionDetails" in answer:
+            details = answer["exceptionDetails"]
+            raise ValueError((details.get("exception") or {}).get("description") or details.get("text"))
+        return answer["result"].get("value")
+
+    evaluate(SETTLE, job.pictures)
+    values, clipped = [], False
+    for step in job.steps:
+        if step != SHOT:
+            values.append(evaluate(step))
+            continue
+        wide, high = (max(1, round(side)) for side in evaluate(SIZE))
+        wide, high = max(wide, job.width), max(high, job.height)
+        width = min(wide, MAX_WIDTH)
+        height = min(high, MAX_HEIGHT, MAX_PIXELS // width)
+        clipped |= (width, height) != (wide, high)
+        clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
+        options = {"format": "png", "clip": clip, "captureBeyondViewport": True, "optimizeForSpeed": True}
+        pictures.append(b64(session.send("Page.captureScreenshot", options)["data"]))
+        values.append(None)
+    return values, clipped
+
+
+def b64(text: str) -> bytes:
+    import base64
+
+    return base64.b64decode(text)
+
+
+# -----------------------------------------------------------------------------
+# In the parent
+
+
+class WorkerGone(Exception):
+    """The worker died, or was killed because its time was up."""
+
+
+class Worker:
+    """A worker process and all that it started."""
+
+    def __init__(self, chromium: str | None):
+        command = [sys.executable, os.path.abspath(__file__), "--worker", chromium or ""]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, start_new_session=True, **pipes)
+
+    def ask(self, job: Job, deadline: float) -> tuple[dict, list[bytes]]:
+        """Its answer and the pictures; raises `WorkerGone`, `TimeoutError` at the deadline (monotonic seconds)."""
+        try:
+            send(self.process.stdin, json.dumps(asdict(job)).encode("utf-8", "replace"))
+        except OSError:
+            raise WorkerGone from None
+        answer = json.loads(self.read(deadline))
+        shots = sum(step == SHOT for step in job.steps) if "values" in answer else 0
+        return answer, [self.read(deadline) for _ in range(shots)]
+
+    def read(self, deadline: float) -> bytes:
+        return self.read_bytes(struct.unpack(">Q", self.read_bytes(8, deadline))[0], deadline)
+
+    def read_bytes(self, count: int, deadline: float) -> bytes:
+        stream, parts = self.process.stdout.fileno(), []
+        while count:
+            if not select.select([stream], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise TimeoutError
+            part = os.read(stream, min(count, 1 << 20))
+            if not part:
+                raise WorkerGone
+            parts.append(part)
+            count -= len(part)
+        return b"".join(parts)
+
+    def kill(self) -> None:
+        """Playwright starts Chromium in a process group of its own, so the family is looked up first."""
+        import psutil
+
+        family = [self.process.pid]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family += [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
+        for pid in family:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(OSError):
+                stream.close()
+
+
+class Renderer:
+    """Renders pages in `pages_at_once` browsers; a context manager, which leaves no process behind."""
+
+    def __init__(self, pages_at_once: int = 2, seconds_per_page: float = 15.0, chromium: str | None = None):
+        self.chromium, self.seconds_per_page, self.pages_at_once = (
+            find_chromium(chromium),
+            seconds_per_page,
+            pages_at_once,
+        )
+        self.idle: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()
+        self.working: set[Worker] = set()
+        self.version = ""
+        for _ in range(pages_at_once):
+            self.idle.put(None)  # started when needed
+        self.pool = ThreadPoolExecutor(pages_at_once)
+
+    def __enter__(self) -> Renderer:
+        return self
+
+    def __exit__(self, *unused) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        for worker in list(self.working):
+            worker.kill()
+        self.pool.shutdown(wait=True)
+        while not self.idle.empty():
+            worker = self.idle.get()
+            if worker is not None:
+                worker.kill()
+
+    def render(self, job: Job | str) -> Render:
+        return self.pool.submit(self._render, Job(job) if isinstance(job, str) else job).result()
+
+    def map(self, jobs: Iterable[Job]) -> Iterator[Render]:
+        """Renders in the order of `jobs`, which are read no further ahead than browsers need."""
+        waiting: deque[Future[Render]] = deque()
+        for job in jobs:
+            waiting.append(self.pool.submit(self._render, job))
+            if len(waiting) > 2 * self.pages_at_once:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def _render(self, job: Job) -> Render:
+        start = time.monotonic()
+        deadline, failure = start + self.seconds_per_page, ""
+        for again in (False, True):  # a browser may wedge or die without the page being at fault
+            worker = self.idle.get() or Worker(self.chromium)
+            self.working.add(worker)
+            kept: Worker | None = None
+            try:
+                limit = deadline if again else min(deadline, start + self.seconds_per_page * 2 / 3)
+                answer, shots = worker.ask(job, limit)
+                kept = worker
+                if "values" in answer:
+                    self.version = answer["version"]
+                    pictures = iter([pixels(shot) for shot in shots])
+                    values = tuple(next(pictures) if s == SHOT else v for s, v in zip(job.steps, answer["values"]))
+                    return Render(values, None, answer["clipped"], time.monotonic() - start)
+                failure = answer["failure"]
+            except TimeoutError:
+                failure = f"took over {limit - start:.0f} s"
+            except WorkerGone:
+                failure = "the browser died"
+            finally:
+                self.working.discard(worker)
+                if kept is None:
+                    worker.kill()
+                self.idle.put(kept)
+            if time.monotonic() > deadline - 1:
+                break
+        return Render((), failure, False, time.monotonic() - start)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What pictures depend on, besides the page."""
+        fonts = subprocess.run(["fc-list", ":", "family"], capture_output=True, text=True, check=False).stdout
+        families = sorted({line.split(",")[0].strip() for line in fonts.splitlines() if line.strip()})
+        return {"chromium": self.version or "unknown", "sandbox": os.geteuid() != 0, "fonts": families[:100]}
+
+
+def pixels(png: bytes) -> Any:
+    import numpy as np
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+# -----------------------------------------------------------------------------
+# Command line
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["--worker"]:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+        work(argv[1] or None)
+        return 0
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("page", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="picture to write")
+    parser.add_argument("--width", type=int, default=1280)
+    args = parser.parse_args(argv)
+    from PIL import Image
+
+    try:
+        with Renderer(1) as renderer:
+            render = renderer.render(Job(args.page.read_text(encoding="utf-8", errors="replace"), width=args.width))
+    except BrowserMissing as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if render.failure:
+        print(f"error: {args.page}: {render.failure}", file=sys.stderr)
+        return 1
+    Image.fromarray(render.image).save(args.out)
+    print(f"{args.out}: {render.image.shape[1]} x {render.image.shape[0]} in {render.seconds:.1f} s", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
