@@ -48,7 +48,15 @@ from page_batches import (
 )
 from page_data import DataError, PipelineError, SettingsError
 from publishing import check_hub_access, derived_licence, push_final_folder, write_model_card
-from training_settings import TRAINING_DEFAULTS, PageSettings, Resolved, check_settings, newest_checkpoint, resolve
+from training_settings import (
+    TRAINING_DEFAULTS,
+    PageSettings,
+    Resolved,
+    check_settings,
+    newest_checkpoint,
+    penalties,
+    resolve,
+)
 
 HERE = Path(__file__).resolve().parent
 EMERGENCY_FOLDER = "holo1_dom_finetune_checkpoint"
@@ -826,7 +834,7 @@ def page_sampler(costs: list[float], args):
     return PageSampler()
 
 
-def make_trainer(args, model, collate: PageCollator, pages, stop: StopRequest, judge: Judge, fit: Fit):
+def make_trainer(args, model, collate: PageCollator, pages, stop: StopRequest, judge: Judge, fit: Fit, save):
     """The Trainer and what happens at the end of each of its steps."""
     import torch
     from transformers import TrainerCallback
@@ -859,7 +867,7 @@ def make_trainer(args, model, collate: PageCollator, pages, stop: StopRequest, j
                 stop.signal = stop.signal or signal.SIGTERM
             elif every and state.global_step % every == 0 and state.global_step < state.max_steps:
                 with meter.pause():
-                    judge(f"step {state.global_step}")
+                    control.should_training_stop |= judge.step(state.global_step, save)
 
     meter, costs = Meter(), page_costs(model.config, pages, collate.encoder)
     trainer = trainer_class(meter, collate, judge, costs)(
@@ -1233,8 +1241,15 @@ def announce(label: str, result: dict) -> str:
         f"{label}: {result['n']} held-out pages: exact {share('exact')}, valid {share('valid')}, "
         f"truncated {share('truncated')}, looping {share('looping')}, exact with the screenshots shuffled "
         f"{share('shuffled_exact')}; {result['mean_tokens']:.0f} tokens a page (references "
-        f"{result['mean_reference_tokens']:.0f}), {result['tokens_per_second']:.0f} tokens/s"
+        f"{result['mean_reference_tokens']:.0f}), {result['tokens_per_second']:.0f} tokens/s" + rendered_words(result)
     )
+
+
+def rendered_words(result: dict) -> str:
+    if "likeness" not in result:
+        return ""
+    parts = ", ".join(f"{name} {result[name]:.3f}" for name in ("likeness", "block", "text", "position", "color"))
+    return f"; rendered, {result['failures']} failures as 0: {parts}"
 
 
 def rehearse(model, collate: PageCollator, processor, pages, recipe: use.Recipe) -> float:
@@ -1259,14 +1274,19 @@ def rehearse(model, collate: PageCollator, processor, pages, recipe: use.Recipe)
 
 
 class Judge:
-    """Evaluation with everything it needs at hand: `judge("after")` writes, scores, keeps and announces."""
+    """Evaluation with everything it needs at hand: `judge("after")` writes, renders, scores, keeps and announces."""
 
     def __init__(self, model, plan, base: Path, settings: PageSettings, args, processor, held_out):
         self.model, self.plan, self.base, self.settings, self.args = model, plan, base, settings, args
         self.processor, self.pages = processor, held_out
         names = {item.name for item in fields(use.Recipe)} & {item.name for item in fields(PageSettings)}
         self.recipe = use.Recipe(**{name: getattr(settings, name) for name in names})
+        self.folder = Path(args.output_dir) / "evaluation"
         self.results: dict[str, dict] = {}
+        self.rows: dict[str, list[dict]] = {}
+        self.unrendered = ""  # why pages cannot be rendered here
+        self.best = read_best(args.output_dir) if settings.resume else None
+        self.stale = 0  # evaluations since the best one
 
     def copy(self):
         return evaluation_model(self.model, self.plan, self.base, self.settings, self.args.device)
@@ -1282,20 +1302,148 @@ class Judge:
             torch.cuda.reset_peak_memory_stats()
         return loss
 
-    def __call__(self, label: str) -> None:
-        """(all ranks) Write every held-out page with the weights as they are now."""
-        rows = write_held_out(
-            self.copy(), self.processor, self.pages, self.recipe, self.args.per_device_eval_batch_size
-        )
+    def __call__(self, label: str) -> dict:
+        """(all ranks) Write every held-out page with the weights as they are now; main process: render and score."""
+        copy, batch = self.copy(), self.args.per_device_eval_batch_size
+        written = {self.recipe.repetition_penalty: write_held_out(copy, self.processor, self.pages, self.recipe, batch)}
+        if self.settings.compare_base and label in ("before", "after"):
+            for penalty in penalties(self.settings):  # one knob of decoding can be worth more than a training
+                if penalty not in written:
+                    recipe = replace(self.recipe, repetition_penalty=penalty)
+                    written[penalty] = write_held_out(copy, self.processor, self.pages, recipe, batch)
+        del copy
         release_memory()
-        self.results[label] = score_held_out(rows, self.pages)
-        say(announce(label, self.results[label]))
-        if rank() == 0:
-            folder = Path(self.args.output_dir) / "evaluation"
-            name = {"after": "written"}.get(label, "written_" + label.replace(" ", "_"))
-            keep_outputs(rows, self.pages, folder, name)
-            content = {"decoding": asdict(self.recipe), **self.results}
-            (folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        self.rows[label] = written[self.recipe.repetition_penalty]
+        self.results[label] = on_main(lambda: self.score(label, written))
+        return self.results[label]
+
+    def score(self, label: str, written: dict[float, list[dict]]) -> dict:
+        """(main process only)"""
+        found = {penalty: score_held_out(rows, self.pages) for penalty, rows in written.items()}
+        for penalty, rows in written.items():
+            self.render(f"{label} {penalty}", rows, found[penalty])
+        result = found[self.recipe.repetition_penalty]
+        if len(found) > 1:
+            result["decoding"] = {str(penalty): one.get("likeness", one["exact"]) for penalty, one in found.items()}
+        say(announce(label, result))
+        if label != "after":  # which may not be the final one
+            keep_outputs(self.rows[label], self.pages, self.folder, "written_" + label.replace(" ", "_"))
+        return result
+
+    def pairs(self, rows: list[dict]) -> list:
+        """Each page with the width of its screenshot, which is that of the browser's window."""
+        import page_scores
+
+        def width(page: dict) -> int:
+            return min(2560, max(160, use.open_screenshot(page["screenshot"]).width))
+
+        return [
+            page_scores.Pair(page["name"], page["html"], row["html"], width(page))
+            for row, page in zip(rows, self.pages)
+        ]
+
+    def progress(self, label: str):
+        import page_scores
+
+        return page_scores.Progress(self.folder / f"rendered_{label.replace(' ', '_')}", pictures=True)
+
+    def render(self, label: str, rows: list[dict], result: dict) -> None:
+        """(main process only) Add what the rendered pages score; say so, once, where there is no browser."""
+        import page_scores
+
+        if self.unrendered:
+            return
+        try:
+            with page_scores.Renderer() as renderer:
+                page_scores.prove(renderer)
+                scores = page_scores.run_pairs(self.pairs(rows), renderer, self.progress(label))
+                result["rendering"] = page_scores.browser_facts(renderer)
+        except (page_scores.BrowserMissing, page_scores.ScorerError) as error:
+            self.unrendered = str(error)
+            return say(f"pages are not rendered, so there are no scores of how they look: {error}")
+        for page, score in zip(result["pages"], scores):
+            page |= {name: value for name, value in score.items() if name not in ("page", "valid")}
+        result |= page_scores.means(scores)
+
+    def step(self, number: int, save: Callable[[Path], None]) -> bool:
+        """(all ranks) Judge during training and keep the best weights by score. True when patience has run out."""
+        score = self(f"step {number}").get("likeness")
+        if score is None:
+            return False
+        if self.best is None or score > self.best["likeness"]:
+            self.best, self.stale = {"step": number, "likeness": score}, 0
+            save(Path(self.args.output_dir) / "best")
+            if rank() == 0:
+                (Path(self.args.output_dir) / "best.json").write_text(json.dumps(self.best) + "\n", encoding="utf-8")
+        else:
+            self.stale += 1
+        say(f"best so far: likeness {self.best['likeness']:.3f} at step {self.best['step']}, kept in output_dir/best")
+        return 0 < self.settings.early_stopping_patience <= self.stale
+
+    def choose(self, final: Path) -> str:
+        """(main process only) The better of the last weights and the best kept ones becomes the final folder; returns
+        the label of its results."""
+        best, last = Path(self.args.output_dir) / "best", self.results["after"].get("likeness")
+        label = "after"
+        if self.best and last is not None and self.best["likeness"] > last and (best / use.RECIPE_FILE).is_file():
+            say(f"step {self.best['step']} scored {self.best['likeness']:.3f}, the end {last:.3f}: the better is final")
+            shutil.rmtree(final)
+            best.rename(final)
+            label = f"step {self.best['step']}"
+        shutil.rmtree(best, ignore_errors=True)
+        (Path(self.args.output_dir) / "best.json").unlink(missing_ok=True)
+        if label in self.results:
+            self.results["after"] = self.results[label]
+            self.rows["after"] = self.rows[label]
+        return label
+
+    def publish(self, label: str, facts: dict[str, str]) -> None:
+        """(main process only) results.json, and the report that shows every page."""
+        import page_scores
+
+        after, before = self.results["after"], self.results.get("before")
+        comparison = compare_results(before, after) if before else None
+        content = {"decoding": asdict(self.recipe), "final": label, "comparison": comparison, **self.results}
+        (self.folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        keep_outputs(self.rows["after"], self.pages, self.folder, "written")
+        if "likeness" in after:
+            names = ("truncated", "looping", "exact")
+            more = {page["page"]: {name: page[name] for name in names} for page in after["pages"]}
+            file, progress = self.folder / "report.html", self.progress(f"{label} {self.recipe.repetition_penalty}")
+            facts = {**facts, "decoding": decoding_words(self.recipe), **after["rendering"]}
+            pairs = self.pairs(self.rows["after"])
+            page_scores.write_pages_report(file, "What the model wrote", pairs, progress, facts, more, comparison)
+        for folder in self.folder.glob("rendered_*"):
+            shutil.rmtree(folder, ignore_errors=True)
+        after["comparison"] = comparison
+
+
+def read_best(output_dir: str) -> dict | None:
+    file = Path(output_dir) / "best.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def decoding_words(recipe: use.Recipe) -> str:
+    return f"greedy, repetition penalty {recipe.repetition_penalty}, at most {recipe.max_html_tokens:,} tokens"
+
+
+def compare_results(before: dict, after: dict) -> dict:
+    """Base against tuned on the same pages under the same decoding, page by page, and the means under others."""
+    import page_scores
+
+    known = before["pages"][0].keys() & after["pages"][0].keys()
+    names = [name for name in (*page_scores.METRICS, "exact", "valid") if name in known]
+    metrics = {
+        name: page_scores.paired_comparison(*([float(page[name]) for page in run["pages"]] for run in (before, after)))
+        for name in names
+    }
+    grids = [run.get("decoding", {}) for run in (before, after)]
+    grid = [
+        {"repetition_penalty": float(penalty), "before": grids[0][penalty], "after": grids[1][penalty]}
+        for penalty in grids[0]
+        if penalty in grids[1]
+    ]
+    return {"metrics": metrics, "decoding": grid, "n": len(after["pages"])}
 
 
 # -----------------------------------------------------------------------------
@@ -1478,7 +1626,7 @@ def fine_tune(resolved: Resolved, args, base: Path, processor, encoder: PageEnco
         save_final(model, plan, base, processor, recipe, folder)
 
     stop = StopRequest()
-    trainer = make_trainer(args, model, collate, training, stop, judge, fit)
+    trainer = make_trainer(args, model, collate, training, stop, judge, fit, save)
     start = time.monotonic()
     result = train(trainer, settings, stop, save)
     seconds = time.monotonic() - start
@@ -1498,6 +1646,9 @@ def fine_tune(resolved: Resolved, args, base: Path, processor, encoder: PageEnco
         "pages_held_out": len(pages.held_out),
         "drops": pages.report,
     }
+    label = on_main(lambda: judge.choose(final))
+    shown = {"model": final.name} | {name: facts[name] for name in ("base_model", "dataset", "hardware")}
+    on_main(lambda: judge.publish(label, {**shown, "steps": str(facts["steps"]), "date": time.strftime("%Y-%m-%d")}))
     on_main(lambda: finish(final, settings, resolved.training, facts, recipe, judge.results))
 
 
@@ -1539,7 +1690,14 @@ def finish(final: Path, settings: PageSettings, training: dict, facts: dict, rec
             f"after it {100 * after['exact']:.1f} % are exact and {100 * after['valid']:.1f} % valid; "
             f"with the screenshots shuffled {100 * (after['shuffled_exact'] or 0):.1f} % are exact"
         )
-    say(f"the pages as written: {training['output_dir']}/evaluation; the loss: {training['output_dir']}/loss.png")
+        if found := after["comparison"]["metrics"].get("likeness"):
+            say(
+                f"likeness of the rendered pages: {found['before']:.3f} before, {found['after']:.3f} after; difference "
+                f"{found['difference']:+.3f} (95 % {found['low']:+.3f} to {found['high']:+.3f}, p = {found['p']:.4f})"
+            )
+    report = Path(training["output_dir"]) / "evaluation" / "report.html"
+    written = report if report.is_file() else report.parent
+    say(f"the pages as written: {written}; the loss: {training['output_dir']}/loss.png")
     if settings.push_to_hub:
         say(f"uploaded: {push_final_folder(final, settings.hub_repo, settings.private_repo)}")
     say(f"done: python use_model_from_hub.py --image PAGE.png --model ./{final} --output page.html")

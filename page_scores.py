@@ -695,28 +695,28 @@ def means(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Pair:
-    """A page's name, its reference, and what was written (None: nothing was)."""
+    """A page's name, its reference, what was written (None: nothing was), and the width of the browser's window."""
 
     name: str
     reference: str
     prediction: str | None
+    width: int = 1280
 
-    def key(self, width: int) -> str:
-        content = json.dumps([self.reference, self.prediction, width])
+    @property
+    def key(self) -> str:
+        content = json.dumps([self.reference, self.prediction, self.width])
         return hashlib.sha256(content.encode("utf-8", "replace")).hexdigest()
 
 
-def score_pairs(
-    pairs: Iterable[Pair], renderer: Renderer, width: int = 1280
-) -> Iterator[tuple[Pair, PageScore, Any, Any]]:
+def score_pairs(pairs: Iterable[Pair], renderer: Renderer) -> Iterator[tuple[Pair, PageScore, Any, Any]]:
     """Of each pair, in order: its score, and the pictures of reference and prediction (None where there is none)."""
     waiting: list[Pair] = []
 
     def jobs() -> Iterator[Job]:
         for pair in pairs:
             waiting.append(pair)
-            yield job_for(pair.reference, width)
-            yield job_for(pair.prediction or "", width)
+            yield job_for(pair.reference, pair.width)
+            yield job_for(pair.prediction or "", pair.width)
 
     renders = iter(renderer.map(jobs()))
     for render in renders:
@@ -727,7 +727,7 @@ def score_pairs(
         yield pair, compare(wanted, written, pair.prediction or ""), wanted.image, written.image
 
 
-def pairs_of(references: Path, predictions: Path | None) -> list[Pair]:
+def pairs_of(references: Path, predictions: Path | None, width: int) -> list[Pair]:
     """Pairs of two folders, by equal file names, or of what a training has left: page-*/{reference,written}.html."""
     if predictions is None:
         files = [
@@ -739,7 +739,9 @@ def pairs_of(references: Path, predictions: Path | None) -> list[Pair]:
             (str(place.relative_to(references).with_suffix("")), place, predictions / place.relative_to(references))
             for place in sorted(references.rglob("*.html"))
         ]
-    return [Pair(name, read(wanted), read(written) if written.is_file() else None) for name, wanted, written in files]
+    return [
+        Pair(name, read(wanted), read(written) if written.is_file() else None, width) for name, wanted, written in files
+    ]
 
 
 def read(file: Path) -> str:
@@ -785,16 +787,16 @@ class Progress:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def run_pairs(pairs: Sequence[Pair], renderer: Renderer, progress: Progress, width: int) -> list[dict[str, Any]]:
+def run_pairs(pairs: Sequence[Pair], renderer: Renderer, progress: Progress) -> list[dict[str, Any]]:
     """Scores of all pairs, in order, each with its `page`; a bar on stderr."""
     from tqdm import tqdm
 
-    left = [pair for pair in pairs if pair.key(width) not in progress.rows]
+    left = [pair for pair in pairs if pair.key not in progress.rows]
     with tqdm(total=len(pairs), initial=len(pairs) - len(left), unit="page", file=sys.stderr) as bar:
-        for pair, score, *images in score_pairs(left, renderer, width):
-            progress.keep(pair.key(width), score, images)
+        for pair, score, *images in score_pairs(left, renderer):
+            progress.keep(pair.key, score, images)
             bar.update()
-    return [{"page": pair.name, **score_of(progress.rows[pair.key(width)]).as_json()} for pair in pairs]
+    return [{"page": pair.name, **score_of(progress.rows[pair.key]).as_json()} for pair in pairs]
 
 
 def score_of(row: Mapping[str, Any]) -> PageScore:
@@ -813,7 +815,6 @@ def write_pages_report(
     title: str,
     pairs: Sequence[Pair],
     progress: Progress,
-    width: int,
     facts: Mapping[str, str],
     more: Mapping[str, Mapping[str, Any]] | None = None,
     comparison: Mapping[str, Any] | None = None,
@@ -826,7 +827,7 @@ def write_pages_report(
 
     def results() -> Iterator[PageResult]:
         for pair in pairs:
-            key = pair.key(width)
+            key = pair.key
             score = score_of(progress.rows[key])
             shown = {name: getattr(score, name) for name in (*METRICS, "valid")} | dict((more or {}).get(pair.name, {}))
             yield PageResult(
@@ -896,9 +897,9 @@ def summary_line(found: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     single = args.references.is_file()
-    pairs = pairs_of(args.references, args.predictions)
+    pairs = pairs_of(args.references, args.predictions, args.width)
     if single:
-        pairs = [Pair(args.references.stem, read(args.references), read(args.predictions))]
+        pairs = [Pair(args.references.stem, read(args.references), read(args.predictions), args.width)]
     if not pairs:
         print(f"{args.references}: no pages there (*.html, or page-*/reference.html)", file=sys.stderr)
         return 2
@@ -907,7 +908,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with Renderer() as renderer:
             prove(renderer)
-            scores = run_pairs(pairs, renderer, progress, args.width)
+            scores = run_pairs(pairs, renderer, progress)
             facts = browser_facts(renderer)
     except (BrowserMissing, ScorerError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -915,7 +916,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(summary_line(means(scores)), file=sys.stderr)
     if args.report:
         facts = {"references": args.references.name, "predictions": (args.predictions or args.references).name, **facts}
-        write_pages_report(args.report, "What was written", pairs, progress, args.width, facts)
+        write_pages_report(args.report, "What was written", pairs, progress, facts)
     text = json.dumps(scores[0] if single else scores, indent=2)
     if args.json == "-":
         print(text)

@@ -79,8 +79,14 @@ class PageSettings:
     )
     plan: bool = setting(False, "Print how much memory 1 to 64 GPUs need and what auto would choose, then stop.")
     eval_pages: int = setting(32, "Held-out pages, written by the model after training.")
-    eval_every: int = setting(0, "Write the held-out pages also every N steps; 0 is only at the end.")
-    compare_base: bool = setting(False, "Write the held-out pages also before training.")
+    eval_every: int = setting(
+        0, "Write and score the held-out pages also every N steps, and keep the best weights; 0 is only at the end."
+    )
+    early_stopping_patience: int = setting(
+        0, "Stop after so many evaluations of --eval_every without a better score; 0 is never."
+    )
+    compare_base: bool = setting(False, "Write and score the held-out pages also before training.")
+    penalty_grid: str = setting("1.0,1.05", "Repetition penalties under which --compare_base compares, by commas.")
     resume: bool = setting(False, "Go on from the newest checkpoint in --output_dir.")
     show_supervision: bool = setting(False, "Print one example with the supervised tokens in colour, then stop.")
     demo: bool = setting(False, "The bundled tiny model on the bundled pages: no network, no GPU, a few minutes.")
@@ -114,6 +120,7 @@ DEMO = {
     "num_samples": 320,
     "eval_pages": 40,
     "compare_base": True,
+    "penalty_grid": "1.0",
     "max_pixels": 224 * 224,
     "max_html_tokens": 256,
     "num_train_epochs": 7,
@@ -370,12 +377,19 @@ def check_settings(resolved: Resolved) -> None:
     settings, training, problems = resolved.settings, resolved.training, list(resolved.problems)
     base, data = Path(settings.base_model), Path(settings.dataset)
     at_least = {"num_samples": 1, "eval_pages": 1, "eval_every": 0, "max_html_tokens": 1, "lora_rank": 1}
+    at_least["early_stopping_patience"] = 0
     for name, least in {**at_least, "max_pixels": use.Recipe.min_pixels}.items():
         if getattr(settings, name) < least:
             problems.append(f"--{name} {getattr(settings, name)}: at least {least}")
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size"):
         if training[name] < 1:
             problems.append(f"--{name} {training[name]}: at least 1")
+    if settings.early_stopping_patience and not settings.eval_every:
+        problems.append(f"--early_stopping_patience {settings.early_stopping_patience} needs --eval_every N")
+    try:
+        penalties(settings)
+    except ValueError:
+        problems.append(f"--penalty_grid {settings.penalty_grid}: numbers above 0 by commas, such as 1.0,1.05")
     if not 0 <= settings.max_bad_share <= 1:
         problems.append(f"--max_bad_share {settings.max_bad_share}: a share between 0 and 1")
     if str(training["eval_strategy"]).rpartition(".")[2].lower() != "no":
@@ -416,6 +430,14 @@ def check_settings(resolved: Resolved) -> None:
         problems.append(str(error))
     if problems:
         raise SettingsError("these settings cannot work:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def penalties(settings: PageSettings) -> list[float]:
+    """The repetition penalties of --penalty_grid; raises ValueError."""
+    found = [float(part) for part in settings.penalty_grid.split(",") if part.strip()]
+    if not all(penalty > 0 for penalty in found):
+        raise ValueError(settings.penalty_grid)
+    return found
 
 
 def newest_checkpoint(output_dir: str) -> Path | None:

@@ -1,0 +1,657 @@
+"""The report shows every number and every page, runs nothing a model wrote, and can be used without a mouse."""
+
+import base64
+import gc
+import hashlib
+import os
+import re
+import shutil
+import time
+import weakref
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import page_report
+from page_report import Box, PageResult, bin_of, mean_of, row_of, scores_of, share_of, write_report
+
+HOSTILE = [
+    "</script><script>window.hacked=1</script>",
+    '"><img src=x onerror="window.hacked=2">',
+    "' onfocus='window.hacked=3' autofocus tabindex='0",
+    "--></style></title></pre></code></svg><script>alert(4)</script>",
+    "<a href=\"javascript:alert('5')\">x</a><iframe srcdoc='<script>parent.hacked=6</script>'></iframe>",
+    "<svg onload=alert(7)><style>body{display:none}</style><meta http-equiv=refresh content='0;url=//a.example'>",
+]
+
+
+def picture(height: int = 90, width: int = 120, shade: int = 255) -> np.ndarray:
+    image = np.full((height, width, 3), shade, np.uint8)
+    image[10:20, 12:60] = 40
+    return image
+
+
+def result(name: str, overall: float | None = 0.5, **changes) -> PageResult:
+    """A small page with two matched blocks, one missing, one invented."""
+    first, second = Box(0.1, 0.1, 0.4, 0.12, "Hello"), Box(0.1, 0.5, 0.3, 0.1, "World")
+    scores = {"overall": overall, "block": 0.25, "valid": True, "truncated": False, "looping": False, "exact": False}
+    values = {
+        "scores": scores,
+        "reference": picture(),
+        "written": picture(shade=250),
+        "html": f"<p>{name}</p>",
+        "reference_html": "<p>Hello</p>",
+        "matched": [(first, Box(0.12, 0.1, 0.4, 0.12, "Hello!")), (second, second)],
+        "missing": [Box(0.6, 0.1, 0.3, 0.1, "Menu")],
+        "invented": [Box(0.6, 0.7, 0.3, 0.1, "Lorem")],
+    }
+    return PageResult(name, **(values | changes))
+
+
+def failed(name: str, **changes) -> PageResult:
+    values = {
+        "written": None,
+        "failure": "out of time after 15 s",
+        "matched": [],
+        "invented": [],
+        "causes": ("looping",),
+    }
+    return result(name, 0.9, **(values | changes))
+
+
+def sample() -> list[PageResult]:
+    pages = [result(f"page {place}", overall) for place, overall in enumerate([0.81, 0.34, 1.0, 0.05, 0.37])]
+    return [*pages, failed("broken"), result("unmeasured", None, causes=("misplaced",), html="")]
+
+
+def written(tmp_path: Path, pages, **more) -> str:
+    write_report(tmp_path / "report.html", "Title", pages, more.pop("facts", {"model": "tiny"}), **more)
+    return (tmp_path / "report.html").read_bytes().decode("utf-8")
+
+
+class Parts(HTMLParser):
+    """Every tag with its attributes, and the text of the file."""
+
+    def __init__(self, html: str):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.text = [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def names_in(html: str) -> list[str]:
+    return re.findall(r"<h3[^>]*><a[^>]*><bdi>(.*?)</bdi>", html)
+
+
+# -----------------------------------------------------------------------------
+# Text
+
+
+def hostile_pages() -> list[PageResult]:
+    pages = []
+    for text in HOSTILE:
+        box = Box(0.1, 0.1, 0.5, 0.2, text)
+        everywhere = {
+            "html": text,
+            "reference_html": text,
+            "causes": (text,),
+            "missing": [box],
+            "matched": [(box, box)],
+        }
+        pages.append(result(text, 0.5, scores={"overall": 0.5, text: 0.5, "text": text}, **everywhere))
+        pages.append(failed(text, failure=text, reference=Path(f"{text[:20]}\n.png"), **everywhere | {"matched": []}))
+    return pages
+
+
+def hostile_report(tmp_path: Path) -> str:
+    metrics = {text: {"before": text, "after": 1, "difference": 0.1, "low": 0, "high": 0.2} for text in HOSTILE}
+    comparison = {"metrics": metrics, "decoding": [{text: text} for text in HOSTILE], "n": 2}
+    facts = {text: text for text in HOSTILE}
+    write_report(tmp_path / "report.html", HOSTILE[3], hostile_pages(), facts, comparison)
+    return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_hostile_text_stays_text(tmp_path):
+    parts = Parts(hostile_report(tmp_path))
+    counts = {tag: sum(name == tag for name, _ in parts.tags) for tag in ("script", "style", "iframe", "a", "meta")}
+    pages = 2 * len(HOSTILE)
+    # One skip link, one link a page, one more for each failure.
+    assert counts == {"script": 1, "style": 1, "iframe": 0, "a": 1 + pages + pages // 2, "meta": 4}
+    assert [attrs for _, attrs in parts.tags if any(name.startswith("on") or name == "srcdoc" for name in attrs)] == []
+    links = {attrs.get("src") or attrs.get("href") for _, attrs in parts.tags if {"src", "href"} & set(attrs)}
+    assert {link[:11] for link in links if not link.startswith("#")} == {"data:,", "data:image/"}
+    assert all(text in "".join(parts.text) for text in HOSTILE)
+
+
+def test_the_policy_comes_first_and_names_the_one_script(tmp_path):
+    html = written(tmp_path, sample())
+    assert re.search(r"<head>\s*<meta http-equiv=\"Content-Security-Policy\"", html)
+    script = re.search(r"<script>(.*?)</script>", html, re.S).group(1)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = next(attrs["content"] for _, attrs in Parts(html).tags if attrs.get("http-equiv"))
+    assert policy.split("; ") == [
+        "default-src 'none'", "img-src data:", "style-src 'unsafe-inline'", f"script-src 'sha256-{digest}'",
+        "base-uri 'none'", "form-action 'none'",
+    ]  # fmt: skip
+    assert html.index("charset") < 1024  # where browsers look for it
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", script)
+
+
+def test_control_characters_and_lone_surrogates_do_not_break_the_file(tmp_path):
+    html = written(tmp_path, [result("a\x00b\ud800c\x1b", html="x\x00y\udfff\x0c\x85z")])
+    assert names_in(html) == ["a␀b�c␛"] and "x␀y�␌�z" in html
+    assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", html)
+
+
+def test_long_texts_are_cut_and_that_is_said(tmp_path):
+    html = written(tmp_path, [result("n" * 5000, html="h" * 300_000, causes=("c" * 5000,))])
+    assert "300,000 characters, the first 200,000 are shown" in html
+    assert (len(names_in(html)[0]), len(re.search("h{500,}", html).group()), "c" * 201 in html) == (200, 199_999, False)
+
+
+def test_a_page_without_a_name_has_a_link(tmp_path):
+    assert names_in(written(tmp_path, [result("  ")])) == ["(no name)"]
+
+
+# -----------------------------------------------------------------------------
+# Pictures and boxes
+
+
+def pictures_in(html: str) -> list[Image.Image]:
+    return [
+        Image.open(BytesIO(base64.b64decode(data))) for data in re.findall(r'src="data:image/webp;base64,([^"]+)', html)
+    ]
+
+
+def test_a_tall_page_is_shrunk_and_cut_and_its_boxes_follow(tmp_path):
+    boxes = {"matched": [], "invented": [], "missing": [Box(0.5, 0.25, 0.25, 0.1, "in"), Box(0, 0.9, 1, 0.1, "below")]}
+    html = written(tmp_path, [result("tall", reference=picture(6000, 960), written=picture(300, 960), **boxes)])
+    assert [image.size for image in pictures_in(html)] == [(480, 1200), (480, 150), (320, 800)]
+    assert "the first 2,400 rows are shown · 2 missing · 1 not drawn" in html
+    # 0.25 of 6,000 rows is 1,500, at half the size 750; one pixel of air around.
+    assert 'class="missing" x="239.0" y="749.0" width="122.0" height="302.0"' in html
+
+
+def test_boxes_outside_the_page_and_without_a_size_are_not_drawn(tmp_path):
+    boxes = [
+        Box(-1, -1, 3, 3, "all of it"),
+        Box(2, 2, 1, 1, "x"),
+        Box(float("nan"), 0, 1, 1, "x"),
+        Box(0, 0, 0, 0, "x"),
+    ]
+    html = written(tmp_path, [result("page", missing=boxes, matched=[])])
+    assert re.findall(r'class="missing" (x=.*?)><title>(.*?)</title>', html) == [
+        ('x="1.0" y="1.0" width="118.0" height="88.0"', "missing: all of it")
+    ]
+    assert "4 missing · 3 not drawn" in html
+
+
+def test_many_boxes_stay_bounded(tmp_path):
+    boxes = [Box(0.1, 0.1, 0.1, 0.1, "x")] * 3000
+    html = written(tmp_path, [result("page", missing=boxes, matched=[])])
+    assert html.count('class="missing" x=') == page_report.MAX_BOXES + 1 and "3,000 missing · 2,500 not drawn" in html
+
+
+def test_small_boxes_lie_above_large_ones(tmp_path):
+    boxes = [Box(0.2, 0.2, 0.1, 0.1, "small"), Box(0, 0, 1, 1, "large")]
+    html = written(tmp_path, [result("page", missing=boxes, matched=[])])
+    assert re.findall("<title>missing: (.*?)</title>", html) == ["large", "small"]
+
+
+def test_the_difference_is_white_where_pages_are_equal():
+    page = Image.fromarray(picture())
+    other = Image.fromarray(picture(100))
+    assert page_report.difference(page, page).getextrema() == (255, 255)
+    assert page_report.difference(page, other).size == (120, 100)
+    assert page_report.difference(page, Image.new("RGB", page.size, (255, 245, 255))).getpixel((100, 80)) == 225
+
+
+def test_pictures_come_from_files_and_a_bad_one_is_said(tmp_path):
+    Image.new("RGBA", (50, 40), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\nrest")
+    pages = [result("a", reference=tmp_path / "clear.png", written=tmp_path / "bad.png")]
+    pages += [result("b", reference=np.zeros((0, 5, 3), np.uint8), written=np.zeros((3, 3, 9), np.uint8))]
+    html = written(tmp_path, [*pages, result("c", reference=None, written=None)])
+    assert [image.convert("RGB").getpixel((9, 9)) for image in pictures_in(html)] == [(255, 255, 255)]
+    assert (
+        html.count("could not be read") == 2
+        and html.count("picture is empty") == 1
+        and html.count("nothing to compare") == 3
+    )
+    assert html.count(">no picture<") == 1 and html.count(">no render<") == 1
+
+
+def test_even_noise_stays_small_enough_for_five_hundred_pages(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (4000, 1280, 3), np.uint8)
+    html = written(tmp_path, [result("noise", reference=noise, written=noise[::-1])])
+    limits = [page_report.PICTURE_BYTES, page_report.PICTURE_BYTES, page_report.DIFFERENCE_BYTES]
+    sizes = [len(base64.b64decode(data)) for data in re.findall('base64,([^"]+)"', html)]
+    assert all(size <= limit for size, limit in zip(sizes, limits)) and len(sizes) == 3
+    assert sum(limits) * 4 / 3 * 500 < 60_000_000
+
+
+# -----------------------------------------------------------------------------
+# Summary
+
+
+def test_failures_count_as_zero_and_the_mean_without_them_stands_beside():
+    rows = [row_of(page, 1) for page in sample()]
+    overall, block = mean_of(rows, "overall"), mean_of(rows, "block")
+    assert (overall.with_failures, overall.without, overall.measured) == (
+        pytest.approx(2.57 / 6), pytest.approx(2.57 / 5), 5)  # fmt: skip
+    assert (block.with_failures, block.without, block.measured) == (pytest.approx(1.5 / 7), 0.25, 6)
+    assert mean_of([row_of(failed("x"), 1)], "overall") == page_report.Mean(0.0, None, 0)
+    assert mean_of([], "overall") == page_report.Mean(None, None, 0)
+    assert share_of(rows, "valid") == (7, 7)
+    assert share_of([*rows, row_of(failed("x", scores={}), 1), row_of(result("y", scores={}), 1)], "valid") == (7, 8)
+
+
+def test_the_summary_shows_them_and_names_the_failures(tmp_path):
+    html = written(tmp_path, sample())
+    assert re.findall(r"<dt>(\w+)</dt><dd>([^<]*)</dd><dd class=\"small\">([^<]*)", html) == [
+        ("pages", "7", ""), ("overall", "0.428", "failures as 0"), ("failures", "1", "14 %"),
+        ("valid", "100 %", "7 of 7"), ("truncated", "0 %", "0 of 7"), ("looping", "0 %", "0 of 7"),
+        ("exact", "0 %", "0 of 7"),
+    ]  # fmt: skip
+    line = re.search(r'<th scope="row">overall</th><td>(.*?)<span.*?</td><td>(.*?)</td><td>(.*?)</td>', html)
+    assert line.groups() == ("0.428", "0.514", "5")
+    assert '<a href="#page-6"><bdi>broken</bdi></a> <span>out of time after 15 s</span>' in html
+
+
+def test_pages_stand_worst_first_and_unmeasured_last(tmp_path):
+    expected = ["broken", "page 3", "page 1", "page 4", "page 0", "page 2", "unmeasured"]
+    assert names_in(written(tmp_path, sample())) == expected
+    assert names_in(written(tmp_path, reversed(sample()))) == expected
+
+
+def test_a_failed_page_shows_zeros_whatever_it_says(tmp_path):
+    html = written(tmp_path, [failed("broken", scores={"overall": 0.9, "ssim": 0.8, "seconds": 15.0})])
+    card = html[html.index("<article") :]
+    assert re.findall(r"<dt>(\w+)</dt><dd>([^<]*)", card) == [("overall", "0.00"), ("ssim", "0.00")]
+    assert "seconds 15.00" in card and "0.9" not in card
+
+
+def test_other_values_are_shown_and_only_scores_are_averaged(tmp_path):
+    extra = {"overall": 0.5, "clip": 0.75, "tokens": 1, "seconds": 2.5, "sane": True, "note": "a<b", "text": None}
+    pages = [
+        result("a", scores=extra),
+        result("b", scores={"overall": float("nan"), "clip": np.float32(0.25), "tokens": 0}),
+    ]
+    assert scores_of([row_of(page, 1) for page in pages]) == ["overall", "clip"]
+    html = written(tmp_path, pages)
+    assert "tokens 1 · seconds 2.50 · sane yes · note a&lt;b" in html
+    assert "<dt>text</dt><dd>–</dd>" in html and '<th scope="row">clip</th><td>0.500' in html
+
+
+def test_values_a_hair_outside_are_scores_all_the_same():
+    row = row_of(result("a", scores={"overall": 1.0000000002, "ssim": -0.1, "valid": np.True_}), 1)
+    assert (row.values, row.flags) == ({"overall": 1.0, "ssim": 0.0}, {"valid": True})
+
+
+def test_no_page_is_said_plainly(tmp_path):
+    html = written(tmp_path, iter([]))
+    assert "No page was evaluated." in html and "<article" not in html and "hist" not in Parts(html).text
+
+
+# -----------------------------------------------------------------------------
+# Distribution and comparison
+
+
+def test_bins_take_their_lower_edge_and_the_last_one_takes_one():
+    assert [bin_of(value) for value in (0, 0.0999, 0.1, 0.3, 0.5, 0.7, 0.999, 1)] == [0, 0, 1, 3, 5, 7, 9, 9]
+
+
+def test_a_histogram_counts_every_page_and_sets_failures_apart(tmp_path):
+    html = written(tmp_path, sample())
+    assert 'aria-label="Pages with overall 0.0 to 0.1: 2, 0.3 to 0.4: 2, 0.8 to 0.9: 1, 0.9 to 1.0: 1"' in html
+    assert 'aria-label="Pages with block 0.0 to 0.1: 1, 0.2 to 0.3: 6"' in html
+    assert html.count('class="failed" x="0.6" y="50.0" width="8.8" height="50.0"') == 1
+
+
+COMPARISON = {
+    "metrics": {
+        "overall": {"before": 0.31, "after": 0.82, "difference": 0.51, "low": 0.44, "high": 0.58, "p": 0.0004},
+        "tree_bleu": {"before": 0.3, "after": 0.27, "difference": -0.03, "low": -0.09, "high": 0.03, "p": 0.31},
+        "ssim": {"before": None, "after": 0.5},
+    },
+    "decoding": [
+        {"repetition_penalty": 1.0, "before": 0.2, "after": 0.79},
+        {"repetition_penalty": 1.05, "after": 0.82},
+    ],
+    "n": 40,
+}
+
+
+def test_the_comparison_shows_differences_with_their_intervals(tmp_path):
+    html = written(tmp_path, sample(), comparison=COMPARISON)
+    part = html[html.index('id="comparison"') : html.index('id="distribution"')]
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line) for line in re.findall("<tr>(.*?)</tr>", part)]
+    assert [[re.sub("<[^>]*>", "", cell) for cell in row] for row in rows] == [
+        ["score", "before", "after", "difference", "p"],
+        ["overall", "0.310", "0.820", "+0.510 0.44 to 0.58", "&lt; 0.001"],
+        ["tree bleu", "0.300", "0.270", "−0.030 −0.09 to 0.03", "0.310"],
+        ["ssim", "–", "0.500", "– – to –", "–"],
+        ["repetition penalty", "before", "after"],
+        ["1", "0.200", "0.790"],
+        ["1.05", "–", "0.820"],
+    ]
+    assert part.count("<circle") == 2 and "40 pages" in part
+    assert written(tmp_path, sample(), comparison={}).count('id="comparison"') == 0
+    assert "<circle" not in written(tmp_path, sample(), comparison={"metrics": {"ssim": {}}})
+
+
+# -----------------------------------------------------------------------------
+# Report
+
+
+def test_pages_are_taken_one_by_one_and_none_is_kept(tmp_path):
+    alive, most = [], 0
+
+    def pages():
+        nonlocal most
+        for place in range(30):
+            gc.collect()
+            most = max(most, sum(page() is not None for page in alive))
+            page = result(f"page {place}")
+            alive.append(weakref.ref(page.reference))
+            yield page
+            del page
+
+    write_report(tmp_path / "report.html", "Title", pages(), {})
+    assert most == 0 and len(alive) == 30
+
+
+def test_what_the_pages_raise_goes_through_and_the_old_file_stays(tmp_path):
+    (tmp_path / "report.html").write_text("old")
+
+    def pages():
+        yield result("a")
+        raise KeyError("gone")
+
+    with pytest.raises(KeyError, match="gone"):
+        write_report(tmp_path / "report.html", "Title", pages(), {})
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"report.html": "old"}
+
+
+def test_the_folder_is_made_and_holds_the_report_alone(tmp_path):
+    write_report(tmp_path / "a" / "b" / "report.html", "Title", sample(), {})
+    assert [file.name for file in (tmp_path / "a" / "b").iterdir()] == ["report.html"]
+
+
+def test_the_commands_of_the_docstring_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(
+        "\n".join(line.strip() for line in page_report.__doc__.splitlines() if line.startswith("    ")), {"Path": Path}
+    )
+    assert "out of time" in (tmp_path / "evaluation" / "report.html").read_text(encoding="utf-8")
+
+
+def test_five_hundred_small_pages_take_seconds_and_little_room(tmp_path):
+    start = time.monotonic()
+    html = written(tmp_path, (result(f"page {place}", place / 500) for place in range(500)))
+    assert time.monotonic() - start < 20 and len(html) < 6_000_000 and html.count("<article") == 500
+
+
+# -----------------------------------------------------------------------------
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with sync_api.sync_playwright() as playwright:
+        found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+        found = found or playwright.chromium.executable_path
+        if not Path(found).exists():
+            pytest.skip("no chromium on PATH and none of Playwright's own")
+        # Chromium as root does not start with its sandbox; what it opens here was written by this very process.
+        args = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+        browser = playwright.chromium.launch(executable_path=found, args=args)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    write_report(path, "Title", sample(), {"model": "tiny", "decoding": "greedy"}, COMPARISON)
+    return path
+
+
+@pytest.fixture
+def show(browser):
+    """Opens a file; when the test is over, nothing may have been logged, asked or fetched but the file itself."""
+    opened, heard = [], []
+
+    def show(path: Path, width: int = 1280, **context):
+        page = browser.new_context(viewport={"width": width, "height": 800}, **context).new_page()
+        page.set_default_timeout(5000)
+        page.on("console", lambda message: heard.append(f"console: {message.text}"))
+        page.on("pageerror", lambda error: heard.append(f"error: {error}"))
+        page.on("dialog", lambda dialog: (heard.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("request", lambda request: request.url[:5] == "data:" or heard.append(f"request: {request.url}"))
+        page.goto(path.as_uri())
+        opened.append((page, f"request: {path.as_uri()}"))
+        return page
+
+    yield show
+    for page, _ in opened:
+        page.context.close()
+    assert heard == [own for _, own in opened]
+
+
+def names(page) -> list[str]:
+    return page.locator(".card:visible h3").all_text_contents()  # inner texts are empty where nothing is drawn yet
+
+
+def focused(page, what: str = "id") -> str:
+    return page.evaluate(f"document.activeElement.{what}")
+
+
+WORST = ["broken", "page 3", "page 1", "page 4", "page 0", "page 2", "unmeasured"]
+
+
+@pytest.mark.parametrize("width", [1280, 768, 390, 320])
+def test_the_report_fits_every_width(show, report, width):
+    page = show(report, width)
+    page.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
+    assert page.evaluate("[document.documentElement.scrollWidth, document.documentElement.lang]") == [width, "en"]
+    tops = (
+        page.locator(".card")
+        .nth(1)
+        .locator("figure")
+        .evaluate_all("all => all.map((f) => f.getBoundingClientRect().y)")
+    )
+    assert len(set(tops)) == (1 if width > 704 else 3)
+
+
+def test_buttons_sort_by_order_name_and_any_score(show, report):
+    page = show(report)
+    assert names(page) == WORST
+    page.get_by_role("button", name="Best first").click()
+    assert names(page) == ["page 2", "page 0", "page 4", "page 1", "page 3", "broken", "unmeasured"]
+    page.get_by_role("button", name="By name").click()
+    assert names(page) == ["broken", *(f"page {place}" for place in range(5)), "unmeasured"]
+    page.locator("#score").select_option("block")
+    assert names(page)[0] == "broken" and page.locator("[data-order=worst]").get_attribute("aria-pressed") == "true"
+    page.get_by_role("button", name="Best first").click()
+    assert names(page)[-1] == "broken"
+
+
+def test_a_bar_filters_and_gives_back(show, report):
+    page = show(report)
+    bar = page.get_by_role("button", name="overall 0.3 to 0.4: 2 pages")
+    bar.click()
+    assert names(page) == ["page 1", "page 4"] and bar.get_attribute("aria-pressed") == "true"
+    assert page.locator("#status").inner_text() == "2 of 7 pages · overall 0.3 to 0.4"
+    bar.click()
+    assert names(page) == WORST
+    page.get_by_role("button", name="overall 0.0 to 0.1: 2 pages").click()
+    assert names(page) == ["broken", "page 3"]  # the failure counts as 0
+    page.get_by_role("button", name="Show all").click()
+    assert names(page) == WORST and focused(page) == "find"
+
+
+def test_bars_are_chosen_by_keyboard(show, report):
+    page = show(report)
+    page.get_by_role("button", name="overall 0.0 to 0.1: 2 pages").focus()
+    for key in ("ArrowRight", "Enter"):  # empty bars are passed over
+        page.keyboard.press(key)
+    assert names(page) == ["page 1", "page 4"]
+    page.keyboard.press("Tab")
+    assert focused(page, "dataset.score") == "block"  # one stop for each histogram
+
+
+def test_the_text_filter_and_causes_and_failure_links(show, report):
+    page = show(report)
+    page.get_by_label("Filter").last.fill("OUT OF time")
+    assert names(page) == ["broken"]
+    page.get_by_label("Filter").last.fill("nowhere")
+    assert names(page) == [] and page.locator("#status").inner_text() == "0 of 7 pages"
+    page.locator(".failures a").click()
+    assert names(page) == WORST and page.url.endswith("#page-6")
+    page.get_by_role("button", name="misplaced 1").click()
+    assert names(page) == ["unmeasured"]
+
+
+def test_boxes_lie_on_their_text_and_can_be_hidden(show, report):
+    page = show(report)
+    card = page.locator("#page-1")
+    card.scroll_into_view_if_needed()
+    shot, box = card.locator("img").first.bounding_box(), card.locator("rect.missing").bounding_box()
+    place = [(box["x"] - shot["x"]) / shot["width"], (box["y"] - shot["y"]) / shot["height"]]
+    assert place == pytest.approx([0.6, 0.1], abs=0.02)
+    assert card.locator("rect").evaluate_all("all => all.map((r) => r.getAttribute('class'))") == [
+        "matched", "matched", "missing", "matched", "matched", "invented"]  # fmt: skip
+    for kind in page_report.KINDS:
+        page.get_by_label(kind).uncheck()
+        assert card.locator(f"rect.{kind}:visible").count() == 0
+    page.get_by_label("missing").check()
+    assert card.locator("rect:visible").count() == 1
+    page.get_by_label("compact").check()
+    heights = card.evaluate("c => [...c.querySelectorAll('.boxes, img:has(~ .boxes)')].map((e) => e.clientHeight)")
+    assert len(set(heights)) == 1
+
+
+def test_a_matched_box_lights_its_partner_for_mouse_and_keyboard(show, report):
+    page = show(report)
+    card = page.locator("#page-1")
+    lit = "c => [...c.querySelectorAll('.lit')].map((r) => r.closest('figure').innerText[0] + r.textContent)"
+    card.locator('rect[data-pair="1"]').last.hover()
+    assert card.evaluate(lit) == ["Rmatched: World", "Wmatched: World"]
+    card.locator(".boxes").first.focus()
+    page.keyboard.press("ArrowRight")
+    assert card.evaluate(lit) == ["Rmatched: Hello", "Wmatched: Hello!"]
+    assert card.locator(".readout").inner_text() == "matched: Hello → Hello!"
+    page.keyboard.press("ArrowRight")
+    assert card.evaluate(lit) == ["Rmissing: Menu"]
+
+
+def test_details_open_by_enter_and_show_the_source(show, report):
+    page = show(report)
+    part = page.locator("#page-1 details").first
+    part.locator("summary").focus()
+    page.keyboard.press("Enter")
+    assert part.locator("pre").inner_text() == "<p>page 0</p>" and part.locator("pre").is_visible()
+
+
+def test_j_and_k_walk_the_pages_but_not_while_typing(show, report):
+    page = show(report)
+    walked = []
+    for key in "jjkjjjjjjjjk":
+        page.keyboard.press(key)
+        walked.append(page.locator(":focus h3").inner_text())
+    assert walked == [*(WORST[place] for place in (0, 1, 0, 1, 2, 3, 4, 5, 6, 6, 6, 5))]
+    page.locator("#find").focus()
+    page.keyboard.type("jk")
+    assert focused(page) == "find" and focused(page, "value") == "jk"
+
+
+def test_tab_reaches_everything_with_a_visible_focus(show, report):
+    page = show(report)
+    page.keyboard.press("Tab")
+    assert focused(page, "className") == "skip"
+    seen = set()
+    while focused(page, "tagName") != "BODY" and len(seen) < 200:
+        seen.add(focused(page, "tagName").lower())
+        assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
+        page.keyboard.press("Tab")
+    assert {"a", "button", "summary", "select", "input", "svg"} <= seen
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_has_enough_contrast(show, report, scheme):
+    page = show(report, color_scheme=scheme)
+    page.get_by_role("button", name="overall 0.3 to 0.4: 2 pages").click()
+    page.get_by_role("button", name="Show all").click()
+    weak = page.evaluate("""() => {
+      const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+      const rgba = (color) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
+        return [...canvas.getImageData(0, 0, 1, 1).data]; };
+      const light = (color) => rgba(color).slice(0, 3).map((v) => v / 255)
+        .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, v, place) => sum + v * [0.2126, 0.7152, 0.0722][place], 0);
+      const behind = (node) => { while (node && rgba(getComputedStyle(node).backgroundColor)[3] < 255)
+        node = node.parentElement; return node ? getComputedStyle(node).backgroundColor : "white"; };
+      const weak = [];
+      for (const node of document.querySelectorAll("body *")) {
+        const text = [...node.childNodes].map((part) => part.nodeType === 3 ? part.data : "").join("").trim();
+        if (!text || node.matches("script, noscript, title, option") || !node.checkVisibility()) continue;
+        const style = getComputedStyle(node), drawn = node.matches("svg text") ? style.fill : style.color;
+        const [low, high] = [light(drawn), light(behind(node))].sort((a, b) => a - b);
+        if ((high + 0.05) / (low + 0.05) < 4.5) weak.push(text.slice(0, 40) + " " + drawn);
+      }
+      return weak;
+    }""")
+    assert weak == []
+
+
+def test_headings_follow_each_other_and_pictures_have_a_text(show, report):
+    page = show(report)
+    levels = page.evaluate("[...document.querySelectorAll('h1,h2,h3,h4')].map((node) => +node.tagName[1])")
+    assert levels[0] == 1 and levels.count(1) == 1 and all(b - a <= 1 for a, b in zip(levels, levels[1:]))
+    assert page.evaluate("[...document.images].filter((image) => !image.alt || image.loading !== 'lazy').length") == 0
+    ids = page.evaluate("[...document.querySelectorAll('[id]')].map((node) => node.id)")
+    assert len(ids) == len(set(ids))
+
+
+def test_without_javascript_everything_is_there(show, report):
+    page = show(report, java_script_enabled=False)
+    assert names(page) == WORST
+    assert page.locator("svg[role=img]:visible").count() == 3  # two histograms and the intervals
+    assert page.locator("[data-order]:visible, #find:visible, .bins:visible, .readout:visible").count() == 0
+    page.get_by_label("missing").uncheck()
+    assert page.locator("rect.missing:visible").count() == 1  # in the legend
+    page.locator("#page-1 summary").first.click()
+    assert page.locator("#page-1 pre").first.is_visible()
+
+
+def test_hostile_pages_run_nothing(show, tmp_path):
+    hostile_report(tmp_path)
+    page = show(tmp_path / "report.html")
+    page.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
+    page.get_by_role("button", name="Best first").click()
+    page.locator("[data-cause]").first.click()
+    page.get_by_role("button", name="Show all").click()
+    for place in range(1, 2 * len(HOSTILE), 2):
+        page.locator(f"#page-{place} rect.matched").last.hover()
+        assert page.locator(f"#page-{place} .readout").inner_text().startswith("matched: ")
+    assert sorted(page.locator("h3 bdi").all_text_contents()) == sorted(2 * HOSTILE)
+    assert page.evaluate("typeof window.hacked") == "undefined" and page.locator("iframe, object, embed").count() == 0
+    assert page.evaluate("getComputedStyle(document.body).display") == "block"
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+
+def test_an_empty_report_opens_cleanly(show, tmp_path):
+    write_report(tmp_path / "report.html", "Nothing", [], {})
+    assert show(tmp_path / "report.html").get_by_text("No page was evaluated.").is_visible()
