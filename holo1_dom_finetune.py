@@ -1331,16 +1331,15 @@ class Judge:
         return result
 
     def pairs(self, rows: list[dict]) -> list:
-        """Each page with the width of its screenshot, which is that of the browser's window."""
+        """Each page in a window as wide as its screenshot, and no higher."""
         import page_scores
 
-        def width(page: dict) -> int:
-            return min(2560, max(160, use.open_screenshot(page["screenshot"]).width))
+        def pair(row: dict, page: dict):
+            screenshot = use.open_screenshot(page["screenshot"])
+            window = min(2560, max(160, screenshot.width)), min(720, max(64, screenshot.height))
+            return page_scores.Pair(page["name"], page["html"], row["html"], *window)
 
-        return [
-            page_scores.Pair(page["name"], page["html"], row["html"], width(page))
-            for row, page in zip(rows, self.pages)
-        ]
+        return [pair(row, page) for row, page in zip(rows, self.pages)]
 
     def progress(self, label: str):
         import page_scores

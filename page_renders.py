@@ -25,11 +25,13 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +84,12 @@ FLAGS = [
     # no way out: a proxy where nobody listens, for loopback addresses, too, and nothing past it
     *"--proxy-server=127.0.0.1:1 --proxy-bypass-list=<-loopback> --disable-quic --dns-prefetch-disable".split(),
     *"--force-webrtc-ip-handling-policy=disable_non_proxied_udp --no-pings --disable-domain-reliability".split(),
+    "--webrtc-ip-handling-policy=disable_non_proxied_udp",
     "--host-resolver-rules=MAP * ~NOTFOUND",
     # nor for the browser's own errands
     *"--disable-background-networking --disable-component-update --disable-sync --no-first-run".split(),
     *"--disable-client-side-phishing-detection --disable-default-apps --disable-dev-shm-usage --mute-audio".split(),
+    "--disable-breakpad",
     "--disable-features=NetworkPrediction,Translate,MediaRouter,OptimizationHints,SpeculationRulesPrefetchFuture",
 ]
 PLACE = "https://page.invalid/"
@@ -283,13 +287,28 @@ class WorkerGone(Exception):
     """The worker died, or was killed because its time was up."""
 
 
+MARK = "PAGE_RENDERS_WORKER"
+
+
+def marked(mark: str) -> list[int]:
+    """Processes with the mark in their environment, where /proc tells."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"{MARK}={mark}".encode() in entry.read_bytes():
+                found.append(int(entry.parent.name))
+    return found
+
+
 class Worker:
     """A worker process and all that it started."""
 
     def __init__(self, chromium: str | None):
         command = [sys.executable, os.path.abspath(__file__), "--worker", chromium or ""]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(command, start_new_session=True, **pipes)
+        self.mark = uuid.uuid4().hex  # in the environment of everything that the worker starts
+        environment = {**os.environ, MARK: self.mark}
+        self.process = subprocess.Popen(command, start_new_session=True, env=environment, **pipes)
 
     def ask(self, job: Job, deadline: float) -> tuple[dict, list[bytes]]:
         """Its answer and the pictures; raises `WorkerGone`, `TimeoutError` at the deadline (monotonic seconds)."""
@@ -317,14 +336,24 @@ class Worker:
         return b"".join(parts)
 
     def kill(self) -> None:
-        """Playwright starts Chromium in a process group of its own, so the family is looked up first."""
+        """Playwright starts Chromium in a process group of its own, so the family is looked up. Who is stopped starts
+        nobody new, so all of them are stopped before the first is killed."""
         import psutil
 
-        family = [self.process.pid]
-        with contextlib.suppress(psutil.NoSuchProcess):
-            family += [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
-        for pid in family:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
+        family: list[int] = []
+        new = [self.process.pid]
+        while new:
+            for pid in new:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGSTOP)
+            family += new
+            with contextlib.suppress(psutil.NoSuchProcess):
+                children = psutil.Process(self.process.pid).children(recursive=True)
+                new = [child.pid for child in children if child.pid not in family]
+                continue
+            break
+        for pid in {*family, *marked(self.mark)}:  # Chromium's crash handler leaves the family
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout):
@@ -346,7 +375,7 @@ class Renderer:
         self.version = ""
         for _ in range(pages_at_once):
             self.idle.put(None)  # started when needed
-        self.pool = ThreadPoolExecutor(pages_at_once)
+        self.pool, self.lock, self.closed = ThreadPoolExecutor(pages_at_once), threading.Lock(), False
 
     def __enter__(self) -> Renderer:
         return self
@@ -355,6 +384,8 @@ class Renderer:
         self.close()
 
     def close(self) -> None:
+        with self.lock:
+            self.closed = True
         self.pool.shutdown(wait=False, cancel_futures=True)
         for worker in list(self.working):
             worker.kill()
@@ -365,24 +396,27 @@ class Renderer:
                 worker.kill()
 
     def render(self, job: Job | str) -> Render:
-        return self.pool.submit(self._render, Job(job) if isinstance(job, str) else job).result()
+        return decoded(self.pool.submit(self._render, Job(job) if isinstance(job, str) else job).result())
 
     def map(self, jobs: Iterable[Job]) -> Iterator[Render]:
         """Renders in the order of `jobs`, which are read no further ahead than browsers need."""
         waiting: deque[Future[Render]] = deque()
         for job in jobs:
             waiting.append(self.pool.submit(self._render, job))
-            if len(waiting) > 2 * self.pages_at_once:
-                yield waiting.popleft().result()
+            if len(waiting) > self.pages_at_once:
+                yield decoded(waiting.popleft().result())
         while waiting:
-            yield waiting.popleft().result()
+            yield decoded(waiting.popleft().result())
 
     def _render(self, job: Job) -> Render:
         start = time.monotonic()
-        deadline, failure = start + self.seconds_per_page, ""
+        deadline, failure = start + self.seconds_per_page, "the renderer was closed"
         for again in (False, True):  # a browser may wedge or die without the page being at fault
-            worker = self.idle.get() or Worker(self.chromium)
-            self.working.add(worker)
+            with self.lock:
+                if self.closed:
+                    break
+                worker = self.idle.get() or Worker(self.chromium)
+                self.working.add(worker)
             kept: Worker | None = None
             try:
                 limit = deadline if again else min(deadline, start + self.seconds_per_page * 2 / 3)
@@ -390,7 +424,7 @@ class Renderer:
                 kept = worker
                 if "values" in answer:
                     self.version = answer["version"]
-                    pictures = iter([pixels(shot) for shot in shots])
+                    pictures = iter(shots)
                     values = tuple(next(pictures) if s == SHOT else v for s, v in zip(job.steps, answer["values"]))
                     return Render(values, None, answer["clipped"], time.monotonic() - start)
                 failure = answer["failure"]
@@ -415,11 +449,16 @@ class Renderer:
         return {"chromium": self.version or "unknown", "sandbox": os.geteuid() != 0, "fonts": families[:100]}
 
 
-def pixels(png: bytes) -> Any:
+def decoded(render: Render) -> Render:
+    """Its pictures as arrays; until they are asked for they wait as PNG, a twentieth of the size."""
     import numpy as np
     from PIL import Image
 
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+    def pixels(png: bytes) -> Any:
+        return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+    values = tuple(pixels(value) if isinstance(value, bytes) else value for value in render.values)
+    return replace(render, values=values)
 
 
 # -----------------------------------------------------------------------------

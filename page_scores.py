@@ -265,7 +265,7 @@ class Page:
     clipped: bool = False
 
 
-def job_for(html: str, width: int = 1280) -> Job:
+def job_for(html: str, width: int = 1280, height: int = 720) -> Job:
     """What is to be rendered of a page so that `page_of` can read it."""
     tags = len(re.findall(rf"<(?:{'|'.join(TEXT_TAGS)})\b", html, re.IGNORECASE))
     passes = min(MAX_PASSES, max(1, -(-tags // PALETTE)))
@@ -274,7 +274,7 @@ def job_for(html: str, width: int = 1280) -> Job:
         for shift in (0, SHIFT):
             values = {"levels": list(LEVELS), "tags": ",".join(TEXT_TAGS), "shift": shift, "pass": number}
             steps += [RECOLOUR % values, SHOT]
-    return Job(html, width=width, steps=tuple(steps))
+    return Job(html, width, height, tuple(steps))
 
 
 def page_of(render: Render) -> Page:
@@ -292,12 +292,15 @@ def blocks_of(image, first, second, texts: Sequence[Sequence]) -> list[Block]:
     import numpy as np
 
     height, width = (min(sizes) for sizes in zip(image.shape[:2], first.shape[:2], second.shape[:2]))
-    image, one, two = (part[:height, :width].astype(np.int16) for part in (image, first, second))
-    is_text = (np.abs((one + SHIFT) % 256 - two) <= NEAR_SHIFT).all(axis=2)
-    levels = np.rint((one - LEVELS[0]) / 16).astype(np.int16).clip(0, len(LEVELS) - 1)
-    is_text &= (np.abs(one - (LEVELS[0] + 16 * levels)) <= NEAR_COLOUR).all(axis=2)
-    rows, columns = np.nonzero(is_text)
-    keys = levels[rows, columns].astype(np.int64) @ np.array([len(LEVELS) ** 2, len(LEVELS), 1])
+    image, one, two = (part[:height, :width] for part in (image, first, second))
+    shifted = one + np.uint8(SHIFT)  # bytes: modulo 256
+    near = np.maximum(shifted, two) - np.minimum(shifted, two) <= NEAR_SHIFT
+    rows, columns = np.nonzero(near[..., 0] & near[..., 1] & near[..., 2])
+    colors = one[rows, columns].astype(np.int16)
+    levels = np.rint((colors - LEVELS[0]) / 16).astype(np.int64).clip(0, len(LEVELS) - 1)
+    known = (np.abs(colors - (LEVELS[0] + 16 * levels)) <= NEAR_COLOUR).all(axis=1)
+    rows, columns = rows[known], columns[known]
+    keys = levels[known] @ np.array([len(LEVELS) ** 2, len(LEVELS), 1])
     order = np.argsort(keys, kind="stable")
     known, starts = np.unique(keys[order], return_index=True)
     pixels = dict(zip(known.tolist(), np.split(order, starts[1:])))
@@ -695,16 +698,17 @@ def means(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Pair:
-    """A page's name, its reference, what was written (None: nothing was), and the width of the browser's window."""
+    """A page's name, its reference, what was written (None: nothing was), and the browser's window in CSS pixels."""
 
     name: str
     reference: str
     prediction: str | None
     width: int = 1280
+    height: int = 720
 
     @property
     def key(self) -> str:
-        content = json.dumps([self.reference, self.prediction, self.width])
+        content = json.dumps([self.reference, self.prediction, self.width, self.height])
         return hashlib.sha256(content.encode("utf-8", "replace")).hexdigest()
 
 
@@ -715,8 +719,8 @@ def score_pairs(pairs: Iterable[Pair], renderer: Renderer) -> Iterator[tuple[Pai
     def jobs() -> Iterator[Job]:
         for pair in pairs:
             waiting.append(pair)
-            yield job_for(pair.reference, pair.width)
-            yield job_for(pair.prediction or "", pair.width)
+            yield job_for(pair.reference, pair.width, pair.height)
+            yield job_for(pair.prediction or "", pair.width, pair.height)
 
     renders = iter(renderer.map(jobs()))
     for render in renders:
@@ -773,7 +777,9 @@ class Progress:
             if self.pictures and image is not None:
                 from PIL import Image
 
-                Image.fromarray(image).reduce(2).save(self.folder / f"{key}-{name}.png", compress_level=1)
+                picture = Image.fromarray(image)
+                picture = picture.reduce(2) if picture.width > 960 else picture  # twice what the report shows
+                picture.save(self.folder / f"{key}-{name}.png", compress_level=1)
         with (self.folder / "scores.jsonl").open("a", encoding="utf-8") as file:
             row = {"key": key, "pictures": self.pictures, "score": self.rows[key]}
             file.write(json.dumps(row) + "\n")

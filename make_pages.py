@@ -1,0 +1,1593 @@
+"""Turns any HTML into a dataset of (screenshot, HTML) pairs that the training script takes as it is.
+
+    python make_pages.py site/ --out pages                                  # every .html and .htm under a folder
+    python make_pages.py list.txt --out pages --scripts run                 # files that a text file names, one a line
+    python make_pages.py site/ --out pages --widths 1280,390 --tokenizer holo1_dom_finetune_final --max_html_tokens 8192
+    python make_pages.py SALT-NLP/Design2Code-hf --out pages --num_samples 50           # a dataset, rendered anew
+    python holo1_dom_finetune.py --dataset pages
+
+A target holds what its screenshot shows: local style sheets inlined, no scripts, pictures and icon fonts as grey boxes,
+what is invisible or unused dropped where the new render is the same to the pixel. Chromium renders through
+page_renders.py, without a network. A folder that is begun is carried on; dropped.jsonl names each dropped page and why.
+
+Sections: Settings, Sources, Local files, Style sheets, In the browser, Reductions, One page, The folder, Command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import html as entities
+import io
+import itertools
+import json
+import os
+import re
+import signal
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, unquote_to_bytes
+
+from page_renders import SHOT, BrowserMissing, Job, Render, Renderer
+
+# -----------------------------------------------------------------------------
+# Settings
+
+RECIPE = 1  # how pages are made; another number makes every folder anew
+REASONS = {  # of a dropped page, with what the summary calls them
+    "unreadable": "unreadable",
+    "empty": "empty",
+    "without text": "without text",
+    "render": "did not render",
+    "blank": "blank",
+    "too long": "too long",
+    "duplicate": "duplicate",
+    "changing": "did not render twice alike",
+}
+MAX_FILE_BYTES, MAX_CSS_CHARACTERS, MAX_SVG_CHARACTERS, MAX_IMPORTS = 20 * 2**20, 5_000_000, 400, 8
+SECONDS_PER_RENDER = 30.0
+CHANCE = 0.0011  # of the pixels: what two renders of one page were seen to differ by
+MAX_RENDERS, MAX_CUTS = 16, 4  # renders to find out which reductions stay; attempts to meet a token limit
+
+
+class SettingsError(Exception):
+    """Arguments that cannot work; the message names the value and the remedy."""
+
+
+class PageDropped(Exception):
+    """`reason` is a key of REASONS, the message says more."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides how a page comes out; a page made under other settings is made again."""
+
+    scripts: str = "drop"  # or run: once, without a network; the DOM that they leave is taken
+    widths: tuple[int, ...] = (1280,)  # of the viewport, CSS px, dealt out by a hash of the page's name
+    max_height: int = 2000  # px of a screenshot; a longer page is cut
+    max_html_tokens: int | None = None  # needs a tokenizer
+    max_html_characters: int | None = None
+    tokenizer: str | None = None  # a folder with tokenizer.json, or that file
+
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps([RECIPE, asdict(self)], sort_keys=True).encode()).hexdigest()[:16]
+
+    def width_of(self, name: str) -> int:
+        return self.widths[int(hashlib.sha256(name.encode()).hexdigest(), 16) % len(self.widths)]
+
+
+def check_settings(settings: Settings) -> None:
+    """SettingsError that names every problem at once."""
+    problems = []
+    if not settings.widths or not all(100 <= width <= 8_000 for width in settings.widths):
+        problems.append(f"--widths {','.join(map(str, settings.widths))}: from 100 to 8,000 px, such as 1280,390")
+    if not 100 <= settings.max_height <= 16_384:
+        problems.append(f"--max_height {settings.max_height}: from 100 to 16,384 px")
+    for name in ("max_html_tokens", "max_html_characters"):
+        if (limit := getattr(settings, name)) is not None and limit < 1:
+            problems.append(f"--{name} {limit}: at least 1, or leave it out")
+    if settings.max_html_tokens and not settings.tokenizer:
+        problems.append(f"--max_html_tokens {settings.max_html_tokens} needs --tokenizer FOLDER, the model's own")
+    if settings.tokenizer and not tokenizer_file(settings.tokenizer).is_file():
+        problems.append(f"--tokenizer {settings.tokenizer}: no tokenizer.json there")
+    if problems:
+        raise SettingsError("; ".join(problems))
+
+
+def tokenizer_file(place: str) -> Path:
+    path = Path(place).expanduser()
+    return path / "tokenizer.json" if path.is_dir() else path
+
+
+def token_counter(place: str | None) -> Callable[[str], int]:
+    """Counts tokens with the tokenizer at `place`; characters without one."""
+    if place is None:
+        return len
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(tokenizer_file(place)))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise SettingsError(f"--tokenizer {place}: tokenizer.json cannot be read: {error}") from error
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+# -----------------------------------------------------------------------------
+# Sources
+
+
+@dataclass(frozen=True)
+class Source:
+    """A page before anything is done: a file, or the HTML of a dataset's row. Only files under `root` are read."""
+
+    name: str
+    path: Path | None = None
+    root: Path | None = None
+    html: Any = None
+
+
+def find_pages(source: str, html_column: str, dataset_config: str | None, split: str) -> Iterator[Source]:
+    """Every page of `source`, in an order that stays; SettingsError when there is nothing of the kind."""
+    path = Path(source).expanduser()
+    if path.is_dir() and not (path / "metadata.jsonl").is_file():
+        root, seen = path.resolve(), False
+        for file in sorted(path.rglob("*")):
+            if file.suffix.lower() in (".html", ".htm", ".xhtml") and file.is_file():
+                seen = True
+                yield Source(file.relative_to(path).as_posix(), file, root)
+        if not seen:
+            raise SettingsError(f"{source}: no .html or .htm file in it, nor a metadata.jsonl")
+    elif path.is_file() and path.suffix.lower() in (".html", ".htm", ".xhtml"):
+        yield Source(path.name, path, path.resolve().parent)
+    elif path.is_file() and path.suffix.lower() in (".txt", ".lst", ""):
+        yield from _listed_pages(path)
+    elif path.exists() or (source.count("/") <= 1 and not source.startswith((".", "~", "/"))):
+        yield from _dataset_rows(path, source, html_column, dataset_config, split)
+    else:
+        raise SettingsError(f"{source}: no such file or folder")
+
+
+def _listed_pages(listing: Path) -> Iterator[Source]:
+    """One path a line, relative to the list; each page may use the files of its own folder and below."""
+    lines = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines()]
+    files = [listing.parent / line for line in lines if line and not line.startswith("#")]
+    if not files:
+        raise SettingsError(f"{listing}: names no file; one path a line")
+    common = Path(os.path.commonpath([str(file.absolute().parent) for file in files]))
+    for file in files:
+        yield Source(file.absolute().relative_to(common).as_posix(), file, file.resolve().parent)
+
+
+def _dataset_rows(
+    path: Path, source: str, html_column: str, dataset_config: str | None, split: str
+) -> Iterator[Source]:
+    if (path / "metadata.jsonl").is_file():
+        with open(path / "metadata.jsonl", encoding="utf-8") as lines:
+            rows = (json.loads(line) for line in lines if line.strip())
+            yield from _rows(rows, source, html_column)
+        return
+    import datasets
+
+    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow", ".parquet": "parquet"}
+    wanted: dict[str, Any] = {"path": str(path) if path.exists() else source, "name": dataset_config, "split": split}
+    if path.is_file():
+        if path.suffix not in kinds:
+            raise SettingsError(f"{source}: neither HTML, nor a list (.txt), nor a dataset ({', '.join(kinds)})")
+        wanted = {"path": kinds[path.suffix], "data_files": str(path), "split": "train"}
+    try:
+        stream = datasets.load_dataset(**wanted, streaming=True)
+        if html_column in (stream.features or {}):
+            stream = stream.select_columns([html_column])  # the old screenshots stay where they are
+        yield from _rows(iter(stream), source, html_column)
+    except (OSError, ValueError) as error:  # not found, no network, no such config or split
+        raise SettingsError(f"{source} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _rows(rows: Iterable[Mapping[str, Any]], source: str, html_column: str) -> Iterator[Source]:
+    for number, row in enumerate(rows):
+        if html_column not in row:
+            raise SettingsError(
+                f"{source}: no column {html_column}; there are {', '.join(row)}: --html_column names it"
+            )
+        yield Source(f"row-{number:07d}", html=row[html_column])
+
+
+def read_html(source: Source) -> str:
+    """The page's text, decoded as a browser would; PageDropped where that makes no text."""
+    if source.path is None:
+        if not isinstance(source.html, str):
+            raise PageDropped("unreadable", f"html is no text but {type(source.html).__name__}")
+        return _not_empty(source.html)
+    try:
+        if source.path.stat().st_size > MAX_FILE_BYTES:
+            raise PageDropped("unreadable", f"{source.path.stat().st_size:,} bytes, more than {MAX_FILE_BYTES:,}")
+        data = source.path.read_bytes()
+    except OSError as error:
+        raise PageDropped("unreadable", str(error)) from error
+    return _not_empty(decode(data))
+
+
+def _not_empty(html: str) -> str:
+    if "\0" in html:
+        raise PageDropped("unreadable", "holds NUL characters: no HTML")
+    if not re.search("<[a-z]", html, re.I):
+        raise PageDropped("empty", f"no element in {html[:40]!r}")
+    return html.encode(errors="replace").decode()  # half a character (a lone surrogate) becomes a question mark
+
+
+def decode(data: bytes) -> str:
+    """By its byte order mark, by what it declares, as UTF-8, and at last as Windows-1252 (WHATWG's order)."""
+    for mark, name in ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be")):
+        if data.startswith(mark):
+            return data[len(mark) :].decode(name, "replace")
+    declared = re.search(rb"""<meta[^>]+charset\s*=\s*["']?\s*([\w:.-]+)""", data[:4096], re.I)
+    name = declared[1].decode().lower() if declared else ""
+    if name in ("iso-8859-1", "latin1", "ascii", "us-ascii"):  # all of them mean Windows-1252 on the web
+        name = "cp1252"
+    try:
+        return data.decode(name or "utf-8")
+    except LookupError:
+        raise PageDropped("unreadable", f"no such encoding: {name}") from None
+    except UnicodeDecodeError:
+        text = data.decode(name or "cp1252", "replace")
+        if text.count("\ufffd") > 0.01 * len(text):
+            raise PageDropped("unreadable", f"is not in {name or 'utf-8'}, nor in Windows-1252") from None
+        return text
+
+
+# -----------------------------------------------------------------------------
+# Local files
+
+_ATTRIBUTE = re.compile(r"""([^\s"'>/=]+)(?:\s*=\s*("[^"]*"|'[^']*'|[^\s"'>]+))?""")
+_IN_TAG = r"""((?:=\s*"[^"]*"|=\s*'[^']*'|=(?!\s*["'])|[^>=])*)>"""  # no two ways to read a thing: linear time
+_MARKUP = re.compile(  # comments and elements of text first: a tag in them is none
+    rf"<!--.*?(?:-->|\Z)|<(script|style|textarea|title|xmp|iframe)\b{_IN_TAG}(.*?)(?:</\1\s*>|\Z)|<(/?[a-z][^\s/>]*){_IN_TAG}",
+    re.I | re.S,
+)
+_IMPORT = re.compile(r"""@import\s+(?:url\(\s*)?("[^"]*"|'[^']*'|[^\s"');]+)\s*\)?\s*([^;]*)(?:;|\Z)""", re.I)
+_URL = re.compile(r"""url\(\s*(?:"((?:\\.|[^"\\])*)"|'((?:\\.|[^'\\])*)'|([^"')]*))\s*\)""", re.I | re.S)
+GREY = "linear-gradient(#ccc,#ccc)"  # a picture in CSS that has no size of its own
+
+
+class LocalFiles:
+    """What a page asks for: files under `root` are read, anything else is counted in `notes` and left out."""
+
+    def __init__(self, root: Path | None) -> None:
+        self.root, self.notes = root, Counter()
+        self.css_left = MAX_CSS_CHARACTERS
+
+    def find(self, reference: str, folder: Path | None, kind: str) -> Path | None:
+        """The file behind a reference from a file in `folder`; None, and a note, when there is none to be had."""
+        reference = entities.unescape(reference).strip()
+        problem = ""
+        if re.match(r"[a-z][a-z0-9+.-]*:|//|\\\\", reference, re.I):
+            problem = "remote"
+        elif self.root is None or folder is None or reference.startswith(("/", "\\")):
+            problem = "outside the source"
+        else:
+            file = (folder / (unquote(re.split("[?#]", reference)[0]) or ".").replace("\0", "")).resolve()
+            if not file.is_relative_to(self.root):
+                problem = "outside the source"
+            elif not file.is_file() or file.stat().st_size > MAX_FILE_BYTES:
+                problem = "missing"
+            else:
+                return file
+        self.notes[f"{kind} {problem}"] += 1
+        return None
+
+    def css(self, text: str, folder: Path | None, above: tuple[Path, ...] = ()) -> str:
+        """A style sheet with its local imports in place, and its pictures grey."""
+        imported, place = [], 0
+        while lead := re.compile(r"(?:\s|/\*.*?\*/|<!--|-->|@charset[^;]*;)*(?=@import)", re.I | re.S).match(
+            text, place
+        ):
+            if not (match := _IMPORT.match(text, lead.end())):
+                break
+            imported.append(self._imported(match[1].strip("\"'"), match[2].strip(), folder, above))
+            place = match.end()
+        text = re.sub(r"^(?:\s|<!--)*@charset[^;]*;", "", text[place:], flags=re.I)
+        return "".join(imported) + grey_sheet(text, lambda url: self._size(url, folder))
+
+    def _imported(self, reference: str, conditions: str, folder: Path | None, above: tuple[Path, ...]) -> str:
+        file = self.find(reference, folder, "style sheets")
+        if file is None or file in above or len(above) > MAX_IMPORTS:
+            return ""
+        css = self.css(self.read(file), file.parent, (*above, file))
+        layer = re.match(r"layer(?:\(([^)]*)\))?", conditions, re.I)
+        conditions = conditions[layer.end() :].strip() if layer else conditions
+        supports = re.match(r"supports\(((?:[^()]|\([^()]*\))*)\)", conditions, re.I)
+        conditions = conditions[supports.end() :].strip() if supports else conditions
+        css = f"@layer {layer[1] or ''}{{{css}}}\n" if layer else css
+        css = f"@supports ({supports[1]}){{{css}}}\n" if supports else css
+        return f"@media {conditions}{{{css}}}\n" if conditions else css + "\n"
+
+    def read(self, file: Path) -> str:
+        """Its text; nothing when the page's style sheets are too large together."""
+        text = file.read_bytes().decode("utf-8-sig", "replace")
+        self.css_left -= len(text)
+        if self.css_left < 0:
+            self.notes["style sheets too large"] += 1
+            return ""
+        return text
+
+    def _size(self, url: str, folder: Path | None) -> tuple[float, float] | None:
+        if url.lower().startswith("data:"):
+            return picture_size(_data(url))
+        file = self.find(url, folder, "pictures")
+        return picture_size(file.read_bytes()) if file else None
+
+
+def inline_files(html: str, folder: Path | None, files: LocalFiles, scripts: bool) -> str:
+    """The page with what its local files hold: style sheets (scripts, too, where they run), the sizes of pictures.
+
+    Without scripts, what <noscript> holds is what a visitor without them sees, so its tags go and its content stays.
+    """
+    late: list[str] = []
+
+    def replaced(markup: re.Match[str]) -> str:
+        raw, raw_attributes, content, name, attributes = markup.groups()
+        tag = (raw or name or "").lower()
+        values = {
+            key.lower(): value.strip("\"'") for key, value in _ATTRIBUTE.findall(raw_attributes or attributes or "")
+        }
+        if not tag:
+            return ""  # a comment
+        if tag == "style":
+            return f"<style{raw_attributes}>{_in_style(files.css(content, folder))}</style>"
+        if tag == "script" and "src" in values and scripts:
+            return _local_script(values, folder, files, late)
+        if tag == "link" and "stylesheet" in values.get("rel", "").lower().split():
+            return _linked_style(values, folder, files)
+        if tag in ("noscript", "/noscript") and not scripts:
+            return ""
+        if tag in ("base", "meta") and (
+            tag == "base" or ("http-equiv" in values and "charset" not in values.get("content", ""))
+        ):
+            return ""  # a policy or a redirect of the page's own would stand in our way
+        text = markup[0]
+        if tag in ("img", "input", "video", "embed") and (source := values.get("src") or values.get("poster")):
+            text = _sized_picture(text, source, folder, files)
+        return _grey_style(text, lambda url: files._size(url, folder)) if "url(" in text and not raw else text
+
+    html = _MARKUP.sub(replaced, html)
+    return html + "".join(late)
+
+
+def _local_script(values: Mapping[str, str], folder: Path | None, files: LocalFiles, late: list[str]) -> str:
+    file = files.find(values["src"], folder, "scripts")
+    if file is None:
+        return ""
+    kind = ' type="module"' if values.get("type", "").lower() == "module" else ""
+    code = re.sub(r"<(?=/script|!--)", r"\\x3c", files.read(file), flags=re.I)
+    script = f"<script{kind}>{code}\n</script>"
+    if "defer" in values and not kind:  # an inline script would not wait
+        late.append(script)
+        return ""
+    return script
+
+
+def _linked_style(values: Mapping[str, str], folder: Path | None, files: LocalFiles) -> str:
+    if "alternate" in values.get("rel", "").lower().split() or "disabled" in values or "href" not in values:
+        return ""
+    if not values["href"].lower().startswith("data:"):
+        file = files.find(values["href"], folder, "style sheets")
+        if file is None:
+            return ""
+        return _style(values, files.css(files.read(file), file.parent, (file,)))
+    return _style(values, files.css(_data(values["href"]).decode("utf-8", "replace"), None))
+
+
+def _style(values: Mapping[str, str], css: str) -> str:
+    media = f' media="{entities.escape(values["media"])}"' if values.get("media") else ""
+    return f"<style{media}>{_in_style(css)}</style>"
+
+
+def _in_style(css: str) -> str:
+    return re.sub(r"</(?=style)", r"<\\/", css, flags=re.I)
+
+
+def _sized_picture(tag: str, source: str, folder: Path | None, files: LocalFiles) -> str:
+    """A local picture becomes an empty one of its size: the layout needs no more of it."""
+    if source.strip().lower().startswith("data:") or not (file := files.find(source, folder, "pictures")):
+        return tag
+    size = picture_size(file.read_bytes())
+    grey = "data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' width='{:g}' height='{:g}'/>"
+    tag = re.sub(r"""\ssrcset\s*=\s*("[^"]*"|'[^']*'|[^\s"'>]+)""", "", tag, flags=re.I)
+    return tag.replace(source, grey.format(*size).replace('"', "'"), 1) if size and "'" + source not in tag else tag
+
+
+def _grey_style(tag: str, size_of: SizeOf) -> str:
+    def replaced(match: re.Match[str]) -> str:
+        css = entities.unescape(match[1].strip("\"'"))
+        return f' style="{entities.escape(grey_declarations(css, size_of))}"'
+
+    return re.sub(r"""\sstyle\s*=\s*("[^"]*"|'[^']*')""", replaced, tag, flags=re.I)
+
+
+def _data(url: str) -> bytes:
+    """What a data: URL holds; nothing when it is broken."""
+    head, _, content = url.partition(",")
+    raw = unquote_to_bytes(content)
+    try:
+        return base64.b64decode(raw + b"==") if head.lower().rstrip().endswith("base64") else raw
+    except ValueError:
+        return b""
+
+
+def picture_size(data: bytes) -> tuple[float, float] | None:
+    """(width, height) in px by the file's head; None where it names none."""
+    from PIL import Image
+
+    if b"<svg" in (head := data[:4000]):
+        tag = head[head.index(b"<svg") :].split(b">")[0].decode("utf-8", "replace")
+        sides = [re.search(rf"""\s{side}\s*=\s*["']\s*([\d.]+)(?:px)?\s*["']""", tag) for side in ("width", "height")]
+        return (float(sides[0][1]), float(sides[1][1])) if all(sides) else None
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            return picture.size
+    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError):
+        return None
+
+
+# -----------------------------------------------------------------------------
+# Style sheets
+
+_CSS = re.compile(  # comment, string, url, escape; a bracket or the end of a declaration; anything else
+    r"""/\*.*?(?:\*/|\Z)|"(?:\\.|[^"\\\n])*"?|'(?:\\.|[^'\\\n])*'?|url\(\s*[^"'()\s][^()]*\)|\\."""
+    r"""|[{}()\[\];]|[^{}()\[\];"'\\/u]+|.""",
+    re.I | re.S,
+)
+GROUPS = {"@media", "@supports", "@layer", "@container", "@scope", "@starting-style", "@document", "@-moz-document"}
+UNSEEN_PSEUDO = re.compile(r"::?-?(?:webkit-|moz-)?(?:selection|scrollbar[\w-]*|resizer|backdrop)\b", re.I)
+UNSEEN_PROPERTY = re.compile(  # no screenshot shows them; the pixels are compared all the same
+    r"-(?:moz|ms|o|khtml|epub)-|\*|_|(?:-webkit-)?(?:transition|user-select|tap-highlight|overflow-scrolling)|cursor$"
+    r"|pointer-events$|will-change$|touch-action$|scroll-behavior$|(?:-webkit-)?text-size-adjust$|-webkit-font-smooth"
+    r"|(?:-webkit-)?print-color|orphans$|widows$|page-break|caret-color$|-webkit-touch|overscroll|behavior$",
+    re.I,
+)
+PRIVATE = re.compile(
+    r"\\(?:0?[ef][0-9a-f]{3}|f[0-9a-f]{4}|10[0-9a-f]{4})(?![0-9a-f])\s?|[\ue000-\uf8ff\U000f0000-\U0010ffff]", re.I
+)
+
+
+@dataclass
+class Rule:
+    """`body` is the text between a rule's braces, None of a statement; `rules` those of a group, such as @media."""
+
+    prelude: str
+    body: str | None = None
+    rules: list[Rule] | None = None
+    number: int = -1
+
+    @property
+    def name(self) -> str:
+        """@media and the like; nothing for a rule with selectors."""
+        return re.match(r"(@[\w-]+)?", self.prelude)[0].lower()
+
+
+def parse_css(css: str, depth: int = 0) -> list[Rule]:
+    """The rules of a style sheet, comments dropped; what no rule holds is lost, as in a browser."""
+    rules: list[Rule] = []
+    prelude, opened, start, level = "", 0, 0, 0
+    for token in _CSS.finditer(css):
+        text = token[0]
+        if text.startswith("/*") and len(text) > 1:
+            continue
+        if level == 0:
+            if text == "{":
+                start, level = token.end(), 1
+            elif text == ";" and not opened:
+                if prelude.lstrip().startswith("@"):
+                    rules.append(Rule(prelude.strip()))
+                    prelude = ""
+                else:
+                    prelude += text
+            elif text != "}":
+                opened += (text in "([") - (text in ")]" and opened > 0)
+                prelude += text
+            continue
+        level += (text == "{") - (text == "}")
+        if level == 0:
+            rules.append(_block(prelude.strip(), css[start : token.start()], depth))
+            prelude, opened = "", 0
+    if level and prelude.strip():  # the sheet ends inside a rule, which a browser closes
+        rules.append(_block(prelude.strip(), css[start:] + "}" * (level - 1), depth))
+    return rules
+
+
+def _block(prelude: str, body: str, depth: int) -> Rule:
+    rule = Rule(prelude, body)
+    if rule.name in GROUPS and depth < 16:
+        return Rule(prelude, None, parse_css(body, depth + 1))
+    return rule
+
+
+def declarations(body: str) -> list[tuple[str, str]]:
+    """[(property, value)] of a rule's body."""
+    found, text, opened = [], "", 0
+    for token in itertools.chain((match[0] for match in _CSS.finditer(body)), ";"):
+        if token.startswith("/*") and len(token) > 1:
+            continue
+        if token == ";" and not opened:
+            name, colon, value = text.partition(":")
+            if colon and name.strip():
+                found.append((name.strip() if name.strip().startswith("--") else name.strip().lower(), value.strip()))
+            text = ""
+            continue
+        opened += (token in "([{") - (token in ")]}" and opened > 0)
+        text += token
+    return found
+
+
+def squeeze(css: str, around: str = ",") -> str:
+    """Without needless white space, strings left alone; `around`: characters that need none beside them."""
+    parts = re.split(r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')""", css)
+    parts[::2] = [re.sub(rf"\s*([{re.escape(around)}])\s*", r"\1", re.sub(r"\s+", " ", part)) for part in parts[::2]]
+    return "".join(parts).strip()
+
+
+def split_selectors(prelude: str) -> list[str]:
+    """The selectors of a list, by its commas outside brackets and strings."""
+    found, text, opened = [], "", 0
+    for token in re.findall(r"""\\.|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|.""", prelude, re.S):
+        if token == "," and not opened:
+            found.append(text.strip())
+            text = ""
+            continue
+        opened += (token in "([") - (token in ")]")
+        text += token
+    return [*found, text.strip()]
+
+
+def write_css(rules: Iterable[Rule]) -> str:
+    return "\n".join(
+        f"{rule.prelude};"
+        if rule.body is None and rule.rules is None
+        else f"{rule.prelude}{{{write_css(rule.rules) if rule.rules is not None else rule.body}}}"
+        for rule in rules
+    )
+
+
+SizeOf = Callable[[str], "tuple[float, float] | None"]
+
+
+def grey_sheet(css: str, size_of: SizeOf) -> str:
+    """A style sheet whose pictures are grey boxes, without web fonts: neither can be part of a target."""
+
+    def grey(rules: list[Rule]) -> None:
+        for rule in rules:
+            if rule.rules is not None:
+                grey(rule.rules)
+            elif rule.body and ("url(" in rule.body.lower() or PRIVATE.search(rule.body)):
+                rule.body = grey_declarations(rule.body, size_of)
+        rules[:] = [rule for rule in rules if rule.name != "@font-face" or "url(" not in rule.body.lower()]
+
+    rules = parse_css(css)
+    grey(rules)
+    return write_css(rules)
+
+
+def grey_declarations(body: str, size_of: SizeOf) -> str:
+    """A picture whose size is known keeps it, so that an icon's box is as large as the icon."""
+    if "{" in body:  # rules in a rule
+        return _URL.sub(lambda url: url[0] if (url[1] or url[2] or url[3] or "").startswith("#") else GREY, body)
+    kept = []
+    for name, value in declarations(body):
+        urls = [(one[1] or one[2] or one[3] or "").strip() for one in _URL.finditer(value)]
+        urls = [url for url in urls if not url.startswith("#")]
+        if name in ("content", "quotes") or name.startswith("--"):
+            value = PRIVATE.sub("\u25a0", value)
+        if not urls or name == "src":
+            kept.append((name, value))
+        elif name in ("content", "list-style-image", "list-style"):
+            kept.append((name, _URL.sub('""' if name == "content" else "none", value)))
+        elif name.startswith("--") or re.search("background|mask", name):
+            kept.append((name, _URL.sub(GREY, value)))
+            layer, size = name.removesuffix("-image"), size_of(urls[0])
+            alone = len(split_selectors(value)) == 1 and "/" not in _URL.sub("", value)
+            if size and alone and layer in ("background", "mask", "-webkit-mask"):
+                important = "!important" if "!important" in value else ""
+                kept.append((f"{layer}-size", "{:g}px {:g}px{}".format(*size, important)))
+    return ";".join(f"{name}:{value}" for name, value in kept)
+
+
+# -----------------------------------------------------------------------------
+# In the browser: steps for page_renders.Job, each a function whose `({...})` argument is put in by `step`
+
+
+def step(source: str, **options: Any) -> str:
+    return f"() => ({source})({json.dumps(options)})"
+
+
+# Scripts, pictures, comments and metadata go. Every picture keeps the size at which it is drawn: by the page's own
+# rules where they suffice, else by its attributes, else by a style of its own.
+NORMALISE = r"""async ({scripts, most, grey}) => {
+  const all = (selector, root = document) => [...root.querySelectorAll(selector)];
+  const first = (selector) => document.querySelector(selector);
+  const comments = document.createTreeWalker(document, 128 | 64);  // processing instructions, too
+  const gone = [];
+  while (comments.nextNode()) gone.push(comments.currentNode);
+  gone.forEach((node) => node.remove());
+  if (scripts) {
+    const written = all("style").filter((style) => !style.textContent.trim()).map((style) => [style, style.sheet]);
+    for (const [element, sheet] of [...written, ...[...document.adoptedStyleSheets].map((sheet) => [null, sheet])]) {
+      const css = [...(sheet?.cssRules ?? [])].map((rule) => rule.cssText).join("\n");
+      (element ?? first("head").appendChild(document.createElement("style"))).textContent = css;
+    }
+    for (const input of all("input, textarea")) {
+      if (input.localName === "textarea") input.textContent = input.value;
+      else if (["checkbox", "radio"].includes(input.type)) input.toggleAttribute("checked", input.checked);
+      else if (!["file", "image"].includes(input.type) && input.value !== (input.getAttribute("value") ?? ""))
+        input.setAttribute("value", input.value);
+    }
+    for (const option of all("option")) option.toggleAttribute("selected", option.selected);
+  }
+  const remove = (nodes) => nodes.forEach((node) => node.remove());
+  remove(all("script, noscript, template, noframes, noembed, link, base, param, track, picture > source"));
+  remove(all("meta").filter((node) => !/^(viewport|color-scheme)$/i.test(node.getAttribute("name") ?? "")));
+  remove(all("head > *").filter((node) => !["meta", "title", "style"].includes(node.localName)));
+  remove(all("title").slice(1).filter((node) => !node.closest("svg")));
+  all("svg style").forEach((node) => {
+    const style = first("head").appendChild(document.createElement("style"));
+    style.textContent = node.textContent;
+    node.remove();
+  });
+  const charset = document.createElement("meta");
+  charset.setAttribute("charset", "utf-8");
+  first("head").prepend(charset);
+  for (const node of all("*")) {
+    for (const name of node.getAttributeNames()) {
+      const value = node.getAttribute(name);
+      if (/^on/i.test(name) || name === "autofocus" || name === "srcdoc") node.removeAttribute(name);
+      else if (/^\s*javascript:/i.test(value)) node.setAttribute(name, "#");
+      else if (name === "style" && /url\(/i.test(value))
+        node.setAttribute(name, value.replace(/url\((?!\s*["']?#)[^)]*\)/gi, grey));
+    }
+    if (node.hasAttribute("background") && !node.closest("svg")) {
+      node.removeAttribute("background");
+      node.style.setProperty("background-image", grey);
+    }
+  }
+  const rendered = (node) => node.getClientRects().length > 0;
+  const texts = document.createTreeWalker(first("body") ?? first("html"), NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    const node = texts.currentNode;
+    if (/[\ue000-\uf8ff]/.test(node.data)) node.data = node.data.replace(/[\ue000-\uf8ff]/g, "\u25a0");
+  }
+
+  const SIDES = ["top", "right", "bottom", "left"], of = (name) => SIDES.map((side) => name.replace("*", side));
+  const LAYOUT = ["display", "width", "height", ...of("margin-*"), ...of("padding-*"), ...of("border-*-width"),
+    ...SIDES, ..."box-sizing position float vertical-align z-index order align-self transform opacity".split(" "),
+    "flex-grow", "flex-shrink", "border-top-left-radius"];
+  const look = (node) => {
+    const style = getComputedStyle(node);
+    return Object.fromEntries(LAYOUT.map((name) => [name, style.getPropertyValue(name)]));
+  };
+  const size = (node) => { const {width, height} = getComputedStyle(node); return `${width} ${height}`; };
+  const rule = document.createElement("style");
+  rule.textContent = `img{content:${grey}}`;
+  let greyed = 0;
+  const restyle = (node, before) => {  // the layout it had, in words of its own
+    for (let round = 0; round < 2; round++) {
+      const now = look(node);
+      for (const name of LAYOUT) if (now[name] !== before[name]) node.style.setProperty(name, before[name]);
+    }
+    const {width, height} = before;
+    for (const [limit, off] of [["max", "none"], ["min", "0"]]) {
+      if (size(node) === `${width} ${height}`) break;
+      ["width", "height"].forEach((side) => node.style.setProperty(`${limit}-${side}`, off));
+    }
+  };
+  const replace = (node) => {
+    const before = look(node), picture = document.createElement("img");
+    for (const name of ["class", "id", "style"])
+      if (node.hasAttribute(name)) picture.setAttribute(name, node.getAttribute(name));
+    picture.setAttribute("src", "data:,");
+    node.replaceWith(picture);
+    if (before.display === "inline") delete before.display;
+    restyle(picture, before);
+    greyed++;
+  };
+  const images = all("img");
+  const wanted = images.map((node) => rendered(node) ? size(node) : null);
+  const natural = images.map((node) => look(node));
+  const REPLACED = "input[type=image], video, canvas, iframe, frame, object, embed";
+  if (images.length || all(`${REPLACED}, svg`).length) first("head").append(rule);
+  for (const image of images) {
+    ["srcset", "sizes", "alt", "loading", "longdesc", "usemap", "ismap"].forEach((name) => image.removeAttribute(name));
+    image.setAttribute("src", "data:,");
+    greyed++;
+  }
+  const attributes = images.map((node) => ["width", "height"].map((name) => node.getAttribute(name)));
+  const put = (image, sides) => ["width", "height"].forEach((name, side) =>
+    sides[side] === null ? image.removeAttribute(name) : image.setAttribute(name, sides[side]));
+  images.forEach((image, place) => { if (wanted[place]) {
+    const px = natural[place];
+    const number = (name) => parseFloat(px[name]) || 0;
+    const frame = (side) => number(`padding-${side}`) + number(`border-${side}-width`);
+    const bordered = px["box-sizing"] === "border-box";
+    const around = bordered ? [frame("left") + frame("right"), frame("top") + frame("bottom")] : [0, 0];
+    const inner = ["width", "height"].map((name, side) => Math.max(0, Math.round(number(name) - around[side])));
+    put(image, inner.map(String));
+  } });
+  images.forEach((image, place) => {
+    if (!wanted[place]) return put(image, [null, null]);
+    const full = ["width", "height"].map((name) => image.getAttribute(name));
+    const tries = place < most ? [[null, null], attributes[place], full] : [full];
+    for (const sides of tries) { put(image, sides); if (size(image) === wanted[place]) return; }
+    put(image, [null, null]);
+    restyle(image, natural[place]);
+  });
+  const target = (use) => `${use.getAttribute("href") ?? use.getAttribute("xlink:href")}`;
+  const targets = (node) => all("use", node).map(target);
+  for (const svg of all("svg").filter((node) => !node.parentElement.closest("svg") && rendered(node))) {
+    const parts = targets(svg).map((name) => name.startsWith("#") && document.getElementById(name.slice(1)));
+    const long = svg.outerHTML.length + parts.reduce((sum, part) => sum + (part ? part.outerHTML.length : 1e6), 0);
+    if (long >= most_svg) replace(svg);
+  }
+  for (const image of all("svg image, svg foreignObject image")) {
+    const box = document.createElementNS("http://www.w3.org/2000/svg", "rect");
+    for (const name of ["x", "y", "width", "height", "transform", "class", "style"])
+      if (image.hasAttribute(name)) box.setAttribute(name, image.getAttribute(name));
+    box.setAttribute("fill", "#ccc");
+    image.replaceWith(box);
+    greyed++;
+  }
+  const used = new Set(targets(document));
+  all("symbol[id]").filter((node) => !used.has("#" + node.id)).forEach((node) => node.remove());
+  for (const node of all(REPLACED)) rendered(node) ? replace(node) : node.remove();
+  all("audio").forEach((node) => { node.removeAttribute("src"); node.replaceChildren(); });
+  return greyed;
+}""".replace("most_svg", str(MAX_SVG_CHARACTERS))
+
+# What begins below `limit` goes, from the end; of a text that reaches below it, the lines there.
+CUT = r"""({limit}) => {
+  const body = document.querySelector("body");
+  let removed = 0;
+  const tops = (node) => [...node.getClientRects()].map((box) => box.top + scrollY);
+  for (let round = 0; round < 4; round++) {
+    const below = (node) => { const found = tops(node); return found.length > 0 && Math.min(...found) >= limit; };
+    const above = (node) => tops(node).some((top) => top < limit);
+    const going = [];
+    const visit = (node) => {
+      for (const child of [...node.children].reverse()) {
+        if (child.localName === "style" || child.closest("svg") || child.localName === "option") continue;
+        if (below(child) && ![...child.querySelectorAll("*")].some(above)) going.push(child);
+        else visit(child);
+      }
+    };
+    if (body) visit(body);
+    going.forEach((node) => node.remove());
+    removed += going.length;
+    const texts = document.createTreeWalker(body, NodeFilter.SHOW_TEXT), long = [], range = document.createRange();
+    while (texts.nextNode()) {
+      range.selectNodeContents(texts.currentNode);
+      const found = tops(range), inside = texts.currentNode.parentElement;
+      if (found.length && Math.max(...found) >= limit && !inside.closest("svg")) long.push(texts.currentNode);
+    }
+    for (const node of long) {
+      let low = 0, high = node.data.length;
+      while (low < high) {
+        const middle = (low + high) >> 1;
+        range.setStart(node, middle);
+        range.setEnd(node, Math.min(middle + 1, node.data.length));
+        const found = tops(range);
+        if (found.length && Math.min(...found) >= limit) high = middle; else low = middle + 1;
+      }
+      node.data = node.data.slice(0, low).trimEnd();
+      removed++;
+    }
+    if (!going.length && !long.length) break;
+  }
+  return removed;
+}"""
+
+# The page as text, its style sheets taken out of it, in order: a mark stands in each one's place.
+EXTRACT = r"""() => {
+  const sheets = [], root = document.querySelector("html").cloneNode(true);
+  for (const style of [...root.querySelectorAll("style")]) {
+    const type = style.getAttribute("type");
+    if (!style.textContent.trim() || (type && !/^text\/css$/i.test(type.trim()))) { style.remove(); continue; }
+    sheets.push([style.textContent, style.getAttribute("media") ?? ""]);
+    style.getAttributeNames().forEach((name) => style.removeAttribute(name));
+    style.textContent = `/*sheet ${sheets.length - 1}*/`;
+  }
+  const type = document.doctype;
+  const ids = type && [type.publicId && ` PUBLIC "${type.publicId}"`, !type.publicId && type.systemId && " SYSTEM",
+    type.systemId && ` "${type.systemId}"`].filter(Boolean).join("");
+  return {html: root.outerHTML, sheets, doctype: type ? `<!DOCTYPE ${type.name}${ids}>` : "",
+    quirks: document.compatMode !== "CSS1Compat", text: (document.querySelector("body")?.innerText ?? "").trim()};
+}"""
+
+# Which selectors, conditions and declarations count here, and the page with marks around what nobody sees; twice, the
+# second time with white space collapsed.
+ANALYSE = r"""({selectors, media, supports, declared, gone}) => {
+  const all = (selector, root = document) => [...root.querySelectorAll(selector)];
+  const PSEUDO = /(?<!\\)(?:::?(?:before|after|first-line|first-letter)(?![\w-])|::[\w-]+(?:\([^()]*\))?)/gi;
+  const matches = () => selectors.map((selector) => {
+    const alone = (place) => place === 0 || /[\s>+~,(]/.test(selector[place - 1]);
+    const plain = selector.replace(PSEUDO, (found, place) => alone(place) ? "*" : "");
+    try { return document.querySelector(plain) ? 1 : 0; }
+    catch { return CSS.supports(`selector(${selector})`) ? 1 : -1; }
+  });
+  const works = (check) => { try { return Boolean(check()); } catch { return true; } };
+  const answer = {media: media.map((query) => works(() => matchMedia(query).matches)),
+    supports: supports.map((condition) => works(() => CSS.supports(condition))),
+    declared: declared.map(([name, value]) => CSS.supports(name, value.replace(/\s*!\s*important\s*$/i, "")))};
+
+  const used = new Set(all("use, textPath, [fill^='url('], [filter^='url('], [mask^='url('], [clip-path^='url(']"));
+  const SKIPPED = "style, br, wbr, title, option, optgroup, col, colgroup, area, source, svg *, legend, rt, rp";
+  const drawn = (node) => ["::before", "::after"].some((pseudo) => {
+    const {content, display} = getComputedStyle(node, pseudo);
+    return display !== "none" && !/^(none|normal)$/.test(content);
+  });
+  const unseen = (node) => node.getClientRects().length === 0
+    ? getComputedStyle(node).display !== "contents" || !node.textContent.trim()
+    : [...node.getClientRects()].every((box) => box.width === 0 && box.height === 0) && !drawn(node);
+  const out = (node) => /absolute|fixed/.test(getComputedStyle(node).position);
+  const hidden = (node) => {
+    if (node.querySelector("style")) return false;
+    const vector = node.localName === "svg" || node.querySelector("svg");
+    if (vector && used.size && node.querySelector("[id]")) return false;  // others may draw what it defines
+    const inner = all("*", node);
+    if (unseen(node) && inner.every(unseen)) return true;
+    if (!out(node) || inner.some(out) || /checkbox|radio/.test(node.getAttribute("type") ?? "")) return false;
+    const style = getComputedStyle(node);
+    return [...node.getClientRects()].every((box) => (box.width <= 1 && box.height <= 1 && style.overflow === "hidden")
+      || box.right <= 0 || box.bottom + scrollY <= 0 || style.opacity === "0" || style.visibility === "hidden");
+  };
+  const found = [];
+  const visit = (node) => { for (const child of node.children) {
+    if (child.matches(SKIPPED)) continue;
+    if (hidden(child)) found.push(child); else visit(child);
+  } };
+  const body = document.querySelector("body");
+  if (body) visit(body);
+  for (const select of all("select:not([multiple])").filter((node) => node.size < 2)) {
+    const options = all("option", select);
+    const longest = options.reduce((one, other) => one && one.text.length >= other.text.length ? one : other, null);
+    if (!found.some((node) => node.contains(select)))
+      found.push(...options.filter((option) => !option.selected && option !== longest));  // the longest sets the width
+  }
+  found.forEach((node, place) => {
+    node.before(document.createComment(`drop ${place}`));
+    node.after(document.createComment(`/drop ${place}`));
+  });
+  const page = () => {
+    const root = document.querySelector("html").cloneNode(true);
+    all("style", root).forEach((style, place) => style.textContent = `/*sheet ${place}*/`);
+    return root.outerHTML;
+  };
+  answer.plain = page();
+  const texts = document.createTreeWalker(document.querySelector("html"), NodeFilter.SHOW_TEXT), spaced = [];
+  while (texts.nextNode()) {
+    const node = texts.currentNode, parent = node.parentElement;
+    if (!/[ \t\n\r\f]{2}|[\t\r\f]/.test(node.data) || /^(style|textarea|title|pre)$/.test(parent.localName)) continue;
+    if (/^(normal|nowrap)$/.test(getComputedStyle(parent).whiteSpace)) spaced.push(node);
+  }
+  const collapsed = (space) => space.includes("\n") ? "\n" : " ";
+  for (const node of spaced) node.data = node.data.replace(/[ \t\n\r\f]+/g, collapsed);
+  answer.spaced = page();
+  answer.dropped = found.length;
+  found.filter((node, place) => !gone || gone.includes(place)).forEach((node) => node.remove());
+  answer.after = matches();
+  return answer;
+}"""
+
+
+# -----------------------------------------------------------------------------
+# Reductions: each is an item of a set, so that a set of them can be tried, halved, and tried again
+
+Item = tuple[str, Any]
+_TAG = re.compile(r"""<([a-zA-Z][^\s/>]*)((?:\s+[^\s=>]+(?:="[^"]*")?)*)\s*/?>""")
+_PAIR = re.compile(r"""\s+([^\s=>]+)(?:="([^"]*)")?""")
+NEEDLESS_ATTRIBUTES = set(
+    """
+    aria role title alt target rel name tabindex action method autocomplete autocapitalize autocorrect enctype
+    novalidate accept accept-charset download ping integrity crossorigin referrerpolicy loading decoding
+    fetchpriority itemscope itemtype itemprop itemid property typeof about resource vocab prefix cite datetime
+    summary scope headers accesskey maxlength minlength pattern required for form spellcheck translate xmlns
+    version profile content media hreflang charset focusable inputmode longdesc is nonce manifest formaction
+    usemap ismap jsaction jsname jscontroller contenteditable draggable
+    """.split()
+)
+NEEDLESS_FAMILY = re.compile(r"(?:data|aria|ng|v|x|wire|hx|js|on|item|xmlns|xml|slot|part|epub)[-:].*|[:@*#(\[_].*")
+
+
+@dataclass
+class Draft:
+    """A normalised page, and what the browser has said of it."""
+
+    doctype: str
+    quirks: bool
+    plain: str  # HTML with marks for its style sheets, and around what nobody sees
+    sheets: list[list[Rule]]
+    spaced: str = ""
+    elements: int = 0
+    matched: dict[str, int] = field(default_factory=dict)  # selector: 1 matches, 0 does not, -1 is no selector
+    media: dict[str, bool] = field(default_factory=dict)
+    supports: dict[str, bool] = field(default_factory=dict)
+    declared: dict[tuple[str, str], bool] = field(default_factory=dict)
+
+
+def draft_of(extract: Mapping[str, Any]) -> Draft:
+    numbers = itertools.count()
+
+    def numbered(rules: list[Rule]) -> list[Rule]:
+        for rule in rules:
+            rule.number = next(numbers)
+            numbered(rule.rules or [])
+        return rules
+
+    sheets = []
+    for css, media in extract["sheets"]:
+        rules = parse_css(css)
+        sheets.append(numbered([Rule(f"@media {media}", None, rules)] if media.strip() else rules))
+    return Draft(extract["doctype"], extract["quirks"], extract["html"], sheets)
+
+
+def every_rule(rules: Iterable[Rule]) -> Iterator[Rule]:
+    for rule in rules:
+        yield rule
+        yield from every_rule(rule.rules or [])
+
+
+def questions(draft: Draft) -> dict[str, list]:
+    """What ANALYSE is to find out."""
+    asked: dict[str, dict] = {"selectors": {}, "media": {}, "supports": {}, "declared": {}}
+    for rule in every_rule(itertools.chain(*draft.sheets)):
+        if rule.name in ("@media", "@supports"):
+            asked[rule.name[1:]][rule.prelude.partition(rule.name)[2].strip()] = None
+        elif not rule.name:
+            asked["selectors"] |= dict.fromkeys(split_selectors(rule.prelude))
+            if "{" not in rule.body:
+                asked["declared"] |= {pair: None for pair in declarations(rule.body) if "var(" not in pair[1]}
+    return {name: list(values) for name, values in asked.items()}
+
+
+def learn(draft: Draft, asked: Mapping[str, list], answer: Mapping[str, Any]) -> None:
+    draft.plain, draft.spaced, draft.elements = answer["plain"], answer["spaced"], answer["dropped"]
+    draft.matched = dict(zip(asked["selectors"], answer["after"]))
+    draft.media, draft.supports = (dict(zip(asked[name], answer[name])) for name in ("media", "supports"))
+    draft.declared = dict(zip(asked["declared"], answer["declared"]))
+
+
+def reductions(draft: Draft) -> list[list[Item]]:
+    """Everything that may be dropped, in groups of a kind: what was likely to change nothing comes first."""
+    rules = [("rule", rule.number) for rule in every_rule(itertools.chain(*draft.sheets))]
+    names = {name.lower() for tag in _TAG.finditer(draft.plain) for name, _ in _PAIR.findall(tag[2])}
+    attributes = [
+        ("attribute", name) for name in sorted(names) if name in NEEDLESS_ATTRIBUTES or NEEDLESS_FAMILY.fullmatch(name)
+    ]
+    elements = [("element", number) for number in range(draft.elements)]
+    text = [("text", what) for what in ("spaces", "doctype", "merged", "minified")]
+    attributes += [("attribute", name) for name in ("class", "id", "href", "style")]
+    return [group for group in (rules, attributes, text, [("text", "unused names")], elements) if group]
+
+
+def reduced_rule(rule: Rule, draft: Draft, inner: list[Rule]) -> list[Rule]:
+    """What is left of a rule when what does nothing is dropped; `inner` are the rules in it, reduced already."""
+    condition = rule.prelude.partition(rule.name)[2].strip() if rule.name else ""
+    if rule.name in ("@media", "@supports"):
+        applies = (draft.media if rule.name == "@media" else draft.supports).get(condition, True)
+        return inner if applies else []
+    if rule.rules is not None:
+        return [Rule(rule.prelude, None, inner, rule.number)] if inner or rule.name == "@layer" else []
+    if rule.name:
+        return (
+            [] if rule.name in ("@page", "@charset", "@import", "@font-face", "@-ms-viewport", "@viewport") else [rule]
+        )
+    answers = {selector: draft.matched.get(selector, 1) for selector in split_selectors(rule.prelude)}
+    if -1 in answers.values():  # one that is none makes the browser ignore them all
+        return []
+    selectors = [one for one, matched in answers.items() if matched and not UNSEEN_PSEUDO.search(one)]
+    body = rule.body if "{" in rule.body else reduced_body(rule.body, draft.declared)
+    return [Rule(", ".join(selectors), body, None, rule.number)] if selectors and body.strip() else []
+
+
+def reduced_body(body: str, declared: Mapping[tuple[str, str], bool]) -> str:
+    """Without declarations that the browser does not know, that show nowhere, or that a later one overrules."""
+    kept: dict[str, str] = {}
+    for name, value in declarations(body):
+        if UNSEEN_PROPERTY.match(name) or not declared.get((name, value), True):
+            continue
+        if name in kept and "!important" in kept[name] and "!important" not in value:
+            continue
+        if name in kept and "var(" not in value:
+            del kept[name]
+        elif name in kept:  # whether it holds is known only when the variable is
+            name = f"{name} "
+        kept[name] = value
+    for name in [name for name in kept if name.startswith("-webkit-")]:
+        if kept.get(name.removeprefix("-webkit-")) == kept[name]:
+            del kept[name]
+    return ";".join(f"{name.strip()}:{value}" for name, value in kept.items())
+
+
+def style_sheets(draft: Draft, dropped: Collection[Item]) -> list[str]:
+    """The text of each style sheet."""
+
+    def reduced(rules: list[Rule]) -> list[Rule]:
+        found: list[Rule] = []
+        for rule in rules:
+            inner = reduced(rule.rules) if rule.rules is not None else []
+            if ("rule", rule.number) in dropped:
+                found += reduced_rule(rule, draft, inner)
+            else:
+                found.append(rule if rule.rules is None else Rule(rule.prelude, None, inner, rule.number))
+        return found
+
+    sheets = [reduced(rules) for rules in draft.sheets]
+    if ("text", "merged") in dropped:
+        sheets = [list(itertools.chain(*sheets)), *([] for _ in sheets[1:])]
+    if ("text", "minified") in dropped:
+        sheets = [minified(joined(rules)) for rules in sheets]
+    return [write_css(rules) for rules in sheets]
+
+
+def joined(rules: list[Rule]) -> list[Rule]:
+    """Neighbours with the same declarations become one rule; those with the same selectors, too."""
+    found: list[Rule] = []
+    for rule in rules:
+        last = found[-1] if found else None
+        if last and rule.body and last.body and not rule.name and not last.name and "{" not in rule.body + last.body:
+            if rule.body == last.body and "::-" not in rule.prelude + last.prelude:
+                found[-1] = Rule(f"{last.prelude},{rule.prelude}", last.body, None, last.number)
+                continue
+            if rule.prelude == last.prelude:
+                found[-1] = Rule(last.prelude, f"{last.body};{rule.body}", None, last.number)
+                continue
+        found.append(rule)
+    return found
+
+
+def minified(rules: Iterable[Rule]) -> list[Rule]:
+    found = []
+    for rule in rules:
+        prelude = squeeze(rule.prelude, "," if rule.name else ",>")
+        if rule.rules is not None:
+            found.append(Rule(prelude, None, minified(joined(rule.rules)), rule.number))
+        elif rule.body is None or "{" in rule.body:
+            found.append(Rule(prelude, rule.body and squeeze(rule.body, "{};"), None, rule.number))
+        else:
+            found.append(Rule(prelude, short_declarations(rule.body), None, rule.number))
+    return found
+
+
+def short_declarations(body: str) -> str:
+    return ";".join(f"{name}:{squeeze(value)}" for name, value in declarations(body))
+
+
+def without_unused_names(css: str, styles: str) -> str:
+    """Without custom properties that no var() reads, and without @keyframes that no animation names."""
+    while True:
+        read = set(re.findall(r"var\(\s*(--[\w-]+)", css + styles))
+        shorter = re.sub(
+            r"(?<=[{;])\s*(--[\w-]+)\s*:((?:\"[^\"]*\"|'[^']*'|\([^()]*(?:\([^()]*\)[^()]*)*\)|[^;{}\"'()])*)(;|(?=\}))",
+            lambda match, read=read: match[0] if match[1] in read else "",
+            css,
+        )
+        if shorter == css:
+            break
+        css = shorter
+    css = re.sub(r"(?:^|(?<=[}\n]))[^{}@;\n]*\{\s*\}\n?", "", css)
+    rules = parse_css(css)
+    moving = (
+        " ".join(
+            value
+            for rule in every_rule(rules)
+            if rule.body and "{" not in rule.body
+            for name, value in declarations(rule.body)
+            if "animation" in name
+        )
+        + styles
+    )
+    kept = [rule for rule in rules if "keyframes" not in rule.name or rule.prelude.split()[-1].strip("\"'") in moving]
+    return css if len(kept) == len(rules) else write_css(kept)
+
+
+def compose(draft: Draft, dropped: Collection[Item]) -> str:
+    """The page without what is dropped: a complete document."""
+    html = draft.spaced if ("text", "spaces") in dropped else draft.plain
+    for number in range(draft.elements):
+        inside = "" if ("element", number) in dropped else r"\1"
+        html = re.sub(rf"<!--drop {number}-->(.*?)<!--/drop {number}-->", inside, html, flags=re.S)
+    if ("text", "spaces") in dropped:
+        html = re.sub(r"\n[ \n]+(?=<)", "\n", html) if "<pre" not in html and "<textarea" not in html else html
+    sheets = style_sheets(draft, dropped)
+    if ("text", "unused names") in dropped:
+        styles = " ".join(re.findall(r'\sstyle="([^"]*)"', html))
+        sheets = [
+            without_unused_names(css, " ".join([styles, *sheets[:place], *sheets[place + 1 :]]))
+            for place, css in enumerate(sheets)
+        ]
+    html = without_attributes(html, "\n".join(sheets), {name for kind, name in dropped if kind == "attribute"})
+    for number, css in enumerate(sheets):
+        empty = not css.strip() and ("text", "merged") in dropped
+        html = html.replace(
+            f"<style>/*sheet {number}*/</style>", "" if empty else f"<style>\n{_in_style(css).strip()}\n</style>", 1
+        )
+    doctype = draft.doctype
+    if ("text", "doctype") in dropped and doctype and not draft.quirks:
+        doctype = "<!DOCTYPE html>"
+    return f"{doctype}\n{html}\n".lstrip()
+
+
+def without_attributes(html: str, css: str, names: Collection[str]) -> str:
+    """Drops attributes by name, but for those that `css` asks for; of classes and ids those that it does not name."""
+    asked = {name.lower() for name in re.findall(r"\[\s*([\w:-]+)", css)}
+    parts = set(re.findall(r"\[\s*(?:class|id)\s*[~|^$*]?=\s*[\"']?([^\"'\]]+)", css, re.I))
+    classes = {re.sub(r"\\(.)", r"\1", name) for name in re.findall(r"\.((?:\\.|[\w-]|[^\x00-\x7f])+)", css)}
+    ids = {re.sub(r"\\(.)", r"\1", name) for name in re.findall(r"#((?:\\.|[\w-]|[^\x00-\x7f])+)", css)}
+    ids |= set(re.findall(r"""(?:href|fill|filter|mask|clip-path|stroke|style)="[^"]*#([^")'&]+)""", html)) - {"#"}
+
+    def kept(name: str, value: str, tag: str) -> str | None:
+        key = name.lower()
+        if key == "class" and "class" in names:
+            tokens = [
+                one for one in entities.unescape(value).split() if one in classes or any(part in one for part in parts)
+            ]
+            value = entities.escape(" ".join(tokens))
+            return f' class="{value}"' if tokens else None
+        if key == "id" and "id" in names:
+            one = entities.unescape(value)
+            return None if one not in ids and not any(part in one for part in parts) else f' id="{value}"'
+        if key == "href" and "href" in names and tag in ("a", "area") and "href" not in asked:
+            return ' href="#"'
+        if key == "style" and "style" in names:
+            value = entities.escape(short_declarations(reduced_body(entities.unescape(value), {})))
+            return f' style="{value}"' if value else None
+        if key in names and key not in asked and key not in ("class", "id", "href", "style"):
+            return None
+        return f' {name}="{value}"' if value or key in ("value", "href", "src") else f" {name}"
+
+    def replaced(tag: re.Match[str]) -> str:
+        if tag[1].lower() == "meta":
+            return tag[0]
+        pairs = (kept(name, value, tag[1].lower()) for name, value in _PAIR.findall(tag[2]))
+        return f"<{tag[1]}{''.join(filter(None, pairs))}>"
+
+    return _TAG.sub(replaced, html) if names else html
+
+
+# -----------------------------------------------------------------------------
+# One page
+
+
+@dataclass
+class Trials:
+    """Renders a candidate and holds it against the page as it was; `left` renders may still be made."""
+
+    renderer: Renderer
+    width: int
+    image: Any  # (H, W, 3) uint8
+    left: int = MAX_RENDERS
+    made: int = 0
+
+    def same(self, html: str) -> bool:
+        """To the pixel. Where so few differ that it may be chance, the candidate is rendered once more."""
+        for _ in range(2):
+            if self.left <= 0:
+                return False
+            self.left -= 1
+            self.made += 1
+            differing = share_of_differing(rendered(self.renderer, Job(html, self.width)).image, self.image)
+            if differing == 0 or differing > 2 * CHANCE:
+                return differing == 0
+        return False
+
+    def reproduces(self, html: str) -> bool:
+        """Whether it renders as it did before, but for what chance explains."""
+        self.made += 2
+        renders = (rendered(self.renderer, Job(html, self.width)) for _ in range(2))
+        return any(share_of_differing(render.image, self.image) <= limit for render, limit in zip(renders, (0, CHANCE)))
+
+
+def rendered(renderer: Renderer, job: Job) -> Render:
+    """PageDropped where that fails; a page whose candidates do not render is none to learn from, either."""
+    render = renderer.render(job)
+    if render.failure:
+        raise PageDropped("render", render.failure)
+    return render
+
+
+def share_of_differing(one: Any, other: Any) -> float:
+    """Of two pictures' pixels; 1 where their sizes differ."""
+    if one.shape != other.shape:
+        return 1.0
+    return float((one != other).any(axis=-1).mean())
+
+
+def shortest(draft: Draft, trials: Trials, rematch: Callable[[list[int]], list[int]]) -> tuple[str, int]:
+    """The page with every reduction that leaves each pixel as it is, and how many were kept back.
+
+    All at once first. Where that shows, elements and everything else apart, for an element that must stay has rules
+    that must, too; then kinds, then halves of a kind while renders are left. `rematch` says which selectors match once
+    the elements of these numbers are gone.
+    """
+    kinds = reductions(draft)
+    everything = set(itertools.chain(*kinds))
+    html = compose(draft, everything)
+    if trials.same(html):
+        return html, 0
+    elements = [item for item in everything if item[0] == "element"]
+    dropped, best, after = set(), "", draft.matched
+    draft.matched = dict(zip(after, rematch([])))
+    waiting = [group for group in (list(everything - set(elements)), elements) if group]
+    while waiting and trials.left > 1:
+        group = waiting.pop(0)
+        html = compose(draft, dropped | set(group))
+        if trials.same(html):
+            dropped |= set(group)
+            best = html
+        elif len({kind for kind, _ in group}) > 1:
+            waiting += [kind for kind in kinds if kind[0][0] != "element"]
+        elif len(group) > 1:
+            waiting += [group[: len(group) // 2], group[len(group) // 2 :]]
+            waiting.sort(key=len, reverse=True)  # the larger, the more there is to gain
+    if gone := sorted(number for kind, number in dropped if kind == "element"):
+        draft.matched = dict(zip(after, rematch(gone)))
+        html = compose(draft, dropped)
+        best = html if trials.same(html) else best
+    return best or compose(draft, ()), len(everything - dropped)
+
+
+def drawn(html: str, settings: Settings, width: int, limit: int, renderer: Renderer) -> tuple[str, Any, dict[str, Any]]:
+    """(target, its screenshot, facts) of a self-contained page, cut at `limit` px."""
+    steps = (
+        step(NORMALISE, scripts=settings.scripts == "run", most=200, grey=GREY),
+        step(CUT, limit=limit),
+        step(EXTRACT),
+    )
+    pictures, cut, extract = rendered(renderer, Job(html, width, steps=steps, scripts=settings.scripts == "run")).values
+    if not extract["text"]:
+        raise PageDropped("without text", "no text in its body")
+    draft = draft_of(extract)
+    normalised, asked = compose(draft, ()), questions(draft)
+    image, answer = rendered(renderer, Job(normalised, width, steps=(SHOT, step(ANALYSE, **asked)))).values
+    if (image == image[0, 0]).all():
+        raise PageDropped("blank", "every pixel has the same colour")
+    learn(draft, asked, answer)
+    trials = Trials(renderer, width, image)
+
+    def rematch(gone: list[int]) -> list[int]:
+        asked_again = step(ANALYSE, **asked | {"gone": gone})
+        return rendered(renderer, Job(normalised, width, steps=(asked_again,))).values[0]["after"]
+
+    target, kept_back = shortest(draft, trials, rematch)
+    if target == compose(draft, ()) and not trials.reproduces(target):
+        raise PageDropped("changing", f"more than {CHANCE:.2%} of its pixels differ between renders")
+    facts = {"pictures": pictures, "cut": cut, "kept_back": kept_back, "renders": 2 + trials.made}
+    return target, image[: settings.max_height], facts | {"normalised": normalised}
+
+
+def make_page(
+    name: str, html: str, settings: Settings, renderer: Renderer, count: Callable[[str], int]
+) -> tuple[dict[str, Any], Any]:
+    """(the page's record without its file's name, the screenshot); PageDropped.
+
+    A target over the limit is cut higher up, until it fits.
+    """
+    width, limit = settings.width_of(name), settings.max_height
+    limits = ((settings.max_html_tokens, count), (settings.max_html_characters, len))
+    for attempt in range(MAX_CUTS + 1):
+        target, image, facts = drawn(html, settings, width, limit, renderer)
+        over = [(most, length) for most, length in limits if most is not None and length(target) > most]
+        if not over:
+            break
+        most, length = over[0]
+        fixed = sum(length(css) for css in re.findall(r"<style>.*?</style>", target, re.S))
+        limit = int(min(limit, image.shape[0]) * 0.95 * (most - fixed) / max(1, length(target) - fixed))
+        if attempt == MAX_CUTS or limit < 50:
+            raise PageDropped("too long", f"{length(target):,} with a style sheet of {fixed:,}, {most:,} allowed")
+    if image.shape[0] * image.shape[1] > 20_000_000:
+        raise PageDropped("too long", f"{image.shape[1]:,} x {image.shape[0]:,} pixels")
+    normalised = facts.pop("normalised")
+    lengths = {"characters": len, "tokens": count} if settings.tokenizer else {"characters": len}
+    sizes = {unit: [length(text) for text in (html, normalised, target)] for unit, length in lengths.items()}
+    record = {"text": target, "width": image.shape[1], "height": image.shape[0], "viewport": width}
+    return record | facts | sizes, image
+
+
+def encode(image: Any) -> tuple[str, bytes]:
+    """(suffix, file) of the smaller of a lossless WebP and a PNG."""
+    from PIL import Image
+
+    files, picture = {}, Image.fromarray(image)
+    for suffix, options in {
+        ".png": {"compress_level": 6},
+        ".webp": {"lossless": True, "quality": 30, "method": 3},
+    }.items():
+        if suffix == ".webp" and max(picture.size) > 16_383:
+            continue
+        file = io.BytesIO()
+        picture.save(file, suffix[1:].upper(), **options)
+        files[suffix] = file.getvalue()
+    return min(files.items(), key=lambda item: len(item[1]))
+
+
+# -----------------------------------------------------------------------------
+# The folder
+
+RETRIED = ("render", "changing", "duplicate")  # another run may see them otherwise
+
+
+@dataclass
+class Report:
+    """What became of the pages that were asked for."""
+
+    asked: int = 0
+    reused: int = 0
+    written: list[dict[str, Any]] = field(default_factory=list)
+    dropped: list[dict[str, Any]] = field(default_factory=list)
+    interrupted: bool = False
+
+    def __str__(self) -> str:
+        counts = Counter(row["reason"] for row in self.dropped)
+        parts = [
+            f"{self.asked:,} asked",
+            *(f"{counts[reason]:,} {words}" for reason, words in REASONS.items() if counts[reason]),
+        ]
+        parts.append(f"{len(self.written):,} written")
+        unit = "tokens" if self.written and all("tokens" in row for row in self.written) else "characters"
+        before, after = (sum(row[unit][place] for row in self.written) for place in (0, 2))
+        share = f" ({after / before - 1:+.0%})".replace("%", " %") if before else ""
+        ending = "; interrupted, the same command goes on" if self.interrupted else ""
+        return f"{', '.join(parts)}; {before:,} -> {after:,} {unit}{share}{ending}"
+
+    def summary(self) -> dict[str, Any]:
+        """What summary.json holds; sums over the written pages of [source, normalised, target]."""
+        notes = Counter()
+        for row in (*self.written, *self.dropped):
+            notes.update(row.get("notes", {}))
+        sums = {
+            unit: [sum(row[unit][place] for row in self.written) for place in range(3)]
+            for unit in ("characters", "tokens")
+            if self.written and all(unit in row for row in self.written)
+        }
+        return {
+            "line": str(self),
+            "asked": self.asked,
+            "written": len(self.written),
+            "taken from an earlier run": self.reused,
+            "dropped": dict(Counter(row["reason"] for row in self.dropped)),
+            "[source, without scripts and pictures, target]": sums,
+            "cut": sum(bool(row["cut"]) for row in self.written),
+            "pictures": sum(row["pictures"] for row in self.written),
+            "pages with a reduction kept back": sum(bool(row["kept_back"]) for row in self.written),
+            "renders per page": round(sum(row["renders"] for row in self.written) / max(1, len(self.written)), 2),
+            "could not be had": dict(notes),
+        }
+
+
+class Folder:
+    """The dataset on disk. Each page is there as soon as it is made; what an earlier run made is found again."""
+
+    def __init__(self, place: Path, digest: str) -> None:
+        self.place, self.digest = place, digest
+        self.pages, foreign = self._read("metadata.jsonl")
+        self.drops, _ = self._read("dropped.jsonl")
+        if foreign:
+            raise SettingsError(f"--out {place} holds a dataset that make_pages.py did not write: name another folder")
+        place.mkdir(parents=True, exist_ok=True)
+        self.files_before = {row["file_name"] for row in self.pages.values()}
+        for rows in (self.pages, self.drops):
+            for page in [page for page, row in rows.items() if row["settings"] != digest]:
+                del rows[page]
+        self.write(list(self.pages.values()), list(self.drops.values()))
+
+    def _read(self, name: str) -> tuple[dict[str, dict[str, Any]], bool]:
+        """({page: its last line}, whether a line is none of ours)."""
+        rows, foreign = {}, False
+        if (self.place / name).is_file():
+            for line in (self.place / name).read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:  # the line at which an earlier run was killed
+                    continue
+                if not isinstance(row, dict) or not {"page", "settings", "source"} <= row.keys():
+                    foreign = True
+                else:
+                    rows[row["page"]] = row
+        return rows, foreign
+
+    def known(self, page: str, source: str) -> dict[str, Any] | None:
+        """What an earlier run made of the page, if neither its source nor the settings have changed."""
+        row = self.pages.get(page)
+        if row and row["source"] == source and (self.place / row["file_name"]).is_file():
+            return row
+        row = self.drops.get(page)
+        return row if row and row["source"] == source and row["reason"] not in RETRIED else None
+
+    def add(self, row: dict[str, Any], picture: bytes | None) -> None:
+        """Writes one page: its screenshot first, then its line in one piece."""
+        if picture is not None:
+            replace_file(self.place / row["file_name"], picture)
+        line = json.dumps(row, ensure_ascii=False) + "\n"
+        with open(self.place / ("dropped.jsonl" if "reason" in row else "metadata.jsonl"), "ab", buffering=0) as file:
+            file.write(line.encode("utf-8", "replace"))
+
+    def write(self, written: Sequence[dict[str, Any]], dropped: Sequence[dict[str, Any]]) -> None:
+        for name, rows in (("metadata.jsonl", written), ("dropped.jsonl", dropped)):
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            replace_file(self.place / name, lines.encode("utf-8", "replace"))
+
+    def finish(self, report: Report, summary: Mapping[str, Any]) -> None:
+        """Puts the lines in the order of the source, and drops pictures that no line names any more."""
+        written, dropped = report.written, report.dropped
+        if report.interrupted:
+            seen = {row["page"] for row in (*written, *dropped)}
+            written = [*written, *(row for page, row in self.pages.items() if page not in seen)]
+            dropped = [*dropped, *(row for page, row in self.drops.items() if page not in seen)]
+        self.write(written, dropped)
+        for name in self.files_before - {row["file_name"] for row in written}:
+            (self.place / name).unlink(missing_ok=True)
+        replace_file(self.place / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+
+
+def replace_file(file: Path, content: bytes) -> None:
+    """Writes it whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.part")
+    part.write_bytes(content)
+    os.replace(part, file)
+
+
+def picture_name(page: str) -> str:
+    """A page's name as a file's, without its suffix: safe on every system, and another for every page."""
+    parts = [re.sub(r"[^\w.-]", "_", part, flags=re.A).lstrip(".")[:100] or "_" for part in page.split("/")]
+    name = "/".join(parts)
+    return name if name == page else f"{name}-{hashlib.sha256(page.encode()).hexdigest()[:8]}"
+
+
+def worked_on(
+    source: Source, settings: Settings, folder: Folder, renderer: Renderer, count: Callable[[str], int]
+) -> tuple[dict[str, Any], bytes | None, bool]:
+    """(the page's line, its screenshot if it is new, whether an earlier run made it)."""
+    files = LocalFiles(source.root)
+    row: dict[str, Any] = {"page": source.name, "source": "", "settings": folder.digest}
+    try:
+        html = read_html(source)
+        where = source.path.resolve().parent if source.path else None
+        html = inline_files(html, where, files, settings.scripts == "run")
+        row["source"] = hashlib.sha256(html.encode("utf-8", "replace")).hexdigest()
+        if files.notes:
+            row["notes"] = dict(files.notes)
+        if known := folder.known(source.name, row["source"]):
+            return known, None, True
+        record, image = make_page(source.name, html, settings, renderer, count)
+    except PageDropped as error:
+        return row | {"reason": error.reason, "detail": str(error)}, None, False
+    suffix, picture = encode(image)
+    return {"file_name": picture_name(source.name) + suffix, **record, **row}, picture, False
+
+
+def write_pages(
+    sources: Iterable[Source], settings: Settings, folder: Folder, renderer: Renderer, pages_at_once: int = 2
+) -> Report:
+    """Makes every page; Ctrl-C leaves a folder that is valid and can be gone on with."""
+    from tqdm import tqdm
+
+    count, report, seen = token_counter(settings.tokenizer), Report(), set()
+    pool, waiting = ThreadPoolExecutor(pages_at_once), deque()
+    bar = tqdm(desc="pages", unit="page", mininterval=0.5, total=len(sources) if hasattr(sources, "__len__") else None)
+
+    def take(future: Future) -> None:
+        row, picture, reused = future.result()
+        if "reason" not in row:
+            target = hashlib.sha256(row["text"].encode("utf-8", "replace")).digest()
+            if target in seen:
+                kept = {key: row[key] for key in ("page", "source", "settings")}
+                row, picture, reused = (
+                    kept | {"reason": "duplicate", "detail": "the target of an earlier page"},
+                    None,
+                    False,
+                )
+            seen.add(target)
+        if not reused:
+            folder.add(row, picture)
+        report.reused += reused
+        (report.dropped if "reason" in row else report.written).append(row)
+        report.asked += 1
+        bar.update()
+
+    try:
+        for source in sources:
+            waiting.append(pool.submit(worked_on, source, settings, folder, renderer, count))
+            if len(waiting) > 2 * pages_at_once:
+                take(waiting.popleft())
+        while waiting:
+            take(waiting.popleft())
+    except KeyboardInterrupt:
+        report.interrupted = True
+    finally:
+        pool.shutdown(wait=not report.interrupted, cancel_futures=True)
+        bar.close()
+    return report
+
+
+# -----------------------------------------------------------------------------
+# Command line
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    defaults = Settings()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("source", metavar="SOURCE", help="folder of HTML files, list of them (.txt), or dataset")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the dataset goes")
+    parser.add_argument(
+        "--scripts", choices=("drop", "run"), default=defaults.scripts, help="run: once, without a network"
+    )
+    parser.add_argument(
+        "--widths", default=",".join(map(str, defaults.widths)), help="viewports, px; dealt out by name"
+    )
+    parser.add_argument("--max_height", type=int, default=defaults.max_height, help="px; longer pages are cut")
+    parser.add_argument("--max_html_tokens", type=int, help="longer pages are cut; needs --tokenizer")
+    parser.add_argument("--max_html_characters", type=int, help="longer pages are cut")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="with tokenizer.json; lengths are then told in tokens")
+    parser.add_argument("--num_samples", type=int, help="pages to take from SOURCE at most; default: all")
+    parser.add_argument("--html_column", default="text", help="of a dataset")
+    parser.add_argument("--dataset_config", help="of a dataset on the Hub")
+    parser.add_argument("--dataset_split", default="train", help="of a dataset")
+    parser.add_argument("--pages_at_once", type=int, default=2, help="browsers; one needs a core and 0.4 GB")
+    return parser.parse_args(argv)
+
+
+def settings_from(args: argparse.Namespace) -> Settings:
+    """SettingsError where the arguments cannot work."""
+    try:
+        widths = tuple(int(width) for width in args.widths.split(","))
+    except ValueError:
+        raise SettingsError(f"--widths {args.widths}: whole numbers with commas between, such as 1280,390") from None
+    for name in ("pages_at_once", "num_samples"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise SettingsError(f"--{name} {value}: at least 1")
+    limits = args.max_height, args.max_html_tokens, args.max_html_characters
+    settings = Settings(args.scripts, widths, *limits, args.tokenizer)
+    check_settings(settings)
+    return settings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        settings = settings_from(args)
+        pages = find_pages(args.source, args.html_column, args.dataset_config, args.dataset_split)
+        pages = itertools.islice(pages, args.num_samples)
+        first = list(itertools.islice(pages, 1))  # before anything is written: there may be no such source
+        pages = first + list(pages) if Path(args.source).expanduser().exists() else itertools.chain(first, pages)
+        with Renderer(args.pages_at_once, SECONDS_PER_RENDER) as renderer:
+            folder = Folder(args.out, settings.digest())
+            report = write_pages(pages, settings, folder, renderer, args.pages_at_once)
+            facts = {"settings": asdict(settings), "source": args.source, "browser": renderer.facts}
+    except (SettingsError, BrowserMissing) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    summary = report.summary()
+    folder.finish(report, summary | facts)
+    for note, number in summary["could not be had"].items():
+        print(f"{number:,} {note}", file=sys.stderr)
+    print(report)
+    if report.interrupted:
+        return 85
+    if not report.written:
+        print(f"error: no page left: {args.out / 'dropped.jsonl'} says why", file=sys.stderr)
+        return 80
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
