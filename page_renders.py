@@ -110,7 +110,7 @@ def find_chromium(asked: str | None = None) -> str | None:
         if not Path(asked).exists():
             raise BrowserMissing(f"{asked}: no such browser")
         return asked
-    for name in ("chromium", "chromium-browser", "google-chrome"):
+    for name in ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"):  # the lightest first
         if found := shutil.which(name):
             return found
     with sync_playwright() as playwright:
@@ -184,15 +184,20 @@ def work(chromium: str | None) -> None:
     os.dup2(2, 1)  # nothing else may write where the answers go
     flags = FLAGS + (["--no-sandbox"] if os.geteuid() == 0 else [])
     with sync_playwright() as playwright:
-        browser, rendered = None, 0
+        browser, tab, rendered = None, None, 0
         while (frame := receive(sys.stdin.buffer)) is not None:
             if browser is None or rendered >= RECYCLE or not browser.is_connected():
                 if browser is not None:
                     browser.close()
                 browser, rendered = playwright.chromium.launch(executable_path=chromium, args=flags), 0
+                tab = None
             job, pictures = Job(**json.loads(frame)), []
             try:
-                values, clipped = render_in(browser, job, pictures)
+                if tab is not None and not tab.suits(job):
+                    tab.close()
+                    tab = None
+                tab = tab or Tab(browser, job)
+                values, clipped = tab.render(job, rendered, pictures)
                 answer = {"values": values, "clipped": clipped, "version": browser.version}
             except Exception as error:  # handed to the parent, which reports or retries
                 answer, pictures = {"failure": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}, []
@@ -204,42 +209,56 @@ def work(chromium: str | None) -> None:
                 send(answers, picture)
 
 
-def render_in(browser, job: Job, pictures: list[bytes]) -> tuple[list, bool]:
-    """(worker process) The steps' values, None for each picture, which goes into `pictures`; whether one was cut."""
-    context = browser.new_context(
-        viewport={"width": job.width, "height": job.height},
-        locale="en-US",
-        timezone_id="UTC",
-        reduced_motion="reduce",
-        color_scheme="light",
-        device_scale_factor=1,
-        service_workers="block",
-        accept_downloads=False,
-    )
-    try:
-        page = context.new_page()
-        context.on("page", lambda other: other.close())
-        page.on("dialog", lambda dialog: dialog.dismiss())
-        served = []
+class Tab:
+    """(worker process) A page of a browser, and the job whose HTML is served to it."""
 
-        def serve(route) -> None:
-            request = route.request
-            if request.url == PLACE and request.is_navigation_request() and not served:
-                served.append(True)
-                policy = CSP.format("'unsafe-inline'" if job.scripts else "'none'")
-                headers = {"content-type": "text/html; charset=utf-8", "content-security-policy": policy}
-                route.fulfill(status=200, headers=headers, body=job.html.encode("utf-8", "replace"))
-            else:
-                route.abort()
+    def __init__(self, browser, job: Job):
+        self.window, self.scripts, self.job, self.address, self.served = size_of(job), job.scripts, job, PLACE, 0
+        self.context = browser.new_context(
+            viewport={"width": job.width, "height": job.height},
+            locale="en-US",
+            timezone_id="UTC",
+            reduced_motion="reduce",
+            color_scheme="light",
+            device_scale_factor=1,
+            service_workers="block",
+            accept_downloads=False,
+        )
+        self.page = self.context.new_page()
+        self.context.on("page", lambda other: other.close())
+        self.page.on("dialog", lambda dialog: dialog.dismiss())
+        self.context.route("**/*", self.serve)
+        self.context.route_web_socket("**/*", lambda socket: socket.close())
+        self.session = self.context.new_cdp_session(self.page)
 
-        context.route("**/*", serve)
-        context.route_web_socket("**/*", lambda socket: socket.close())
-        page.goto(PLACE, wait_until="load")
-        session = context.new_cdp_session(page)
-        return run_steps(session, job, pictures)
-    finally:
+    def suits(self, job: Job) -> bool:
+        """Without scripts a page leaves nothing for the next; scripts get a context of their own."""
+        return size_of(job) == self.window and not self.scripts and not job.scripts
+
+    def serve(self, route) -> None:
+        request = route.request
+        if request.url == self.address and request.is_navigation_request() and not self.served:
+            self.served += 1
+            policy = CSP.format("'unsafe-inline'" if self.job.scripts else "'none'")
+            headers = {"content-type": "text/html; charset=utf-8", "content-security-policy": policy}
+            route.fulfill(status=200, headers=headers, body=self.job.html.encode("utf-8", "replace"))
+        else:
+            route.abort()
+
+    def render(self, job: Job, number: int, pictures: list[bytes]) -> tuple[list, bool]:
+        """The steps' values, None for each picture, which goes into `pictures`; whether one was cut."""
+        self.job, self.served = job, 0
+        self.address = f"{PLACE}{number}/"  # another for each job, so that no link is a visited one
+        self.page.goto(self.address, wait_until="load")
+        return run_steps(self.session, job, pictures)
+
+    def close(self) -> None:
         with contextlib.suppress(Exception):  # the page may be gone, and its browser with it
-            context.close()
+            self.context.close()
+
+
+def size_of(job: Job) -> tuple[int, int]:
+    return job.width, job.height
 
 
 def run_steps(session, job: Job, pictures: list[bytes]) -> tuple[list, bool]:
@@ -352,10 +371,16 @@ class Worker:
                 new = [child.pid for child in children if child.pid not in family]
                 continue
             break
-        for pid in {*family, *marked(self.mark)}:  # Chromium's crash handler leaves the family
+        for pid in family:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
+        patience = time.monotonic() + 5  # a killed process takes a moment to go, and its helpers may be starting
+        while (left := marked(self.mark)) and time.monotonic() < patience:  # the crash handler leaves the family
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
         for stream in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(OSError):
                 stream.close()
@@ -399,11 +424,11 @@ class Renderer:
         return decoded(self.pool.submit(self._render, Job(job) if isinstance(job, str) else job).result())
 
     def map(self, jobs: Iterable[Job]) -> Iterator[Render]:
-        """Renders in the order of `jobs`, which are read no further ahead than browsers need."""
+        """Renders in the order of `jobs`, which are read a little ahead, so that no browser waits for the caller."""
         waiting: deque[Future[Render]] = deque()
         for job in jobs:
             waiting.append(self.pool.submit(self._render, job))
-            if len(waiting) > self.pages_at_once:
+            if len(waiting) > 4 * self.pages_at_once:
                 yield decoded(waiting.popleft().result())
         while waiting:
             yield decoded(waiting.popleft().result())

@@ -170,6 +170,7 @@ TEXT_TAGS = "p h1 h2 h3 h4 h5 h6 div span a b li table td th button footer heade
 LEVELS = tuple(range(10, 251, 16))  # of red, green and blue; 16 apart, so that each is known within 4
 PALETTE, SHIFT = len(LEVELS) ** 3, 50  # colours; what the second render adds to each, modulo 256
 NEAR_COLOUR, NEAR_SHIFT = 4, 8  # by Design2Code's definition
+BAND = 1024  # rows of a picture that are compared at once, to need less memory
 MAX_PASSES = 4  # pairs of renders: a page with more texts than colours is coloured in parts
 
 # Prototypes' own functions: a form's field called `style` or `parentNode` would stand in for the form's property.
@@ -292,11 +293,14 @@ def blocks_of(image, first, second, texts: Sequence[Sequence]) -> list[Block]:
     import numpy as np
 
     height, width = (min(sizes) for sizes in zip(image.shape[:2], first.shape[:2], second.shape[:2]))
-    image, one, two = (part[:height, :width] for part in (image, first, second))
-    shifted = one + np.uint8(SHIFT)  # bytes: modulo 256
-    near = np.maximum(shifted, two) - np.minimum(shifted, two) <= NEAR_SHIFT
-    rows, columns = np.nonzero(near[..., 0] & near[..., 1] & near[..., 2])
-    colors = one[rows, columns].astype(np.int16)
+    parts = []
+    for top in range(0, height, BAND):
+        one, two = (part[top : min(top + BAND, height), :width] for part in (first, second))
+        shifted = one + np.uint8(SHIFT)  # bytes: modulo 256
+        near = np.maximum(shifted, two) - np.minimum(shifted, two) <= NEAR_SHIFT
+        rows, columns = np.nonzero(near[..., 0] & near[..., 1] & near[..., 2])
+        parts.append((rows + top, columns, one[rows, columns].astype(np.int16)))
+    rows, columns, colors = map(np.concatenate, zip(*parts))
     levels = np.rint((colors - LEVELS[0]) / 16).astype(np.int64).clip(0, len(LEVELS) - 1)
     known = (np.abs(colors - (LEVELS[0] + 16 * levels)) <= NEAR_COLOUR).all(axis=1)
     rows, columns = rows[known], columns[known]
@@ -338,21 +342,81 @@ ALIKE, MERGE_GAIN, CONTEXT = 0.5, 0.05, 0.1  # least similarity of a pair; least
 class Similarity:
     """difflib's ratio of two texts, each pair worked out once; with its rule for popular characters."""
 
-    def __init__(self):
-        self.known: dict[tuple[str, str], float] = {}
-
-    def __call__(self, one: str, two: str) -> float:
+    def __init__(self, swapped: bool = False):
         from cydifflib import SequenceMatcher
 
-        pair = one, two
-        if pair not in self.known:
-            self.known[pair] = 1.0 if one == two else SequenceMatcher(None, one, two).ratio()
-        return self.known[pair]
+        self.new, self.matchers, self.swapped = SequenceMatcher, {}, swapped
+        self.known: dict[str, dict[str, float]] = {}
+        self.turned = None if swapped else Similarity(swapped=True)  # the ratio depends on which text comes first
+
+    def matcher(self, second: str) -> Any:
+        if second not in self.matchers:
+            self.matchers[second] = self.new(None, "", second)  # what it finds out about its second text, it keeps
+        return self.matchers[second]
+
+    def cost(self, text: str, column: str) -> float:
+        """The ratio, negative."""
+        known = self.known.setdefault(text, {})
+        if column not in known:
+            one, two = (column, text) if self.swapped else (text, column)
+            matcher = self.matcher(two)
+            matcher.set_seq1(one)
+            known[column] = -1.0 if one == two else -matcher.ratio()
+        return known[column]
 
     def costs(self, first: Sequence[Block], second: Sequence[Block]):
+        """(first, second)"""
         import numpy as np
 
-        return np.array([[-self(one.text, two.text) for two in second] for one in first]).reshape(len(first), -1)
+        columns = [block.text for block in second]
+        rows = [[self.cost(block.text, column) for column in columns] for block in first]
+        return np.array(rows, dtype=float).reshape(len(first), len(second))
+
+
+class Bound:
+    """The most that a merge of two neighbouring rows can gain, without solving the assignment again.
+
+    For rows at least as many as columns, also after the merge. Any prices of the columns give a lower bound of the new
+    total by weak duality of linear programs; the best prices are those of the assignment at hand. A merge that is
+    bounded below `MERGE_GAIN` is not worth working out, and its texts need not even be compared: no ratio is above what
+    the characters that two texts share would allow (difflib's `quick_ratio`).
+    """
+
+    def __init__(self, costs, rows, columns, second: Sequence[Block], similarity: Similarity):
+        import numpy as np
+
+        # Prices as shortest paths from the rows that are left over, along the assigned ones (Bellman-Ford).
+        price = np.delete(costs, rows, axis=0).min(axis=0)
+        owner = costs[rows[np.argsort(columns)]]
+        steps = owner - np.diag(owner)[:, None]
+        for _ in range(len(price)):
+            lower = np.minimum(price, (price[:, None] + steps).min(axis=0))
+            if (lower == price).all():
+                break
+            price = lower
+        self.price, self.worth = price, np.minimum(0.0, (costs - price).min(axis=1))
+        self.slack = costs[rows, columns].sum() - price.sum() - self.worth.sum()  # 0, but for rounding
+        self.similarity, self.columns = similarity, [block.text for block in second]
+        self.places = {character: n for n, character in enumerate(sorted({*"".join(self.columns)}))}
+        self.lengths = np.array([len(column) for column in self.columns])
+        self.counts = np.array([self.count(column) for column in self.columns])
+
+    def count(self, text: str):
+        import numpy as np
+
+        return np.bincount([self.places[c] for c in text if c in self.places], minlength=len(self.places))
+
+    def rules_out(self, place: int, text: str) -> bool:
+        """Whether merging the rows `place` and the next into one of `text` cannot gain enough."""
+        import numpy as np
+
+        least = self.slack + self.worth[place] + self.worth[place + 1] - MERGE_GAIN + 1e-9  # of the new row's worth
+        if least > 0:
+            return False
+        shared = np.minimum(self.counts, self.count(text)).sum(axis=1)
+        lowest = -2 * shared / (len(text) + self.lengths)
+        doubtful = np.flatnonzero(lowest - self.price < least)
+        return all(self.similarity.cost(text, self.columns[n]) - self.price[n] >= least for n in doubtful.tolist())
 
 
 def assigned(costs) -> tuple[Any, Any]:
@@ -383,20 +447,22 @@ def merge_neighbours(first: list[Block], second: Sequence[Block], similarity: Si
     """`first` with those neighbours merged that match `second` better together, the best first."""
     import numpy as np
 
-    def costs_of(blocks: Sequence[Block]):
-        return similarity.costs(second, blocks).T if turned else similarity.costs(blocks, second)
+    similarity = similarity.turned if turned else similarity
 
-    def matched(costs) -> list[float]:
-        costs = costs.T if turned else costs
-        return costs[assigned(costs)].tolist()
+    def solved(costs) -> tuple[Any, Any]:
+        return assigned(costs.T)[::-1] if turned else assigned(costs)
 
     if len(first) < 2:
         return first
-    costs, gains = costs_of(first), []
-    current = matched(costs)
+    costs, gains = similarity.costs(first, second), []
+    current = costs[solved(costs)].tolist()
+    bound = Bound(costs, *solved(costs), second, similarity) if len(first) > len(second) else None
     for place in range(len(first) - 1):
-        row = costs_of([merged(first[place], first[place + 1])])
-        better = gain(current, matched(np.concatenate([costs[:place], row, costs[place + 2 :]])))
+        both = merged(first[place], first[place + 1])
+        if bound and bound.rules_out(place, both.text):
+            continue
+        after = np.concatenate([costs[:place], similarity.costs([both], second), costs[place + 2 :]])
+        better = gain(current, after[solved(after)].tolist())
         if better > MERGE_GAIN:
             gains.append((place, better))
     taken: set[int] = set()
@@ -548,7 +614,8 @@ def ssim(one, two) -> float:
 
     height, width = (min(sizes) for sizes in zip(one.shape[:2], two.shape[:2]))
     covered = one.shape[0] * one.shape[1] + two.shape[0] * two.shape[1] - height * width
-    grey = [np.asarray(Image.fromarray(part[:height, :width]).convert("L").reduce(SSIM_SHRINK)) for part in (one, two)]
+    small = [Image.fromarray(part[:height, :width]).convert("L").reduce(SSIM_SHRINK) for part in (one, two)]
+    grey = [np.asarray(picture, dtype=np.float32) for picture in small]
     if min(grey[0].shape) < 7:  # smaller than SSIM's window
         return 0.0
     return max(0.0, float(structural_similarity(*grey, data_range=255))) * height * width / covered

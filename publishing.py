@@ -117,6 +117,7 @@ def write_model_card(final_folder: Path, facts: dict) -> str:
     head |= {"base_model": base, "base_model_relation": "finetune"} if is_hub_id(base) else {}
     head |= {"pipeline_tag": "image-text-to-text", "library_name": "transformers", "tags": ["screenshot-to-html"]}
     measures = "n valid exact shuffled_exact truncated looping mean_tokens tokens_per_second".split()
+    measures += "failures likeness overall block text position color tree_bleu ssim".split()  # of rendered pages
     runs = [facts.get("results_before") or {}, facts.get("results") or {}]
     measured = [[measure, *(run.get(measure, "not measured") for run in runs)] for measure in measures]
     apart = {"results", "results_before", "base_licence", "licence", "settings", "recipe", "versions"}
@@ -132,7 +133,7 @@ def write_model_card(final_folder: Path, facts: dict) -> str:
         "```python\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
         f"model = AutoModelForImageTextToText.{load}\nprocessor = AutoProcessor.{load}\n```\n\n"
         "Ask with the screenshot first, then the prompt of `dom_recipe.json`, in the model's own chat template.",
-        "Results on held-out pages": table(("measure", "before", "after"), *measured),
+        "Results on held-out pages": table(("measure", "before", "after"), *measured) + difference(facts),
         "Training": table(("fact", "value"), *trained),
         "Licence": f"{'For research only, not for commerce. Improved using Qwen. ' * (name == 'qwen-research')}The "
         f"terms of {base} hold for it: {name or licence} ({link or 'see there'}). The data: {', '.join(terms)}.",
@@ -143,6 +144,15 @@ def write_model_card(final_folder: Path, facts: dict) -> str:
     text += "".join(f"\n## {heading}\n\n{body}\n" for heading, body in sections.items())
     (final_folder / "README.md").write_text(text, encoding="utf-8")
     return text
+
+
+def difference(facts: dict) -> str:
+    """Base against tuned by how alike the rendered pages look, where both were rendered."""
+    comparison = (facts.get("results") or {}).get("comparison") or {}
+    if not (found := comparison.get("metrics", {}).get("likeness")):
+        return ""
+    interval = f"95 % bootstrap interval {found['low']:+.3f} to {found['high']:+.3f}, p = {found['p']:.4f}"
+    return f"\n\nDifference in likeness: {found['difference']:+.3f} ({interval}, paired permutation test)."
 
 
 def push_final_folder(final_folder: Path, repo_id: str, private: bool) -> str:

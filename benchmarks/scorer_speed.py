@@ -74,7 +74,7 @@ def one_pair(blocks: int, renderer) -> dict[str, float]:
     read = time.monotonic()
     score = page_scores.compare(*pages, prediction)
     end = time.monotonic()
-    parts = {"rendering": rendered - start, "blocks": read - rendered, "matching and scores": end - read}
+    parts = {"rendering": rendered - start, "reading": read - rendered, "matching and scores": end - read}
     return {"blocks": score.blocks_reference, **parts, "seconds": end - start, "overall": score.overall}
 
 

@@ -26,6 +26,7 @@ from conftest import (
 )
 
 import holo1_dom_finetune as pipeline
+import page_renders
 import publishing
 
 # With plain SGD and a learning rate of 1, what one step changes is the gradient.
@@ -453,3 +454,75 @@ def test_lean_steps_learn_what_deepspeeds_own_do(processes, exact_base, pages_fo
         released[plain] = int(done.stdout.split("released ")[1].split()[0])
     assert max((final[True][name] - final[False][name]).abs().max() for name in final[True]) <= 1e-6
     assert released[True] - released[False] == (4 if processes == 1 else 0), released
+
+
+SCORES = """
+import json, sys
+sys.path.insert(0, {root!r})
+import holo1_dom_finetune as pipeline
+
+score = pipeline.Judge.score
+known = {{"step 1": 0.5, "step 2": 0.4, "after": 0.1}}
+
+def planned(self, label, written):
+    return score(self, label, written) | {{"likeness": known[label]}}
+
+pipeline.Judge.score = planned
+pipeline.Judge.render = lambda *unused: None
+pipeline.leave(pipeline.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_the_best_weights_by_score_become_the_final_folder(tiny_base, pages_folder, tmp_path):
+    """What pages score is planned here; all else is real: training stops early and step 1 wins over the end."""
+    script = tmp_path / "planned.py"
+    script.write_text(SCORES.format(root=str(ROOT)))
+    step = {"learning_rate": 1e-2, "gradient_accumulation_steps": 1, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    flags = small_run(tiny_base, pages_folder, max_steps=5, eval_every=1, early_stopping_patience=1, **step)
+    done = start_deepspeed(flags, tmp_path, processes=2, script=str(script))
+    assert done.returncode == 0, output(done)
+    steps = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("step ")]
+    assert steps[:2] == ["1/5", "2/5"] and "3/5" not in steps
+    assert "step 1 scored 0.500, the end 0.100: the better is final" in done.stdout
+    results = json.loads((tmp_path / "holo1_dom_finetune_output" / "evaluation" / "results.json").read_text())
+    assert results["final"] == "step 1" and results["after"]["likeness"] == 0.5
+    assert not (tmp_path / "holo1_dom_finetune_output" / "best").exists()
+    final = weights(tmp_path / "holo1_dom_finetune_final")
+    once = tmp_path / "once"
+    once.mkdir()
+    flags = small_run(tiny_base, pages_folder, max_steps=1, **step)
+    assert start_deepspeed(flags, once, processes=2).returncode == 0
+    assert all(torch.equal(final[name], value) for name, value in weights(once / "holo1_dom_finetune_final").items())
+
+
+@pytest.mark.slow
+def test_without_a_browser_training_goes_on_and_says_what_is_missing(tiny_base, pages_folder, tmp_path):
+    nowhere = {"PATH": str(tmp_path), "PLAYWRIGHT_BROWSERS_PATH": str(tmp_path)}
+    done = start_plain(small_run(tiny_base, pages_folder, max_steps=1), tmp_path, env=nowhere)
+    assert done.returncode == 0, output(done)
+    assert "pages are not rendered" in done.stdout and "playwright install chromium" in done.stdout
+    evaluation = tmp_path / "holo1_dom_finetune_output" / "evaluation"
+    assert (evaluation / "results.json").is_file() and not (evaluation / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_base_and_tuned_are_compared_by_rendering(tiny_base, pages_folder, tmp_path):
+    pytest.importorskip("playwright")
+    try:
+        page_renders.find_chromium()
+    except page_renders.BrowserMissing as error:
+        pytest.skip(str(error))
+    done = start_plain(small_run(tiny_base, pages_folder, max_steps=1, compare_base=True), tmp_path)
+    assert done.returncode == 0, output(done)
+    evaluation = tmp_path / "holo1_dom_finetune_output" / "evaluation"
+    results = json.loads((evaluation / "results.json").read_text())
+    assert results["before"]["failures"] == results["after"]["failures"] == 0
+    found = results["comparison"]["metrics"]["likeness"]
+    assert found["n"] == 4 and found["low"] <= found["difference"] <= found["high"] and 0 < found["p"] <= 1
+    assert [row["repetition_penalty"] for row in results["comparison"]["decoding"]] == [1.0, 1.05]
+    assert "likeness of the rendered pages" in done.stdout
+    report = (evaluation / "report.html").read_text(encoding="utf-8")
+    assert report.rstrip().endswith("</html>") and not list(evaluation.glob("rendered_*"))
+    card = (tmp_path / "holo1_dom_finetune_final" / "README.md").read_text()
+    assert "likeness" in card
