@@ -480,7 +480,8 @@ def decoded(render: Render) -> Render:
     from PIL import Image
 
     def pixels(png: bytes) -> Any:
-        return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+        image = Image.open(io.BytesIO(png))
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # a long page's is 60 MB each time
 
     values = tuple(pixels(value) if isinstance(value, bytes) else value for value in render.values)
     return replace(render, values=values)

@@ -789,10 +789,9 @@ def score_pairs(pairs: Iterable[Pair], renderer: Renderer) -> Iterator[tuple[Pai
             yield job_for(pair.reference, pair.width, pair.height)
             yield job_for(pair.prediction or "", pair.width, pair.height)
 
-    renders = iter(renderer.map(jobs()))
-    for render in renders:
-        wanted, written = page_of(render), page_of(next(renders))
-        pair = waiting.pop(0)
+    pages = map(page_of, renderer.map(jobs()))
+    for wanted in pages:
+        pair, written = waiting.pop(0), next(pages)
         if pair.prediction is None:
             written = Page(None, failure="there is none")
         yield pair, compare(wanted, written, pair.prediction or ""), wanted.image, written.image
