@@ -1357,7 +1357,7 @@ class Judge:
                 page_scores.prove(renderer)
                 scores = page_scores.run_pairs(self.pairs(rows), renderer, self.progress(label))
                 result["rendering"] = page_scores.browser_facts(renderer)
-        except (page_scores.BrowserMissing, page_scores.ScorerError) as error:
+        except (page_scores.BrowserMissing, page_scores.ScorerError, OSError) as error:
             self.unrendered = str(error)
             return say(f"pages are not rendered, so there are no scores of how they look: {error}")
         for page, score in zip(result["pages"], scores):
@@ -1403,9 +1403,9 @@ class Judge:
         after, before = self.results["after"], self.results.get("before")
         comparison = compare_results(before, after) if before else None
         content = {"decoding": asdict(self.recipe), "final": label, "comparison": comparison, **self.results}
-        (self.folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         keep_outputs(self.rows["after"], self.pages, self.folder, "written")
-        if "likeness" in after:
+        (self.folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if "rendering" in after:
             names = ("truncated", "looping", "exact")
             more = {page["page"]: {name: page[name] for name in names} for page in after["pages"]}
             file, progress = self.folder / "report.html", self.progress(f"{label} {self.recipe.repetition_penalty}")

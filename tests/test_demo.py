@@ -48,6 +48,10 @@ def test_demo_fine_tunes_through_launcher_and_zero_3(tmp_path):
     assert (before["n"], after["n"]) == (40, 40)
     assert before["exact"] <= 0.1 and after["shuffled_exact"] <= 0.1
     assert after["exact"] >= 0.6 and after["valid"] >= 0.95
+    assert before["failures"] == after["failures"] == 0 and after["likeness"] - before["likeness"] > 0.5
+    assert results["comparison"]["metrics"]["likeness"]["low"] > 0.5 and "likeness of the rendered pages" in done.stdout
+    report = (tmp_path / "holo1_dom_finetune_output" / "evaluation" / "report.html").read_text(encoding="utf-8")
+    assert report.count("data:image/") >= 80, "both pictures of each page"
     page = tmp_path / "holo1_dom_finetune_output" / "evaluation" / "page-0001"
     command = [sys.executable, str(ROOT / "use_model_from_hub.py"), "--image", str(page / "screenshot.png")]
     used = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
