@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 
 import fast_training
@@ -1341,10 +1342,19 @@ class Judge:
 
         return [pair(row, page) for row, page in zip(rows, self.pages)]
 
+    @cached_property
+    def clip(self):
+        """(main process only) CLIP or None, and why."""
+        import page_scores
+
+        return page_scores.find_clip()
+
     def progress(self, label: str):
         import page_scores
 
-        return page_scores.Progress(self.folder / f"rendered_{label.replace(' ', '_')}", pictures=True)
+        clip, _ = self.clip
+        folder = self.folder / f"rendered_{label.replace(' ', '_')}"
+        return page_scores.Progress(folder, pictures=True, clip=clip and clip.name)
 
     def render(self, label: str, rows: list[dict], result: dict) -> None:
         """(main process only) Add what the rendered pages score; say so, once, where there is no browser."""
@@ -1354,9 +1364,10 @@ class Judge:
             return
         try:
             with page_scores.Renderer() as renderer:
-                page_scores.prove(renderer)
-                scores = page_scores.run_pairs(self.pairs(rows), renderer, self.progress(label))
-                result["rendering"] = page_scores.browser_facts(renderer)
+                clip, why_not = self.clip
+                page_scores.prove(renderer, clip=clip)
+                scores = page_scores.run_pairs(self.pairs(rows), renderer, self.progress(label), clip)
+                result["rendering"] = page_scores.browser_facts(renderer, clip, why_not)
         except (page_scores.BrowserMissing, page_scores.ScorerError, OSError) as error:
             self.unrendered = str(error)
             return say(f"pages are not rendered, so there are no scores of how they look: {error}")
@@ -1462,6 +1473,10 @@ def make_arguments(resolved: Resolved):
     if resolved.deepspeed is not None and not torch.cuda.is_available():
         # accelerate 1.15 gives DeepSpeed no backend on a CPU and then counts one process, whatever the launcher said.
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        # DeepSpeed would compile a sum in shared memory that only inference uses, and leave 66 MiB of /dev/shm behind.
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         PartialState(backend="gloo", timeout=timedelta(seconds=training["ddp_timeout"]))
         training["accelerator_config"] = {"use_configured_state": True}
     try:

@@ -8,11 +8,12 @@
         score(reference_html, prediction_html, renderer).overall
 
 Chromium renders both pages, safely (page_renders.py). The scores are those of Design2Code (Si et al., NAACL 2025),
-TreeBLEU (Gui et al., WebCode2M, 2025) and SSIM (Wang et al., 2004); CLIP's is left out: its weights are not at hand.
-Before every run the scorer proves itself (`prove`). Needs html5lib, numpy, scikit-image with scipy, and cydifflib;
-never torch.
+TreeBLEU (Gui et al., WebCode2M, 2025) and SSIM (Wang et al., 2004); CLIP's where its weights are at hand. Before every
+run the scorer proves itself (`prove`). Needs html5lib, numpy, scikit-image with scipy, and cydifflib; torch and
+transformers for CLIP only.
 
-Sections: Validity, Repetition and equality, Blocks, Matching, Scores, Proof, Comparison, Many pages, Command line.
+Sections: Validity, Repetition and equality, Blocks, Matching, CLIP, Scores, Proof, Comparison, Many pages, Command
+line.
 """
 
 from __future__ import annotations
@@ -501,6 +502,75 @@ def match(prediction: Sequence[Block], reference: Sequence[Block]) -> tuple[list
 
 
 # -----------------------------------------------------------------------------
+# CLIP: how alike two pages are besides their texts
+
+CLIP_MODEL = "openai/clip-vit-base-patch32"  # ViT-B/32, as in Design2Code
+
+
+class ClipMissing(RuntimeError):
+    """CLIP cannot be scored here; the message says what is missing."""
+
+
+class Clip:
+    """Cosine of CLIP's features of two pictures, their texts painted over (Telea 2004), squeezed into a square.
+
+    `name` is a folder, or a Hub repository that is in the cache; nothing is fetched. Raises `ClipMissing`. Runs on the
+    CPU, about 0.3 s for a pair.
+    """
+
+    def __init__(self, name: str = CLIP_MODEL):
+        import huggingface_hub as hub
+
+        def place(file: str) -> Path | None:
+            found = Path(name, file) if Path(name).is_dir() else hub.try_to_load_from_cache(name, file)
+            return Path(found) if isinstance(found, str | Path) and Path(found).is_file() else None
+
+        config, processor = place("config.json"), place("preprocessor_config.json")
+        weights = place("model.safetensors") or place("pytorch_model.bin")
+        if not (config and processor and weights):
+            raise ClipMissing(f"the weights of {name} are not at hand: hf download {name}")
+        try:
+            import cv2
+            import torch
+            from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+        except ImportError as error:
+            raise ClipMissing(f"{error.name} is not installed: pip install -r requirements.txt") from None
+        self.torch, self.cv2, self.name = torch, cv2, name
+        self.processor = CLIPImageProcessor.from_json_file(processor)
+        # Not by from_pretrained, which would deal the weights out to all ranks of a ZeRO-3 training.
+        self.model = CLIPModel(CLIPConfig.from_json_file(config)).eval()
+        if weights.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(weights)
+        else:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        lost = self.model.load_state_dict(state, strict=False).missing_keys
+        if any(not key.endswith("position_ids") for key in lost):
+            raise ClipMissing(f"{name} lacks {', '.join(lost[:3])}: another kind of checkpoint?")
+
+    def __call__(self, one: Page, two: Page) -> float:
+        pictures = [self.without_texts(page) for page in (one, two)]
+        inputs = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
+        with self.torch.no_grad():
+            pooled = self.model.vision_model(pixel_values=inputs).pooler_output
+            features = self.model.visual_projection(pooled)
+        return max(0.0, float(self.torch.nn.functional.cosine_similarity(features[0], features[1], dim=0)))
+
+    def without_texts(self, page: Page):
+        import numpy as np
+        from PIL import Image
+
+        height, width = page.image.shape[:2]
+        mask = np.zeros((height, width), np.uint8)
+        for block in page.blocks:
+            left, top = int(block.x * width), int(block.y * height)
+            mask[top : top + int(block.height * height), left : left + int(block.width * width)] = 255
+        picture = self.cv2.inpaint(page.image, mask, 3, self.cv2.INPAINT_TELEA) if page.blocks else page.image
+        return Image.fromarray(picture).resize((min(width, height),) * 2, Image.Resampling.LANCZOS)
+
+
+# -----------------------------------------------------------------------------
 # Scores
 
 SSIM_SHRINK = 2  # both sides of the pictures, before SSIM: a quarter of the time, and small type still counts
@@ -510,8 +580,9 @@ MISPLACED, MISCOLOURED, MISSED = 0.9, 0.8, 0.5  # below these a page carries the
 
 @dataclass(frozen=True)
 class PageScore:
-    """All scores are 0 to 1. `overall` is the mean of the first four, as Design2Code's without CLIP; `likeness` is
-    `block` times the mean of the other three, so that a wrong page with one lucky match cannot look half right."""
+    """All scores are 0 to 1. `overall` is Design2Code's, the mean of the first four and of `clip` where that is known;
+    `likeness` is `block` times the mean of text, position and colour, so that a wrong page with one lucky match cannot
+    look half right."""
 
     block: float = 0.0
     text: float = 0.0
@@ -521,6 +592,7 @@ class PageScore:
     likeness: float = 0.0
     tree_bleu: float = 0.0
     ssim: float = 0.0
+    clip: float | None = None
     valid: bool = False
     blocks_reference: int = 0
     blocks_prediction: int = 0
@@ -531,8 +603,8 @@ class PageScore:
     invented: tuple[Block, ...] = field(default=(), repr=False)  # of the prediction only
 
     def as_json(self) -> dict[str, Any]:
-        """Without the blocks."""
-        left_out = ("matched", "missing", "invented")
+        """Without the blocks, and without CLIP's score where there is none."""
+        left_out = ("matched", "missing", "invented", *(["clip"] if self.clip is None else []))
         return {
             name: value
             for name, value in asdict(replace(self, matched=(), missing=(), invented=())).items()
@@ -540,20 +612,22 @@ class PageScore:
         }
 
 
-def score(reference: str, prediction: str, renderer: Renderer | None = None, width: int = 1280) -> PageScore:
+def score(
+    reference: str, prediction: str, renderer: Renderer | None = None, width: int = 1280, clip: Clip | None = None
+) -> PageScore:
     """How alike two pages are, given as HTML. Raises `page_renders.BrowserMissing` without Chromium.
 
     With a `renderer` of one's own many pages share a browser; the proof is the caller's then.
     """
     if renderer is None:
         with Renderer() as own:
-            prove(own)
-            return score(reference, prediction, own, width)
+            prove(own, clip=clip)
+            return score(reference, prediction, own, width, clip)
     wanted, written = map(page_of, renderer.map([job_for(reference, width), job_for(prediction, width)]))
-    return compare(wanted, written, prediction)
+    return compare(wanted, written, prediction, clip)
 
 
-def compare(reference: Page, prediction: Page, html: str) -> PageScore:
+def compare(reference: Page, prediction: Page, html: str, clip: Clip | None = None) -> PageScore:
     """`html` is the prediction's, for what its picture does not tell."""
     checked = validity(html)
     causes = ["cut off"] if not checked.closed else []
@@ -563,10 +637,14 @@ def compare(reference: Page, prediction: Page, html: str) -> PageScore:
     sizes = {"blocks_reference": len(reference.blocks), "blocks_prediction": len(prediction.blocks)}
     if failure:
         lists = {"missing": reference.blocks, "invented": prediction.blocks}
+        lists["clip"] = 0.0 if clip else None
         return PageScore(valid=checked.valid, failure=failure, causes=("not rendered", *causes), **sizes, **lists)
     found = block_scores(prediction.blocks, reference.blocks)
     found["tree_bleu"] = len(reference.subtrees & prediction.subtrees) / max(1, len(reference.subtrees))
     found["ssim"] = ssim(reference.image, prediction.image)
+    if clip:
+        found["clip"] = clip(reference, prediction)
+        found["overall"] = (4 * found["overall"] + found["clip"]) / 5
     causes += ["blank"] if reference.blocks and not prediction.blocks else []
     causes += ["misplaced"] if found["matched"] and found["position"] < MISPLACED else []
     causes += ["miscoloured"] if found["matched"] and found["color"] < MISCOLOURED else []
@@ -675,14 +753,15 @@ def proof_cases() -> dict[str, str]:
     }
 
 
-def prove(renderer: Renderer, cases: Mapping[str, str] | None = None) -> dict[str, PageScore]:
+def prove(renderer: Renderer, cases: Mapping[str, str] | None = None, clip: Clip | None = None) -> dict[str, PageScore]:
     """Raise `ScorerError`, naming the case, unless known pages score as they must. Returns their scores."""
     known = dict(cases or proof_cases())
     html = known["itself"]
     pages = dict(zip(known, map(page_of, renderer.map(job_for(page, width=640) for page in known.values()))))
-    found = {name: compare(pages["itself"], page, known[name]) for name, page in pages.items()}
-    found["not rendered"] = compare(pages["itself"], Page(None, failure="on purpose"), html)
-    found["both not rendered"] = compare(Page(None, failure="on purpose"), Page(None, failure="on purpose"), html)
+    found = {name: compare(pages["itself"], page, known[name], clip) for name, page in pages.items()}
+    failed = Page(None, failure="on purpose")
+    found["not rendered"] = compare(pages["itself"], failed, html, clip)
+    found["both not rendered"] = compare(failed, failed, html, clip)
 
     def claim(true: bool, text: str, *names: str) -> None:
         if not true:
@@ -691,12 +770,12 @@ def prove(renderer: Renderer, cases: Mapping[str, str] | None = None) -> dict[st
 
     for name in known:
         claim(found[name].failure is None, f"{name!r} could not be rendered", name)
-    for metric in METRICS:
+    for metric in (*METRICS, *(["clip"] if clip else [])):
         value = getattr(found["itself"], metric)
-        claim(abs(value - 1) < 1e-6, f"{metric} of a page against itself is {value}, not 1", "itself")
+        claim(abs(value - 1) < 1e-5, f"{metric} of a page against itself is {value}, not 1", "itself")
         for name in ("not rendered", "both not rendered"):
             claim(getattr(found[name], metric) == 0, f"{metric} of a failed render is not 0", name)
-    for metric in ("block", "text", "position", "color", "overall", "likeness"):
+    for metric in ("block", "text", "position", "color", "likeness", *([] if clip else ["overall"])):
         claim(getattr(found["blank"], metric) == 0, f"{metric} of a blank page is not 0", "blank")
     claim(found["itself"].blocks_reference == len(PROOF), f"{len(PROOF)} texts give another number of blocks", "itself")
     for metric, few, many in (
@@ -752,7 +831,7 @@ def means(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     failed = [row for row in scores if row.get("failure")]
     found: dict[str, Any] = {"n": len(scores), "failures": len(failed), "failed": [row.get("page") for row in failed]}
     rendered = [row for row in scores if not row.get("failure")]
-    for metric in METRICS:
+    for metric in (*METRICS, *(["clip"] if any("clip" in row for row in scores) else [])):
         found[metric] = sum(row[metric] for row in scores) / len(scores) if scores else None
         alone = sum(row[metric] for row in rendered) / len(rendered) if rendered else None
         found[f"{metric}_without_failures"] = alone
@@ -779,7 +858,9 @@ class Pair:
         return hashlib.sha256(content.encode("utf-8", "replace")).hexdigest()
 
 
-def score_pairs(pairs: Iterable[Pair], renderer: Renderer) -> Iterator[tuple[Pair, PageScore, Any, Any]]:
+def score_pairs(
+    pairs: Iterable[Pair], renderer: Renderer, clip: Clip | None = None
+) -> Iterator[tuple[Pair, PageScore, Any, Any]]:
     """Of each pair, in order: its score, and the pictures of reference and prediction (None where there is none)."""
     waiting: list[Pair] = []
 
@@ -794,7 +875,7 @@ def score_pairs(pairs: Iterable[Pair], renderer: Renderer) -> Iterator[tuple[Pai
         pair, written = waiting.pop(0), next(pages)
         if pair.prediction is None:
             written = Page(None, failure="there is none")
-        yield pair, compare(wanted, written, pair.prediction or ""), wanted.image, written.image
+        yield pair, compare(wanted, written, pair.prediction or "", clip), wanted.image, written.image
 
 
 def pairs_of(references: Path, predictions: Path | None, width: int) -> list[Pair]:
@@ -821,8 +902,8 @@ def read(file: Path) -> str:
 class Progress:
     """Scores and pictures of a run, on disk until it ends: an interrupted one goes on where it was."""
 
-    def __init__(self, folder: Path | None, pictures: bool):
-        self.folder, self.pictures, self.rows = folder, pictures, {}
+    def __init__(self, folder: Path | None, pictures: bool, clip: str | None = None):
+        self.folder, self.pictures, self.clip, self.rows = folder, pictures, clip, {}
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -832,7 +913,7 @@ class Progress:
                 row = json.loads(line)
             except ValueError:  # the end of an interrupted run
                 continue
-            if not pictures or row["pictures"]:
+            if row["pictures"] >= pictures and row["clip"] == clip:
                 self.rows[row["key"]] = row["score"]
 
     def keep(self, key: str, score: PageScore, images: Sequence[Any]) -> None:
@@ -847,7 +928,7 @@ class Progress:
                 picture = picture.reduce(2) if picture.width > 960 else picture  # twice what the report shows
                 picture.save(self.folder / f"{key}-{name}.png", compress_level=1)
         with (self.folder / "scores.jsonl").open("a", encoding="utf-8") as file:
-            row = {"key": key, "pictures": self.pictures, "score": self.rows[key]}
+            row = {"key": key, "pictures": self.pictures, "clip": self.clip, "score": self.rows[key]}
             file.write(json.dumps(row) + "\n")
 
     def picture(self, key: str, name: str) -> Path | None:
@@ -859,13 +940,15 @@ class Progress:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def run_pairs(pairs: Sequence[Pair], renderer: Renderer, progress: Progress) -> list[dict[str, Any]]:
+def run_pairs(
+    pairs: Sequence[Pair], renderer: Renderer, progress: Progress, clip: Clip | None = None
+) -> list[dict[str, Any]]:
     """Scores of all pairs, in order, each with its `page`; a bar on stderr."""
     from tqdm import tqdm
 
     left = [pair for pair in pairs if pair.key not in progress.rows]
     with tqdm(total=len(pairs), initial=len(pairs) - len(left), unit="page", file=sys.stderr) as bar:
-        for pair, score, *images in score_pairs(left, renderer):
+        for pair, score, *images in score_pairs(left, renderer, clip):
             progress.keep(pair.key, score, images)
             bar.update()
     return [{"page": pair.name, **score_of(progress.rows[pair.key]).as_json()} for pair in pairs]
@@ -901,7 +984,8 @@ def write_pages_report(
         for pair in pairs:
             key = pair.key
             score = score_of(progress.rows[key])
-            shown = {name: getattr(score, name) for name in (*METRICS, "valid")} | dict((more or {}).get(pair.name, {}))
+            known = (*METRICS, "valid", *(["clip"] if score.clip is not None else []))
+            shown = {name: getattr(score, name) for name in known} | dict((more or {}).get(pair.name, {}))
             yield PageResult(
                 name=pair.name,
                 scores=shown,
@@ -920,14 +1004,22 @@ def write_pages_report(
     write_report(file, title, results(), dict(facts), comparison)
 
 
-def browser_facts(renderer: Renderer) -> dict[str, str]:
-    """What a picture depends on, besides the page."""
+def find_clip(name: str = CLIP_MODEL) -> tuple[Clip | None, str]:
+    """CLIP, or why there is none; for those who can do without."""
+    try:
+        return Clip(name), ""
+    except ClipMissing as error:
+        return None, str(error)
+
+
+def browser_facts(renderer: Renderer, clip: Clip | None, why_not: str) -> dict[str, str]:
+    """What scores depend on, besides the pages."""
     facts = renderer.facts
     fonts = facts.get("fonts") or []
     return {
         "browser": f"{facts.get('chromium')}{'' if facts.get('sandbox') else ', without its sandbox (as root)'}",
         "fonts": f"{len(fonts)}: {', '.join(fonts[:12])}{', ...' if len(fonts) > 12 else ''}",
-        "CLIP": "not scored, its weights are not at hand",
+        "CLIP": clip.name if clip else f"not scored, {why_not}",
     }
 
 
@@ -946,6 +1038,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", help="file for the scores; - for stdout")
     parser.add_argument("--report", type=Path, help="file for a report that shows every page")
     parser.add_argument("--width", type=int, default=1280, help="of the browser's window, in pixels")
+    parser.add_argument("--clip", help=f"folder or cached repository of CLIP's weights (default: {CLIP_MODEL})")
     args = parser.parse_args(argv)
     for place in (args.references, args.predictions):
         if place is not None and not place.exists():
@@ -958,10 +1051,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def summary_line(found: Mapping[str, Any]) -> str:
-    scores = ", ".join(f"{metric} {found[metric]:.3f}" for metric in METRICS)
+    metrics = [name for name in (*METRICS, "clip") if name in found]
+    scores = ", ".join(f"{metric} {found[metric]:.3f}" for metric in metrics)
     text = f"{found['n']} pages, {found['failures']} failures, counted as 0: {scores}"
     if found["failures"]:
-        alone = ", ".join(f"{m} {found[m + '_without_failures'] or 0:.3f}" for m in METRICS)
+        alone = ", ".join(f"{m} {found[m + '_without_failures'] or 0:.3f}" for m in metrics)
         text += f"; without them: {alone}; failed: {', '.join(map(str, found['failed'][:20]))}"
     return text
 
@@ -976,15 +1070,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{args.references}: no pages there (*.html, or page-*/reference.html)", file=sys.stderr)
         return 2
     target = args.report or (Path(args.json) if args.json not in (None, "-") else None)
-    progress = Progress(target and target.with_name(f"{target.name}.partial"), pictures=args.report is not None)
+    partial = target and target.with_name(f"{target.name}.partial")
     try:
+        clip, why_not = (Clip(args.clip), "") if args.clip else find_clip()
+        progress = Progress(partial, pictures=args.report is not None, clip=clip and clip.name)
         with Renderer() as renderer:
-            prove(renderer)
-            scores = run_pairs(pairs, renderer, progress)
-            facts = browser_facts(renderer)
-    except (BrowserMissing, ScorerError) as error:
+            prove(renderer, clip=clip)
+            scores = run_pairs(pairs, renderer, progress, clip)
+            facts = browser_facts(renderer, clip, why_not)
+    except (BrowserMissing, ClipMissing, ScorerError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, BrowserMissing) else 1
+        return 1 if isinstance(error, ScorerError) else 2
+    print(f"CLIP: {facts['CLIP']}", file=sys.stderr)
     print(summary_line(means(scores)), file=sys.stderr)
     if args.report:
         facts = {"references": args.references.name, "predictions": (args.predictions or args.references).name, **facts}

@@ -217,7 +217,10 @@ def start_deepspeed(flags: list[str], cwd: Path, processes: int = 1, config=None
     path.write_text(json.dumps(PLAIN_JSON if config is None else config))
     launcher = ["-m", "deepspeed.launcher.runner", f"--num_gpus={processes}", f"--master_port={free_port()}"]
     environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **options.pop("env", {})}
-    return run_script(*launcher, script, "--deepspeed", str(path), *flags, cwd=cwd, env=environment, **options)
+    done = run_script(*launcher, script, "--deepspeed", str(path), *flags, cwd=cwd, env=environment, **options)
+    left = list(Path("/dev/shm").glob(f"deepspeed*{launcher[-1].rpartition('=')[2]}*"))
+    assert not left, f"{left}: shared memory that nobody frees"
+    return done
 
 
 def weights(folder: Path) -> dict:

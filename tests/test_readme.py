@@ -434,7 +434,9 @@ def test_every_import_is_a_requirement_or_comes_with_one():
     """Names as packages call them; the few that other requirements bring along are named here."""
     brought = ["fsspec", "pyarrow", "safetensors", "tokenizers", "yaml", "numpy", "scipy"]
     names = {re.split(r"[<>=\s]", line)[0] for line in (ROOT / "requirements.txt").open() if line[0] not in "#\n"}
-    packages = {{"pillow": "PIL", "scikit-image": "skimage"}.get(name, name) for name in names} | {*brought}
+    packages = {
+        {"pillow": "PIL", "scikit-image": "skimage", "opencv-python-headless": "cv2"}.get(name, name) for name in names
+    } | {*brought}
     files = [path for folder in (".", "demo", "benchmarks", "tests") for path in (ROOT / folder).glob("*.py")]
     ours = {path.stem for path in files}
     imported = set()

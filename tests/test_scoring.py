@@ -189,6 +189,66 @@ def test_pages_without_any_text_are_alike_and_a_blank_one_is_not():
 
 
 # -----------------------------------------------------------------------------
+# CLIP
+
+
+@pytest.fixture(scope="module")
+def tiny_clip(tmp_path_factory) -> str:
+    """CLIP's true architecture with random weights: the real ones are 600 MB and on the Hub."""
+    import torch
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    folder = tmp_path_factory.mktemp("clip")
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=small, vision_config=small, projection_dim=16)).save_pretrained(folder)
+    CLIPImageProcessor().save_pretrained(folder)
+    return str(folder)
+
+
+def test_clip_does_not_see_texts_but_what_is_around_them(renderer, tiny_clip):
+    import torch
+    from transformers import CLIPImageProcessor, CLIPModel
+
+    clip = scores.Clip(tiny_clip)
+    page = "<!DOCTYPE html><html><body style='background:#fff'><p>{}</p><div style='{}'></div></body></html>"
+    shape = "width:600px;height:400px;background:#c33"
+    jobs = [scores.job_for(page.format(*parts)) for parts in (("One", shape), ("Two", shape), ("One", ""))]
+    one, two, empty = map(scores.page_of, renderer.map(jobs))
+    assert clip(one, one) == pytest.approx(1, abs=1e-6)
+    assert clip(one, empty) < clip(one, two)
+    assert np.asarray(clip.without_texts(one)).shape == (720, 720, 3)
+    inked, left = empty.image.min(axis=2) < 200, np.asarray(clip.without_texts(empty)).min(axis=2) < 200
+    assert inked.sum() > 50 and left.sum() <= inked.sum() / 5, "the text is painted over"
+    with torch.no_grad():  # the library's own way, on the same pictures
+        processor, model = CLIPImageProcessor.from_pretrained(tiny_clip), CLIPModel.from_pretrained(tiny_clip).eval()
+        inputs = processor(images=[clip.without_texts(page) for page in (one, empty)], return_tensors="pt")
+        features = model.get_image_features(**inputs)
+        features = features if torch.is_tensor(features) else features.pooler_output
+    wanted = torch.nn.functional.cosine_similarity(*features, dim=0)
+    assert clip(one, empty) == pytest.approx(float(wanted), abs=1e-5)
+
+
+def test_clip_is_a_fifth_of_the_mean_and_its_absence_is_said(recorded, tiny_clip, tmp_path, monkeypatch, capsys):
+    assert "hf download nobody/nothing" in scores.find_clip("nobody/nothing")[1]
+    clip = scores.Clip(tiny_clip)
+    found = scores.prove(recorded, clip=clip)["6 moved"]
+    four = [getattr(found, name) for name in ("block", "text", "position", "color")]
+    assert found.overall == pytest.approx((sum(four) + found.clip) / 5) and found.as_json()["clip"] == found.clip
+    assert "clip" not in scores.prove(recorded)["6 moved"].as_json()
+    rows = [found.as_json() | {"page": "a"}, scores.prove(recorded, clip=clip)["not rendered"].as_json()]
+    assert scores.means(rows)["clip"] == pytest.approx(found.clip / 2)
+    (tmp_path / "a.html").write_text("<!DOCTYPE html><html><body><p>A</p></body></html>")
+    pair = [str(tmp_path / "a.html")] * 2
+    assert scores.main([*pair, "--clip", tiny_clip, "--json", "-"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["clip"] == pytest.approx(1) and f"CLIP: {tiny_clip}" in told.err
+    monkeypatch.setattr(scores, "CLIP_MODEL", "nobody/nothing")
+    assert scores.main([*pair, "--clip", str(tmp_path)]) == 2
+    assert "not at hand" in capsys.readouterr().err
+
+
+# -----------------------------------------------------------------------------
 # Proof
 
 
@@ -198,9 +258,9 @@ def test_the_scorer_proves_itself(recorded):
 
 
 def white_instead_of_failure(compare):
-    def planted(reference, prediction, html):
+    def planted(reference, prediction, *more):
         blank = scores.Page(np.full((480, 640, 3), 255, np.uint8))
-        return compare(*(blank if page.failure else page for page in (reference, prediction)), html)
+        return compare(*(blank if page.failure else page for page in (reference, prediction)), *more)
 
     return planted
 
