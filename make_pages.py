@@ -39,7 +39,7 @@ from page_renders import SHOT, BrowserMissing, Job, Render, Renderer
 # -----------------------------------------------------------------------------
 # Settings
 
-RECIPE = 1  # how pages are made; another number makes every folder anew
+RECIPE = 2  # how pages are made; another number makes every folder anew
 REASONS = {  # of a dropped page, with what the summary calls them
     "unreadable": "unreadable",
     "empty": "empty",
@@ -74,6 +74,7 @@ class Settings:
 
     scripts: str = "drop"  # or run: once, without a network; the DOM that they leave is taken
     widths: tuple[int, ...] = (1280,)  # of the viewport, CSS px, dealt out by a hash of the page's name
+    height: int = 720  # of the viewport; a shorter page's screenshot is as high
     max_height: int = 2000  # px of a screenshot; a longer page is cut
     max_html_tokens: int | None = None  # needs a tokenizer
     max_html_characters: int | None = None
@@ -91,6 +92,8 @@ def check_settings(settings: Settings) -> None:
     problems = []
     if not settings.widths or not all(100 <= width <= 8_000 for width in settings.widths):
         problems.append(f"--widths {','.join(map(str, settings.widths))}: from 100 to 8,000 px, such as 1280,390")
+    if not 1 <= settings.height <= settings.max_height:
+        problems.append(f"--height {settings.height}: from 1 px to --max_height {settings.max_height}")
     if not 100 <= settings.max_height <= 16_384:
         problems.append(f"--max_height {settings.max_height}: from 100 to 16,384 px")
     for name in ("max_html_tokens", "max_html_characters"):
@@ -1104,6 +1107,7 @@ def compose(draft: Draft, dropped: Collection[Item]) -> str:
         html = re.sub(rf"<!--drop {number}-->(.*?)<!--/drop {number}-->", inside, html, flags=re.S)
     if ("text", "spaces") in dropped:
         html = re.sub(r"\n[ \n]+(?=<)", "\n", html) if "<pre" not in html and "<textarea" not in html else html
+        html = re.sub(r"\s+(?=</body>)", "", html)
     sheets = style_sheets(draft, dropped)
     if ("text", "unused names") in dropped:
         styles = " ".join(re.findall(r'\sstyle="([^"]*)"', html))
@@ -1120,6 +1124,8 @@ def compose(draft: Draft, dropped: Collection[Item]) -> str:
     doctype = draft.doctype
     if ("text", "doctype") in dropped and doctype and not draft.quirks:
         doctype = "<!DOCTYPE html>"
+    if html.isascii():  # the same in every encoding that the web knows
+        html = html.replace('<meta charset="utf-8">', "", 1)
     return f"{doctype}\n{html}\n".lstrip()
 
 
@@ -1169,7 +1175,7 @@ class Trials:
     """Renders a candidate and holds it against the page as it was; `left` renders may still be made."""
 
     renderer: Renderer
-    width: int
+    window: tuple[int, int]
     image: Any  # (H, W, 3) uint8
     left: int = MAX_RENDERS
     made: int = 0
@@ -1181,7 +1187,7 @@ class Trials:
                 return False
             self.left -= 1
             self.made += 1
-            differing = share_of_differing(rendered(self.renderer, Job(html, self.width)).image, self.image)
+            differing = share_of_differing(rendered(self.renderer, Job(html, *self.window)).image, self.image)
             if differing == 0 or differing > 2 * CHANCE:
                 return differing == 0
         return False
@@ -1189,7 +1195,7 @@ class Trials:
     def reproduces(self, html: str) -> bool:
         """Whether it renders as it did before, but for what chance explains."""
         self.made += 2
-        renders = (rendered(self.renderer, Job(html, self.width)) for _ in range(2))
+        renders = (rendered(self.renderer, Job(html, *self.window)) for _ in range(2))
         return any(share_of_differing(render.image, self.image) <= limit for render, limit in zip(renders, (0, CHANCE)))
 
 
@@ -1242,27 +1248,31 @@ def shortest(draft: Draft, trials: Trials, rematch: Callable[[list[int]], list[i
     return best or compose(draft, ()), len(everything - dropped)
 
 
-def drawn(html: str, settings: Settings, width: int, limit: int, renderer: Renderer) -> tuple[str, Any, dict[str, Any]]:
+def drawn(
+    html: str, settings: Settings, window: tuple[int, int], limit: int, renderer: Renderer
+) -> tuple[str, Any, dict[str, Any]]:
     """(target, its screenshot, facts) of a self-contained page, cut at `limit` px."""
     steps = (
         step(NORMALISE, scripts=settings.scripts == "run", most=200, grey=GREY),
         step(CUT, limit=limit),
         step(EXTRACT),
     )
-    pictures, cut, extract = rendered(renderer, Job(html, width, steps=steps, scripts=settings.scripts == "run")).values
+    pictures, cut, extract = rendered(
+        renderer, Job(html, *window, steps=steps, scripts=settings.scripts == "run")
+    ).values
     if not extract["text"]:
         raise PageDropped("without text", "no text in its body")
     draft = draft_of(extract)
     normalised, asked = compose(draft, ()), questions(draft)
-    image, answer = rendered(renderer, Job(normalised, width, steps=(SHOT, step(ANALYSE, **asked)))).values
+    image, answer = rendered(renderer, Job(normalised, *window, steps=(SHOT, step(ANALYSE, **asked)))).values
     if (image == image[0, 0]).all():
         raise PageDropped("blank", "every pixel has the same colour")
     learn(draft, asked, answer)
-    trials = Trials(renderer, width, image)
+    trials = Trials(renderer, window, image)
 
     def rematch(gone: list[int]) -> list[int]:
         asked_again = step(ANALYSE, **asked | {"gone": gone})
-        return rendered(renderer, Job(normalised, width, steps=(asked_again,))).values[0]["after"]
+        return rendered(renderer, Job(normalised, *window, steps=(asked_again,))).values[0]["after"]
 
     target, kept_back = shortest(draft, trials, rematch)
     if target == compose(draft, ()) and not trials.reproduces(target):
@@ -1281,7 +1291,7 @@ def make_page(
     width, limit = settings.width_of(name), settings.max_height
     limits = ((settings.max_html_tokens, count), (settings.max_html_characters, len))
     for attempt in range(MAX_CUTS + 1):
-        target, image, facts = drawn(html, settings, width, limit, renderer)
+        target, image, facts = drawn(html, settings, (width, settings.height), limit, renderer)
         over = [(most, length) for most, length in limits if most is not None and length(target) > most]
         if not over:
             break
@@ -1533,6 +1543,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--widths", default=",".join(map(str, defaults.widths)), help="viewports, px; dealt out by name"
     )
+    parser.add_argument("--height", type=int, default=defaults.height, help="px of the viewport, of every width")
     parser.add_argument("--max_height", type=int, default=defaults.max_height, help="px; longer pages are cut")
     parser.add_argument("--max_html_tokens", type=int, help="longer pages are cut; needs --tokenizer")
     parser.add_argument("--max_html_characters", type=int, help="longer pages are cut")
@@ -1554,8 +1565,8 @@ def settings_from(args: argparse.Namespace) -> Settings:
     for name in ("pages_at_once", "num_samples"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise SettingsError(f"--{name} {value}: at least 1")
-    limits = args.max_height, args.max_html_tokens, args.max_html_characters
-    settings = Settings(args.scripts, widths, *limits, args.tokenizer)
+    limits = {name: getattr(args, name) for name in ("height", "max_height", "max_html_tokens", "max_html_characters")}
+    settings = Settings(args.scripts, widths, tokenizer=args.tokenizer, **limits)
     check_settings(settings)
     return settings
 

@@ -1,6 +1,7 @@
 """Writes small pages that a tiny model can learn to read, with their screenshots, as an imagefolder.
 
-    python demo/make_demo_pages.py --family demo --pages 360 --seed 7 --out demo/pages
+    python demo/make_demo_pages.py --family demo --pages 360 --seed 7 --html site   # demo/pages, made by make_pages.py
+    python make_pages.py site --out demo/pages --widths 224 --height 112
     python demo/make_demo_pages.py --family base --pages 40000 --seed 1 --out base_pages --verify 50
 
 A tiny model reads these pages because they keep to a grid: 224 px wide, one text row every 28 px (one
@@ -15,6 +16,7 @@ import argparse
 import hashlib
 import html as html_escapes
 import io
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -244,6 +246,12 @@ def render_alone(browser, html: str, height: int):
 # Writing
 
 
+def write_html(args: argparse.Namespace) -> None:
+    args.html.mkdir(parents=True, exist_ok=True)
+    for index, (html, _) in enumerate(itertools.islice(generate(args.family, args.seed), args.pages)):
+        (args.html / f"{index:06d}.html").write_text(html, encoding="utf-8")
+
+
 def write_pages(args: argparse.Namespace) -> None:
     """Renders sheet after sheet; a folder that is already begun is carried on after its last whole sheet."""
     from playwright.sync_api import sync_playwright
@@ -299,11 +307,17 @@ def main() -> None:
     parser.add_argument("--family", choices=sorted(FAMILIES), required=True)
     parser.add_argument("--pages", type=int, default=360)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, required=True, help="folder for metadata.jsonl and the images")
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument(
+        "--html", type=Path, help="folder for HTML files alone, from which make_pages.py makes a dataset"
+    )
+    place.add_argument("--out", type=Path, help="folder for metadata.jsonl and the images, faster for very many pages")
     parser.add_argument("--effort", type=int, default=50, help="0..100: smaller files against time")
     parser.add_argument("--verify", type=int, default=0, metavar="N", help="then compare N screenshots")
     parser.add_argument("--chromium", help="a browser's path; default: Playwright's own")
     args = parser.parse_args()
+    if args.html:
+        return write_html(args)
     write_pages(args)
     if args.verify:
         verify(args)

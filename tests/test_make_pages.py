@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import ROOT, SHARED
+from PIL import Image
 
 import make_pages as mp
 import page_data
@@ -239,7 +240,7 @@ def test_a_reduction_that_shows_is_kept_back_and_the_others_are_not():
         image[5:, :] = image[0, 0]
         return (image,)
 
-    trials = mp.Trials(Canvas(answer), 1280, answer(page_renders.Job("e:f"))[0])
+    trials = mp.Trials(Canvas(answer), (1280, 720), answer(page_renders.Job("e:f"))[0])
     html, kept_back = mp.shortest(made, trials, lambda gone: [0, 0, 0])
     assert "d{e:f}" in html and "a{" not in html and "g{" not in html
     assert kept_back == 1 and trials.made <= mp.MAX_RENDERS
@@ -248,7 +249,7 @@ def test_a_reduction_that_shows_is_kept_back_and_the_others_are_not():
 def test_a_render_that_differs_by_chance_is_made_once_more():
     images = [white(100), white(100)]
     images[0][0, 0] = 0  # one pixel of a thousand
-    trials = mp.Trials(Canvas(lambda job: (images.pop(0),)), 1280, white(100))
+    trials = mp.Trials(Canvas(lambda job: (images.pop(0),)), (1280, 720), white(100))
     assert trials.same(PAGE) and trials.made == 2
 
 
@@ -266,6 +267,7 @@ def settings_of(*flags: str, out="out") -> mp.Settings:
         (("--widths", "wide"), "--widths wide: whole numbers"),
         (("--widths", "1280,5"), "--widths 1280,5: from 100"),
         (("--max_height", "0"), "--max_height 0"),
+        (("--height", "3000"), "--height 3000: from 1 px to --max_height 2000"),
         (("--max_html_tokens", "100"), "needs --tokenizer"),
         (("--tokenizer", "nowhere"), "--tokenizer nowhere: no tokenizer.json"),
         (("--max_html_characters", "-1"), "--max_html_characters -1"),
@@ -575,6 +577,32 @@ def test_the_command_line_is_interrupted_carried_on_and_its_folder_loads(site, t
         assert (width, height) == next((row["width"], row["height"]) for row in rows if row["file_name"] == name)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["written"] == 3 and summary["dropped"] == {"blank": 1, "without text": 1}
+
+
+@in_browser
+def test_the_demos_pages_come_from_here(tmp_path):
+    """Texts to the letter; pictures where the fonts are those of the bundled ones."""
+    maker = [
+        sys.executable,
+        str(ROOT / "demo" / "make_demo_pages.py"),
+        "--family",
+        "demo",
+        "--pages",
+        "6",
+        "--seed",
+        "7",
+    ]
+    subprocess.run([*maker, "--html", str(tmp_path / "site")], check=True, timeout=60)
+    sizes = ["--widths", "224", "--height", "112"]
+    assert mp.main([str(tmp_path / "site"), "--out", str(tmp_path / "out"), *sizes]) == 0
+    bundled, made_now = ROOT / "demo" / "pages", tmp_path / "out"
+    pairs = list(zip(lines(bundled / "metadata.jsonl"), lines(made_now / "metadata.jsonl")))
+    assert [one["text"] for one, _ in pairs] == [two["text"] for _, two in pairs] and len(pairs) == 6
+    browsers = [json.loads((folder / "summary.json").read_text())["browser"] for folder in (bundled, made_now)]
+    for one, two in pairs:
+        pictures = [Image.open(folder / row["file_name"]) for folder, row in ((bundled, one), (made_now, two))]
+        assert pictures[0].size == pictures[1].size
+        assert browsers[0] != browsers[1] or np.array_equal(*map(np.asarray, pictures))
 
 
 def lines(file) -> list[dict]:
