@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
 import threading
@@ -112,6 +113,7 @@ def main(argv: list[str] | None = None) -> int:
                 found["many pages"]["seconds"] / found["many pages"]["pages"] * 484 / 60
             )
             print(json.dumps(found["many pages"], indent=1))
+        found["where"] = {"cores": os.cpu_count(), "python": sys.version.split()[0], **renderer.facts}
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
