@@ -427,7 +427,7 @@ def _tiles(rows: Sequence[Row]) -> str:
         tiles.insert(1, ("overall", number(overall.with_failures), "failures as 0"))
     for flag in FLAGS:
         have, known = share_of(rows, flag)
-        if known:
+        if known and any(flag in row.flags for row in rows):
             tiles.append((flag, percent(have, known), f"{have:,} of {known:,}"))
     cells = (f'<div><dt>{name}</dt><dd>{value}</dd><dd class="small">{note}</dd></div>' for name, value, note in tiles)
     return f'<dl class="tiles">{"".join(cells)}</dl>'

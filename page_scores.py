@@ -630,7 +630,7 @@ def score(
 def compare(reference: Page, prediction: Page, html: str, clip: Clip | None = None) -> PageScore:
     """`html` is the prediction's, for what its picture does not tell."""
     checked = validity(html)
-    causes = ["cut off"] if not checked.closed else []
+    causes = ["cut off"] if html.strip() and not checked.closed else []
     causes += ["looping"] if looping(html) else []
     failure = prediction.failure and f"the written page: {prediction.failure}"
     failure = (reference.failure and f"the reference: {reference.failure}") or failure

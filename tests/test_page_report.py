@@ -255,6 +255,11 @@ def test_failures_count_as_zero_and_the_mean_without_them_stands_beside():
     assert share_of([*rows, row_of(failed("x", scores={}), 1), row_of(result("y", scores={}), 1)], "valid") == (7, 8)
 
 
+def test_what_nobody_measured_is_not_in_the_summary(tmp_path):
+    html = written(tmp_path, [result("a", scores={"overall": 0.5, "valid": True}), failed("b", scores={})])
+    assert re.findall(r"<dt>(\w+)</dt><dd>[^<]*</dd><dd class=\"small\">([^<]*)", html)[3:] == [("valid", "1 of 2")]
+
+
 def test_the_summary_shows_them_and_names_the_failures(tmp_path):
     html = written(tmp_path, sample())
     assert re.findall(r"<dt>(\w+)</dt><dd>([^<]*)</dd><dd class=\"small\">([^<]*)", html) == [
