@@ -1286,8 +1286,21 @@ class Judge:
         self.results: dict[str, dict] = {}
         self.rows: dict[str, list[dict]] = {}
         self.unrendered = ""  # why pages cannot be rendered here
-        self.best = read_best(args.output_dir) if settings.resume else None
-        self.stale = 0  # evaluations since the best one
+        self.best, self.stale = None, 0  # step and likeness of the best evaluation; evaluations since then
+        if settings.resume:
+            self.recall()
+
+    @property
+    def memory(self) -> Path:
+        """What a resumed run must know of the best weights so far."""
+        return Path(self.args.output_dir) / "best.json"
+
+    def recall(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            known = json.loads(self.memory.read_text(encoding="utf-8"))
+            self.best, self.stale = known["best"], known["stale"]
+            label = f"step {self.best['step']}"
+            self.results[label], self.rows[label] = known["result"], known["rows"]
 
     def copy(self):
         return evaluation_model(self.model, self.plan, self.base, self.settings, self.args.device)
@@ -1332,13 +1345,12 @@ class Judge:
         return result
 
     def pairs(self, rows: list[dict]) -> list:
-        """Each page in a window as wide as its screenshot, and no higher."""
+        """Each page in a window for its screenshot."""
         import page_scores
 
         def pair(row: dict, page: dict):
             screenshot = use.open_screenshot(page["screenshot"])
-            window = min(2560, max(160, screenshot.width)), min(720, max(64, screenshot.height))
-            return page_scores.Pair(page["name"], page["html"], row["html"], *window)
+            return page_scores.Pair(page["name"], page["html"], row["html"], *page_scores.window_of(*screenshot.size))
 
         return [pair(row, page) for row, page in zip(rows, self.pages)]
 
@@ -1383,10 +1395,12 @@ class Judge:
         if self.best is None or score > self.best["likeness"]:
             self.best, self.stale = {"step": number, "likeness": score}, 0
             save(Path(self.args.output_dir) / "best")
-            if rank() == 0:
-                (Path(self.args.output_dir) / "best.json").write_text(json.dumps(self.best) + "\n", encoding="utf-8")
         else:
             self.stale += 1
+        if rank() == 0:
+            label = f"step {self.best['step']}"
+            known = {"best": self.best, "stale": self.stale, "result": self.results[label], "rows": self.rows[label]}
+            self.memory.write_text(json.dumps(known) + "\n", encoding="utf-8")
         say(f"best so far: likeness {self.best['likeness']:.3f} at step {self.best['step']}, kept in output_dir/best")
         return 0 < self.settings.early_stopping_patience <= self.stale
 
@@ -1397,11 +1411,14 @@ class Judge:
         label = "after"
         if self.best and last is not None and self.best["likeness"] > last and (best / use.RECIPE_FILE).is_file():
             say(f"step {self.best['step']} scored {self.best['likeness']:.3f}, the end {last:.3f}: the better is final")
+            chosen = final.with_name(f"{final.name}.chosen")
+            shutil.rmtree(chosen, ignore_errors=True)
+            shutil.copytree(best, chosen)  # may be on another disk
             shutil.rmtree(final)
-            best.rename(final)
+            chosen.rename(final)
             label = f"step {self.best['step']}"
         shutil.rmtree(best, ignore_errors=True)
-        (Path(self.args.output_dir) / "best.json").unlink(missing_ok=True)
+        self.memory.unlink(missing_ok=True)
         if label in self.results:
             self.results["after"] = self.results[label]
             self.rows["after"] = self.rows[label]
@@ -1422,15 +1439,13 @@ class Judge:
             file, progress = self.folder / "report.html", self.progress(f"{label} {self.recipe.repetition_penalty}")
             facts = {**facts, "decoding": decoding_words(self.recipe), **after["rendering"]}
             pairs = self.pairs(self.rows["after"])
+            if any(pair.key not in progress.rows for pair in pairs):  # they were rendered before an interruption
+                with page_scores.Renderer() as renderer:
+                    page_scores.run_pairs(pairs, renderer, progress, self.clip[0])
             page_scores.write_pages_report(file, "What the model wrote", pairs, progress, facts, more, comparison)
         for folder in self.folder.glob("rendered_*"):
             shutil.rmtree(folder, ignore_errors=True)
         after["comparison"] = comparison
-
-
-def read_best(output_dir: str) -> dict | None:
-    file = Path(output_dir) / "best.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def decoding_words(recipe: use.Recipe) -> str:

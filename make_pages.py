@@ -39,7 +39,7 @@ from page_renders import SHOT, BrowserMissing, Job, Render, Renderer
 # -----------------------------------------------------------------------------
 # Settings
 
-RECIPE = 2  # how pages are made; another number makes every folder anew
+RECIPE = 3  # how pages are made; another number makes every folder anew
 REASONS = {  # of a dropped page, with what the summary calls them
     "unreadable": "unreadable",
     "empty": "empty",
@@ -237,15 +237,17 @@ def decode(data: bytes) -> str:
     name = declared[1].decode().lower() if declared else ""
     if name in ("iso-8859-1", "latin1", "ascii", "us-ascii"):  # all of them mean Windows-1252 on the web
         name = "cp1252"
+    if name.startswith(("utf-16", "utf16")):  # what could be read as far as here is not
+        name = "utf-8"
     try:
         return data.decode(name or "utf-8")
-    except LookupError:
-        raise PageDropped("unreadable", f"no such encoding: {name}") from None
     except UnicodeDecodeError:
         text = data.decode(name or "cp1252", "replace")
         if text.count("\ufffd") > 0.01 * len(text):
             raise PageDropped("unreadable", f"is not in {name or 'utf-8'}, nor in Windows-1252") from None
         return text
+    except (LookupError, UnicodeError):  # Python's "undefined", "idna" and the like are encodings, but of no page
+        raise PageDropped("unreadable", f"no such encoding: {name}") from None
 
 
 # -----------------------------------------------------------------------------
@@ -278,13 +280,16 @@ class LocalFiles:
         elif self.root is None or folder is None or reference.startswith(("/", "\\")):
             problem = "outside the source"
         else:
-            file = (folder / (unquote(re.split("[?#]", reference)[0]) or ".").replace("\0", "")).resolve()
-            if not file.is_relative_to(self.root):
-                problem = "outside the source"
-            elif not file.is_file() or file.stat().st_size > MAX_FILE_BYTES:
+            try:
+                file = (folder / (unquote(re.split("[?#]", reference)[0]) or ".").replace("\0", "")).resolve()
+                if not file.is_relative_to(self.root):
+                    problem = "outside the source"
+                elif not file.is_file() or file.stat().st_size > MAX_FILE_BYTES or not os.access(file, os.R_OK):
+                    problem = "missing"
+                else:
+                    return file
+            except (OSError, RuntimeError):  # too long a name, links in a circle
                 problem = "missing"
-            else:
-                return file
         self.notes[f"{kind} {problem}"] += 1
         return None
 
@@ -434,7 +439,10 @@ def picture_size(data: bytes) -> tuple[float, float] | None:
     if b"<svg" in (head := data[:4000]):
         tag = head[head.index(b"<svg") :].split(b">")[0].decode("utf-8", "replace")
         sides = [re.search(rf"""\s{side}\s*=\s*["']\s*([\d.]+)(?:px)?\s*["']""", tag) for side in ("width", "height")]
-        return (float(sides[0][1]), float(sides[1][1])) if all(sides) else None
+        try:
+            return (float(sides[0][1]), float(sides[1][1])) if all(sides) else None
+        except ValueError:
+            return None
     try:
         with Image.open(io.BytesIO(data)) as picture:
             return picture.size
@@ -869,6 +877,7 @@ ANALYSE = r"""({selectors, media, supports, declared, gone}) => {
   const page = () => {
     const root = document.querySelector("html").cloneNode(true);
     all("style", root).forEach((style, place) => style.textContent = `/*sheet ${place}*/`);
+    all("img[src]", root).forEach((image) => image.setAttribute("src", "data:,"));  // the renderer put its grey there
     return root.outerHTML;
   };
   answer.plain = page();

@@ -242,6 +242,8 @@ class Tab:
             policy = CSP.format("'unsafe-inline'" if self.job.scripts else "'none'")
             headers = {"content-type": "text/html; charset=utf-8", "content-security-policy": policy}
             route.fulfill(status=200, headers=headers, body=self.job.html.encode("utf-8", "replace"))
+        elif request.is_navigation_request() and request.frame == self.page.main_frame:
+            route.fulfill(status=204)  # the page stays; an aborted one would give way to the browser's error page
         else:
             route.abort()
 
@@ -250,7 +252,10 @@ class Tab:
         self.job, self.served = job, 0
         self.address = f"{PLACE}{number}/"  # another for each job, so that no link is a visited one
         self.page.goto(self.address, wait_until="load")
-        return run_steps(self.session, job, pictures)
+        values = run_steps(self.session, job, pictures)
+        if self.page.url.partition("#")[0] != self.address:
+            raise ValueError("the page has given way to another")
+        return values
 
     def close(self) -> None:
         with contextlib.suppress(Exception):  # the page may be gone, and its browser with it
@@ -328,16 +333,27 @@ class Worker:
         self.mark = uuid.uuid4().hex  # in the environment of everything that the worker starts
         environment = {**os.environ, MARK: self.mark}
         self.process = subprocess.Popen(command, start_new_session=True, env=environment, **pipes)
+        os.set_blocking(self.process.stdin.fileno(), False)  # a worker may hang before it reads
 
     def ask(self, job: Job, deadline: float) -> tuple[dict, list[bytes]]:
         """Its answer and the pictures; raises `WorkerGone`, `TimeoutError` at the deadline (monotonic seconds)."""
-        try:
-            send(self.process.stdin, json.dumps(asdict(job)).encode("utf-8", "replace"))
-        except OSError:
-            raise WorkerGone from None
+        content = json.dumps(asdict(job)).encode("utf-8", "replace")
+        self.write(struct.pack(">Q", len(content)) + content, deadline)
         answer = json.loads(self.read(deadline))
         shots = sum(step == SHOT for step in job.steps) if "values" in answer else 0
         return answer, [self.read(deadline) for _ in range(shots)]
+
+    def write(self, content: bytes, deadline: float) -> None:
+        stream, left = self.process.stdin.fileno(), memoryview(content)
+        while left:
+            if not select.select([], [stream], [], max(0.0, deadline - time.monotonic()))[1]:
+                raise TimeoutError
+            try:
+                left = left[os.write(stream, left) :]
+            except BlockingIOError:
+                continue
+            except OSError:
+                raise WorkerGone from None
 
     def read(self, deadline: float) -> bytes:
         return self.read_bytes(struct.unpack(">Q", self.read_bytes(8, deadline))[0], deadline)

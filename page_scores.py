@@ -37,7 +37,7 @@ from page_renders import SHOT, BrowserMissing, Job, Render, Renderer
 # Validity
 
 # html5lib's time grows with the square of the depth and of a tag's attributes. Chromium nests 512 elements at most.
-MAX_CHARACTERS, MAX_WORDS_IN_TAG, MAX_DEPTH = 1_000_000, 30_000, 512
+MAX_CHARACTERS, MAX_ATTRIBUTES, MAX_DEPTH = 1_000_000, 500, 512
 UNSEEN = {"script", "style", "template", "noscript", "title", "head"}
 SEEN_WITHOUT_TEXT = {"img", "input", "svg", "video", "audio", "canvas", "iframe", "hr", "textarea", "select", "object"}
 SEEN_WITHOUT_TEXT |= {"embed", "math", "progress", "meter", "button"}
@@ -74,6 +74,11 @@ def _recording_parser() -> type:
                 if token["type"] not in (kind["SpaceCharacters"], kind["Comment"], kind["ParseError"]):
                     self.last = token["name"] if token["type"] == kind["EndTag"] else None
                 yield token
+
+        def attributeNameState(self):
+            if len(self.currentToken["data"]) > MAX_ATTRIBUTES:
+                raise ValueError(f"a tag of over {MAX_ATTRIBUTES} attributes")
+            return super().attributeNameState()
 
     class RecordingParser(html5lib.HTMLParser):
         def mainLoop(self):
@@ -114,8 +119,8 @@ def validity(html: str) -> Validity:
     """Whether `html` is a whole document, read as the HTML5 standard reads it; never raises."""
     import html5lib
 
-    if len(html) > MAX_CHARACTERS or max(len(part.split()) for part in html.split(">")) > MAX_WORDS_IN_TAG:
-        return Validity(False, False, False, False, False, f"over {MAX_CHARACTERS:,} characters, or an endless tag")
+    if len(html) > MAX_CHARACTERS:
+        return Validity(False, False, False, False, False, f"over {MAX_CHARACTERS:,} characters")
     parser = _recording_parser()(tree=html5lib.getTreeBuilder("etree"), namespaceHTMLElements=False)
     try:
         document = parser.parse(html.encode("utf-8", "replace").decode())
@@ -202,7 +207,7 @@ RECOLOUR = (
     set(node, "color", pass === %(pass)d ? `rgb(${colour})` : "transparent");
     set(node, "opacity", "1");
   });
-  if (%(shift)d) return null;
+  if (%(shift)d) return coloured.size;
   const body = get(Document, "body").call(document), found = [];
   if (!body) return found;
   const unseen = new Set(["SCRIPT", "STYLE", "TEMPLATE", "NOSCRIPT"]);
@@ -284,7 +289,9 @@ def page_of(render: Render) -> Page:
         return Page(None, failure=render.failure)
     image, subtrees, *passes = render.values
     found: list[Block] = []
-    for texts, first, _, second in zip(passes[::4], passes[1::4], passes[2::4], passes[3::4]):
+    for texts, first, elements, second in zip(passes[::4], passes[1::4], passes[2::4], passes[3::4]):
+        if elements > PALETTE * len(passes) // 4:
+            return Page(None, failure=f"{elements:,} text elements, more than colours")
         found += blocks_of(image, first, second, texts)
     return Page(image, same_boxes_merged(found), frozenset(subtrees), clipped=render.clipped)
 
@@ -645,6 +652,7 @@ def compare(reference: Page, prediction: Page, html: str, clip: Clip | None = No
     if clip:
         found["clip"] = clip(reference, prediction)
         found["overall"] = (4 * found["overall"] + found["clip"]) / 5
+    causes += ["no text to compare"] if not reference.blocks else []
     causes += ["blank"] if reference.blocks and not prediction.blocks else []
     causes += ["misplaced"] if found["matched"] and found["position"] < MISPLACED else []
     causes += ["miscoloured"] if found["matched"] and found["color"] < MISCOLOURED else []
@@ -653,16 +661,13 @@ def compare(reference: Page, prediction: Page, html: str, clip: Clip | None = No
 
 
 def block_scores(prediction: Sequence[Block], reference: Sequence[Block]) -> dict[str, Any]:
-    """Design2Code's four scores, their mean, and which blocks were matched; without any match all are 0.
-
-    Two pages without a single text are as alike as texts can tell: 1.
-    """
+    """Design2Code's four scores, their mean, and which blocks were matched; without any match all are 0."""
     predicted, wanted, pairs = match(prediction, reference) if prediction and reference else (prediction, reference, [])
     taken = {id(block) for pair in pairs for block in pair[:2]}
     missing, invented = ([block for block in blocks if id(block) not in taken] for blocks in (wanted, predicted))
     lists = {"missing": tuple(missing), "invented": tuple(invented)}
     lists["matched"] = tuple((two, one) for one, two, _ in pairs)
-    four = [1.0] * 4 if not prediction and not reference else [0.0] * 4
+    four = [0.0] * 4
     if pairs:
         areas = sum(one.area + two.area for one, two, _ in pairs)
         offsets = [max(abs(a - b) for a, b in zip(one.center, two.center)) for one, two, _ in pairs]
@@ -838,6 +843,13 @@ def means(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def shares(scores: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Of the pages: `valid`, and each cause that a page has."""
+    causes = Counter(cause for row in scores for cause in row["causes"])
+    counts = {"valid": sum(row["valid"] for row in scores), **causes}
+    return {name: count / max(1, len(scores)) for name, count in counts.items()}
+
+
 # -----------------------------------------------------------------------------
 # Many pages
 
@@ -878,8 +890,23 @@ def score_pairs(
         yield pair, compare(wanted, written, pair.prediction or "", clip), wanted.image, written.image
 
 
+def window_of(width: int, height: int) -> tuple[int, int]:
+    """The browser's window for a screenshot: as wide, and no higher."""
+    return min(2560, max(160, width)), min(720, max(64, height))
+
+
 def pairs_of(references: Path, predictions: Path | None, width: int) -> list[Pair]:
-    """Pairs of two folders, by equal file names, or of what a training has left: page-*/{reference,written}.html."""
+    """Pairs of two folders, by equal file names, or of what a training has left: page-*/{reference,written}.html, in a
+    window for screenshot.png beside them."""
+    from PIL import Image
+
+    def window(place: Path) -> tuple[int, int]:
+        screenshot = place.with_name("screenshot.png")
+        if predictions is not None or not screenshot.is_file():
+            return width, 720
+        with Image.open(screenshot) as picture:
+            return window_of(*picture.size)
+
     if predictions is None:
         files = [
             (place.parent.name, place, place.with_name("written.html"))
@@ -891,7 +918,8 @@ def pairs_of(references: Path, predictions: Path | None, width: int) -> list[Pai
             for place in sorted(references.rglob("*.html"))
         ]
     return [
-        Pair(name, read(wanted), read(written) if written.is_file() else None, width) for name, wanted, written in files
+        Pair(name, read(wanted), read(written) if written.is_file() else None, *window(wanted))
+        for name, wanted, written in files
     ]
 
 
@@ -1051,9 +1079,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def summary_line(found: Mapping[str, Any]) -> str:
+    """Of `means` and `shares`."""
     metrics = [name for name in (*METRICS, "clip") if name in found]
     scores = ", ".join(f"{metric} {found[metric]:.3f}" for metric in metrics)
-    text = f"{found['n']} pages, {found['failures']} failures, counted as 0: {scores}"
+    valid = f"{100 * found['valid']:.1f} % valid"
+    text = f"{found['n']} pages, {valid}, {found['failures']} failures, counted as 0: {scores}"
     if found["failures"]:
         alone = ", ".join(f"{m} {found[m + '_without_failures'] or 0:.3f}" for m in metrics)
         text += f"; without them: {alone}; failed: {', '.join(map(str, found['failed'][:20]))}"
@@ -1071,6 +1101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     target = args.report or (Path(args.json) if args.json not in (None, "-") else None)
     partial = target and target.with_name(f"{target.name}.partial")
+    for place in (args.report, Path(args.json) if args.json not in (None, "-") else None):
+        if place:  # now, and not after an hour
+            place.parent.mkdir(parents=True, exist_ok=True)
     try:
         clip, why_not = (Clip(args.clip), "") if args.clip else find_clip()
         progress = Progress(partial, pictures=args.report is not None, clip=clip and clip.name)
@@ -1082,11 +1115,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, ScorerError) else 2
     print(f"CLIP: {facts['CLIP']}", file=sys.stderr)
-    print(summary_line(means(scores)), file=sys.stderr)
+    print(summary_line(means(scores) | shares(scores)), file=sys.stderr)
     if args.report:
-        facts = {"references": args.references.name, "predictions": (args.predictions or args.references).name, **facts}
-        write_pages_report(args.report, "What was written", pairs, progress, facts)
-    text = json.dumps(scores[0] if single else scores, indent=2)
+        names = {"references": args.references.name, "predictions": (args.predictions or args.references).name}
+        write_pages_report(args.report, "What was written", pairs, progress, names | facts)
+    whole = {"summary": means(scores) | shares(scores), "facts": facts, "pages": scores}
+    text = json.dumps(scores[0] if single else whole, indent=2)
     if args.json == "-":
         print(text)
     elif args.json:

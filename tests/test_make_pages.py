@@ -141,6 +141,7 @@ def test_pictures_of_css_become_grey_boxes_of_their_size(tmp_path):
         (b"<meta charset=iso-8859-1><p>\x80", "<meta charset=iso-8859-1><p>€"),
         ("<p>é".encode("cp1252"), "<p>é"),
         ("<meta charset='gb2312'><p>中".encode("gb2312"), "<meta charset='gb2312'><p>中"),
+        ("<meta charset=utf-16><p>é".encode(), "<meta charset=utf-16><p>é"),
     ],
 )
 def test_pages_are_decoded_as_browsers_do(data, text):
@@ -149,13 +150,29 @@ def test_pages_are_decoded_as_browsers_do(data, text):
 
 @pytest.mark.parametrize(
     ("data", "reason"),
-    [(b"", "empty"), (b"no markup", "empty"), (b"<p>\0", "unreadable"), (b"<meta charset=x>", "unreadable")],
+    [
+        (b"", "empty"),
+        (b"no markup", "empty"),
+        (b"<p>\0", "unreadable"),
+        (b"<meta charset=x>", "unreadable"),
+        (b"<meta charset=undefined><p>x", "unreadable"),
+    ],
 )
 def test_what_is_no_page_is_dropped_with_its_reason(tmp_path, data, reason):
     (tmp_path / "a.html").write_bytes(data)
     with pytest.raises(mp.PageDropped) as dropped:
         mp.read_html(mp.Source("a.html", tmp_path / "a.html", tmp_path))
     assert dropped.value.reason == reason
+
+
+def test_references_that_no_file_can_have_are_missing_and_stop_nobody(tmp_path):
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "odd.svg").write_text("<svg width='1.2.3' height='4'></svg>")
+    files = mp.LocalFiles(tmp_path)
+    for reference in ("x" * 300 + ".css", "circle", "circle/a.css"):
+        assert files.find(reference, tmp_path, "style sheets") is None
+    assert files.notes == {"style sheets missing": 3}
+    assert mp.picture_size((tmp_path / "odd.svg").read_bytes()) is None
 
 
 # -----------------------------------------------------------------------------
@@ -546,6 +563,15 @@ def test_what_would_change_a_pixel_stays(tmp_path, renderer):
     assert "p+p{" in record["text"] or "p + p{" in record["text"]
     assert record["kept_back"] > 0 and "data-a" not in record["text"]
     assert np.array_equal(rerendered(record, renderer), image)
+
+
+@in_browser
+def test_the_renderers_own_grey_is_in_no_target(tmp_path, renderer):
+    picture = "<img src=https://example.org/y.png width=90 height=40>"
+    (tmp_path / "a.html").write_text(f"<!DOCTYPE html><body><p>Hello</p>{picture}{picture}</body>")
+    record, image = made(tmp_path, "a.html", renderer)
+    assert record["text"].count('src="data:,"') == 2 and "svg" not in record["text"]
+    assert np.array_equal(rerendered(record, renderer), image) and (image == 204).all(axis=2).sum() >= 2 * 90 * 40
 
 
 @in_browser

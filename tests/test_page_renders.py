@@ -75,6 +75,30 @@ def test_renders_come_in_order_and_a_failure_stops_nobody(renderer):
     assert "on purpose" in found[2].failure and found[2].image is None
 
 
+@pytest.mark.parametrize("seconds", ["0", "0.1"])
+@pytest.mark.parametrize("place", ["", ";url=https://example.org/", ";url=/", ";url=#below"])
+def test_a_page_that_wants_to_go_elsewhere_stays(renderer, seconds, place):
+    html = PAGE.format(f"<meta http-equiv=refresh content='{seconds}{place}'><h1>Here</h1>")
+    wait = "() => new Promise((done) => setTimeout(done, 400))"
+    jobs = [Job(html, steps=(wait, "() => document.body.textContent", SHOT)), Job(PAGE.format("<h1>Here</h1>"))]
+    render, plain = renderer.map(jobs)
+    assert render.failure is None and render.values[1] == "Here" and np.array_equal(render.image, plain.image)
+
+
+def test_a_worker_that_hangs_before_it_reads_is_given_up(monkeypatch):
+    """More than a pipe holds, and a worker that is stopped."""
+    real = page_renders.Worker.ask
+
+    def stopped(self, job, deadline):
+        os.kill(self.process.pid, signal.SIGSTOP)
+        return real(self, job, deadline)
+
+    monkeypatch.setattr(page_renders.Worker, "ask", stopped)
+    with Renderer(1, seconds_per_page=2.0) as hanging:
+        render = hanging.render(PAGE.format("x" * 1_000_000))
+    assert "took over" in render.failure and render.seconds < 10
+
+
 def test_long_pages_are_cut_and_wide_ones_shown_whole(renderer):
     render = renderer.render(PAGE.format("<div style='height:1000000px'></div>"))
     assert render.clipped and render.image.shape[0] == min(16_384, 20_000_000 // 1280)
@@ -206,7 +230,7 @@ WITHOUT_SCRIPTS = {
     "other schemes": "".join(f"<iframe src='{scheme}'></iframe>" for scheme in (
         "javascript:alert(1)", "view-source:file://{file}", "chrome://settings", "ftp://127.0.0.1:{port}/", "blob:x",
         "about:blank", "filesystem:x")),
-    "frames": "<frameset><frame src='{at}/frame'><frame src='file://{file}'></frameset>",
+    "frames": "<!DOCTYPE html><frameset><frame src='{at}/frame'><frame src='file://{file}'></frameset>",
     "a portal": "<portal src='{at}/portal'></portal><fencedframe src='{at}/fenced'></fencedframe>",
 }  # fmt: skip
 WITH_SCRIPTS = {
@@ -295,7 +319,8 @@ def test_hostile_pages_reach_nothing_and_end(renderer, listener, tmp_path):
     magenta = "<svg xmlns='http://www.w3.org/2000/svg' width='500' height='500'><rect width='500' height='500' "
     canary.write_text(magenta + "fill='#ff00ff'/></svg>")
     places = {"at": f"http://127.0.0.1:{listener.port}", "port": listener.port, "file": canary}
-    jobs = [Job(PAGE.format(body.format(**places)), scripts=scripts) for body, scripts in HOSTILE.values()]
+    bodies = [(body.format(**places), scripts) for body, scripts in HOSTILE.values()]
+    jobs = [Job(body if body.startswith("<!") else PAGE.format(body), scripts=scripts) for body, scripts in bodies]
     listener.seen.clear()
     found = dict(zip(HOSTILE, renderer.map(jobs)))
     time.sleep(1)

@@ -87,6 +87,14 @@ def test_more_texts_than_colours_are_told_apart(renderer):
     assert len(page.blocks) > 4100
 
 
+def test_texts_that_cannot_be_told_apart_are_a_failure_and_not_forgotten(renderer):
+    """Browsers repeat formatting that is left open in each paragraph: 1,504 tags become 6,004 elements."""
+    html = WHITE.format("<p><b class=a><b class=b><b class=c>0" + "".join(f"<p>{n}" for n in range(1, 1501)))
+    page = scores.page_of(renderer.render(scores.job_for(html)))
+    assert "text elements, more than colours" in page.failure
+    assert scores.compare(page, page, html).overall == 0
+
+
 # -----------------------------------------------------------------------------
 # Matching
 
@@ -182,10 +190,12 @@ def test_colours_differ_by_ciede2000():
     assert same == 1 and opposite == pytest.approx(0, abs=1e-6) and 0.95 < near < 1
 
 
-def test_pages_without_any_text_are_alike_and_a_blank_one_is_not():
+def test_without_a_match_all_four_are_0(renderer):
     some = blocks(random.Random(1), 3)
-    assert scores.block_scores([], [])["overall"] == 1
-    assert scores.block_scores([], some)["overall"] == scores.block_scores(some, [])["overall"] == 0
+    for one, two in (([], []), ([], some), (some, [])):
+        assert scores.block_scores(one, two)["overall"] == scores.block_scores(one, two)["likeness"] == 0
+    nothing = scores.score("<!DOCTYPE html><html><body>No element of texts</body></html>", "", renderer)
+    assert nothing.overall == nothing.likeness == 0 and nothing.causes == ("no text to compare",)
 
 
 # -----------------------------------------------------------------------------
@@ -329,12 +339,20 @@ def test_a_clear_difference_is_significant_and_none_is_not():
 
 
 def test_failures_count_as_zero_and_are_named():
-    good = {"page": "a", "failure": None, **dict.fromkeys(scores.METRICS, 0.8)}
-    bad = {"page": "b", "failure": "took over 15 s", **dict.fromkeys(scores.METRICS, 0.0)}
+    good = {"page": "a", "failure": None, "valid": True, "causes": (), **dict.fromkeys(scores.METRICS, 0.8)}
+    bad = {
+        "page": "b",
+        "failure": "took over 15 s",
+        "valid": False,
+        "causes": ("not rendered",),
+        **dict.fromkeys(scores.METRICS, 0.0),
+    }
     found = scores.means([good, bad])
     assert (found["n"], found["failures"], found["failed"]) == (2, 1, ["b"])
     assert (found["block"], found["block_without_failures"]) == (0.4, 0.8)
-    assert "1 failures, counted as 0: block 0.400" in scores.summary_line(found)
+    shares = scores.shares([good, bad])
+    assert shares == {"valid": 0.5, "not rendered": 0.5}
+    assert "50.0 % valid, 1 failures, counted as 0: block 0.400" in scores.summary_line(found | shares)
 
 
 # -----------------------------------------------------------------------------
@@ -379,7 +397,7 @@ def run_scores(*arguments, cwd):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=200)
 
 
-def test_the_command_line_prints_one_object_or_a_list(renderer, tmp_path):
+def test_the_command_line_scores_a_page_or_folders(renderer, tmp_path):
     for folder, body in (("references", "<p>Hello there</p>"), ("predictions", "<p>Hello</p>")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.html").write_text(WHITE.format(body))
@@ -391,8 +409,10 @@ def test_the_command_line_prints_one_object_or_a_list(renderer, tmp_path):
     done = run_scores("references", "predictions", "--json", "s.json", "--report", "out/r.html", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "s.json").read_text())
-    assert [(row["page"], row["failure"]) for row in found] == [("a", None), ("b", "the written page: there is none")]
-    assert "2 pages, 1 failures" in done.stderr
+    missing = ("b", "the written page: there is none")
+    assert [(row["page"], row["failure"]) for row in found["pages"]] == [("a", None), missing]
+    assert found["summary"]["failures"] == 1 and found["summary"]["valid"] == 0.5 and "fonts" in found["facts"]
+    assert "2 pages, 50.0 % valid, 1 failures" in done.stderr
     report = (tmp_path / "out" / "r.html").read_text()
     assert report.rstrip().endswith("</html>") and "there is none" in report
     assert not list(tmp_path.glob("**/*.partial"))

@@ -19,6 +19,7 @@ from conftest import (
     make_base,
     make_pages,
     output,
+    run_script,
     small_run,
     start_deepspeed,
     start_plain,
@@ -458,18 +459,19 @@ def test_lean_steps_learn_what_deepspeeds_own_do(processes, exact_base, pages_fo
 
 
 SCORES = """
-import json, sys
+import json, os, sys
 sys.path.insert(0, {root!r})
 import holo1_dom_finetune as pipeline
 
 score = pipeline.Judge.score
-known = {{"step 1": 0.5, "step 2": 0.4, "after": 0.1}}
+known = json.loads(os.environ["PLANNED"])
 
 def planned(self, label, written):
     return score(self, label, written) | {{"likeness": known[label]}}
 
 pipeline.Judge.score = planned
-pipeline.Judge.render = lambda *unused: None
+if os.environ.get("UNRENDERED"):
+    pipeline.Judge.render = lambda *unused: None
 pipeline.leave(pipeline.main(sys.argv[1:]))
 """
 
@@ -481,7 +483,8 @@ def test_the_best_weights_by_score_become_the_final_folder(tiny_base, pages_fold
     script.write_text(SCORES.format(root=str(ROOT)))
     step = {"learning_rate": 1e-2, "gradient_accumulation_steps": 1, "lr_scheduler_type": "constant", "warmup_steps": 0}
     flags = small_run(tiny_base, pages_folder, max_steps=5, eval_every=1, early_stopping_patience=1, **step)
-    done = start_deepspeed(flags, tmp_path, processes=2, script=str(script))
+    planned = {"PLANNED": json.dumps({"step 1": 0.5, "step 2": 0.4, "after": 0.1}), "UNRENDERED": "1"}
+    done = start_deepspeed(flags, tmp_path, processes=2, script=str(script), env=planned)
     assert done.returncode == 0, output(done)
     assert re.findall(r"^step (\d/5)", done.stdout, re.MULTILINE) == ["1/5", "2/5"]
     assert "step 1 scored 0.500, the end 0.100: the better is final" in done.stdout
@@ -494,6 +497,31 @@ def test_the_best_weights_by_score_become_the_final_folder(tiny_base, pages_fold
     flags = small_run(tiny_base, pages_folder, max_steps=1, **step)
     assert start_deepspeed(flags, once, processes=2).returncode == 0
     assert all(torch.equal(final[name], value) for name, value in weights(once / "holo1_dom_finetune_final").items())
+
+
+@pytest.mark.slow
+def test_a_resumed_run_knows_the_best_weights_and_what_they_wrote(tiny_base, pages_folder, tmp_path):
+    """Step 1 is the best; step 3 is judged once without a plan, which ends that run."""
+    script = tmp_path / "planned.py"
+    script.write_text(SCORES.format(root=str(ROOT)))
+    flags = small_run(tiny_base, pages_folder, max_steps=4, eval_every=1, save_strategy="steps", save_steps=2)
+    planned = {"step 1": 0.5, "step 2": 0.4}
+    done = run_script(str(script), *flags, cwd=tmp_path, env={"PLANNED": json.dumps(planned)})
+    assert done.returncode == 1 and "KeyError: 'step 3'" in done.stderr, output(done)
+    planned |= {"step 3": 0.3, "after": 0.1}
+    evaluation = tmp_path / "holo1_dom_finetune_output" / "evaluation"
+    for folder in evaluation.glob("rendered_step_1*"):  # then they are rendered again
+        shutil.rmtree(folder)
+    done = run_script(str(script), *flags, "--resume", cwd=tmp_path, env={"PLANNED": json.dumps(planned)})
+    assert done.returncode == 0, output(done)
+    assert "step 1 scored 0.500, the end 0.100: the better is final" in done.stdout
+    results = json.loads((evaluation / "results.json").read_text())
+    assert results["final"] == "step 1" and results["after"] == results["step 1"]
+    assert (evaluation / "report.html").is_file()
+    for page, row in enumerate(results["after"]["pages"], start=1):
+        written = (evaluation / f"page-{page:04d}" / "written.html").read_text()
+        assert written == (evaluation / f"page-{page:04d}" / "written_step_1.html").read_text() and row["page"]
+    assert not (tmp_path / "holo1_dom_finetune_output" / "best.json").exists()
 
 
 @pytest.mark.slow
