@@ -1318,30 +1318,46 @@ class Judge:
 
     def __call__(self, label: str) -> dict:
         """(all ranks) Write every held-out page with the weights as they are now; main process: render and score."""
-        copy, batch = self.copy(), self.args.per_device_eval_batch_size
-        written = {self.recipe.repetition_penalty: write_held_out(copy, self.processor, self.pages, self.recipe, batch)}
-        if self.settings.compare_base and label in ("before", "after"):
-            for penalty in penalties(self.settings):  # one knob of decoding can be worth more than a training
-                if penalty not in written:
-                    recipe = replace(self.recipe, repetition_penalty=penalty)
-                    written[penalty] = write_held_out(copy, self.processor, self.pages, recipe, batch)
+        copy = self.copy()
+        self.rows[label] = self.write(copy, self.recipe)
+        self.results[label] = result = on_main(lambda: self.score(label))
+        if self.settings.compare_base and (label in ("before", "after") or self.leads(result)):
+            # One knob of decoding can be worth more than a training.
+            result["decoding"] = {str(self.recipe.repetition_penalty): result.get("likeness", result["exact"])}
+            for penalty in penalties(self.settings):
+                if str(penalty) not in result["decoding"]:
+                    result["decoding"][str(penalty)] = self.try_penalty(penalty, copy, label)
         del copy
         release_memory()
-        self.rows[label] = written[self.recipe.repetition_penalty]
-        self.results[label] = on_main(lambda: self.score(label, written))
-        return self.results[label]
+        return result
 
-    def score(self, label: str, written: dict[float, list[dict]]) -> dict:
+    def write(self, copy, recipe: use.Recipe) -> list[dict]:
+        return write_held_out(copy, self.processor, self.pages, recipe, self.args.per_device_eval_batch_size)
+
+    def try_penalty(self, penalty: float, copy, label: str) -> float:
+        """(all ranks) The likeness under another repetition penalty; the exact share where nothing is rendered."""
+        rows = self.write(copy, replace(self.recipe, repetition_penalty=penalty))
+
+        def score() -> float:
+            result = score_held_out(rows, self.pages)
+            self.render(f"{label} {penalty}", rows, result)
+            return result.get("likeness", result["exact"])
+
+        return on_main(score)
+
+    def leads(self, result: dict) -> bool:
+        """Whether it is better than the best so far."""
+        score = result.get("likeness")
+        return score is not None and (self.best is None or score > self.best["likeness"])
+
+    def score(self, label: str) -> dict:
         """(main process only)"""
-        found = {penalty: score_held_out(rows, self.pages) for penalty, rows in written.items()}
-        for penalty, rows in written.items():
-            self.render(f"{label} {penalty}", rows, found[penalty])
-        result = found[self.recipe.repetition_penalty]
-        if len(found) > 1:
-            result["decoding"] = {str(penalty): one.get("likeness", one["exact"]) for penalty, one in found.items()}
+        rows = self.rows[label]
+        result = score_held_out(rows, self.pages)
+        self.render(f"{label} {self.recipe.repetition_penalty}", rows, result)
         say(announce(label, result))
         if label != "after":  # which may not be the final one
-            keep_outputs(self.rows[label], self.pages, self.folder, "written_" + label.replace(" ", "_"))
+            keep_outputs(rows, self.pages, self.folder, "written_" + label.replace(" ", "_"))
         return result
 
     def pairs(self, rows: list[dict]) -> list:
@@ -1389,11 +1405,11 @@ class Judge:
 
     def step(self, number: int, save: Callable[[Path], None]) -> bool:
         """(all ranks) Judge during training and keep the best weights by score. True when patience has run out."""
-        score = self(f"step {number}").get("likeness")
-        if score is None:
+        result = self(f"step {number}")
+        if "likeness" not in result:
             return False
-        if self.best is None or score > self.best["likeness"]:
-            self.best, self.stale = {"step": number, "likeness": score}, 0
+        if self.leads(result):
+            self.best, self.stale = {"step": number, "likeness": result["likeness"]}, 0
             save(Path(self.args.output_dir) / "best")
         else:
             self.stale += 1

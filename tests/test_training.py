@@ -466,8 +466,8 @@ import holo1_dom_finetune as pipeline
 score = pipeline.Judge.score
 known = json.loads(os.environ["PLANNED"])
 
-def planned(self, label, written):
-    return score(self, label, written) | {{"likeness": known[label]}}
+def planned(self, label):
+    return score(self, label) | {{"likeness": known[label]}}
 
 pipeline.Judge.score = planned
 if os.environ.get("UNRENDERED"):
@@ -504,8 +504,9 @@ def test_a_resumed_run_knows_the_best_weights_and_what_they_wrote(tiny_base, pag
     """Step 1 is the best; step 3 is judged once without a plan, which ends that run."""
     script = tmp_path / "planned.py"
     script.write_text(SCORES.format(root=str(ROOT)))
-    flags = small_run(tiny_base, pages_folder, max_steps=4, eval_every=1, save_strategy="steps", save_steps=2)
-    planned = {"step 1": 0.5, "step 2": 0.4}
+    step = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    flags = small_run(tiny_base, pages_folder, eval_every=1, compare_base=True, **step)
+    planned = {"before": 0.0, "step 1": 0.5, "step 2": 0.4}
     done = run_script(str(script), *flags, cwd=tmp_path, env={"PLANNED": json.dumps(planned)})
     assert done.returncode == 1 and "KeyError: 'step 3'" in done.stderr, output(done)
     planned |= {"step 3": 0.3, "after": 0.1}
@@ -517,6 +518,8 @@ def test_a_resumed_run_knows_the_best_weights_and_what_they_wrote(tiny_base, pag
     assert "step 1 scored 0.500, the end 0.100: the better is final" in done.stdout
     results = json.loads((evaluation / "results.json").read_text())
     assert results["final"] == "step 1" and results["after"] == results["step 1"]
+    assert "decoding" not in results["step 3"] and results["comparison"]["metrics"]["likeness"]["n"] == 4
+    assert [row["repetition_penalty"] for row in results["comparison"]["decoding"]] == [1.0, 1.05]
     assert (evaluation / "report.html").is_file()
     for page, row in enumerate(results["after"]["pages"], start=1):
         written = (evaluation / f"page-{page:04d}" / "written.html").read_text()
