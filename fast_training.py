@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import math
 import types
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -24,19 +25,44 @@ ARCHITECTURES = ("qwen2_5_vl",)  # whose modules are known here; others train th
 # Attention
 
 
+SHORT = 128  # the longest segments, windows of the vision tower, for which torch's kernel is faster than flash-attn 4
+
+
 def attend(query, key, value, bounds, longest: int, scale: float, causal: bool):
     """Attention inside segments: `query` (S, heads, D), `key` and `value` (S, fewer heads, D), `bounds` (segments + 1)
     on the same device, `longest` segment. Returns (S, heads, D).
 
     On a GPU with half precision one flash kernel takes all segments; elsewhere SDPA takes equal lengths together.
+    flash-attn 4, a beta, is used where it has just given what torch's own kernel gives.
     """
     kernel = attention_kernel(query.device.type, query.element_size() == 2)
-    if kernel == SEGMENTS:
-        return equal_segments_together(query, key, value, bounds.tolist(), scale, causal)
-    if kernel == FLASH:
-        from flash_attn import flash_attn_varlen_func as flash
+    if kernel == FLASH_4:
+        shapes = (query.shape[1], key.shape[1], query.shape[2])
+        if longest <= SHORT or not agrees(kernel, VARLEN, shapes, query.dtype, causal):
+            kernel = VARLEN
+    return KERNELS[kernel](query, key, value, bounds, longest, scale, causal)
 
-        return flash(query, key, value, bounds, bounds, longest, longest, softmax_scale=scale, causal=causal)
+
+def flash_4(query, key, value, bounds, longest: int, scale: float, causal: bool):
+    from flash_attn.cute import flash_attn_varlen_func
+    from torch.nn.functional import pad
+
+    width = query.shape[-1]  # 80 is made 96 with zeros: as it is, beta 36 gives wrong gradients of the queries
+    if width % 32:
+        query, key, value = (pad(part, (0, -width % 32)) for part in (query, key, value))
+    lengths = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    done = flash_attn_varlen_func(query, key, value, **lengths, softmax_scale=scale, causal=causal)
+    return done[0][..., :width]
+
+
+def flash(query, key, value, bounds, longest: int, scale: float, causal: bool):
+    from flash_attn import flash_attn_varlen_func
+
+    lengths = (bounds, bounds, longest, longest)
+    return flash_attn_varlen_func(query, key, value, *lengths, softmax_scale=scale, causal=causal)
+
+
+def varlen(query, key, value, bounds, longest: int, scale: float, causal: bool):
     from torch.nn.attention.varlen import varlen_attn
 
     options = {"scale": scale}
@@ -48,24 +74,65 @@ def attend(query, key, value, bounds, longest: int, scale: float, causal: bool):
     return varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
 
 
-FLASH, VARLEN, SEGMENTS = "flash-attn", "torch's variable-length kernel", "SDPA, segment by segment"
-
-
-@lru_cache
-def attention_kernel(device: str, half: bool) -> str:
-    """Which of the three takes the segments; the kernels need half precision and compute capability 8.0."""
-    import torch
-
-    if device != "cuda" or not half or torch.cuda.get_device_capability() < (8, 0):
-        return SEGMENTS
-    return FLASH if importlib.util.find_spec("flash_attn") else VARLEN
-
-
 @lru_cache(maxsize=1)
 def varlen_parameters() -> frozenset[str]:
     from torch.nn.attention.varlen import varlen_attn
 
     return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def segment_by_segment(query, key, value, bounds, longest: int, scale: float, causal: bool):
+    return equal_segments_together(query, key, value, bounds.tolist(), scale, causal)
+
+
+FLASH_4, FLASH = "flash-attn 4", "flash-attn"
+VARLEN, SEGMENTS = "torch's variable-length kernel", "SDPA, segment by segment"
+KERNELS = {FLASH_4: flash_4, FLASH: flash, VARLEN: varlen, SEGMENTS: segment_by_segment}
+
+
+@lru_cache
+def attention_kernel(device: str, half: bool) -> str:
+    """Which of KERNELS takes the segments: they need half precision and compute capability 8.0, flash-attn 4 Hopper
+    or Blackwell (9, 10)."""
+    import torch
+
+    if device != "cuda" or not half or torch.cuda.get_device_capability() < (8, 0):
+        return SEGMENTS
+    if torch.cuda.get_device_capability()[0] in (9, 10) and importable("flash_attn.cute"):
+        return FLASH_4
+    return FLASH if importable("flash_attn") else VARLEN
+
+
+def importable(module: str) -> bool:
+    """Whether `module` has its function for packed segments. flash-attn 4 lives in a folder of flash-attn 2's package,
+    which may itself be missing; both may be built for another torch or driver."""
+    try:
+        return hasattr(importlib.import_module(module), "flash_attn_varlen_func")
+    except (ImportError, OSError, AttributeError, RuntimeError):
+        return False
+
+
+@lru_cache
+def agrees(kernel: str, other: str, shapes: tuple[int, int, int], dtype, causal: bool, device: str = "cuda") -> bool:
+    """Whether two of KERNELS give the same, gradients included, for `shapes`: heads, those of keys, D."""
+    import torch
+
+    heads, fewer, width = shapes
+    draw = torch.Generator(device).manual_seed(0)
+    bounds = torch.tensor([0, 300, 364, 500], dtype=torch.int32, device=device)
+    sizes = [(500, count, width) for count in (heads, fewer, fewer, heads)]
+    *given, outer = (torch.randn(size, generator=draw, device=device, dtype=dtype) for size in sizes)
+    found = []
+    with torch.inference_mode(False), torch.enable_grad():
+        for name in (kernel, other):
+            parts = [part.clone().requires_grad_() for part in given]
+            done = KERNELS[name](*parts, bounds, 300, width**-0.5, causal)
+            found.append([done, *torch.autograd.grad(done, parts, outer)])
+    worst = max(((a - b).float().norm() / b.float().norm()).item() for a, b in zip(*found))
+    if worst < 0.02:  # rounding: some 0.003 in bf16
+        return True
+    warnings.warn(f"{kernel} differs from {other} by {worst:.2g} for {shapes}: the latter is used there", stacklevel=2)
+    return False
 
 
 def equal_segments_together(query, key, value, bounds: list[int], scale: float, causal: bool = False):
@@ -157,14 +224,17 @@ class Elementwise:
     """The functions above, for one family of shapes, fused by torch.compile where that works and is asked for."""
 
     def __init__(self, fuse: bool):
-        for function in (rms_norm, rms_norm_backward, swiglu, swiglu_backward, rotate, cross_entropy):
-            if fuse:
-                import torch
+        import torch
 
+        for function in (rms_norm, rms_norm_backward, swiglu, swiglu_backward, rotate, cross_entropy):
+            name = function.__name__
+            if fuse and function is rotate and torch.cuda.is_available():
+                from rotary_kernel import rotate as function
+            elif fuse:
                 # A code object of its own: torch.compile keeps its graphs by code, and two families would mix.
-                own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-                function = torch.compile(own)
-            setattr(self, function.__name__ if not fuse else own.__name__, function)
+                function = types.FunctionType(function.__code__.replace(), function.__globals__, name)
+                function = torch.compile(function)
+            setattr(self, name, function)
 
 
 def can_fuse() -> str:
@@ -299,14 +369,17 @@ def _flat(linears) -> list:
 def _weight_gradients(ctx, place: int, gradient, hidden) -> list:
     """For the weight at input `place` and the bias after it."""
     for_weight = gradient.T @ hidden if ctx.needs_input_grad[place] else None
-    return [for_weight, gradient.sum(0) if ctx.needs_input_grad[place + 1] else None]
+    # A sum over rows as a product: a GPU takes two thirds of the time.
+    for_bias = gradient.T @ gradient.new_ones(len(gradient)) if ctx.needs_input_grad[place + 1] else None
+    return [for_weight, for_bias]
 
 
 def _add_linear(residual, hidden, weight, bias):
     import torch
 
-    done = torch.addmm(residual, hidden, weight.T)
-    return done if bias is None else done.add_(bias)
+    if bias is None:
+        return torch.addmm(residual, hidden, weight.T)
+    return _linear(hidden, weight, bias).add_(residual)
 
 
 def _linear(hidden, weight, bias):

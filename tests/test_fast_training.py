@@ -273,6 +273,60 @@ def test_attention_with_fewer_keys_is_causal_inside_each_segment():
                 assert torch.allclose(done[place, head], wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("part", ["nothing", "the values", "gradients only"])
+def test_a_kernel_is_believed_only_where_it_gives_the_same(monkeypatch, part):
+    def other(query, key, value, bounds, longest, scale, causal):
+        if part == "gradients only":  # as flash-attn 4 beta 36 does for heads of 80
+            query = query.detach() + 0 * query
+        done = fast_training.segment_by_segment(query, key, value, bounds, longest, scale, causal)
+        return done * 1.1 if part == "the values" else done
+
+    monkeypatch.setitem(fast_training.KERNELS, part, other)
+    arguments = (part, fast_training.SEGMENTS, (4, 2, 16), torch.float32, True, "cpu")
+    if part == "nothing":
+        assert fast_training.agrees(*arguments)
+    else:
+        with pytest.warns(UserWarning, match=f"{part} differs from SDPA"):
+            assert not fast_training.agrees(*arguments)
+
+
+@pytest.fixture
+def fresh_kernel_choice():
+    fast_training.attention_kernel.cache_clear()
+    yield
+    fast_training.attention_kernel.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_kernel_choice")
+@pytest.mark.parametrize(
+    ("capability", "files", "kernel"),
+    [
+        ((9, 0), ["cute/__init__.py"], "FLASH_4"),  # flash-attn 4 alone: the package itself has no code
+        ((8, 0), ["cute/__init__.py"], "VARLEN"),
+        ((8, 0), ["cute/__init__.py", "__init__.py"], "FLASH"),
+        ((9, 0), ["__init__.py"], "FLASH"),
+        ((9, 0), [], "VARLEN"),
+        ((7, 5), ["__init__.py"], "SEGMENTS"),
+    ],
+)
+def test_the_installed_kernel_is_taken(monkeypatch, tmp_path, capability, files, kernel):
+    """What a GPU says of itself and packages that need one cannot be had here: both are played."""
+    import sys
+
+    for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    for file in files:
+        path = tmp_path / "flash_attn" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("def flash_attn_varlen_func(): pass\n", encoding="utf-8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
+    found = fast_training.attention_kernel("cuda", True)
+    for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
+        sys.modules.pop(name)
+    assert found == getattr(fast_training, kernel)
+
+
 def test_other_architectures_and_the_plain_way_are_left_alone(model):
     settings = pipeline.PageSettings()
     assert pipeline.trains_fast(model.config, settings)
