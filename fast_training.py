@@ -228,13 +228,16 @@ class Elementwise:
 
         for function in (rms_norm, rms_norm_backward, swiglu, swiglu_backward, rotate, cross_entropy):
             name = function.__name__
-            if fuse and function is rotate and torch.cuda.is_available():
-                from rotary_kernel import rotate as function
-            elif fuse:
+            if fuse:
                 # A code object of its own: torch.compile keeps its graphs by code, and two families would mix.
                 function = types.FunctionType(function.__code__.replace(), function.__globals__, name)
                 function = torch.compile(function)
             setattr(self, name, function)
+        if fuse and torch.cuda.is_available():
+            import rotary_kernel
+
+            compiled = self.rotate
+            self.rotate = lambda query, *rest: (rotary_kernel.rotate if query.is_cuda else compiled)(query, *rest)
 
 
 def can_fuse() -> str:
