@@ -328,11 +328,11 @@ def trains_fast(config, settings: PageSettings) -> bool:
 
 def make_fast(model, settings: PageSettings, args, sharded: bool) -> None:
     """(all ranks) Everything of fast_training.py, and a line that says what runs and what could not."""
+    import torch
+
     obstacle = fast_training.can_fuse() if settings.fuse == "auto" else ""
     fuse = settings.fuse == "yes" or (settings.fuse == "auto" and not obstacle)
     if fuse:
-        import torch
-
         # A handful of small kernels: worker processes for them would outlive the training by many seconds.
         torch._inductor.config.compile_threads = 1
     width = fast_training.align_vision_mlp(model)
@@ -340,7 +340,8 @@ def make_fast(model, settings: PageSettings, args, sharded: bool) -> None:
     if sharded:
         fast_training.set_leaves(model)
     fused = "fused" if fuse else f"not fused ({obstacle or 'as asked'})"
-    kernel = fast_training.attention_kernel(args.device.type, args.bf16 or args.fp16)
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    kernel = fast_training.attention_words(model.config, args.device.type, dtype)
     say(f"fast path: pages packed, attention by {kernel}, element-wise parts {fused}, vision MLP {width:,} wide")
 
 

@@ -187,8 +187,8 @@ def head(config, load: Load, way: Way) -> float:
 SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 
 
-# Of a core, for each micro-batch, in DeepSpeed's and torch's Python; a GPU that needs less waits. Measured: 0.5; hosts
-# differ by a fifth.
+# Of a core, for each micro-batch, in DeepSpeed's and torch's Python; a GPU that needs less waits. 0.5 was measured; a
+# fifth is added, by which hosts differ: where two ways are about equal, more pages at once are safer.
 HOOK_SECONDS = 0.6
 REWORK = 0.3  # more time when all layers are worked out twice
 USED_SHARE = 0.45  # of a GPU's peak that a step can reach
@@ -202,8 +202,8 @@ def page_seconds(flops: float, tflops: float | None) -> float:
 def candidates(way: Way, pages: int, seconds: float, shares: Iterable[float] = SHARES) -> list[Way]:
     """Every way to put `pages` pages of a step, each of `seconds`, through a GPU, the fastest first.
 
-    The constants were measured on an H200 with 3B (benchmarks/README.md): 1 page x 8 took 4.3 s a step, 4 x 2 took 1.8,
-    and 2.4 with all layers worked out twice.
+    The constants come from an H200 with 3B (benchmarks/README.md): 1 page x 8 took 4.3 s a step, 4 x 2 took 1.8, and
+    2.4 with all layers worked out twice.
     """
     sizes = [size for size in range(pages, 0, -1) if pages % size == 0]
     whole = [True, False] if way.sharded and way.processes == 1 and not way.offload else [False]

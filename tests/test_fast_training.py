@@ -273,21 +273,114 @@ def test_attention_with_fewer_keys_is_causal_inside_each_segment():
                 assert torch.allclose(done[place, head], wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("part", ["nothing", "the values", "gradients only"])
-def test_a_kernel_is_believed_only_where_it_gives_the_same(monkeypatch, part):
-    def other(query, key, value, bounds, longest, scale, causal):
+class NoNumber(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, states):
+        return states.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("nan")
+
+
+def altered(part: str):
+    """A kernel of attention that does something wrong with `part`."""
+
+    def kernel(query, key, value, bounds, longest, scale, causal):
         if part == "gradients only":  # as flash-attn 4 beta 36 does for heads of 80
             query = query.detach() + 0 * query
+        elif part == "no number":
+            key = NoNumber.apply(key)
+        elif part == "its run":
+            raise TypeError("no such word")
         done = fast_training.segment_by_segment(query, key, value, bounds, longest, scale, causal)
         return done * 1.1 if part == "the values" else done
 
-    monkeypatch.setitem(fast_training.KERNELS, part, other)
-    arguments = (part, fast_training.SEGMENTS, (4, 2, 16), torch.float32, True, "cpu")
+    return kernel
+
+
+PROOF = (fast_training.SEGMENTS, (4, 2, 16), torch.float32, True, "cpu")
+
+
+@pytest.mark.parametrize("part", ["nothing", "the values", "gradients only", "no number", "its run"])
+def test_a_kernel_is_believed_only_where_it_gives_the_same(monkeypatch, part):
+    monkeypatch.setitem(fast_training.KERNELS, part, altered(part))
+    fast_training.agrees.cache_clear()
     if part == "nothing":
-        assert fast_training.agrees(*arguments)
+        assert fast_training.agrees(part, *PROOF)
     else:
-        with pytest.warns(UserWarning, match=f"{part} differs from SDPA"):
-            assert not fast_training.agrees(*arguments)
+        said = "its run fails .* no such word" if part == "its run" else f"{part} differs from SDPA"
+        with pytest.warns(UserWarning, match=said):
+            assert not fast_training.agrees(part, *PROOF)
+
+
+def test_a_kernel_may_be_proved_inside_a_layer_that_is_worked_out_twice(monkeypatch):
+    monkeypatch.setitem(fast_training.KERNELS, "nothing", altered("nothing"))
+    fast_training.agrees.cache_clear()
+    weight = torch.randn(3, 3, requires_grad=True)
+
+    def layer(hidden):
+        hidden = torch.tanh(hidden @ weight)
+        assert fast_training.agrees("nothing", *PROOF)
+        return torch.tanh(hidden @ weight)
+
+    hidden = torch.randn(2, 3)
+    (wanted,) = torch.autograd.grad(torch.tanh(torch.tanh(hidden @ weight) @ weight).sum(), weight)
+    done = torch.utils.checkpoint.checkpoint(layer, hidden, use_reentrant=False)
+    (found,) = torch.autograd.grad(done.sum(), weight)
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("longest", "agreeing", "taken"), [(128, True, "VARLEN"), (300, True, "FLASH_4"), (300, False, "VARLEN")]
+)
+def test_flash_attn_4_takes_long_segments_that_it_has_proved(monkeypatch, longest, agreeing, taken):
+    """Its kernel needs a GPU: who is asked is tested here, and what for."""
+    asked = []
+    kernels = {name: lambda *given, name=name: asked.append((name, *given)) for name in fast_training.KERNELS}
+    monkeypatch.setattr(fast_training, "KERNELS", kernels)
+    monkeypatch.setattr(fast_training, "attention_kernel", lambda device, half: fast_training.FLASH_4)
+    proofs = []
+    monkeypatch.setattr(fast_training, "agrees", lambda *given: proofs.append(given) or agreeing)
+    query, key, value = torch.zeros(300, 4, 16), torch.zeros(300, 2, 16), torch.ones(300, 2, 16)
+    bounds = torch.tensor([0, 300])
+    fast_training.attend(query, key, value, bounds, longest, 0.3, True)
+    ((name, *given),) = asked
+    assert name == getattr(fast_training, taken)
+    assert all(a is b for a, b in zip(given, (query, key, value, bounds, longest, 0.3, True), strict=True))
+    wanted = (fast_training.FLASH_4, fast_training.VARLEN, (4, 2, 16), torch.float32, True)
+    assert proofs == ([wanted] if longest > 128 else [])
+
+
+@pytest.mark.parametrize("pair", [True, False], ids=["with sums", "alone"])
+@pytest.mark.parametrize("width", [80, 96])
+def test_heads_of_odd_widths_are_filled_up_for_flash_attn_4(monkeypatch, tmp_path, width, pair):
+    """In place of its kernel, which needs a GPU: SDPA, under its name, with its arguments."""
+    import sys
+
+    for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+    module = tmp_path / "flash_attn" / "cute.py"
+    module.parent.mkdir()
+    module.write_text(
+        "import fast_training\n"
+        "def flash_attn_varlen_func(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,"
+        " softmax_scale, causal):\n"
+        "    assert q.shape[-1] == k.shape[-1] == v.shape[-1] == 96 and cu_seqlens_q is cu_seqlens_k\n"
+        "    done = fast_training.segment_by_segment(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale, causal)\n"
+        f"    return (done, None) if {pair} else done\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.manual_seed(0)
+    parts = [torch.randn(7, heads, width, requires_grad=True) for heads in (4, 2, 2)]
+    bounds, found = torch.tensor([0, 3, 7]), []
+    for kernel in (fast_training.flash_4, fast_training.segment_by_segment):
+        done = kernel(*parts, bounds, 4, width**-0.5, True)
+        found.append([done, *torch.autograd.grad(done.square().sum(), parts)])
+    for name in ("flash_attn", "flash_attn.cute"):
+        sys.modules.pop(name, None)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found))
 
 
 @pytest.fixture
