@@ -186,23 +186,29 @@ def work(chromium: str | None) -> None:
     with sync_playwright() as playwright:
         browser, tab, rendered = None, None, 0
         while (frame := receive(sys.stdin.buffer)) is not None:
-            if browser is None or rendered >= RECYCLE or not browser.is_connected():
-                if browser is not None:
+            job, fresh = Job(**json.loads(frame)), False
+            while not fresh:
+                if browser is None or rendered >= RECYCLE or not browser.is_connected():
+                    if browser is not None:
+                        browser.close()
+                    browser, rendered = playwright.chromium.launch(executable_path=chromium, args=flags), 0
+                    tab, fresh = None, True
+                pictures = []
+                try:
+                    if tab is not None and not tab.suits(job):
+                        tab.close()
+                        tab = None
+                    tab = tab or Tab(browser, job)
+                    values, clipped = tab.render(job, rendered, pictures)
+                    answer = {"values": values, "clipped": clipped, "version": browser.version}
+                    break
+                except Exception as error:  # handed to the parent, which reports or retries
+                    answer, pictures = {"failure": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}, []
+                    gone = not browser.is_connected() or type(error).__name__ == "TargetClosedError"
                     browser.close()
-                browser, rendered = playwright.chromium.launch(executable_path=chromium, args=flags), 0
-                tab = None
-            job, pictures = Job(**json.loads(frame)), []
-            try:
-                if tab is not None and not tab.suits(job):
-                    tab.close()
-                    tab = None
-                tab = tab or Tab(browser, job)
-                values, clipped = tab.render(job, rendered, pictures)
-                answer = {"values": values, "clipped": clipped, "version": browser.version}
-            except Exception as error:  # handed to the parent, which reports or retries
-                answer, pictures = {"failure": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}, []
-                browser.close()
-                browser = None
+                    browser = None
+                    if not gone:
+                        break  # else it may have died before this page came: once more in a fresh one
             rendered += 1
             send(answers, json.dumps(answer).encode("utf-8", "replace"))
             for picture in pictures:

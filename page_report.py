@@ -889,7 +889,12 @@ if (list) {
   document.addEventListener("click", choose);
   document.addEventListener("keydown", press);
   for (const kind of ["pointerover", "focusin"]) list.addEventListener(kind, light);
-  document.addEventListener("pointermove", (event) => { mouse.x = event.screenX; mouse.y = event.screenY; });
+  document.addEventListener("pointermove", (event) => {
+    const resting = rests(event);  // a box that came under the mouse by scrolling gets the light once the mouse moves
+    mouse.x = event.screenX;
+    mouse.y = event.screenY;
+    if (!resting && event.target.closest?.(".boxes rect:not(.lit)")) light(event);
+  });
   byId("score").addEventListener("change", () => { if (state.order === "name") state.order = "worst"; sort(); });
   byId("find").addEventListener("input", filter);
   filter();

@@ -649,6 +649,7 @@ def test_hostile_pages_run_nothing(show, tmp_path):
     page.get_by_role("button", name="Show all").click()
     for place in range(1, 2 * len(HOSTILE), 2):
         for _ in range(5):  # cards above, laid out when they come into view, may push a box away from the pointer
+            page.mouse.move(1, 1)  # or under it, which is no movement of the pointer
             page.locator(f"#page-{place} rect.matched").last.hover()
             if (text := page.locator(f"#page-{place} .readout").inner_text()).startswith("matched: "):
                 break
@@ -658,6 +659,21 @@ def test_hostile_pages_run_nothing(show, tmp_path):
     assert page.evaluate("getComputedStyle(document.body).display") == "block"
     page.set_viewport_size({"width": 390, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+
+def test_a_box_that_scrolled_under_the_mouse_is_read_once_the_mouse_moves(show, report):
+    page = show(report)
+    box = page.locator("rect.matched:visible").nth(2)
+    box.scroll_into_view_if_needed()
+    place = box.bounding_box()
+    page.evaluate("scrollBy(0, -200)")  # down goes the box, and back once the mouse lies still where it was
+    x, y = place["x"] + place["width"] / 2, place["y"] + place["height"] / 2
+    page.mouse.move(x, y)
+    page.evaluate("scrollBy(0, 200)")
+    page.mouse.move(x + 1, y)
+    card = page.locator(".card", has=page.locator("rect.lit")).first
+    assert card.locator(".readout").inner_text().startswith("matched: ")
+    assert box.evaluate("(node) => node.matches('.lit')")
 
 
 def test_an_empty_report_opens_cleanly(show, tmp_path):
