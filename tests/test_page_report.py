@@ -663,17 +663,25 @@ def test_hostile_pages_run_nothing(show, tmp_path):
 
 def test_a_box_that_scrolled_under_the_mouse_is_read_once_the_mouse_moves(show, report):
     page = show(report)
-    box = page.locator("rect.matched:visible").nth(2)
+    box = page.locator("rect.matched:visible").nth(2).element_handle()
     box.scroll_into_view_if_needed()
     place = box.bounding_box()
-    page.evaluate("scrollBy(0, -200)")  # down goes the box, and back once the mouse lies still where it was
-    x, y = place["x"] + place["width"] / 2, place["y"] + place["height"] / 2
+    x, y = place["x"] + place["width"] / 2, 400
+    page.evaluate("scrollBy(0, 300)")
     page.mouse.move(x, y)
-    page.evaluate("scrollBy(0, 200)")
+    # The page scrolls until the box lies under the resting mouse: cards laid out on the way move it once more.
+    page.wait_for_function(
+        """([box, x, y]) => {
+          const place = box.getBoundingClientRect();
+          scrollBy(0, place.top + place.height / 2 - y);
+          return document.elementFromPoint(x, y) === box;
+        }""",
+        arg=[box, x, y],
+    )
     page.mouse.move(x + 1, y)
+    page.wait_for_function("(box) => box.matches('.lit')", arg=box)
     card = page.locator(".card", has=page.locator("rect.lit")).first
     assert card.locator(".readout").inner_text().startswith("matched: ")
-    assert box.evaluate("(node) => node.matches('.lit')")
 
 
 def test_an_empty_report_opens_cleanly(show, tmp_path):
