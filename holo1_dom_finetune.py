@@ -311,7 +311,7 @@ def load_model(base: Path, settings: PageSettings, args):
     if trains_fast(model.config, settings):
         make_fast(model, settings, args, is_deepspeed_zero3_enabled())
     if frozen_base:
-        model = add_adapters(model, settings)
+        model = add_adapters(model, settings, args.seed)
     model.config.get_text_config().use_cache = (
         False  # training needs no cache, and checkpointing would warn of it at every step
     )
@@ -358,12 +358,17 @@ def quantization_config(compute_dtype):
     )
 
 
-def add_adapters(model, settings: PageSettings):
-    """LoRA on the language model's own projections; by leaf name alone the vision tower's would match, too."""
+def add_adapters(model, settings: PageSettings, seed: int):
+    """LoRA on the language model's own projections; by leaf name alone the vision tower's would match, too.
+
+    Adapters begin at random, the same ones in every run and on every rank with this seed.
+    """
+    import torch
     from peft import LoraConfig, get_peft_model
 
     projections = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
     config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=projections)
+    torch.manual_seed(seed)
     return get_peft_model(model, config)
 
 

@@ -185,6 +185,17 @@ def test_the_chunked_loss_equals_torchs_own(rows, monkeypatch):
         assert torch.allclose(first, second, atol=1e-5)
 
 
+def test_adapters_begin_the_same_in_every_run_with_a_seed(model):
+    def first(seed: int) -> list:
+        torch.randn(seed + 1)  # whatever happened before
+        twin = pipeline.add_adapters(copy.deepcopy(model), pipeline.PageSettings(lora=True), seed)
+        return [weight for name, weight in twin.named_parameters() if "lora_A" in name]
+
+    assert len(first(7)) == 14, "seven projections in each of two layers"
+    assert all(torch.equal(one, other) for one, other in zip(first(7), first(7)))
+    assert not any(torch.equal(one, other) for one, other in zip(first(7), first(8)))
+
+
 def test_a_frozen_head_costs_no_gradient_of_its_own(processor, model):
     twin = fast_twin(model)
     twin.lm_head.weight.requires_grad_(False)
