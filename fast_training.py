@@ -679,8 +679,8 @@ def lean_steps(engine) -> None:
     """Take from a step under DeepSpeed 0.19.8's ZeRO-3 what a GPU only waits for, or copies to no end.
 
     Everywhere: walking through all modules to say again that they train, and a widening to fp64 of each gradient for
-    its norm. On one process also the reduction of gradients that nobody else has; and where its weights are gathered
-    for good, their release and return, and the hooks that fetch them for each module.
+    its norm. On one process also the reduction of gradients that nobody else has. Where all weights may stay whole:
+    fetching and releasing them for each module, as they are gathered once per step, on one process never.
     """
     optimizer = engine.optimizer
     if optimizer.model_parallel_group is not None:
@@ -692,7 +692,7 @@ def lean_steps(engine) -> None:
         optimizer.get_grad_norm_direct = types.MethodType(gradient_norm, optimizer)
         if alone:
             optimizer.reduce_independent_p_g_buckets_and_remove_grads = types.MethodType(keep_gradient, optimizer)
-    if alone and all(parameter.ds_persist for parameter in engine.module.parameters()):
+    if all(parameter.ds_persist for parameter in engine.module.parameters()):
         stay_gathered(engine.module, optimizer)
 
 
@@ -721,24 +721,41 @@ def keep_gradient(self, parameter) -> None:
     parameter.grad = None
 
 
+WORTH_A_CALL = 1_000_000  # weights; 2 MB travel in some 10 us by NVLink, about what a call to NCCL takes by itself
+
+
 def stay_gathered(model, optimizer) -> None:
-    """Weights that lie where their shards do, as they can on one process, are up to date as soon as those are."""
+    """Gather all weights before a step's first layer, and release after it those that it changed.
+
+    On one process they lie where their shards do, and are up to date as soon as those are.
+    """
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     offload, parameters = optimizer.parameter_offload, list(model.parameters())
-    step, release = optimizer.step, optimizer._partition_all_parameters
+    step, release, alone = optimizer.step, optimizer._partition_all_parameters, optimizer.partition_count == 1
 
-    def gather_missing(module, inputs) -> None:  # after a checkpoint, say
+    def gather_missing(module, inputs) -> None:  # after a checkpoint, too
         missing = [parameter for parameter in parameters if parameter.ds_status != ZeroParamStatus.AVAILABLE]
-        if missing:
-            missing[0].all_gather(missing)
+        large = [parameter for parameter in missing if parameter.ds_numel >= WORTH_A_CALL]
+        small = [parameter for parameter in missing if parameter.ds_numel < WORTH_A_CALL]
+        if large:
+            large[0].all_gather(large)  # each by a call of its own, right to where it belongs
+        if small:
+            small[0].all_gather_coalesced(small).wait()  # by one call, and copied from there
 
     def release_what_is_no_view() -> None:
         if any(p.numel() != p.ds_numel or p.data_ptr() != p.ds_tensor.data_ptr() for p in parameters):
             release()
 
+    def release_what_learned() -> None:
+        for parameter in parameters:
+            if parameter.requires_grad and parameter.ds_status == ZeroParamStatus.AVAILABLE:
+                parameter.data = parameter.data.new_empty(0)
+                parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+
     def lean_step(closure=None) -> None:
-        optimizer._partition_all_parameters = release_what_is_no_view  # checkpoints still want them released
+        # checkpoints still want them all released
+        optimizer._partition_all_parameters = release_what_is_no_view if alone else release_what_learned
         try:
             step(closure)
         finally:
@@ -748,3 +765,5 @@ def stay_gathered(model, optimizer) -> None:
         hook.remove()
     model.register_forward_pre_hook(gather_missing)
     optimizer.step = lean_step
+    if not alone:
+        optimizer.persistent_parameters = []  # nor gathered by DeepSpeed, one by one, before anybody needs them

@@ -439,14 +439,17 @@ def choose_micro_batch(args, settings: PageSettings, config, pages, encoder: Pag
     shares = memory_plan.SHARES if settings.checkpoint_share is None else [settings.checkpoint_share]
     costs = page_costs(config, pages, encoder)
     tflops = memory_plan.peak_tflops(torch.cuda.get_device_name(args.device))
-    ways = memory_plan.candidates(way, per_step, memory_plan.page_seconds(sum(costs) / len(costs), tflops), shares)
+    seconds, weights = memory_plan.page_seconds(sum(costs) / len(costs), tflops), sum(memory_plan.weights_of(config))
+    # Who wrote down which weights stay whole gets that.
+    whole = (deepspeed or {}).get("zero_optimization", {}).get(THRESHOLD, "auto") == "auto"
+    ways = memory_plan.candidates(way, per_step, seconds, weights, shares, whole)
     if settings.micro_batch != "auto":
         ways = [way for way in ways if way.micro_batch == args.per_device_train_batch_size]
 
     def plan_of(way: memory_plan.Way) -> memory_plan.Plan:
         return memory_plan.estimate(config, loads[way.micro_batch - 1], way, bucket)
 
-    limit = memory_plan.MEMORY_SHARE * torch.cuda.get_device_properties(args.device).total_memory / 2**30
+    limit = memory_limit(args.device)
     plan = memory_plan.choose(ways, plan_of, limit)
     if plan is None:  # the plan may err: tried, with a warning, rather than refused
         plan = min(map(plan_of, ways), key=lambda plan: plan.total)
@@ -461,19 +464,34 @@ def choose_micro_batch(args, settings: PageSettings, config, pages, encoder: Pag
     parts = ", ".join(f"{name} {size:.1f}" for name, size in plan.parts.items())
     say(
         f"micro-batch: {plan.way.micro_batch} pages at once, {plan.way.checkpointed:.0%} of the layers worked out twice"
-        f"{', weights stay gathered' * plan.way.whole}; {plan.total:.1f} GiB planned of {limit:.1f} ({parts})"
+        f"{whole_words(plan.way)}; {plan.total:.1f} GiB planned of {limit:.1f} ({parts})"
     )
     return plan
 
 
+def whole_words(way: memory_plan.Way) -> str:
+    if not way.whole:
+        return ""
+    return ", weights stay gathered" if way.processes == 1 else ", weights gathered once per step"
+
+
+def memory_limit(device) -> float:
+    """GiB of a GPU that may be planned for, of the share that torch may use of it (PYTORCH_CUDA_ALLOC_CONF)."""
+    import torch
+
+    total = torch.cuda.get_device_properties(device).total_memory
+    return memory_plan.MEMORY_SHARE * torch.cuda.get_per_process_memory_fraction(device) * total / 2**30
+
+
+THRESHOLD = "stage3_param_persistence_threshold"
 REDUCED_AT_ONCE = 200_000_000  # weights: transformers' own choice, 4 M for 3B, sends each gradient by itself
 
 
 def tune_zero(zero: dict, way: memory_plan.Way) -> None:
     """What DeepSpeed's configuration leaves to us ("auto", or nothing), by measurement (benchmarks/README.md)."""
     wanted = {"reduce_bucket_size": REDUCED_AT_ONCE}
-    if way.whole:  # one GPU: gathering for every layer what nobody else holds would only be copying
-        wanted |= {"stage3_param_persistence_threshold": 10**11, "stage3_max_live_parameters": 10**11}
+    if way.whole:
+        wanted |= {THRESHOLD: 10**11, "stage3_max_live_parameters": 10**11}
     elif zero.get("stage") == 3:
         wanted["stage3_prefetch_bucket_size"] = REDUCED_AT_ONCE // 2  # a layer of 3B has 77 M: fetched one ahead
     for name, value in wanted.items():

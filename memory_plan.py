@@ -2,7 +2,7 @@
 
     plan = estimate(config, Load(tokens=21_000, patches=20_000, supervised=16_000), Way(processes=4))
     plan.parts, plan.total                          # GiB on each GPU: weights, gradients, optimizer, activations, ...
-    choose(candidates(Way(), 8, 0.2), plan_of, limit_gib)           # the fastest way that fits
+    choose(candidates(Way(), 8, 0.2, 4e9), plan_of, limit_gib)      # the fastest way that fits
 
 Sections: What is planned, Cost, Estimate, Choice, Table.
 """
@@ -32,8 +32,8 @@ class Load:
 
 @dataclass(frozen=True)
 class Way:
-    """How it is trained. `checkpointed` is the share of layers whose activations are worked out twice; `whole` keeps
-    the gathered weights between steps (ZeRO-3 on one GPU, where there is nobody to share them with)."""
+    """How it is trained. `checkpointed` is the share of layers whose activations are worked out twice; `whole` gathers
+    the weights once per step, not for each layer of each micro-batch (one GPU: never, it has them all)."""
 
     processes: int = 1
     micro_batch: int = 1
@@ -191,6 +191,9 @@ SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 # fifth is added, by which hosts differ: where two ways are about equal, more pages at once are safer.
 HOOK_SECONDS = 0.6
 REWORK = 0.3  # more time when all layers are worked out twice
+HOOKS = 0.05  # more time when one GPU goes through DeepSpeed's hooks for every layer (43.3 instead of 45.5 % MFU)
+FETCH_SECONDS = 5e-11  # for each weight and micro-batch, layer by layer: 0.19 s on two H200s with 3B
+GATHER_SECONDS = 2e-11  # for each weight and step, all at once: 2 bytes at 100 GB/s; not measured on several GPUs yet
 USED_SHARE = 0.45  # of a GPU's peak that a step can reach
 
 
@@ -199,20 +202,25 @@ def page_seconds(flops: float, tflops: float | None) -> float:
     return flops / (USED_SHARE * (tflops or 989) * 1e12)
 
 
-def candidates(way: Way, pages: int, seconds: float, shares: Iterable[float] = SHARES) -> list[Way]:
-    """Every way to put `pages` pages of a step, each of `seconds`, through a GPU, the fastest first.
+def candidates(
+    way: Way, pages: int, seconds: float, weights: float, shares: Iterable[float] = SHARES, whole: bool = True
+) -> list[Way]:
+    """Every way to put `pages` pages of a step, each of `seconds`, through a GPU, the fastest first; without `whole`
+    only those that fetch `weights` layer by layer.
 
     The constants come from an H200 with 3B (benchmarks/README.md): 1 page x 8 took 4.3 s a step, 4 x 2 took 1.8, and
     2.4 with all layers worked out twice.
     """
     sizes = [size for size in range(pages, 0, -1) if pages % size == 0]
-    whole = [True, False] if way.sharded and way.processes == 1 and not way.offload else [False]
-    found = [replace(way, micro_batch=s, checkpointed=c, whole=w) for s in sizes for c in shares for w in whole]
+    kept = [True, False] if whole and way.sharded and not way.offload else [False]
+    found = [replace(way, micro_batch=s, checkpointed=c, whole=w) for s in sizes for c in shares for w in kept]
 
     def time(way: Way) -> float:
-        gathering = 1.0 if way.whole else 1.05
-        busy = way.micro_batch * seconds * (1 + REWORK * way.checkpointed) * gathering
-        return pages / way.micro_batch * (max(HOOK_SECONDS, busy) + 0.02)
+        alone = way.processes == 1
+        busy = way.micro_batch * seconds * (1 + REWORK * way.checkpointed) * (1 + HOOKS * (alone and not way.whole))
+        fetching = 0.0 if alone or way.whole or not way.sharded else FETCH_SECONDS * weights
+        gathering = GATHER_SECONDS * weights * (way.whole and not alone)
+        return pages / way.micro_batch * (max(HOOK_SECONDS, busy) + fetching + 0.02) + gathering
 
     return sorted(found, key=time)
 
@@ -244,7 +252,7 @@ def table(config, longest: Callable[[int], Load], way: Way, pages: int, bucket: 
         for size in sizes_gib:
             asked = replace(way, processes=processes)
             plan = choose(
-                candidates(asked, pages, seconds),
+                candidates(asked, pages, seconds, sum(weights_of(config))),
                 lambda one: estimate(config, longest(one.micro_batch), one, bucket),
                 MEMORY_SHARE * size,
             )

@@ -421,6 +421,12 @@ def shown(command: list[str], args: argparse.Namespace) -> str:
     return text
 
 
+def limits_of_memory() -> list[str]:
+    """What torch was told about its memory outside the command, all of it inherited by every way."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    return [f"{name}={os.environ[name]}" for name in names if name in os.environ]
+
+
 def add_result(results: dict, file: Path, way: str, row: dict) -> None:
     results["ways"][way] = row
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -457,7 +463,7 @@ def main() -> None:
     gpu = gpu_name()
     env, peak = environment(args.gpus, gpu is not None), memory_plan.peak_tflops(gpu) if gpu else None
     results = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join([*limits_of_memory(), "python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d"),
         "gpu": gpu,
         "gpus": args.gpus,

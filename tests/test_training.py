@@ -42,7 +42,7 @@ SGD = {
 }
 
 
-# What --micro_batch auto chooses on one GPU that is large enough: weights stay gathered between steps.
+# What --micro_batch auto chooses on GPUs that are large enough: weights are gathered once per step, on one GPU never.
 WHOLE = {"stage3_param_persistence_threshold": 10**11, "stage3_max_live_parameters": 10**11}
 GATHERED = {**PLAIN_JSON, "zero_optimization": {**PLAIN_JSON["zero_optimization"], **WHOLE}}
 
@@ -248,12 +248,14 @@ def test_a_signal_saves_the_step_and_resume_goes_on_from_it(number, tiny_base, p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["plain", "plain, LoRA", "ZeRO-3, gathered", "ZeRO-3, 2 ranks"])
+@pytest.mark.parametrize(
+    "way", ["plain", "plain, LoRA", "ZeRO-3, gathered", "ZeRO-3, 2 ranks", "ZeRO-3, gathered, 2 ranks"]
+)
 def test_a_resumed_run_ends_in_the_same_weights(way, tiny_base, pages_folder, tmp_path):
     """The base's vision MLP is 60 wide, trained as 64 and saved as 60."""
-    start, options = (start_deepspeed, {"processes": 2}) if "2 ranks" in way else (start_plain, {})
+    start, options = (start_deepspeed, {"processes": 1 + ("2 ranks" in way)}) if "ZeRO" in way else (start_plain, {})
     if "gathered" in way:
-        start, options = start_deepspeed, {"config": GATHERED}
+        options["config"] = GATHERED
     step = {"gradient_accumulation_steps": 2, "learning_rate": 1e-2, "max_steps": 4}
     flags = small_run(tiny_base, pages_folder, **step, **({"lora": True} if "LoRA" in way else {}))
     whole = start([*flags, "--save_strategy", "steps", "--save_steps", "2"], tmp_path, **options)
@@ -431,10 +433,22 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Zero
 
 release, calls = Zero._partition_all_parameters, []
 Zero._partition_all_parameters = lambda self: calls.append(1) or release(self)
-if {plain}:
-    fast_training.lean_steps = lambda engine: None
+lean, whole = fast_training.lean_steps, []
+
+def watched(engine):
+    if not {plain}:
+        lean(engine)
+    step = engine.optimizer.step
+
+    def watch(*unused):
+        step()
+        whole.append(sum(weight.numel() for weight in engine.module.parameters()))
+
+    engine.optimizer.step = watch
+
+fast_training.lean_steps = watched
 code = pipeline.main(sys.argv[1:])
-print(f"released {{len(calls)}} times")
+print(f"released {{len(calls)}} times, whole {{whole}}")
 pipeline.leave(code)
 """
 
@@ -442,9 +456,9 @@ pipeline.leave(code)
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_lean_steps_learn_what_deepspeeds_own_do(processes, exact_base, pages_folder, tmp_path):
-    """On one process whose weights stay gathered they are never released between steps."""
+    """On one process whose weights stay gathered they are never released; two hold only their shards between steps."""
     flags = small_run(exact_base, pages_folder, max_steps=4, learning_rate=1e-2, max_grad_norm=0.1)
-    final, released = {}, {}
+    final, released, whole = {}, {}, {}
     for plain in (True, False):
         place = tmp_path / str(plain)
         place.mkdir()
@@ -453,9 +467,11 @@ def test_lean_steps_learn_what_deepspeeds_own_do(processes, exact_base, pages_fo
         done = start_deepspeed(flags, place, processes=processes, config=GATHERED, script=str(script))
         assert done.returncode == 0, output(done)
         final[plain] = weights(place / "holo1_dom_finetune_final")
-        released[plain] = int(done.stdout.split("released ")[1].split()[0])
+        released[plain], whole[plain] = re.search(r"^released (\d+) times, whole \[(.*)\]$", done.stdout, re.M).groups()
     assert max((final[True][name] - final[False][name]).abs().max() for name in final[True]) <= 1e-6
-    assert released[True] - released[False] == (4 if processes == 1 else 0), released
+    assert int(released[True]) - int(released[False]) == 4, released  # one for each step
+    assert set(whole[True].split(", ")) != {"0"} and len(whole[True].split(", ")) == 4
+    assert whole[False] == (whole[True] if processes == 1 else "0, 0, 0, 0"), whole
 
 
 SCORES = """
