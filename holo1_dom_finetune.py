@@ -368,6 +368,9 @@ def add_adapters(model, settings: PageSettings, seed: int):
 
     projections = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
     config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=projections)
+    # The first layer's input has to need a gradient: else DeepSpeed, told of a layer's gradients by torch's hook on the
+    # whole layer, would be told before there are any.
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
     torch.manual_seed(seed)
     return get_peft_model(model, config)
 

@@ -474,6 +474,26 @@ def test_lean_steps_learn_what_deepspeeds_own_do(processes, exact_base, pages_fo
     assert whole[False] == (whole[True] if processes == 1 else "0, 0, 0, 0"), whole
 
 
+@pytest.mark.slow
+def test_adapters_learn_the_same_where_every_layer_is_kept(exact_base, pages_folder, tmp_path):
+    """Nothing is worked out twice, and two ranks under ZeRO-3 gather all weights once per step; the first layer, too,
+    whose input comes from frozen weights, learns what it learns without DeepSpeed."""
+    step = {"max_steps": 2, "learning_rate": 1e-2, "warmup_steps": 0, "lora": True, "activation_checkpointing": False}
+    learned = {}
+    for name, start, pages, options in (
+        ("plain", start_plain, 2, {}),
+        ("ZeRO-3", start_deepspeed, 1, {"processes": 2, "config": GATHERED}),
+    ):
+        place = tmp_path / name
+        place.mkdir()
+        done = start(small_run(exact_base, pages_folder, gradient_accumulation_steps=pages, **step), place, **options)
+        assert done.returncode == 0, output(done)
+        learned[name] = change(exact_base, place / "holo1_dom_finetune_final")
+    first = [key for key in learned["plain"] if "layers.0." in key and key.endswith("proj.weight")]
+    assert len(first) == 7 and all(learned["plain"][key].norm() > 0.01 for key in first)
+    assert max((learned["plain"][key] - change).abs().max() for key, change in learned["ZeRO-3"].items()) <= 1e-5
+
+
 SCORES = """
 import json, os, sys
 sys.path.insert(0, {root!r})
