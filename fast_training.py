@@ -725,7 +725,7 @@ WORTH_A_CALL = 1_000_000  # weights; 2 MB travel in some 10 us by NVLink, about 
 
 
 def stay_gathered(model, optimizer) -> None:
-    """Gather all weights before a step's first layer, and release after it those that it changed.
+    """Gather all weights before a step's first layer, and release them after it.
 
     On one process they lie where their shards do, and are up to date as soon as those are.
     """
@@ -747,15 +747,15 @@ def stay_gathered(model, optimizer) -> None:
         if any(p.numel() != p.ds_numel or p.data_ptr() != p.ds_tensor.data_ptr() for p in parameters):
             release()
 
-    def release_what_learned() -> None:
+    def release_all() -> None:
         for parameter in parameters:
-            if parameter.requires_grad and parameter.ds_status == ZeroParamStatus.AVAILABLE:
+            if parameter.ds_status == ZeroParamStatus.AVAILABLE:
                 parameter.data = parameter.data.new_empty(0)
                 parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
 
     def lean_step(closure=None) -> None:
-        # checkpoints still want them all released
-        optimizer._partition_all_parameters = release_what_is_no_view if alone else release_what_learned
+        # for checkpoints DeepSpeed still does it its own way
+        optimizer._partition_all_parameters = release_what_is_no_view if alone else release_all
         try:
             step(closure)
         finally:
