@@ -390,7 +390,8 @@ def print_plan(base: Path, resolved: Resolved) -> None:
         return memory_plan.Load(count * (sum(tokens) + 40), count * tokens[0] * 4, count * tokens[1])
 
     way = training_way(resolved.training, settings, resolved.deepspeed, fused=True)
-    say(memory_plan.table(config, longest, way, pages, bucket_size(resolved.deepspeed, config), (24, 40, 80, 140)))
+    bucket, whole = bucket_size(resolved.deepspeed), may_be_whole(resolved.deepspeed, config)
+    say(memory_plan.table(config, longest, way, pages, bucket, whole, (24, 40, 80, 140)))
     copy = 2 * sum(sizes) / 2**30
     say(f"before and after training a copy that writes pages takes {copy:.1f} GiB more, when activations take none")
 
@@ -401,10 +402,10 @@ def load_config(base: Path, settings: PageSettings):
     return AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code)
 
 
-def bucket_size(deepspeed: dict | None, config) -> int:
-    """Weights in one of DeepSpeed's buckets; `auto` is what transformers makes of it."""
+def bucket_size(deepspeed: dict | None) -> int:
+    """Weights in one of DeepSpeed's buckets; `auto` is left to us (`tune_zero`)."""
     asked = (deepspeed or {}).get("zero_optimization", {}).get("reduce_bucket_size", "auto")
-    return config.get_text_config().hidden_size ** 2 if asked == "auto" else int(asked)
+    return REDUCED_AT_ONCE if asked == "auto" else int(asked)
 
 
 def training_way(training: dict, settings: PageSettings, deepspeed: dict | None, fused: bool) -> memory_plan.Way:
@@ -438,21 +439,22 @@ def choose_micro_batch(args, settings: PageSettings, config, pages, encoder: Pag
     deepspeed = args.hf_deepspeed_config.config if args.deepspeed else None
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     way = training_way({"per_device_train_batch_size": args.per_device_train_batch_size}, settings, deepspeed, True)
-    bucket, loads = REDUCED_AT_ONCE, longest_loads(pages, encoder, per_step)
+    bucket, loads = bucket_size(deepspeed), longest_loads(pages, encoder, per_step)
     shares = memory_plan.SHARES if settings.checkpoint_share is None else [settings.checkpoint_share]
     costs = page_costs(config, pages, encoder)
-    tflops = memory_plan.peak_tflops(torch.cuda.get_device_name(args.device))
-    seconds, weights = memory_plan.page_seconds(sum(costs) / len(costs), tflops), sum(memory_plan.weights_of(config))
-    # Who wrote down which weights stay whole gets that.
-    whole = (deepspeed or {}).get("zero_optimization", {}).get(THRESHOLD, "auto") == "auto"
-    ways = memory_plan.candidates(way, per_step, seconds, weights, shares, whole)
+    tflops = memory_plan.peak_tflops(torch.cuda.get_device_name(args.device)) or 0.0
+    limit, tflops = least([memory_limit(args.device), tflops])  # ranks that chose differently would wait for ever
+    seconds, weights = (
+        memory_plan.page_seconds(sum(costs) / len(costs), tflops or None),
+        sum(memory_plan.weights_of(config)),
+    )
+    ways = memory_plan.candidates(way, per_step, seconds, weights, shares, may_be_whole(deepspeed, config))
     if settings.micro_batch != "auto":
         ways = [way for way in ways if way.micro_batch == args.per_device_train_batch_size]
 
     def plan_of(way: memory_plan.Way) -> memory_plan.Plan:
         return memory_plan.estimate(config, loads[way.micro_batch - 1], way, bucket)
 
-    limit = memory_limit(args.device)
     plan = memory_plan.choose(ways, plan_of, limit)
     if plan is None:  # the plan may err: tried, with a warning, rather than refused
         plan = min(map(plan_of, ways), key=lambda plan: plan.total)
@@ -470,6 +472,24 @@ def choose_micro_batch(args, settings: PageSettings, config, pages, encoder: Pag
         f"{whole_words(plan.way)}; {plan.total:.1f} GiB planned of {limit:.1f} ({parts})"
     )
     return plan
+
+
+def least(values: list[float]) -> list[float]:
+    """(all ranks) The smallest of each value that any rank has."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or world_size() == 1:
+        return values
+    shares = [None] * world_size()
+    dist.all_gather_object(shares, values)
+    return [min(share) for share in zip(*shares)]
+
+
+def may_be_whole(deepspeed: dict | None, config) -> tuple[bool, ...]:
+    """Whether weights may be gathered once per step, or by layers: both where the threshold is left to us."""
+    asked = (deepspeed or {}).get("zero_optimization", {}).get(THRESHOLD, "auto")
+    largest = config.get_text_config().vocab_size * config.get_text_config().hidden_size
+    return (True, False) if asked == "auto" else (int(asked) >= largest,)
 
 
 def whole_words(way: memory_plan.Way) -> str:
@@ -524,7 +544,8 @@ def compare_with_plan(trainer, plan: memory_plan.Plan) -> None:
     peak = max((entry["peak_gib"] for entry in trainer.state.log_history if "peak_gib" in entry), default=0.0)
     if peak and hasattr(trainer, "heaviest"):
         load = memory_plan.Load(*trainer.heaviest)
-        planned = memory_plan.estimate(trainer.model.config, load, plan.way, REDUCED_AT_ONCE).total
+        bucket = bucket_size(trainer.args.hf_deepspeed_config.config if trainer.args.deepspeed else None)
+        planned = memory_plan.estimate(trainer.model.config, load, plan.way, bucket).total
         say(f"peak: {peak:.1f} GiB measured, {planned:.1f} planned for the heaviest batch, {planned / peak - 1:+.1%}")
 
 

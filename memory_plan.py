@@ -191,8 +191,10 @@ SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 # fifth is added, by which hosts differ: where two ways are about equal, more pages at once are safer.
 HOOK_SECONDS = 0.6
 REWORK = 0.3  # more time when all layers are worked out twice
-HOOKS = 0.05  # more time when one GPU goes through DeepSpeed's hooks for every layer (43.3 instead of 45.5 % MFU)
-FETCH_SECONDS = 5e-11  # for each weight and micro-batch, layer by layer: 0.19 s on two H200s with 3B
+HOOKS = 0.05  # more time when one GPU goes through DeepSpeed's hooks and buckets (43.3 instead of 45.5 % MFU)
+FETCH_SECONDS = (
+    5e-11  # for each weight and micro-batch, by layers: 0.19 s, by which two H200s with 3B were slower than one
+)
 GATHER_SECONDS = 2e-11  # for each weight and step, all at once: 2 bytes at 100 GB/s; not measured on several GPUs yet
 USED_SHARE = 0.45  # of a GPU's peak that a step can reach
 
@@ -203,16 +205,21 @@ def page_seconds(flops: float, tflops: float | None) -> float:
 
 
 def candidates(
-    way: Way, pages: int, seconds: float, weights: float, shares: Iterable[float] = SHARES, whole: bool = True
+    way: Way,
+    pages: int,
+    seconds: float,
+    weights: float,
+    shares: Iterable[float] = SHARES,
+    whole: Sequence[bool] = (True, False),
 ) -> list[Way]:
-    """Every way to put `pages` pages of a step, each of `seconds`, through a GPU, the fastest first; without `whole`
-    only those that fetch `weights` layer by layer.
+    """Every way to put `pages` pages of a step, each of `seconds`, through a GPU, the fastest first; `whole` says
+    whether `weights` may be gathered once per step, or by layers.
 
     The constants come from an H200 with 3B (benchmarks/README.md): 1 page x 8 took 4.3 s a step, 4 x 2 took 1.8, and
     2.4 with all layers worked out twice.
     """
     sizes = [size for size in range(pages, 0, -1) if pages % size == 0]
-    kept = [True, False] if whole and way.sharded and not way.offload else [False]
+    kept = whole if way.sharded and not way.offload else [False]
     found = [replace(way, micro_batch=s, checkpointed=c, whole=w) for s in sizes for c in shares for w in kept]
 
     def time(way: Way) -> float:
@@ -243,7 +250,15 @@ def remedy(way: Way, limit_gib: float) -> str:
     return f"does not fit {limit_gib:.0f} GiB: {fewer}, {', '.join(options)}"
 
 
-def table(config, longest: Callable[[int], Load], way: Way, pages: int, bucket: int, sizes_gib: Iterable[float]) -> str:
+def table(
+    config,
+    longest: Callable[[int], Load],
+    way: Way,
+    pages: int,
+    bucket: int,
+    whole: Sequence[bool],
+    sizes_gib: Iterable[float],
+) -> str:
     """The plan for 1 to 64 GPUs of several sizes, each with the choice that would be made there."""
     one = longest(1)
     seconds = page_seconds(page_flops(config, one.tokens, one.supervised, one.patches), None)
@@ -252,7 +267,7 @@ def table(config, longest: Callable[[int], Load], way: Way, pages: int, bucket: 
         for size in sizes_gib:
             asked = replace(way, processes=processes)
             plan = choose(
-                candidates(asked, pages, seconds, sum(weights_of(config))),
+                candidates(asked, pages, seconds, sum(weights_of(config)), whole=whole),
                 lambda one: estimate(config, longest(one.micro_batch), one, bucket),
                 MEMORY_SHARE * size,
             )
