@@ -444,11 +444,9 @@ def choose_micro_batch(args, settings: PageSettings, config, pages, encoder: Pag
     costs = page_costs(config, pages, encoder)
     tflops = memory_plan.peak_tflops(torch.cuda.get_device_name(args.device)) or 0.0
     limit, tflops = least([memory_limit(args.device), tflops])  # ranks that chose differently would wait for ever
-    seconds, weights = (
-        memory_plan.page_seconds(sum(costs) / len(costs), tflops or None),
-        sum(memory_plan.weights_of(config)),
-    )
-    ways = memory_plan.candidates(way, per_step, seconds, weights, shares, may_be_whole(deepspeed, config))
+    seconds = memory_plan.page_seconds(sum(costs) / len(costs), tflops or None)
+    weights, whole = sum(memory_plan.weights_of(config)), may_be_whole(deepspeed, config)
+    ways = memory_plan.candidates(way, per_step, seconds, weights, shares, whole)
     if settings.micro_batch != "auto":
         ways = [way for way in ways if way.micro_batch == args.per_device_train_batch_size]
 

@@ -192,9 +192,7 @@ SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 HOOK_SECONDS = 0.6
 REWORK = 0.3  # more time when all layers are worked out twice
 HOOKS = 0.05  # more time when one GPU goes through DeepSpeed's hooks and buckets (43.3 instead of 45.5 % MFU)
-FETCH_SECONDS = (
-    5e-11  # for each weight and micro-batch, by layers: 0.19 s, by which two H200s with 3B were slower than one
-)
+FETCH_SECONDS = 5e-11  # for each weight and micro-batch, by layers: 3B on two H200s took 0.19 s more than on one
 GATHER_SECONDS = 2e-11  # for each weight and step, all at once: 2 bytes at 100 GB/s; not measured on several GPUs yet
 USED_SHARE = 0.45  # of a GPU's peak that a step can reach
 
