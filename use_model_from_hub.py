@@ -186,8 +186,11 @@ def write_pages(model, processor, screenshots: list, recipe: Recipe, show_progre
         use_cache=True,
     )
     criteria = StoppingCriteriaList([Progress(recipe.max_html_tokens)] if show_progress else [])
+    # transformers would have the ranks of any ZeRO-3 run wait for each other at every token, and for ever where one has
+    # nothing to write. Only weights that ZeRO-3 has sharded need that.
+    sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     with torch.inference_mode():
-        output = model.generate(**inputs, generation_config=config, stopping_criteria=criteria)
+        output = model.generate(**inputs, generation_config=config, stopping_criteria=criteria, synced_gpus=sharded)
     written = []
     for row in output[:, inputs["input_ids"].shape[1] :].tolist():
         length = next((place for place, token in enumerate(row) if token in stops), None)
