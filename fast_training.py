@@ -260,13 +260,26 @@ class Elementwise:
             if fuse:
                 # A code object of its own: torch.compile keeps its graphs by code, and two families would mix.
                 function = types.FunctionType(function.__code__.replace(), function.__globals__, name)
-                function = torch.compile(function)
+                function = functools.partial(without_history, torch.compile(function))
             setattr(self, name, function)
         if fuse and torch.cuda.is_available():
             import rotary_kernel
 
             compiled = self.rotate
             self.rotate = lambda query, *rest: (rotary_kernel.rotate if query.is_cuda else compiled)(query, *rest)
+
+
+def without_history(compiled: Callable, *inputs):
+    """Call `compiled`; where no gradients are followed, with tensors of one kind.
+
+    It would make a graph for parameters and one for their copies in a layer that is worked out twice, for inputs that
+    need gradients and for those that do not, and beyond eight graphs torch leaves a function as it is, and slow.
+    """
+    import torch
+
+    if not torch.is_grad_enabled():
+        inputs = [part.detach() if isinstance(part, torch.Tensor) else part for part in inputs]
+    return compiled(*inputs)
 
 
 def can_fuse() -> str:

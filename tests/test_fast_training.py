@@ -88,6 +88,25 @@ def test_packed_pages_give_the_models_own_loss_and_gradients(processor, model, f
     assert worst_difference(mean, fast) <= 1e-5
 
 
+def test_the_fused_functions_need_few_graphs(processor, model, monkeypatch):
+    """torch leaves a function as it is, and slow, that would need more than eight. They are counted, with nothing
+    compiled, where layers are worked out twice and others are not, as lengths change, and with gradients and without."""
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compiled(function, backend="eager"))
+    torch._dynamo.reset()
+    twin = fast_twin(model, fuse=True).train()
+    twin.gradient_checkpointing_enable({"use_reentrant": False})
+    pipeline.checkpoint_some_layers(twin, 0.5)
+    with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
+        for count in (3, 2, 4):
+            batch = collate(processor, pages(count, seed=count), packed=True)
+            with torch.no_grad():
+                twin(**batch)
+            twin(**batch).loss.backward()
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 5  # they are compiled at all
+    torch._dynamo.reset()
+
+
 class KeepsFour(torch.autograd.Function):
     """Stands for the flash kernels, which keep query, key, value and output, where a CPU's keep more."""
 
