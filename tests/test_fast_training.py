@@ -89,8 +89,8 @@ def test_packed_pages_give_the_models_own_loss_and_gradients(processor, model, f
 
 
 def test_the_fused_functions_need_few_graphs(processor, model, monkeypatch):
-    """torch leaves a function as it is, and slow, that would need more than eight. They are counted, with nothing
-    compiled, where layers are worked out twice and others are not, as lengths change, and with gradients and without."""
+    """torch leaves a function as it is, and slow, that would need more than eight. They are counted, and nothing is
+    compiled: some layers are worked out twice, lengths change, gradients are followed or not."""
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: compiled(function, backend="eager"))
     torch._dynamo.reset()

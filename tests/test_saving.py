@@ -15,6 +15,7 @@ from conftest import (
     start_deepspeed,
     start_plain,
     start_torchrun,
+    start_zero_3,
     weights,
 )
 
@@ -114,7 +115,7 @@ def test_every_way_to_train_leaves_a_folder_that_loads_anywhere(way, tiny_base, 
 def test_the_bases_own_key_names_come_back(rename, tie, pages_folder, tmp_path):
     base = rename(tmp_path / "named", make_base(tmp_path / "base", tie=tie))
     assert ("lm_head.weight" in layout(base)) == (not tie)
-    for start in (start_plain, start_deepspeed):
+    for start in (start_plain, start_zero_3):
         done = start(small_run(base, pages_folder, **TRAIN), tmp_path)
         assert done.returncode == 0, output(done)
         assert_final_is_like(base, tmp_path)
@@ -125,7 +126,7 @@ def test_random_weights_start_from_configuration_and_processor_alone(pages_folde
     base, like = make_base(tmp_path / "base", weights=False), make_base(tmp_path / "like")
     assert not list(base.glob("*.safetensors"))
     finals = []
-    for start, options in ((start_plain, {}), (start_deepspeed, {"processes": 2})):
+    for start, options in ((start_plain, {}), (start_zero_3, {"processes": 2})):
         done = start(small_run(base, pages_folder, random_weights=True, **TRAIN), tmp_path, **options)
         assert done.returncode == 0, output(done)
         final = tmp_path / "holo1_dom_finetune_final"
@@ -138,7 +139,7 @@ def test_random_weights_start_from_configuration_and_processor_alone(pages_folde
 @pytest.mark.slow
 def test_offloaded_training_leaves_the_same_folder(tiny_base, pages_folder, tmp_path):
     config = json.loads((ROOT / "ds_z3_offload.json").read_text())
-    done = start_deepspeed(small_run(tiny_base, pages_folder, **TRAIN), tmp_path, config=config)
+    done = start_zero_3(small_run(tiny_base, pages_folder, **TRAIN), tmp_path, config=config)
     assert done.returncode == 0, output(done)
     assert_final_is_like(tiny_base, tmp_path)
 
