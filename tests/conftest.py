@@ -16,6 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait for a core spin: two trainings took three times as long
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 WORDS = "river stone amber cloud maple ember lake north garden silver piano coral meadow lantern".split()
 CHAT_TEMPLATE = (
