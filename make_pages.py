@@ -8,7 +8,8 @@
 
 A target holds what its screenshot shows: local style sheets inlined, no scripts, pictures and icon fonts as grey boxes,
 what is invisible or unused dropped where the new render is the same to the pixel. Chromium renders through
-page_renders.py, without a network. A folder that is begun is carried on; dropped.jsonl names each dropped page and why.
+scoring/renders.py, without a network. A folder that is begun is carried on; dropped.jsonl names each dropped page and
+why.
 
 Sections: Settings, Sources, Local files, Style sheets, In the browser, Reductions, One page, The folder, Command line.
 """
@@ -34,7 +35,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
 
-from page_renders import SHOT, BrowserMissing, Job, Render, Renderer
+from scoring.renders import SHOT, BrowserMissing, Job, Render, Renderer
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -613,7 +614,7 @@ def grey_declarations(body: str, size_of: SizeOf) -> str:
 
 
 # -----------------------------------------------------------------------------
-# In the browser: steps for page_renders.Job, each a function whose `({...})` argument is put in by `step`
+# In the browser: steps for renders.Job, each a function whose `({...})` argument is put in by `step`
 
 
 def step(source: str, **options: Any) -> str:

@@ -7,7 +7,7 @@
     with Renderer() as renderer:
         score(reference_html, prediction_html, renderer).overall
 
-Chromium renders both pages, safely (page_renders.py). The scores are those of Design2Code (Si et al., NAACL 2025),
+Chromium renders both pages, safely (scoring/renders.py). The scores are those of Design2Code (Si et al., NAACL 2025),
 TreeBLEU (Gui et al., WebCode2M, 2025) and SSIM (Wang et al., 2004); CLIP's where its weights are at hand. Before every
 run the scorer proves itself (`prove`). Needs html5lib, numpy, scikit-image with scipy, and cydifflib; torch and
 transformers for CLIP only.
@@ -31,7 +31,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from page_renders import SHOT, BrowserMissing, Job, Render, Renderer
+from scoring.renders import SHOT, BrowserMissing, Job, Render, Renderer
 
 # -----------------------------------------------------------------------------
 # Validity
@@ -622,7 +622,7 @@ class PageScore:
 def score(
     reference: str, prediction: str, renderer: Renderer | None = None, width: int = 1280, clip: Clip | None = None
 ) -> PageScore:
-    """How alike two pages are, given as HTML. Raises `page_renders.BrowserMissing` without Chromium.
+    """How alike two pages are, given as HTML. Raises `renders.BrowserMissing` without Chromium.
 
     With a `renderer` of one's own many pages share a browser; the proof is the caller's then.
     """

@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pages", type=Path, help="folder with */page.html")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
-    from page_renders import Renderer
+    from scoring.renders import Renderer
 
     with Renderer() as renderer:
         found = {"one pair": one_pair(args.blocks, renderer)}

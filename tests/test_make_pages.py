@@ -14,7 +14,7 @@ from PIL import Image
 
 import make_pages as mp
 import page_data
-import page_renders
+from scoring import renders
 
 COUNT = len
 PAGE = "<!DOCTYPE html>\n<html><head><title>t</title></head><body><p>words</p></body></html>"
@@ -22,8 +22,8 @@ PAGE = "<!DOCTYPE html>\n<html><head><title>t</title></head><body><p>words</p></
 
 def browser_missing() -> str:
     try:
-        page_renders.find_chromium()
-    except page_renders.BrowserMissing as error:
+        renders.find_chromium()
+    except renders.BrowserMissing as error:
         return str(error)
     return ""
 
@@ -45,7 +45,7 @@ class Canvas:
 
     def render(self, job):
         self.jobs.append(job)
-        return page_renders.Render(self.answer(job), None, False, 0.0)
+        return renders.Render(self.answer(job), None, False, 0.0)
 
 
 # -----------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def test_a_reduction_that_shows_is_kept_back_and_the_others_are_not():
         image[5:, :] = image[0, 0]
         return (image,)
 
-    trials = mp.Trials(Canvas(answer), (1280, 720), answer(page_renders.Job("e:f"))[0])
+    trials = mp.Trials(Canvas(answer), (1280, 720), answer(renders.Job("e:f"))[0])
     html, kept_back = mp.shortest(made, trials, lambda gone: [0, 0, 0])
     assert "d{e:f}" in html and "a{" not in html and "g{" not in html
     assert kept_back == 1 and trials.made <= mp.MAX_RENDERS
@@ -308,7 +308,7 @@ def test_main_says_what_is_wrong_and_exits_2(tmp_path, capsys, monkeypatch):
     assert "no such file or folder" in errors and "no .html or .htm" in errors and "name another folder" in errors
 
     def missing(*arguments):
-        raise page_renders.BrowserMissing("no Chromium here: install one")
+        raise renders.BrowserMissing("no Chromium here: install one")
 
     monkeypatch.setattr(mp, "Renderer", missing)
     (tmp_path / "a.html").write_text(PAGE)
@@ -477,7 +477,7 @@ def site(tmp_path_factory):
 def renderer():
     if MISSING:
         pytest.skip(MISSING)
-    with page_renders.Renderer(2, 60.0) as renderer:
+    with renders.Renderer(2, 60.0) as renderer:
         yield renderer
 
 
@@ -490,7 +490,7 @@ def made(site, page: str, renderer, **changes):
 
 
 def rerendered(record, renderer):
-    return renderer.render(page_renders.Job(record["text"], record["viewport"])).image[: record["height"]]
+    return renderer.render(renders.Job(record["text"], record["viewport"])).image[: record["height"]]
 
 
 @in_browser

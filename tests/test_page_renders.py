@@ -12,8 +12,8 @@ import zlib
 import numpy as np
 import pytest
 
-import page_renders
-from page_renders import SHOT, Job, Renderer
+from scoring import renders
+from scoring.renders import SHOT, Job, Renderer
 
 PAGE = "<!DOCTYPE html><html><head><title>t</title></head><body>{}</body></html>"
 MARK = "PAGE_RENDERS_TEST"
@@ -23,8 +23,8 @@ MAGENTA = (255, 0, 255)
 @pytest.fixture(scope="module")
 def renderer():
     try:
-        page_renders.find_chromium()
-    except page_renders.BrowserMissing as error:
+        renders.find_chromium()
+    except renders.BrowserMissing as error:
         pytest.skip(str(error))
     os.environ[MARK] = mark = str(os.getpid())
     with Renderer() as renderer:
@@ -87,13 +87,13 @@ def test_a_page_that_wants_to_go_elsewhere_stays(renderer, seconds, place):
 
 def test_a_worker_that_hangs_before_it_reads_is_given_up(monkeypatch):
     """More than a pipe holds, and a worker that is stopped."""
-    real = page_renders.Worker.ask
+    real = renders.Worker.ask
 
     def stopped(self, job, deadline):
         os.kill(self.process.pid, signal.SIGSTOP)
         return real(self, job, deadline)
 
-    monkeypatch.setattr(page_renders.Worker, "ask", stopped)
+    monkeypatch.setattr(renders.Worker, "ask", stopped)
     with Renderer(1, seconds_per_page=2.0) as hanging:
         render = hanging.render(PAGE.format("x" * 1_000_000))
     assert "took over" in render.failure and render.seconds < 10
@@ -156,8 +156,8 @@ def test_leaving_early_leaves_nobody(monkeypatch):
 
 
 def test_a_missing_browser_is_named_with_its_remedy(tmp_path):
-    with pytest.raises(page_renders.BrowserMissing, match="no such browser"):
-        page_renders.find_chromium(str(tmp_path / "nowhere"))
+    with pytest.raises(renders.BrowserMissing, match="no such browser"):
+        renders.find_chromium(str(tmp_path / "nowhere"))
 
 
 # -----------------------------------------------------------------------------

@@ -13,9 +13,9 @@ import pytest
 from conftest import ROOT
 from scipy.optimize import linear_sum_assignment
 
-import page_renders
 import page_scores as scores
 from page_scores import Block, Pair
+from scoring import renders
 
 WHITE = "<!DOCTYPE html>\n<html><head><title>t</title></head><body>{}</body></html>\n"
 
@@ -23,10 +23,10 @@ WHITE = "<!DOCTYPE html>\n<html><head><title>t</title></head><body>{}</body></ht
 @pytest.fixture(scope="module")
 def renderer():
     try:
-        page_renders.find_chromium()
-    except page_renders.BrowserMissing as error:
+        renders.find_chromium()
+    except renders.BrowserMissing as error:
         pytest.skip(str(error))
-    with page_renders.Renderer() as renderer:
+    with renders.Renderer() as renderer:
         yield renderer
 
 
@@ -82,7 +82,7 @@ def test_a_forms_field_cannot_stand_in_for_the_document(renderer):
 def test_more_texts_than_colours_are_told_apart(renderer):
     body = "<div style='font:bold 14px sans-serif'>" + "".join(f"<span>{n}</span> " for n in range(4200)) + "</div>"
     job = scores.job_for(WHITE.format(body))
-    assert sum(step == page_renders.SHOT for step in job.steps) == 5
+    assert sum(step == renders.SHOT for step in job.steps) == 5
     page = scores.page_of(renderer.render(job))
     assert len(page.blocks) > 4100
 

@@ -29,8 +29,8 @@ from conftest import (
 )
 
 import holo1_dom_finetune as pipeline
-import page_renders
 import publishing
+from scoring import renders
 
 # With plain SGD and a learning rate of 1, what one step changes is the gradient.
 SGD = {
@@ -581,8 +581,8 @@ def test_without_a_browser_training_goes_on_and_says_what_is_missing(tiny_base, 
 def test_base_and_tuned_are_compared_by_rendering(tiny_base, pages_folder, tmp_path):
     pytest.importorskip("playwright")
     try:
-        page_renders.find_chromium()
-    except page_renders.BrowserMissing as error:
+        renders.find_chromium()
+    except renders.BrowserMissing as error:
         pytest.skip(str(error))
     done = start_plain(small_run(tiny_base, pages_folder, max_steps=1, eval_pages=4, compare_base=True), tmp_path)
     assert done.returncode == 0, output(done)

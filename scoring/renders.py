@@ -1,6 +1,6 @@
 """Renders pages that a model wrote in Chromium, and lets none of them out: hostile HTML in, pictures out.
 
-    python page_renders.py page.html --out page.png
+    python -m scoring.renders page.html --out page.png
 
     with Renderer(pages_at_once=2) as renderer:
         renderer.render(html).image                                  # (H, W, 3) uint8
@@ -334,10 +334,13 @@ class Worker:
     """A worker process and all that it started."""
 
     def __init__(self, chromium: str | None):
-        command = [sys.executable, os.path.abspath(__file__), "--worker", chromium or ""]
+        command = [sys.executable, "-m", "scoring.renders", "--worker", chromium or ""]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.mark = uuid.uuid4().hex  # in the environment of everything that the worker starts
-        environment = {**os.environ, MARK: self.mark}
+        # As a module: started as a file, its own folder would come first on the path, and a room there may be named
+        # like one of Python's own modules.
+        paths = [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, MARK: self.mark, "PYTHONPATH": os.pathsep.join(paths)}
         self.process = subprocess.Popen(command, start_new_session=True, env=environment, **pipes)
         os.set_blocking(self.process.stdin.fileno(), False)  # a worker may hang before it reads
 
