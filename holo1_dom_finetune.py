@@ -9,7 +9,7 @@
 
 One page travels through this file from top to bottom: dataset, prompt and mask, batch, step, checkpoint, HTML, score,
 card, Hub. Sections: Errors, Processes, Model, Memory, Training, Saving, Evaluation, Main; beside it stand
-training_settings.py, page_data.py, page_batches.py, fast_training.py, memory_plan.py and publishing.py. (all ranks)
+the rooms of training/ and scoring/. (all ranks)
 marks what every process must call together.
 """
 

@@ -1003,7 +1003,7 @@ def write_pages_report(
     comparison: Mapping[str, Any] | None = None,
 ) -> None:
     """`more` has further scores of a page by its name, such as `truncated`; they stand beside the others."""
-    from page_report import Box, PageResult, write_report
+    from scoring.report import Box, PageResult, write_report
 
     def box(block: Block) -> Box:
         return Box(block.x, block.y, block.width, block.height, block.text)

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import page_report
-from page_report import Box, PageResult, bin_of, mean_of, row_of, scores_of, share_of, write_report
+from scoring import report as page_report
+from scoring.report import Box, PageResult, bin_of, mean_of, row_of, scores_of, share_of, write_report
 
 HOSTILE = [
     "</script><script>window.hacked=1</script>",

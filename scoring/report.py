@@ -1,6 +1,6 @@
 """Shows what the model wrote: one HTML file with every page's screenshot, render, difference, scores and text.
 
-    from page_report import Box, PageResult, write_report
+    from scoring.report import Box, PageResult, write_report
     page = PageResult("login", {"valid": True}, None, None, "<p>Hi", "<p>Hello</p>", [], [], [], "out of time")
     write_report(Path("evaluation/report.html"), "Evaluation", [page], {"model": "demo"})
 
