@@ -263,7 +263,7 @@ class Elementwise:
                 function = functools.partial(without_history, torch.compile(function))
             setattr(self, name, function)
         if fuse and torch.cuda.is_available():
-            import rotary_kernel
+            from training import rotary_kernel
 
             compiled = self.rotate
             self.rotate = lambda query, *rest: (rotary_kernel.rotate if query.is_cuda else compiled)(query, *rest)

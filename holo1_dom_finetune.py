@@ -8,9 +8,8 @@
     python holo1_dom_finetune.py --help
 
 One page travels through this file from top to bottom: dataset, prompt and mask, batch, step, checkpoint, HTML, score,
-card, Hub. Sections: Errors, Processes, Model, Memory, Training, Saving, Evaluation, Main; beside it stand
-the rooms of training/ and scoring/. (all ranks)
-marks what every process must call together.
+card, Hub. Sections: Errors, Processes, Model, Memory, Training, Saving, Evaluation, Main; the rooms of training/ and
+scoring/ stand beside it. (all ranks) marks what every process must call together.
 """
 
 from __future__ import annotations
