@@ -47,7 +47,7 @@ from page_batches import (
     is_out_of_memory,
 )
 from page_data import DataError, PipelineError, SettingsError
-from publishing import check_hub_access, derived_licence, push_final_folder, write_model_card
+from training.publishing import check_hub_access, derived_licence, push_final_folder, write_model_card
 from training_settings import (
     TRAINING_DEFAULTS,
     PageSettings,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from fake_hub import FINE_GRAINED, LOSE_ANSWER, READER, RESET, WRITER, FakeHub
 
-import publishing
+from training import publishing
 
 # Waiting is recorded instead of done; what the function returns or raises becomes the last line of stdout.
 CLIENT = """
@@ -20,7 +20,7 @@ import json, sys, time
 from pathlib import Path
 waits = []
 time.sleep = waits.append
-import publishing
+from training import publishing
 name, arguments = json.loads(sys.argv[1])
 arguments = [Path(a[5:]) if str(a).startswith("path:") else a for a in arguments]
 answer = {"error": None, "value": None}

@@ -29,8 +29,8 @@ from conftest import (
 )
 
 import holo1_dom_finetune as pipeline
-import publishing
 from scoring import renders
+from training import publishing
 
 # With plain SGD and a learning rate of 1, what one step changes is the gradient.
 SGD = {
@@ -131,7 +131,7 @@ import os, sys
 sys.path.insert(0, {root!r})
 import torch
 import holo1_dom_finetune as pipeline
-import publishing
+from training import publishing
 import memory_plan
 
 def choose(args, settings, *unused):
@@ -303,7 +303,7 @@ POISON = """
 import os, sys
 sys.path.insert(0, {root!r})
 import holo1_dom_finetune as pipeline
-import publishing
+from training import publishing
 
 load = pipeline.load_model
 
