@@ -32,7 +32,6 @@ from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
-import fast_training
 import memory_plan
 import page_data
 import use_model_from_hub as use
@@ -47,6 +46,7 @@ from page_batches import (
     is_out_of_memory,
 )
 from page_data import DataError, PipelineError, SettingsError
+from training import fast_layers
 from training.publishing import check_hub_access, derived_licence, push_final_folder, write_model_card
 from training_settings import (
     TRAINING_DEFAULTS,
@@ -322,25 +322,25 @@ def vision_tower(model):
 
 
 def trains_fast(config, settings: PageSettings) -> bool:
-    return settings.fast and config.model_type in fast_training.ARCHITECTURES
+    return settings.fast and config.model_type in fast_layers.ARCHITECTURES
 
 
 def make_fast(model, settings: PageSettings, args, sharded: bool) -> None:
-    """(all ranks) Everything of fast_training.py, and a line that says what runs and what could not."""
+    """(all ranks) Everything of training/fast_layers.py, and a line that says what runs and what could not."""
     import torch
 
-    obstacle = fast_training.can_fuse() if settings.fuse == "auto" else ""
+    obstacle = fast_layers.can_fuse() if settings.fuse == "auto" else ""
     fuse = settings.fuse == "yes" or (settings.fuse == "auto" and not obstacle)
     if fuse:
         # A handful of small kernels: worker processes for them would outlive the training by many seconds.
         torch._inductor.config.compile_threads = 1
-    width = fast_training.align_vision_mlp(model)
-    fast_training.install(model, fuse)
+    width = fast_layers.align_vision_mlp(model)
+    fast_layers.install(model, fuse)
     if sharded:
-        fast_training.set_leaves(model)
+        fast_layers.set_leaves(model)
     fused = "fused" if fuse else f"not fused ({obstacle or 'as asked'})"
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    kernel = fast_training.attention_words(model.config, args.device.type, dtype)
+    kernel = fast_layers.attention_words(model.config, args.device.type, dtype)
     say(f"fast path: pages packed, attention by {kernel}, element-wise parts {fused}, vision MLP {width:,} wide")
 
 
@@ -561,7 +561,7 @@ class Fit:
         if trainer.args.activation_checkpointing:
             checkpoint_some_layers(trainer.model, self.share)
         if collate.packed and is_deepspeed_zero3_enabled():
-            fast_training.lean_steps(trainer.model_wrapped)
+            fast_layers.lean_steps(trainer.model_wrapped)
         if self.plain_loss is not None:
             with torch.no_grad():
                 loss = self.forward(trainer, collate(list(held_out.select(range(min(2, len(held_out)))))))
@@ -809,7 +809,7 @@ def trainer_class(meter: Meter, collate: PageCollator, judge: Judge, costs: list
                 shapes = {tensor.name: tensor.shape for tensor in plan.values()}
                 whole = self.model.state_dict() if state_dict is None else state_dict
                 state_dict = {
-                    name: fast_training.narrowed(value, shapes[name]).contiguous() if name in shapes else value
+                    name: fast_layers.narrowed(value, shapes[name]).contiguous() if name in shapes else value
                     for name, value in whole.items()
                 }
             super()._save(output_dir, state_dict=state_dict)
@@ -1090,7 +1090,7 @@ def final_tensors(model, plan: dict[str, BaseTensor]) -> Iterator[tuple[str, Bas
         stem = base.name.removesuffix(".weight")
         down, up = (weights.get(f"{stem}.lora_{part}.default.weight") for part in "AB")
         with gathered([part for part in (weight, down, up) if part is not None]):
-            value = fast_training.narrowed(weight.detach(), base.shape)
+            value = fast_layers.narrowed(weight.detach(), base.shape)
             if type(weight).__name__ == "Params4bit":
                 with safe_open(base.file, framework="pt") as tensors:
                     value = tensors.get_tensor(key).to(weight.device)

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from fast_training import LOSS_ROWS
+from training.fast_layers import LOSS_ROWS
 
 GIB = 2**30
 

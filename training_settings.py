@@ -65,7 +65,9 @@ class PageSettings:
     lora_alpha: int = setting(32, "Scale of the adapters: alpha / rank multiplies their product.")
     freeze_vision: bool = setting(False, "Leave the vision tower and its merger as they are.")
     random_weights: bool = setting(False, "Start from random weights: the base is configuration and processor only.")
-    fast: bool = setting(True, "The fast path (fast_training.py); False is the model's own, slower way to the same.")
+    fast: bool = setting(
+        True, "The fast path (training/fast_layers.py); False is the model's own, slower way to the same."
+    )
     fuse: str = setting(
         "auto",
         "Fuse element-wise parts with torch.compile: auto (on a GPU with triton), yes, no.",

@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import make_config, make_processor, page_html
 
-import fast_training
 import holo1_dom_finetune as pipeline
 import memory_plan
 import page_batches
+from training import fast_layers
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ def collate(processor, made, packed=False):
 
 def fast_twin(model, fuse: bool = False):
     twin = copy.deepcopy(model)
-    fast_training.align_vision_mlp(twin)
-    fast_training.install(twin, fuse)
+    fast_layers.align_vision_mlp(twin)
+    fast_layers.install(twin, fuse)
     return twin
 
 
@@ -62,7 +62,7 @@ def gradients(model, batch, shapes=None) -> dict:
     loss = model(**batch).loss
     loss.backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters()}
-    cut = {n: fast_training.narrowed(grad, shapes[n]) for n, grad in found.items()} if shapes else found
+    cut = {n: fast_layers.narrowed(grad, shapes[n]) for n, grad in found.items()} if shapes else found
     for name, grad in found.items():
         assert grad.abs().sum() == pytest.approx(cut[name].abs().sum()), f"{name}: the padding learns"
     return {"loss": loss.detach(), **cut}
@@ -76,7 +76,7 @@ def worst_difference(first: dict, second: dict) -> float:
 @pytest.mark.parametrize("fuse", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_packed_pages_give_the_models_own_loss_and_gradients(processor, model, fuse, monkeypatch):
     """Everything together: packing, segments, the loss on supervised tokens in chunks, the widened vision MLP."""
-    monkeypatch.setattr(fast_training, "LOSS_ROWS", 50)
+    monkeypatch.setattr(fast_layers, "LOSS_ROWS", 50)
     made, shapes = pages(5), {n: p.shape for n, p in model.named_parameters()}
     plain = gradients(model, collate(processor, made))
     twin = fast_twin(model, fuse)
@@ -126,7 +126,7 @@ def test_a_layer_keeps_what_the_memory_plan_counts(processor, model, tower, monk
     import memory_plan
 
     twin, kept = fast_twin(model), {}
-    monkeypatch.setattr(fast_training, "attend", lambda query, key, value, *_, **__: KeepsFour.apply(query, key, value))
+    monkeypatch.setattr(fast_layers, "attend", lambda query, key, value, *_, **__: KeepsFour.apply(query, key, value))
     known = {parameter.data_ptr() for parameter in twin.parameters()}
 
     def keep(tensor):
@@ -192,13 +192,13 @@ def test_a_pack_is_written_out_whole(processor):
 
 @pytest.mark.parametrize("rows", [2, 7, 1000])
 def test_the_chunked_loss_equals_torchs_own(rows, monkeypatch):
-    monkeypatch.setattr(fast_training, "LOSS_ROWS", rows)
+    monkeypatch.setattr(fast_layers, "LOSS_ROWS", rows)
     torch.manual_seed(0)
     hidden, weight = torch.randn(23, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     targets = torch.randint(50, (23,))
     own = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum") * 0.25
     wanted = torch.autograd.grad(own, (hidden, weight))
-    loss = fast_training.supervised_loss(hidden, weight, targets) * 0.25
+    loss = fast_layers.supervised_loss(hidden, weight, targets) * 0.25
     found = torch.autograd.grad(loss, (hidden, weight))
     assert loss.item() == pytest.approx(own.item(), abs=1e-5)
     for first, second in zip(wanted, found):
@@ -227,7 +227,7 @@ def test_a_frozen_head_costs_no_gradient_of_its_own(processor, model):
 
 def test_the_widened_vision_mlp_is_the_same_function_and_saves_the_same_shapes(processor, model):
     twin = copy.deepcopy(model)
-    assert fast_training.align_vision_mlp(twin) == 64, "60 in the base"
+    assert fast_layers.align_vision_mlp(twin) == 64, "60 in the base"
     batch = collate(processor, pages(3))
     with torch.no_grad():
         assert torch.allclose(model(**batch).logits, twin(**batch).logits, atol=1e-6)
@@ -283,11 +283,11 @@ def test_a_segment_sees_nothing_of_its_neighbours():
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 12, 2, 8)
     bounds = torch.tensor([0, 3, 8, 12])
-    before = fast_training.attend(query, key, value, bounds, 5, 0.3, causal=False)
+    before = fast_layers.attend(query, key, value, bounds, 5, 0.3, causal=False)
     changed = [tensor.clone() for tensor in (query, key, value)]
     for tensor in changed:
         tensor[3:8] += 1
-    after = fast_training.attend(*changed, bounds, 5, 0.3, causal=False)
+    after = fast_layers.attend(*changed, bounds, 5, 0.3, causal=False)
     assert torch.equal(before[:3], after[:3]) and torch.equal(before[8:], after[8:])
     assert not torch.allclose(before[3:8], after[3:8])
 
@@ -295,7 +295,7 @@ def test_a_segment_sees_nothing_of_its_neighbours():
 def test_attention_with_fewer_keys_is_causal_inside_each_segment():
     torch.manual_seed(0)
     query, key, value = torch.randn(10, 4, 8), torch.randn(10, 2, 8), torch.randn(10, 2, 8)
-    done = fast_training.attend(query, key, value, torch.tensor([0, 4, 10]), 6, 0.3, causal=True)
+    done = fast_layers.attend(query, key, value, torch.tensor([0, 4, 10]), 6, 0.3, causal=True)
     for head in range(4):
         for start, end in ((0, 4), (4, 10)):
             for place in range(start, end):
@@ -324,35 +324,35 @@ def altered(part: str):
             key = NoNumber.apply(key)
         elif part == "its run":
             raise TypeError("no such word")
-        done = fast_training.segment_by_segment(query, key, value, bounds, longest, scale, causal)
+        done = fast_layers.segment_by_segment(query, key, value, bounds, longest, scale, causal)
         return done * 1.1 if part == "the values" else done
 
     return kernel
 
 
-PROOF = (fast_training.SEGMENTS, (4, 2, 16), torch.float32, True, "cpu")
+PROOF = (fast_layers.SEGMENTS, (4, 2, 16), torch.float32, True, "cpu")
 
 
 @pytest.mark.parametrize("part", ["nothing", "the values", "gradients only", "no number", "its run"])
 def test_a_kernel_is_believed_only_where_it_gives_the_same(monkeypatch, part):
-    monkeypatch.setitem(fast_training.KERNELS, part, altered(part))
-    fast_training.agrees.cache_clear()
+    monkeypatch.setitem(fast_layers.KERNELS, part, altered(part))
+    fast_layers.agrees.cache_clear()
     if part == "nothing":
-        assert fast_training.agrees(part, *PROOF)
+        assert fast_layers.agrees(part, *PROOF)
     else:
         said = "its run fails .* no such word" if part == "its run" else f"{part} differs from SDPA"
         with pytest.warns(UserWarning, match=said):
-            assert not fast_training.agrees(part, *PROOF)
+            assert not fast_layers.agrees(part, *PROOF)
 
 
 def test_a_kernel_may_be_proved_inside_a_layer_that_is_worked_out_twice(monkeypatch):
-    monkeypatch.setitem(fast_training.KERNELS, "nothing", altered("nothing"))
-    fast_training.agrees.cache_clear()
+    monkeypatch.setitem(fast_layers.KERNELS, "nothing", altered("nothing"))
+    fast_layers.agrees.cache_clear()
     weight = torch.randn(3, 3, requires_grad=True)
 
     def layer(hidden):
         hidden = torch.tanh(hidden @ weight)
-        assert fast_training.agrees("nothing", *PROOF)
+        assert fast_layers.agrees("nothing", *PROOF)
         return torch.tanh(hidden @ weight)
 
     hidden = torch.randn(2, 3)
@@ -368,18 +368,18 @@ def test_a_kernel_may_be_proved_inside_a_layer_that_is_worked_out_twice(monkeypa
 def test_flash_attn_4_takes_long_segments_that_it_has_proved(monkeypatch, longest, agreeing, taken):
     """Its kernel needs a GPU: who is asked is tested here, and what for."""
     asked = []
-    kernels = {name: lambda *given, name=name: asked.append((name, *given)) for name in fast_training.KERNELS}
-    monkeypatch.setattr(fast_training, "KERNELS", kernels)
-    monkeypatch.setattr(fast_training, "attention_kernel", lambda device, half: fast_training.FLASH_4)
+    kernels = {name: lambda *given, name=name: asked.append((name, *given)) for name in fast_layers.KERNELS}
+    monkeypatch.setattr(fast_layers, "KERNELS", kernels)
+    monkeypatch.setattr(fast_layers, "attention_kernel", lambda device, half: fast_layers.FLASH_4)
     proofs = []
-    monkeypatch.setattr(fast_training, "agrees", lambda *given: proofs.append(given) or agreeing)
+    monkeypatch.setattr(fast_layers, "agrees", lambda *given: proofs.append(given) or agreeing)
     query, key, value = torch.zeros(300, 4, 16), torch.zeros(300, 2, 16), torch.ones(300, 2, 16)
     bounds = torch.tensor([0, 300])
-    fast_training.attend(query, key, value, bounds, longest, 0.3, True)
+    fast_layers.attend(query, key, value, bounds, longest, 0.3, True)
     ((name, *given),) = asked
-    assert name == getattr(fast_training, taken)
+    assert name == getattr(fast_layers, taken)
     assert all(a is b for a, b in zip(given, (query, key, value, bounds, longest, 0.3, True), strict=True))
-    wanted = (fast_training.FLASH_4, fast_training.VARLEN, (4, 2, 16), torch.float32, True)
+    wanted = (fast_layers.FLASH_4, fast_layers.VARLEN, (4, 2, 16), torch.float32, True)
     assert proofs == ([wanted] if longest > 128 else [])
 
 
@@ -394,11 +394,11 @@ def test_heads_of_odd_widths_are_filled_up_for_flash_attn_4(monkeypatch, tmp_pat
     module = tmp_path / "flash_attn" / "cute.py"
     module.parent.mkdir()
     module.write_text(
-        "import fast_training\n"
+        "import fast_layers\n"
         "def flash_attn_varlen_func(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,"
         " softmax_scale, causal):\n"
         "    assert q.shape[-1] == k.shape[-1] == v.shape[-1] == 96 and cu_seqlens_q is cu_seqlens_k\n"
-        "    done = fast_training.segment_by_segment(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale, causal)\n"
+        "    done = fast_layers.segment_by_segment(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale, causal)\n"
         f"    return (done, None) if {pair} else done\n",
         encoding="utf-8",
     )
@@ -406,7 +406,7 @@ def test_heads_of_odd_widths_are_filled_up_for_flash_attn_4(monkeypatch, tmp_pat
     torch.manual_seed(0)
     parts = [torch.randn(7, heads, width, requires_grad=True) for heads in (4, 2, 2)]
     bounds, found = torch.tensor([0, 3, 7]), []
-    for kernel in (fast_training.flash_4, fast_training.segment_by_segment):
+    for kernel in (fast_layers.flash_4, fast_layers.segment_by_segment):
         done = kernel(*parts, bounds, 4, width**-0.5, True)
         found.append([done, *torch.autograd.grad(done.square().sum(), parts)])
     for name in ("flash_attn", "flash_attn.cute"):
@@ -416,9 +416,9 @@ def test_heads_of_odd_widths_are_filled_up_for_flash_attn_4(monkeypatch, tmp_pat
 
 @pytest.fixture
 def fresh_kernel_choice():
-    fast_training.attention_kernel.cache_clear()
+    fast_layers.attention_kernel.cache_clear()
     yield
-    fast_training.attention_kernel.cache_clear()
+    fast_layers.attention_kernel.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh_kernel_choice")
@@ -445,10 +445,10 @@ def test_the_installed_kernel_is_taken(monkeypatch, tmp_path, capability, files,
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("def flash_attn_varlen_func(): pass\n", encoding="utf-8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
-    found = fast_training.attention_kernel("cuda", True)
+    found = fast_layers.attention_kernel("cuda", True)
     for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
         sys.modules.pop(name)
-    assert found == getattr(fast_training, kernel)
+    assert found == getattr(fast_layers, kernel)
 
 
 def test_other_architectures_and_the_plain_way_are_left_alone(model):

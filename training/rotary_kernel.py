@@ -1,6 +1,6 @@
 """Rotary positions by one Triton kernel per tensor: a GPU runs it at the speed of its memory.
 
-What torch.compile makes of the same formula (fast_training.rotate) takes two to eight times as long, since each element
+What torch.compile makes of the same formula (fast_layers.rotate) takes two to eight times as long, since each element
 works out its place among heads and halves by divisions. Imported only where it is used: it needs triton.
 """
 
