@@ -32,7 +32,6 @@ from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
-import memory_plan
 import page_data
 import use_model_from_hub as use
 from page_batches import (
@@ -46,7 +45,7 @@ from page_batches import (
     is_out_of_memory,
 )
 from page_data import DataError, PipelineError, SettingsError
-from training import fast_layers
+from training import fast_layers, memory_plan
 from training.publishing import check_hub_access, derived_licence, push_final_folder, write_model_card
 from training_settings import (
     TRAINING_DEFAULTS,

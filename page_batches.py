@@ -15,9 +15,9 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import memory_plan
 import use_model_from_hub as use
 from page_data import DataError, SettingsError
+from training import memory_plan
 
 # -----------------------------------------------------------------------------
 # Prompt and mask

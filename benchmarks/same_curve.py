@@ -28,7 +28,7 @@ WAYS = {
 TURNED = """
 import sys
 sys.path.insert(0, {root!r})
-import memory_plan
+from training import memory_plan
 import holo1_dom_finetune as training
 
 deal = memory_plan.deal

@@ -143,7 +143,7 @@ class Pages:
         """Useful operations of each step: products and attention forward and backward, nothing recomputed."""
         from transformers import AutoConfig
 
-        import memory_plan
+        from training import memory_plan
 
         config, costs = AutoConfig.from_pretrained(base), []
         for html, image in self.sizes:
@@ -458,7 +458,7 @@ def main() -> None:
     if args.weights and not list(args.base_model.glob("*.safetensors")):
         subprocess.run([sys.executable, str(HERE / "random_weights.py"), str(args.base_model)], check=True)
 
-    import memory_plan
+    from training import memory_plan
 
     gpu = gpu_name()
     env, peak = environment(args.gpus, gpu is not None), memory_plan.peak_tflops(gpu) if gpu else None

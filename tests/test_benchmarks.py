@@ -16,7 +16,7 @@ import make_shapes
 import random_weights
 import step_speed
 
-import memory_plan
+from training import memory_plan
 
 SIZES = json.loads(make_pages_like_real.SIZES.read_text())
 

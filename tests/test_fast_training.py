@@ -10,9 +10,8 @@ import torch
 from conftest import make_config, make_processor, page_html
 
 import holo1_dom_finetune as pipeline
-import memory_plan
 import page_batches
-from training import fast_layers
+from training import fast_layers, memory_plan
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +122,7 @@ class KeepsFour(torch.autograd.Function):
 
 @pytest.mark.parametrize("tower", ["language", "vision"])
 def test_a_layer_keeps_what_the_memory_plan_counts(processor, model, tower, monkeypatch):
-    import memory_plan
+    from training import memory_plan
 
     twin, kept = fast_twin(model), {}
     monkeypatch.setattr(fast_layers, "attend", lambda query, key, value, *_, **__: KeepsFour.apply(query, key, value))

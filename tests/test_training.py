@@ -132,7 +132,7 @@ sys.path.insert(0, {root!r})
 import torch
 import holo1_dom_finetune as pipeline
 from training import publishing
-import memory_plan
+from training import memory_plan
 
 def choose(args, settings, *unused):
     way = memory_plan.Way(processes=2, micro_batch=args.per_device_train_batch_size)
