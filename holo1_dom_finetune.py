@@ -32,7 +32,6 @@ from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
-import page_data
 import use_model_from_hub as use
 from page_batches import (
     CHUNK_DEEPSPEED,
@@ -44,8 +43,9 @@ from page_batches import (
     count_tokens,
     is_out_of_memory,
 )
-from page_data import DataError, PipelineError, SettingsError
+from training import dataset as page_data
 from training import fast_layers, memory_plan
+from training.dataset import DataError, PipelineError, SettingsError
 from training.publishing import check_hub_access, derived_licence, push_final_folder, write_model_card
 from training_settings import (
     TRAINING_DEFAULTS,

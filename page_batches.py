@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import use_model_from_hub as use
-from page_data import DataError, SettingsError
 from training import memory_plan
+from training.dataset import DataError, SettingsError
 
 # -----------------------------------------------------------------------------
 # Prompt and mask

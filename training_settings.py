@@ -15,9 +15,9 @@ import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import page_data
 import use_model_from_hub as use
-from page_data import SettingsError
+from training import dataset as page_data
+from training.dataset import SettingsError
 
 HERE = Path(__file__).resolve().parent
 

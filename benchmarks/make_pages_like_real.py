@@ -44,7 +44,7 @@ def measure(folder: Path, tokenizer_folder: Path) -> dict:
     from transformers import AutoTokenizer
 
     sys.path.insert(0, str(HERE.parent))
-    import page_data
+    from training import dataset as page_data
 
     tokenizer, sizes, read = AutoTokenizer.from_pretrained(tokenizer_folder), [], 0
     for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines():

@@ -118,7 +118,7 @@ class Pages:
 
     def __init__(self, args: argparse.Namespace):
         import holo1_dom_finetune as training
-        import page_data
+        from training import dataset as page_data
 
         settings, output = page_settings(args), args.work / OUTPUT
         processor = training.load_processor(args.base_model, settings)

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT, make_base, make_tokenizer, output, run_script, weights
 
-import page_data
+from training import dataset as page_data
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import make_pages_like_real

@@ -13,8 +13,8 @@ from conftest import ROOT, SHARED
 from PIL import Image
 
 import make_pages as mp
-import page_data
 from scoring import renders
+from training import dataset as page_data
 
 COUNT = len
 PAGE = "<!DOCTYPE html>\n<html><head><title>t</title></head><body><p>words</p></body></html>"

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import page_data as dom
+from training import dataset as dom
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 BLOB = "data:image/png;base64," + "A" * 200

@@ -22,11 +22,11 @@ from conftest import ROOT
 
 import holo1_dom_finetune as training
 import make_pages
-import page_data
 import page_scores
 import run_deepspeed_training as wrapper
 import training_settings
 import use_model_from_hub as use
+from training import dataset as page_data
 
 README = ROOT / "README_DeepSpeed.md"
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in (README, ROOT / "README.md")}
@@ -228,7 +228,7 @@ def test_every_command_is_accepted_by_what_it_starts(at_the_readers, command):
         ("python use_model_from_hub.py --image gone.png", "gone.png: where from?"),
         ("python use_model_from_hub.py --image PAGE.png --model ./gone", "--model ./gone: no such folder"),
         ("python gone.py", "gone.py: no such script"),
-        ("python page_data.py", "no check knows this script"),
+        ("python training/dataset.py", "no check knows this script"),
         ("python -m unittest", "no check knows it"),
         ('python -m pytest -m "quick"', "quick: unknown markers"),
         ('python -c "import deepspeed_gone"', "No module named 'deepspeed_gone'"),
@@ -349,7 +349,7 @@ def test_every_output_is_named_as_the_code_names_it():
     folders = {name.split("/")[0] for name in rows("Outputs") if "/" in name}
     output_dir = training_settings.TRAINING_DEFAULTS["output_dir"]
     assert folders == {use.FINAL_FOLDER, output_dir, training.EMERGENCY_FOLDER}
-    source = "".join((ROOT / name).read_text() for name in ("holo1_dom_finetune.py", "page_data.py"))
+    source = "".join((ROOT / name).read_text() for name in ("holo1_dom_finetune.py", "training/dataset.py"))
     files = {name.split("/")[-1] for name in rows("Outputs") if re.search(r"\.\w+$", name)} - {use.RECIPE_FILE}
     assert not [name for name in files if name not in source]
 

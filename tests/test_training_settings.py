@@ -8,7 +8,7 @@ import pytest
 from conftest import PLAIN_JSON, ROOT, run_script
 
 import training_settings as pipeline
-from page_data import SettingsError
+from training.dataset import SettingsError
 
 
 def write_json(folder, config, name="ds.json") -> str:

@@ -15,7 +15,7 @@ import shlex
 import time
 from pathlib import Path
 
-from page_data import PipelineError, SettingsError
+from training.dataset import PipelineError, SettingsError
 
 
 class UploadError(PipelineError):
