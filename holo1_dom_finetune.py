@@ -33,7 +33,10 @@ from functools import cached_property
 from pathlib import Path
 
 import use_model_from_hub as use
-from page_batches import (
+from training import dataset as page_data
+from training import fast_layers, memory_plan
+from training.dataset import DataError, PipelineError, SettingsError
+from training.packing import (
     CHUNK_DEEPSPEED,
     CHUNK_FALLBACK,
     IGNORED,
@@ -43,9 +46,6 @@ from page_batches import (
     count_tokens,
     is_out_of_memory,
 )
-from training import dataset as page_data
-from training import fast_layers, memory_plan
-from training.dataset import DataError, PipelineError, SettingsError
 from training.publishing import check_hub_access, derived_licence, push_final_folder, write_model_card
 from training_settings import (
     TRAINING_DEFAULTS,

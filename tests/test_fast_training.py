@@ -10,8 +10,7 @@ import torch
 from conftest import make_config, make_processor, page_html
 
 import holo1_dom_finetune as pipeline
-import page_batches
-from training import fast_layers, memory_plan
+from training import fast_layers, memory_plan, packing
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +171,7 @@ def test_a_page_of_a_pack_changes_no_other_pages_states(processor, model):
 def test_a_pack_is_written_out_whole(processor):
     """Two pages by hand: every entry, so that a slip by one place cannot hide."""
     rows = [([1, 9, 9, 5, 6, 7], [-100, -100, -100, -100, 6, 7]), ([1, 9, 5, 8], [-100, -100, -100, 8])]
-    batch = page_batches.pack(rows, [(1, 2), (1, 1)], before=1, ignored=-100)
+    batch = packing.pack(rows, [(1, 2), (1, 1)], before=1, ignored=-100)
     assert {name: value.tolist() if torch.is_tensor(value) else value for name, value in batch.items()} == {
         "input_ids": [[1, 9, 9, 5, 6, 7, 1, 9, 5, 8]],
         "position_ids": [
@@ -253,7 +252,7 @@ def test_positions_and_geometry_equal_the_models_own_for_200_sizes(processor, mo
             return caught[name]
 
         monkeypatch.setattr(own, name, keep)
-    geometry, tower = page_batches.image_geometry(model.config), model.model.visual
+    geometry, tower = packing.image_geometry(model.config), model.model.visual
     tower.blocks, tower.merger = torch.nn.ModuleList(), torch.nn.Identity()  # only the geometry is looked at
     tower.forward_windows = None
     for _ in range(200):
@@ -263,7 +262,7 @@ def test_positions_and_geometry_equal_the_models_own_for_200_sizes(processor, mo
         ids = torch.tensor([ids])
         kinds = (ids == encoder.image_token_id).long()
         positions, _ = model.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grids)
-        made = page_batches.page_positions(len(encoder.before), rows, columns, ids.shape[1])
+        made = packing.page_positions(len(encoder.before), rows, columns, ids.shape[1])
         assert torch.equal(made[1:], positions[:, 0]) and torch.equal(made[0], torch.arange(ids.shape[1]))
         with torch.no_grad(), contextlib.suppress(IndexError):  # without blocks the merged rows are too many
             tower(torch.zeros(4 * rows * columns, 1176), grid_thw=grids)

@@ -1,6 +1,6 @@
 """What makes a step fast and leaves its result the same.
 
-    install(model, fuse=True)       # takes pages packed into one row (page_batches.pack), each part faster than its own
+    install(model, fuse=True)       # takes pages packed into one row (packing.pack), each part faster than its own
     set_leaves(model)               # under ZeRO-3, before DeepSpeed takes the model
 
 Nothing of ours is imported, and nothing here changes what is learned: each part equals the model's own way, which the
