@@ -47,7 +47,7 @@ from training.packing import (
     is_out_of_memory,
 )
 from training.publishing import check_hub_access, derived_licence, push_final_folder, write_model_card
-from training_settings import (
+from training.settings import (
     TRAINING_DEFAULTS,
     PageSettings,
     Resolved,

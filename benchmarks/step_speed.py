@@ -104,7 +104,7 @@ def read_command_line(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def page_settings(args: argparse.Namespace):
-    import training_settings
+    from training import settings as training_settings
 
     names = {"base_model": str(args.base_model), "dataset": str(args.pages), "eval_pages": HELD_OUT}
     names |= {"num_samples": args.pages_per_step * args.steps, "max_html_tokens": args.max_html_tokens}
@@ -202,8 +202,8 @@ def our_command(args: argparse.Namespace) -> list[str]:
 
 
 def rival_command(way: str, args: argparse.Namespace, pages: Pages) -> list[str]:
-    import training_settings
     import use_model_from_hub as use
+    from training import settings as training_settings
 
     settings, same = page_settings(args), ("learning_rate", "lr_scheduler_type", "warmup_steps")
     job = {

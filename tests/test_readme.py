@@ -24,9 +24,9 @@ import holo1_dom_finetune as training
 import make_pages
 import page_scores
 import run_deepspeed_training as wrapper
-import training_settings
 import use_model_from_hub as use
 from training import dataset as page_data
+from training import settings as training_settings
 
 README = ROOT / "README_DeepSpeed.md"
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in (README, ROOT / "README.md")}

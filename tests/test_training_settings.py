@@ -7,7 +7,7 @@ import time
 import pytest
 from conftest import PLAIN_JSON, ROOT, run_script
 
-import training_settings as pipeline
+from training import settings as pipeline
 from training.dataset import SettingsError
 
 
