@@ -8,7 +8,7 @@
     python holo1_dom_finetune.py --help
 
 One page travels through this file from top to bottom: dataset, prompt and mask, batch, step, checkpoint, HTML, score,
-card, Hub. Sections: Errors, Processes, Model, Memory, Training, Saving, Evaluation, Main; the rooms of training/ and
+card, Hub. Sections: Processes, Model, Memory, Training, Saving, Evaluation, Main; the rooms of training/ and
 scoring/ stand beside it. (all ranks) marks what every process must call together.
 """
 
@@ -35,7 +35,7 @@ from pathlib import Path
 import use_model_from_hub as use
 from training import dataset as page_data
 from training import fast_layers, memory_plan
-from training.dataset import DataError, PipelineError, SettingsError
+from training.errors import DataError, NotFiniteError, PipelineError, SettingsError, StoppedError
 from training.packing import (
     CHUNK_DEEPSPEED,
     CHUNK_FALLBACK,
@@ -59,18 +59,6 @@ from training.settings import (
 
 HERE = Path(__file__).resolve().parent
 EMERGENCY_FOLDER = "holo1_dom_finetune_checkpoint"
-
-# -----------------------------------------------------------------------------
-# Errors
-
-
-class NotFiniteError(PipelineError):
-    code = 82
-
-
-class StoppedError(PipelineError):
-    code = 85
-
 
 # -----------------------------------------------------------------------------
 # Processes

@@ -33,13 +33,12 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
+from training.errors import MEANINGS
+
 DEFAULT_PORT = 29500
 NO_GPU = 1000  # the number of no GPU: the launcher shows hidden GPUs to the ranks again, by the numbers we give it
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_S, ORPHAN_GRACE_S = 10, 2  # the other ranks' time when one has failed; all ranks' when the launcher was killed
-MEANING = {0: "done", 1: "a bug", 2: "settings that cannot work", 80: "data", 81: "disk", 83: "out of memory"}
-MEANING |= {82: "loss or gradients not finite", 84: "a rank hangs", 85: "stopped by a signal, state saved"}
-MEANING |= {86: "trained and saved, but not uploaded"}
 
 
 def say(text: str) -> None:
@@ -340,7 +339,9 @@ class Run:
             code, why = code or 1, ["the launcher was killed", *why]
         if self.signal and code and (not 80 <= code <= 86 or (missing and self.forced)):
             code, why = 128 + self.signal, [f"stopped by {signal.Signals(self.signal).name}, state not saved", *why]
-        return code, "; ".join(why if code == 1 and why else [MEANING.get(code, f"the script's own code {code}"), *why])
+        return code, "; ".join(
+            why if code == 1 and why else [MEANINGS.get(code, f"the script's own code {code}"), *why]
+        )
 
 
 # -----------------------------------------------------------------------------

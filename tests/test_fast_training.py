@@ -392,7 +392,7 @@ def test_heads_of_odd_widths_are_filled_up_for_flash_attn_4(monkeypatch, tmp_pat
     module = tmp_path / "flash_attn" / "cute.py"
     module.parent.mkdir()
     module.write_text(
-        "import fast_layers\n"
+        "from training import fast_layers\n"
         "def flash_attn_varlen_func(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,"
         " softmax_scale, causal):\n"
         "    assert q.shape[-1] == k.shape[-1] == v.shape[-1] == 96 and cu_seqlens_q is cu_seqlens_k\n"

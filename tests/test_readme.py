@@ -330,7 +330,7 @@ def test_every_key_of_the_deepspeed_files_is_explained_with_its_value():
 
 def test_every_exit_code_is_there_with_its_meaning():
     told = {int(code): row[0] for code, row in rows("Exit codes").items() if code.isdigit()}
-    assert told == wrapper.MEANING
+    assert told == wrapper.MEANINGS
 
 
 def test_every_known_dataset_is_there_with_its_licence_and_whether_it_is_refused():
@@ -437,8 +437,8 @@ def test_every_import_is_a_requirement_or_comes_with_one():
     packages = {
         {"pillow": "PIL", "scikit-image": "skimage", "opencv-python-headless": "cv2"}.get(name, name) for name in names
     } | {*brought}
-    files = [path for folder in (".", "demo", "benchmarks", "tests") for path in (ROOT / folder).glob("*.py")]
-    ours = {path.stem for path in files}
+    files = [ROOT / name for name in tracked_files() if name.endswith(".py")]
+    ours = {path.stem for path in files} | {path.parent.name for path in files}
     imported = set()
     for path in files:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

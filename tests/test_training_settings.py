@@ -8,7 +8,7 @@ import pytest
 from conftest import PLAIN_JSON, ROOT, run_script
 
 from training import settings as pipeline
-from training.dataset import SettingsError
+from training.errors import SettingsError
 
 
 def write_json(folder, config, name="ds.json") -> str:

@@ -2,7 +2,7 @@
 
     train, held_out = load_pages_from_disk(output_dir)          # after load_pages(...) on the main process
 
-The training script calls `load_pages`; nothing here knows of models, and nothing of ours is imported.
+The training script calls `load_pages`; nothing here knows of models.
 """
 
 from __future__ import annotations
@@ -24,24 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-
-class PipelineError(Exception):
-    """What the user can mend; the class says the exit code, the message the value and the remedy."""
-
-    code = 1
-
-
-class SettingsError(PipelineError):
-    """Settings that cannot work."""
-
-    code = 2
-
-
-class DataError(PipelineError):
-    """Data that cannot be trained on."""
-
-    code = 80
-
+from training.errors import DataError, SettingsError
 
 # -------------------------------------------------------------------------------
 # Data

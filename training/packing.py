@@ -17,7 +17,7 @@ from pathlib import Path
 
 import use_model_from_hub as use
 from training import memory_plan
-from training.dataset import DataError, SettingsError
+from training.errors import DataError, SettingsError
 
 # -----------------------------------------------------------------------------
 # Prompt and mask

@@ -15,14 +15,7 @@ import shlex
 import time
 from pathlib import Path
 
-from training.dataset import PipelineError, SettingsError
-
-
-class UploadError(PipelineError):
-    """Trained and saved, but not uploaded."""
-
-    code = 86
-
+from training.errors import SettingsError, UploadError
 
 # -----------------------------------------------------------------------------
 # Publishing

@@ -60,5 +60,5 @@ class Rotary(torch.autograd.Function):
 
 
 def rotate(query, key, cos, sin):
-    """fast_training.rotate: `query`, `key` (S, heads, D), `cos`, `sin` (S, 1, D)."""
+    """fast_layers.rotate: `query`, `key` (S, heads, D), `cos`, `sin` (S, 1, D)."""
     return Rotary.apply(query, key, cos.contiguous(), sin.contiguous())

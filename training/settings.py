@@ -17,9 +17,9 @@ from pathlib import Path
 
 import use_model_from_hub as use
 from training import dataset as page_data
-from training.dataset import SettingsError
+from training.errors import SettingsError
 
-HERE = Path(__file__).resolve().parent
+PROJECT = Path(__file__).resolve().parents[1]
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -117,8 +117,8 @@ TRAINING_DEFAULTS = {
 LORA_LEARNING_RATE = 1e-4  # unless typed; adapters start from zero and need more than full weights
 
 DEMO = {
-    "base_model": str(HERE / "demo" / "tiny_holo1"),
-    "dataset": str(HERE / "demo" / "pages"),
+    "base_model": str(PROJECT / "demo" / "tiny_holo1"),
+    "dataset": str(PROJECT / "demo" / "pages"),
     "num_samples": 320,
     "eval_pages": 40,
     "compare_base": True,

@@ -1,0 +1,55 @@
+"""What goes wrong, and the exit code that says so. Standard library only: the wrapper reads it, too.
+
+raise SettingsError("--num_samples 0: give 1 or more")      # ends the run with 2
+MEANINGS[82]                                                # what the wrapper says of a run that ended with 82
+"""
+
+# Each code and what it means, once; README_DeepSpeed.md's table is held against it by a test.
+MEANINGS = {
+    0: "done",
+    1: "a bug",
+    2: "settings that cannot work",
+    80: "data",
+    81: "disk",
+    82: "loss or gradients not finite",
+    83: "out of memory",
+    84: "a rank hangs",
+    85: "stopped by a signal, state saved",
+    86: "trained and saved, but not uploaded",
+}
+
+
+class PipelineError(Exception):
+    """What the user can mend; the class says the exit code, the message the value and the remedy."""
+
+    code = 1
+
+
+class SettingsError(PipelineError):
+    """Settings that cannot work."""
+
+    code = 2
+
+
+class DataError(PipelineError):
+    """Data that cannot be trained on."""
+
+    code = 80
+
+
+class NotFiniteError(PipelineError):
+    """A loss, a gradient or a weight that is no number."""
+
+    code = 82
+
+
+class StoppedError(PipelineError):
+    """A signal has ended the training; its state is saved."""
+
+    code = 85
+
+
+class UploadError(PipelineError):
+    """Trained and saved, but not uploaded."""
+
+    code = 86
