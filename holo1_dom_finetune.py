@@ -34,7 +34,7 @@ from pathlib import Path
 
 import use_model_from_hub as use
 from training import dataset as page_data
-from training import fast_layers, memory_plan
+from training import fast_layers, memory_plan, page_costs
 from training.errors import DataError, NotFiniteError, PipelineError, SettingsError, StoppedError
 from training.packing import (
     CHUNK_DEEPSPEED,
@@ -427,11 +427,11 @@ def choose_micro_batch(args, settings: PageSettings, config, pages, encoder: Pag
     way = training_way({"per_device_train_batch_size": args.per_device_train_batch_size}, settings, deepspeed, True)
     bucket, loads = bucket_size(deepspeed), longest_loads(pages, encoder, per_step)
     shares = memory_plan.SHARES if settings.checkpoint_share is None else [settings.checkpoint_share]
-    costs = page_costs(config, pages, encoder)
-    tflops = memory_plan.peak_tflops(torch.cuda.get_device_name(args.device)) or 0.0
+    costs = flops_of_pages(config, pages, encoder)
+    tflops = page_costs.peak_tflops(torch.cuda.get_device_name(args.device)) or 0.0
     limit, tflops = least([memory_limit(args.device), tflops])  # ranks that chose differently would wait for ever
-    seconds = memory_plan.page_seconds(sum(costs) / len(costs), tflops or None)
-    weights, whole = sum(memory_plan.weights_of(config)), may_be_whole(deepspeed, config)
+    seconds = page_costs.page_seconds(sum(costs) / len(costs), tflops or None)
+    weights, whole = sum(page_costs.weights_of(config)), may_be_whole(deepspeed, config)
     ways = memory_plan.candidates(way, per_step, seconds, weights, shares, whole)
     if settings.micro_batch != "auto":
         ways = [way for way in ways if way.micro_batch == args.per_device_train_batch_size]
@@ -568,7 +568,7 @@ class Fit:
     def prove(self, trainer, collate: PageCollator, pages) -> None:
         import torch
 
-        costs = page_costs(trainer.model.config, pages, collate.encoder)
+        costs = flops_of_pages(trainer.model.config, pages, collate.encoder)
         longest = sorted(range(len(pages)), key=lambda place: -costs[place])
         chosen = [pages[longest[number % len(pages)]] for number in range(self.plan.way.micro_batch)]
         start, failure = time.monotonic(), None
@@ -700,7 +700,7 @@ class Meter:
         pages, supervised, image, tflops = (sums / seconds).tolist()
         peak, waited = worst.tolist()
         self.__init__()
-        most = memory_plan.peak_tflops(torch.cuda.get_device_name()) if cuda else None
+        most = page_costs.peak_tflops(torch.cuda.get_device_name()) if cuda else None
         return {
             "pages_per_second": pages,
             "supervised_tokens_per_second": supervised,
@@ -849,9 +849,7 @@ def page_sampler(costs: list[float], args):
             size = micro * accumulated * ranks
             for start in range(0, len(order), size):
                 pages = order[start : start + size]
-                groups = memory_plan.deal(
-                    [costs[page] for page in pages], math.ceil(len(pages) / micro / ranks) * ranks
-                )
+                groups = page_costs.deal([costs[page] for page in pages], math.ceil(len(pages) / micro / ranks) * ranks)
                 yield [[pages[place] for place in group] for group in groups]
 
         def __iter__(self):
@@ -902,7 +900,7 @@ def make_trainer(args, model, collate: PageCollator, pages, stop: StopRequest, j
                 with meter.pause():
                     control.should_training_stop |= judge.step(state.global_step, save)
 
-    meter, costs = Meter(), page_costs(model.config, pages, collate.encoder)
+    meter, costs = Meter(), flops_of_pages(model.config, pages, collate.encoder)
     trainer = trainer_class(meter, collate, judge, costs)(
         model=model,
         args=args,
@@ -924,14 +922,14 @@ def make_trainer(args, model, collate: PageCollator, pages, stop: StopRequest, j
     return trainer
 
 
-def page_costs(config, pages, encoder: PageEncoder) -> list[float]:
+def flops_of_pages(config, pages, encoder: PageEncoder) -> list[float]:
     """Floating-point operations of each page, from its counted tokens alone."""
     counted, question = pages.select_columns(["html_tokens", "image_tokens"]), len(encoder.before) + len(encoder.after)
     costs = []
     for page in counted:
         tokens = question + page["image_tokens"] + page["html_tokens"] + 1
         patches = page["image_tokens"] * encoder.merge
-        costs.append(memory_plan.page_flops(config, tokens, page["html_tokens"] + 1, patches))
+        costs.append(page_costs.page_flops(config, tokens, page["html_tokens"] + 1, patches))
     return costs
 
 

@@ -143,12 +143,12 @@ class Pages:
         """Useful operations of each step: products and attention forward and backward, nothing recomputed."""
         from transformers import AutoConfig
 
-        from training import memory_plan
+        from training import page_costs
 
         config, costs = AutoConfig.from_pretrained(base), []
         for html, image in self.sizes:
             tokens = self.question + image + html + 1  # the end of the turn
-            costs.append(memory_plan.page_flops(config, tokens, html + 1, image * self.merge))
+            costs.append(page_costs.page_flops(config, tokens, html + 1, image * self.merge))
         return [sum(costs[page] for page in step) for step in self.steps]
 
     def summary(self) -> dict:
@@ -458,10 +458,10 @@ def main() -> None:
     if args.weights and not list(args.base_model.glob("*.safetensors")):
         subprocess.run([sys.executable, str(HERE / "random_weights.py"), str(args.base_model)], check=True)
 
-    from training import memory_plan
+    from training import page_costs
 
     gpu = gpu_name()
-    env, peak = environment(args.gpus, gpu is not None), memory_plan.peak_tflops(gpu) if gpu else None
+    env, peak = environment(args.gpus, gpu is not None), page_costs.peak_tflops(gpu) if gpu else None
     results = {
         "command": shlex.join([*limits_of_memory(), "python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d"),

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import use_model_from_hub as use
-from training import memory_plan
+from training import page_costs
 from training.errors import DataError, SettingsError
 
 # -----------------------------------------------------------------------------
@@ -166,7 +166,7 @@ class PageCollator:
         return batch | image_geometry(self.config)(grids)
 
     def flops(self, labels: list[int], patches: int) -> float:
-        return memory_plan.page_flops(self.config, len(labels), len(labels) - labels.count(IGNORED), patches)
+        return page_costs.page_flops(self.config, len(labels), len(labels) - labels.count(IGNORED), patches)
 
     def pad(self, rows: list[tuple[list[int], list[int]]]) -> dict:
         """`input_ids`, `labels`, `attention_mask`, `mm_token_type_ids`, all (B, T)."""
