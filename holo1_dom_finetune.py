@@ -8,7 +8,7 @@
     python holo1_dom_finetune.py --help
 
 One page travels through this file from top to bottom: dataset, prompt and mask, batch, step, checkpoint, HTML, score,
-card, Hub. Sections: Processes, Model, Memory, Training, Saving, Evaluation, Main; the rooms of training/ and
+card, Hub. Sections: Processes, Model, Memory, Collate, Training, Saving, Evaluation, Main; the rooms of training/ and
 scoring/ stand beside it. (all ranks) marks what every process must call together.
 """
 
@@ -35,17 +35,16 @@ from pathlib import Path
 import use_model_from_hub as use
 from training import dataset as page_data
 from training import fast_layers, memory_plan, page_costs
-from training.errors import DataError, NotFiniteError, PipelineError, SettingsError, StoppedError
-from training.packing import (
-    CHUNK_DEEPSPEED,
-    CHUNK_FALLBACK,
-    IGNORED,
-    PageCollator,
-    PageEncoder,
-    colour_supervision,
-    count_tokens,
+from training.errors import (
+    DataError,
+    NotFiniteError,
+    PipelineError,
+    SettingsError,
+    StoppedError,
     is_out_of_memory,
 )
+from training.packing import image_geometry, pack
+from training.prompt_and_mask import IGNORED, PageEncoder, colour_supervision, count_tokens
 from training.publishing import check_hub_access, derived_licence, push_final_folder, write_model_card
 from training.settings import (
     TRAINING_DEFAULTS,
@@ -652,6 +651,131 @@ def together(flag: bool, seconds: float = 60.0) -> bool:
     votes = torch.tensor(float(flag))
     dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=emergency_group())
     return bool(votes)
+
+
+# -----------------------------------------------------------------------------
+# Collate
+
+CHUNK_DEEPSPEED, CHUNK_FALLBACK = 16, 4  # screenshots decoded and processed at once
+
+
+class PageCollator:
+    """Pages to a batch, tolerant of full memory and of broken pictures, never of a missing one.
+
+    Screenshots are decoded and processed `chunk` at a time; when memory runs out the chunk is halved, down to one, and
+    doubled again after success. A page that cannot be read is replaced by another of the same dataset: ZeRO-3 waits
+    for ever for a rank whose batch is shorter or has no picture. Replacements are noted in `notes_file`.
+    """
+
+    def __init__(
+        self,
+        processor,
+        encoder: PageEncoder,
+        pages,
+        chunk: int,
+        notes_file: Path | None = None,
+        config=None,
+        packed: bool = False,
+        dtype=None,
+    ):
+        self.processor, self.encoder, self.pages, self.notes_file = processor, encoder, pages, notes_file
+        self.chunk = self.largest_chunk = chunk
+        self.config = config  # of the model, to count its operations; None: not counted
+        self.packed = packed  # into one row; else padded rows, as every model takes them
+        self.dtype = dtype  # of the pixels, which halves what travels to the GPU; None: as the processor makes them
+
+    def __call__(self, pages: list[dict]) -> dict:
+        """Returns `pixel_values` (patches, dim), `image_grid_thw` (B, 3) and what `pad` or `pack` adds."""
+        import torch
+
+        kept, features = [], []
+        while len(kept) < len(pages):
+            batch = pages[len(kept) : len(kept) + self.chunk]
+            chunk_pages, chunk_features = self.process(batch)
+            kept += chunk_pages
+            features += chunk_features
+        grids = torch.stack([grid for _, grid in features])
+        rows = []
+        for page, grid in zip(kept, grids):
+            rows.append(self.encoder.encode(page["html"], int(grid.prod()) // self.encoder.merge))
+        batch = {"pixel_values": torch.cat([pixels for pixels, _ in features]), "image_grid_thw": grids}
+        if self.config is not None:
+            sizes = zip(rows, grids.prod(dim=1).tolist())
+            batch["flops"] = sum(self.flops(labels, patches) for (_, labels), patches in sizes)
+        if not self.packed:
+            return batch | self.pad(rows)
+        if self.dtype is not None:
+            batch["pixel_values"] = batch["pixel_values"].to(self.dtype)
+        sizes = (grids[:, 1:] // math.isqrt(self.encoder.merge)).tolist()
+        batch |= pack(rows, sizes, len(self.encoder.before), IGNORED)
+        return batch | image_geometry(self.config)(grids)
+
+    def flops(self, labels: list[int], patches: int) -> float:
+        return page_costs.page_flops(self.config, len(labels), len(labels) - labels.count(IGNORED), patches)
+
+    def pad(self, rows: list[tuple[list[int], list[int]]]) -> dict:
+        """`input_ids`, `labels`, `attention_mask`, `mm_token_type_ids`, all (B, T)."""
+        import torch
+
+        longest = max(len(ids) for ids, _ in rows)
+        token = self.processor.tokenizer.pad_token_id
+        input_ids = torch.tensor([ids + [token] * (longest - len(ids)) for ids, _ in rows])
+        lengths = torch.tensor([len(ids) for ids, _ in rows])
+        return {
+            "input_ids": input_ids,
+            "labels": torch.tensor([row + [IGNORED] * (longest - len(row)) for _, row in rows]),
+            "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
+            # Without these the model's positions silently become one-dimensional (transformers 5.23).
+            "mm_token_type_ids": (input_ids == self.encoder.image_token_id).long(),
+        }
+
+    def process(self, pages: list[dict]) -> tuple[list[dict], list[tuple]]:
+        """As many of `pages` as fit into memory, at least one: (pages, one (pixels, grid) each)."""
+        replaced, wanted = 0, pages[0]
+        while True:
+            pages = pages[: self.chunk]
+            try:
+                done = self.decode_and_process(pages)
+            except Exception as error:
+                if not is_out_of_memory(error) or replaced == 8:  # eight different pages: the machine is too small
+                    raise
+                if self.chunk == 1:
+                    pages = [self.replacement(wanted, "out of memory even alone", replaced)]
+                    replaced += 1
+                    continue
+                self.chunk = max(1, min(self.chunk, len(pages)) // 2)
+                print(f"collate: memory ran out, going on with {self.chunk} screenshots at once", flush=True)
+            else:
+                self.chunk = min(self.largest_chunk, self.chunk * 2)
+                return done
+
+    def decode_and_process(self, pages: list[dict]) -> tuple[list[dict], list[tuple]]:
+        kept, screenshots = [], []
+        for wanted in pages:
+            page = wanted
+            for tries in range(len(self.pages) + 1):
+                try:
+                    screenshots.append(use.open_screenshot(page["screenshot"]))
+                    break
+                except ValueError as error:
+                    page = self.replacement(wanted, str(error), tries)
+            else:
+                raise DataError("no page of the dataset can be read any more")
+            kept.append(page)
+        features = self.processor.image_processor(images=screenshots, return_tensors="pt")
+        sizes = features["image_grid_thw"].prod(dim=1).tolist()
+        return kept, list(zip(features["pixel_values"].split(sizes), features["image_grid_thw"]))
+
+    def replacement(self, page: dict, reason: str, tries: int = 0) -> dict:
+        """A page that depends on the broken one's name alone, so that every run replaces alike."""
+        digest = hashlib.sha256(page["name"].encode()).digest()
+        spare = self.pages[(int.from_bytes(digest[:8], "big") + tries) % len(self.pages)]
+        note = {"page": page["name"], "reason": reason, "replaced_by": spare["name"]}
+        print(f"collate: {json.dumps(note)}", flush=True)
+        if self.notes_file:
+            with self.notes_file.open("a", encoding="utf-8") as notes:
+                notes.write(json.dumps(note) + "\n")
+        return spare
 
 
 # -----------------------------------------------------------------------------
