@@ -10,7 +10,7 @@ import torch
 from conftest import make_config, make_processor, page_html
 
 import holo1_dom_finetune as pipeline
-from training import fast_layers, memory_plan, packing
+from training import fast_layers, memory_plan, packing, zero3
 
 
 @pytest.fixture(scope="module")
@@ -505,7 +505,7 @@ def test_weights_are_gathered_once_per_step_where_they_fit(share, threshold, who
     for name, answer in (cuda | {"get_per_process_memory_fraction": share}).items():
         monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
     monkeypatch.setattr(pipeline, "world_size", lambda: 2)
-    zero = {"stage": 3, pipeline.THRESHOLD: threshold}
+    zero = {"stage": 3, zero3.THRESHOLD: threshold}
     args = SimpleNamespace(
         device=torch.device("cuda"),
         deepspeed="ds_z3.json",
@@ -517,7 +517,7 @@ def test_weights_are_gathered_once_per_step_where_they_fit(share, threshold, who
     encoder = pipeline.PageEncoder(processor, "Write the page.")
     plan = pipeline.choose_micro_batch(args, pipeline.PageSettings(), shapes_of_3b(), pages, encoder)
     assert plan.way.whole == whole
-    assert zero[pipeline.THRESHOLD] == (10**11 if whole else threshold)
+    assert zero[zero3.THRESHOLD] == (10**11 if whole else threshold)
     assert plan.total <= memory_plan.MEMORY_SHARE * share * 140
     assert plan.parts["gathered"] == pytest.approx(7.0 if whole else 1.86, rel=0.02)
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 8
