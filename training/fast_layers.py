@@ -3,7 +3,7 @@
     install(model, fuse=True)       # takes pages packed into one row (packing.pack), each part faster than its own
     set_leaves(model)               # under ZeRO-3, before DeepSpeed takes the model
 
-Nothing of ours is imported, and nothing here changes what is learned: each part equals the model's own way, which the
+Nothing here changes what is learned: each part equals the model's own way, which the
 tests show. Sections: Attention, Element-wise, Modules, Blocks, Loss, Model, Vision MLP, ZeRO-3.
 """
 
@@ -18,6 +18,8 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+
+from training.memory_plan import LOSS_ROWS
 
 ARCHITECTURES = ("qwen2_5_vl",)  # whose modules are known here; others train their own way, with padded rows
 
@@ -511,8 +513,6 @@ def _add_mlp() -> type:
 
 # -----------------------------------------------------------------------------
 # Loss
-
-LOSS_ROWS = 2_048  # rows of logits that exist at once: 0.6 GiB in bf16 for 151,936 words
 
 
 def supervised_loss(hidden, weight, targets, cross_entropy: Callable = cross_entropy):
