@@ -33,8 +33,8 @@ from functools import cached_property
 from pathlib import Path
 
 import use_model_from_hub as use
+from training import attention, fast_layers, memory_plan, zero3
 from training import dataset as page_data
-from training import fast_layers, memory_plan, zero3
 from training.errors import DataError, NotFiniteError, PipelineError, SettingsError, StoppedError
 from training.packing import (
     CHUNK_DEEPSPEED,
@@ -327,7 +327,7 @@ def make_fast(model, settings: PageSettings, args, sharded: bool) -> None:
         fast_layers.set_leaves(model)
     fused = "fused" if fuse else f"not fused ({obstacle or 'as asked'})"
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    kernel = fast_layers.attention_words(model.config, args.device.type, dtype)
+    kernel = attention.attention_words(model.config, args.device.type, dtype)
     say(f"fast path: pages packed, attention by {kernel}, element-wise parts {fused}, vision MLP {width:,} wide")
 
 
