@@ -10,7 +10,7 @@ import torch
 from conftest import make_config, make_processor, page_html
 
 import holo1_dom_finetune as pipeline
-from training import attention, fast_layers, memory_plan, packing, zero3
+from training import attention, fast_layers, loss, memory_plan, packing, zero3
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +57,13 @@ def fast_twin(model, fuse: bool = False):
 def gradients(model, batch, shapes=None) -> dict:
     """Loss and gradients, cut to the `shapes` of the parameters of another model."""
     model.zero_grad()
-    loss = model(**batch).loss
-    loss.backward()
+    mean = model(**batch).loss
+    mean.backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters()}
     cut = {n: fast_layers.narrowed(grad, shapes[n]) for n, grad in found.items()} if shapes else found
     for name, grad in found.items():
         assert grad.abs().sum() == pytest.approx(cut[name].abs().sum()), f"{name}: the padding learns"
-    return {"loss": loss.detach(), **cut}
+    return {"loss": mean.detach(), **cut}
 
 
 def worst_difference(first: dict, second: dict) -> float:
@@ -74,7 +74,7 @@ def worst_difference(first: dict, second: dict) -> float:
 @pytest.mark.parametrize("fuse", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_packed_pages_give_the_models_own_loss_and_gradients(processor, model, fuse, monkeypatch):
     """Everything together: packing, segments, the loss on supervised tokens in chunks, the widened vision MLP."""
-    monkeypatch.setattr(fast_layers, "LOSS_ROWS", 50)
+    monkeypatch.setattr(loss, "LOSS_ROWS", 50)
     made, shapes = pages(5), {n: p.shape for n, p in model.named_parameters()}
     plain = gradients(model, collate(processor, made))
     twin = fast_twin(model, fuse)
@@ -190,15 +190,15 @@ def test_a_pack_is_written_out_whole(processor):
 
 @pytest.mark.parametrize("rows", [2, 7, 1000])
 def test_the_chunked_loss_equals_torchs_own(rows, monkeypatch):
-    monkeypatch.setattr(fast_layers, "LOSS_ROWS", rows)
+    monkeypatch.setattr(loss, "LOSS_ROWS", rows)
     torch.manual_seed(0)
     hidden, weight = torch.randn(23, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     targets = torch.randint(50, (23,))
     own = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum") * 0.25
     wanted = torch.autograd.grad(own, (hidden, weight))
-    loss = fast_layers.supervised_loss(hidden, weight, targets) * 0.25
-    found = torch.autograd.grad(loss, (hidden, weight))
-    assert loss.item() == pytest.approx(own.item(), abs=1e-5)
+    sum_of_losses = loss.supervised_loss(hidden, weight, targets) * 0.25
+    found = torch.autograd.grad(sum_of_losses, (hidden, weight))
+    assert sum_of_losses.item() == pytest.approx(own.item(), abs=1e-5)
     for first, second in zip(wanted, found):
         assert torch.allclose(first, second, atol=1e-5)
 

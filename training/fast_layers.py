@@ -4,7 +4,7 @@
     set_leaves(model)               # under ZeRO-3, before DeepSpeed takes the model
 
 Nothing here changes what is learned: each part equals the model's own way, which the
-tests show. Sections: Element-wise, Modules, Blocks, Loss, Model, Vision MLP, ZeRO-3.
+tests show. Sections: Element-wise, Modules, Blocks, Model, Vision MLP, ZeRO-3.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from training.attention import attend
-from training.memory_plan import LOSS_ROWS
+from training.loss import cross_entropy, supervised_loss
 
 ARCHITECTURES = ("qwen2_5_vl",)  # whose modules are known here; others train their own way, with padded rows
 
@@ -73,19 +73,6 @@ def rotate(query, key, cos, sin):
         return (wide * cos + halves * sin).to(states.dtype)
 
     return turned(query), turned(key)
-
-
-def cross_entropy(logits, targets):
-    """Sum of the losses of `logits` (L, V) against `targets` (L,), and its gradient in the logits' own precision."""
-    import torch
-
-    wide = logits.float()
-    high = wide.amax(dim=-1, keepdim=True)
-    exponents = (wide - high).exp()
-    total = exponents.sum(dim=-1, keepdim=True)
-    loss = (total.log() + high - wide.gather(1, targets[:, None])).sum()
-    hits = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
-    return loss, (exponents / total - hits.float()).to(logits.dtype)
 
 
 class Elementwise:
@@ -346,47 +333,6 @@ def _add_mlp() -> type:
             return outer, None, for_norm, *found, *for_down
 
     return AddMlp
-
-
-# -----------------------------------------------------------------------------
-# Loss
-
-
-def supervised_loss(hidden, weight, targets, cross_entropy: Callable = cross_entropy):
-    """Sum of the cross-entropies of `hidden` (L, H) times `weight` (V, H) against `targets` (L,).
-
-    Logits exist for `LOSS_ROWS` rows at a time and are worked out once: the gradients are taken in the forward pass.
-    """
-    import torch
-
-    class SupervisedLoss(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, hidden, weight):
-            kind = hidden.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-            for_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-            for_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-            loss = hidden.new_zeros((), dtype=torch.float32)
-            with torch.autocast(kind, enabled=False):
-                head = weight.to(dtype)
-                for start in range(0, len(hidden), LOSS_ROWS):
-                    rows = hidden[start : start + LOSS_ROWS].to(dtype)
-                    part, gradient = cross_entropy(rows @ head.T, targets[start : start + LOSS_ROWS])
-                    loss += part
-                    if for_hidden is not None:
-                        for_hidden[start : start + LOSS_ROWS] = gradient @ head
-                    if for_weight is not None:
-                        for_weight += gradient.T @ rows
-            ctx.gradients = for_hidden, for_weight
-            return loss
-
-        @staticmethod
-        def backward(ctx, factor):
-            gradients = [None if part is None else part.mul_(factor.to(part.dtype)) for part in ctx.gradients]
-            del ctx.gradients
-            return tuple(gradients)
-
-    return SupervisedLoss.apply(hidden, weight)
 
 
 # -----------------------------------------------------------------------------
