@@ -324,7 +324,7 @@ def make_fast(model, settings: PageSettings, args, sharded: bool) -> None:
     width = fast_layers.align_vision_mlp(model)
     fast_layers.install(model, fuse)
     if sharded:
-        fast_layers.set_leaves(model)
+        zero3.set_leaves(model, fast_layers.LEAVES)
     fused = "fused" if fuse else f"not fused ({obstacle or 'as asked'})"
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     kernel = attention.attention_words(model.config, args.device.type, dtype)
@@ -519,7 +519,7 @@ class Fit:
         if trainer.args.activation_checkpointing:
             checkpoint_some_layers(trainer.model, self.share)
         if collate.packed and is_deepspeed_zero3_enabled():
-            fast_layers.lean_steps(trainer.model_wrapped)
+            zero3.lean_steps(trainer.model_wrapped)
         if self.plain_loss is not None:
             with torch.no_grad():
                 loss = self.forward(trainer, collate(list(held_out.select(range(min(2, len(held_out)))))))
