@@ -43,6 +43,7 @@ from training.errors import (
     StoppedError,
     is_out_of_memory,
 )
+from training.families import Family, Picture, family_of, trains_fast
 from training.packing import image_geometry, pack
 from training.prompt_and_mask import IGNORED, PageEncoder, colour_supervision, count_tokens
 from training.publishing import check_hub_access, derived_licence, push_final_folder, write_model_card
@@ -141,7 +142,6 @@ def on_each_machine(work: Callable, there: Callable[[object], bool]):
 # Model
 
 
-MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl")  # as config.json names them
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # of weights: safetensors' name, torch's name
 
 
@@ -180,7 +180,8 @@ def load_processor(base: Path, settings: PageSettings):
         processor = AutoProcessor.from_pretrained(base, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError) as error:
         raise SettingsError(f"--base_model {settings.base_model} has no processor that loads: {error}") from error
-    use.limit_pixels(processor, use.Recipe.min_pixels, settings.max_pixels)
+    family = family_of(load_config(base, settings))
+    family.limit_pixels(processor, use.Recipe.min_pixels, settings.max_pixels)
     return processor
 
 
@@ -229,15 +230,10 @@ def read_safetensors(folder: Path) -> dict[str, tuple[tuple[int, ...], str, Path
 def base_tensors(base: Path, settings: PageSettings) -> dict[str, BaseTensor]:
     """What the base checkpoint holds, by its own key; from the architecture where it has no weights."""
     import torch
-    from transformers import AutoConfig
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
 
-    kind = AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code).model_type
-    if kind not in MODEL_TYPES:
-        raise SettingsError(
-            f"--base_model {settings.base_model} is a {kind}; {' or '.join(MODEL_TYPES)} can be trained"
-        )
+    family_of(load_config(base, settings))  # refuses what nobody has written a family for
     model = empty_model(base, "meta", torch.bfloat16, settings.trust_remote_code)
     names = dict(model.state_dict())
     found = read_safetensors(base)
@@ -269,9 +265,11 @@ def base_tensors(base: Path, settings: PageSettings) -> dict[str, BaseTensor]:
 def load_model(base: Path, settings: PageSettings, args):
     """(all ranks) The model to train. Under ZeRO-3 every rank holds its part from the first moment."""
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+    config = load_config(base, settings)
+    family = family_of(config)
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     # Without DeepSpeed's fp32 master weights, full fine-tuning in bf16 would round small updates away.
     frozen_base = settings.lora or settings.quantize == "4bit"
@@ -280,10 +278,9 @@ def load_model(base: Path, settings: PageSettings, args):
         "trust_remote_code": settings.trust_remote_code,
     }
     if settings.quantize == "4bit":
-        options |= {"quantization_config": quantization_config(half), "device_map": {"": args.device}}
+        options |= {"quantization_config": quantization_config(half, family), "device_map": {"": args.device}}
     if settings.random_weights:
         torch.manual_seed(args.seed)  # every rank the same weights
-        config = AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code)
         model = AutoModelForImageTextToText.from_config(config, **options)
     else:
         model = AutoModelForImageTextToText.from_pretrained(base, **options)
@@ -291,8 +288,9 @@ def load_model(base: Path, settings: PageSettings, args):
         if not all(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             raise PipelineError("ZeRO-3 is on, yet the weights were not sharded while loading")
         model._weight_conversions = None  # else saving reverses renamings that never happened (transformers 5.23)
-    for parameter in vision_tower(model).parameters() if settings.freeze_vision else ():
-        parameter.requires_grad_(False)
+    for part in family.vision_modules(model):
+        if settings.freeze_vision:
+            part.requires_grad_(False)
     if trains_fast(model.config, settings):
         make_fast(model, settings, args, is_deepspeed_zero3_enabled())
     if frozen_base:
@@ -301,14 +299,6 @@ def load_model(base: Path, settings: PageSettings, args):
         False  # training needs no cache, and checkpointing would warn of it at every step
     )
     return model
-
-
-def vision_tower(model):
-    return model.model.visual
-
-
-def trains_fast(config, settings: PageSettings) -> bool:
-    return settings.fast and config.model_type in fast_layers.ARCHITECTURES
 
 
 def make_fast(model, settings: PageSettings, args, sharded: bool) -> None:
@@ -330,7 +320,7 @@ def make_fast(model, settings: PageSettings, args, sharded: bool) -> None:
     say(f"fast path: pages packed, attention by {kernel}, element-wise parts {fused}, vision MLP {width:,} wide")
 
 
-def quantization_config(compute_dtype):
+def quantization_config(compute_dtype, family: Family):
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -339,20 +329,20 @@ def quantization_config(compute_dtype):
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
         # Reading small print is what the vision tower is for, and it is a sixth of the weights: it stays whole.
-        llm_int8_skip_modules=["lm_head", "model.visual"],  # "visual" alone matches nothing (5.23)
+        llm_int8_skip_modules=["lm_head", *family.vision],
     )
 
 
 def add_adapters(model, settings: PageSettings, seed: int):
-    """LoRA on the language model's own projections; by leaf name alone the vision tower's would match, too.
+    """LoRA on the language model's own projections.
 
     Adapters begin at random, the same ones in every run and on every rank with this seed.
     """
     import torch
     from peft import LoraConfig, get_peft_model
 
-    projections = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-    config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=projections)
+    wanted = family_of(model.config).adapters
+    config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=wanted)
     # The first layer's input has to need a gradient: else DeepSpeed, told of a layer's gradients by torch's hook on the
     # whole layer, would be told before there are any.
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
@@ -365,18 +355,20 @@ def print_plan(base: Path, resolved: Resolved) -> None:
     settings, config = resolved.settings, load_config(base, resolved.settings)
     sizes = [math.prod(tensor.shape) for tensor in base_tensors(base, settings).values()]
     pages = resolved.training["per_device_train_batch_size"] * resolved.training["gradient_accumulation_steps"]
-    tokens = (settings.max_pixels // 28**2, settings.max_html_tokens + 1)
+    tokens = (family_of(config).most_image_tokens(config, settings.max_pixels), settings.max_html_tokens + 1)
     say(f"{settings.base_model}: {sum(sizes) / 1e9:.2f} B parameters; {pages} pages per step and GPU, each of at most ")
     say(
         f"{tokens[0]:,} image tokens and {tokens[1]:,} of HTML; GiB on each GPU under {resolved.training['deepspeed']}:"
     )
 
     def longest(count: int) -> memory_plan.Load:
-        return memory_plan.Load(count * (sum(tokens) + 40), count * tokens[0] * 4, count * tokens[1])
+        return memory_plan.Load(
+            count * (sum(tokens) + 40), count * tokens[0] * family_of(config).shape(config).per_token, count * tokens[1]
+        )
 
     way = training_way(resolved.training, settings, resolved.deepspeed, fused=True)
     bucket, whole = zero3.bucket_size(resolved.deepspeed), zero3.may_be_whole(resolved.deepspeed, config)
-    say(memory_plan.table(config, longest, way, pages, bucket, whole, (24, 40, 80, 140)))
+    say(memory_plan.table(family_of(config).shape(config), longest, way, pages, bucket, whole, (24, 40, 80, 140)))
     copy = 2 * sum(sizes) / 2**30
     say(f"before and after training a copy that writes pages takes {copy:.1f} GiB more, when activations take none")
 
@@ -418,19 +410,22 @@ def choose_micro_batch(args, settings: PageSettings, config, pages, encoder: Pag
     deepspeed = args.hf_deepspeed_config.config if args.deepspeed else None
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     way = training_way({"per_device_train_batch_size": args.per_device_train_batch_size}, settings, deepspeed, True)
-    bucket, loads = zero3.bucket_size(deepspeed), longest_loads(pages, encoder, per_step)
+    bucket, loads = (
+        zero3.bucket_size(deepspeed),
+        longest_loads(pages, encoder, per_step, encoder.family.shape(config).per_token),
+    )
     shares = memory_plan.SHARES if settings.checkpoint_share is None else [settings.checkpoint_share]
-    costs = flops_of_pages(config, pages, encoder)
+    costs = costs_of(config, pages, encoder)
     tflops = page_costs.peak_tflops(torch.cuda.get_device_name(args.device)) or 0.0
     limit, tflops = least([memory_limit(args.device), tflops])  # ranks that chose differently would wait for ever
     seconds = page_costs.page_seconds(sum(costs) / len(costs), tflops or None)
-    weights, whole = sum(page_costs.weights_of(config)), zero3.may_be_whole(deepspeed, config)
+    weights, whole = sum(page_costs.weights_of(encoder.family.shape(config))), zero3.may_be_whole(deepspeed, config)
     ways = memory_plan.candidates(way, per_step, seconds, weights, shares, whole)
     if settings.micro_batch != "auto":
         ways = [way for way in ways if way.micro_batch == args.per_device_train_batch_size]
 
     def plan_of(way: memory_plan.Way) -> memory_plan.Plan:
-        return memory_plan.estimate(config, loads[way.micro_batch - 1], way, bucket)
+        return memory_plan.estimate(encoder.family.shape(config), loads[way.micro_batch - 1], way, bucket)
 
     plan = memory_plan.choose(ways, plan_of, limit)
     if plan is None:  # the plan may err: tried, with a warning, rather than refused
@@ -476,9 +471,9 @@ def memory_limit(device) -> float:
     return memory_plan.MEMORY_SHARE * torch.cuda.get_per_process_memory_fraction(device) * total / 2**30
 
 
-def longest_loads(pages, encoder: PageEncoder, most: int) -> list[memory_plan.Load]:
+def longest_loads(pages, encoder: PageEncoder, most: int, merge: int) -> list[memory_plan.Load]:
     """The longest possible batch of 1, 2, ... `most` pages: no order of the pages makes a longer one."""
-    question = len(encoder.before) + len(encoder.after)
+    question = encoder.question_tokens
     sizes = sorted(
         (
             (question + page["image_tokens"] + page["html_tokens"] + 1, page["image_tokens"], page["html_tokens"] + 1)
@@ -489,7 +484,7 @@ def longest_loads(pages, encoder: PageEncoder, most: int) -> list[memory_plan.Lo
     loads, sums = [], (0, 0, 0)
     for number in range(most):
         sums = tuple(map(sum, zip(sums, sizes[number % len(sizes)])))
-        loads.append(memory_plan.Load(sums[0], sums[1] * encoder.merge, sums[2]))
+        loads.append(memory_plan.Load(sums[0], sums[1] * merge, sums[2]))
     return loads
 
 
@@ -499,7 +494,8 @@ def compare_with_plan(trainer, plan: memory_plan.Plan) -> None:
     if peak and hasattr(trainer, "heaviest"):
         load = memory_plan.Load(*trainer.heaviest)
         bucket = zero3.bucket_size(trainer.args.hf_deepspeed_config.config if trainer.args.deepspeed else None)
-        planned = memory_plan.estimate(trainer.model.config, load, plan.way, bucket).total
+        config = trainer.model.config
+        planned = memory_plan.estimate(family_of(config).shape(config), load, plan.way, bucket).total
         say(f"peak: {peak:.1f} GiB measured, {planned:.1f} planned for the heaviest batch, {planned / peak - 1:+.1%}")
 
 
@@ -538,7 +534,7 @@ class Fit:
     def prove(self, trainer, collate: PageCollator, pages) -> None:
         import torch
 
-        costs = flops_of_pages(trainer.model.config, pages, collate.encoder)
+        costs = costs_of(trainer.model.config, pages, collate.encoder)
         longest = sorted(range(len(pages)), key=lambda place: -costs[place])
         chosen = [pages[longest[number % len(pages)]] for number in range(self.plan.way.micro_batch)]
         start, failure = time.monotonic(), None
@@ -656,52 +652,50 @@ class PageCollator:
         self.dtype = dtype  # of the pixels, which halves what travels to the GPU; None: as the processor makes them
 
     def __call__(self, pages: list[dict]) -> dict:
-        """Returns `pixel_values` (patches, dim), `image_grid_thw` (B, 3) and what `pad` or `pack` adds."""
-        import torch
+        """Returns what the family makes of the screenshots and what `pad` or `pack` adds."""
 
-        kept, features = [], []
+        kept, pictures = [], []
         while len(kept) < len(pages):
-            batch = pages[len(kept) : len(kept) + self.chunk]
-            chunk_pages, chunk_features = self.process(batch)
+            chunk_pages, chunk_pictures = self.process(pages[len(kept) : len(kept) + self.chunk])
             kept += chunk_pages
-            features += chunk_features
-        grids = torch.stack([grid for _, grid in features])
-        rows = []
-        for page, grid in zip(kept, grids):
-            rows.append(self.encoder.encode(page["html"], int(grid.prod()) // self.encoder.merge))
-        batch = {"pixel_values": torch.cat([pixels for pixels, _ in features]), "image_grid_thw": grids}
+            pictures += chunk_pictures
+        rows = [self.encoder.encode(page["html"], picture.ids) for page, picture in zip(kept, pictures)]
+        batch = self.encoder.family.join(pictures)
         if self.config is not None:
-            sizes = zip(rows, grids.prod(dim=1).tolist())
+            sizes = zip(rows, (picture.patches for picture in pictures))
             batch["flops"] = sum(self.flops(labels, patches) for (_, labels), patches in sizes)
         if not self.packed:
             return batch | self.pad(rows)
         if self.dtype is not None:
             batch["pixel_values"] = batch["pixel_values"].to(self.dtype)
-        sizes = (grids[:, 1:] // math.isqrt(self.encoder.merge)).tolist()
+        grids = batch["image_grid_thw"]
+        sizes = (grids[:, 1:] // self.config.vision_config.spatial_merge_size).tolist()
         batch |= pack(rows, sizes, len(self.encoder.before), IGNORED)
         return batch | image_geometry(self.config)(grids)
 
     def flops(self, labels: list[int], patches: int) -> float:
-        return page_costs.page_flops(self.config, len(labels), len(labels) - labels.count(IGNORED), patches)
+        shape = self.encoder.family.shape(self.config)
+        return page_costs.page_flops(shape, len(labels), len(labels) - labels.count(IGNORED), patches)
 
     def pad(self, rows: list[tuple[list[int], list[int]]]) -> dict:
-        """`input_ids`, `labels`, `attention_mask`, `mm_token_type_ids`, all (B, T)."""
+        """`input_ids`, `labels`, `attention_mask` and, where the family needs them, `mm_token_type_ids`, all (B, T)."""
         import torch
 
         longest = max(len(ids) for ids, _ in rows)
         token = self.processor.tokenizer.pad_token_id
         input_ids = torch.tensor([ids + [token] * (longest - len(ids)) for ids, _ in rows])
         lengths = torch.tensor([len(ids) for ids, _ in rows])
-        return {
+        batch = {
             "input_ids": input_ids,
             "labels": torch.tensor([row + [IGNORED] * (longest - len(row)) for _, row in rows]),
             "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
-            # Without these the model's positions silently become one-dimensional (transformers 5.23).
-            "mm_token_type_ids": (input_ids == self.encoder.image_token_id).long(),
         }
+        if self.encoder.family.token_types:
+            batch["mm_token_type_ids"] = (input_ids == self.encoder.image_token_id).long()
+        return batch
 
-    def process(self, pages: list[dict]) -> tuple[list[dict], list[tuple]]:
-        """As many of `pages` as fit into memory, at least one: (pages, one (pixels, grid) each)."""
+    def process(self, pages: list[dict]) -> tuple[list[dict], list[Picture]]:
+        """As many of `pages` as fit into memory, at least one: (pages, the `Picture` of each)."""
         replaced, wanted = 0, pages[0]
         while True:
             pages = pages[: self.chunk]
@@ -720,7 +714,7 @@ class PageCollator:
                 self.chunk = min(self.largest_chunk, self.chunk * 2)
                 return done
 
-    def decode_and_process(self, pages: list[dict]) -> tuple[list[dict], list[tuple]]:
+    def decode_and_process(self, pages: list[dict]) -> tuple[list[dict], list[Picture]]:
         kept, screenshots = [], []
         for wanted in pages:
             page = wanted
@@ -733,9 +727,7 @@ class PageCollator:
             else:
                 raise DataError("no page of the dataset can be read any more")
             kept.append(page)
-        features = self.processor.image_processor(images=screenshots, return_tensors="pt")
-        sizes = features["image_grid_thw"].prod(dim=1).tolist()
-        return kept, list(zip(features["pixel_values"].split(sizes), features["image_grid_thw"]))
+        return kept, self.encoder.family.pictures(self.processor, screenshots)
 
     def replacement(self, page: dict, reason: str, tries: int = 0) -> dict:
         """A page that depends on the broken one's name alone, so that every run replaces alike."""
@@ -769,12 +761,13 @@ class Meter:
         self.paused += time.monotonic() - start
 
     def count(self, inputs: dict, image_token_id: int) -> None:
-        self.pages += len(inputs["image_grid_thw"])
         self.flops += inputs.pop("flops", 0.0)
         if "targets" in inputs:
+            self.pages += len(inputs["page_bounds"]) - 1
             self.supervised += len(inputs["targets"])
             self.image += len(inputs["image_places"])
         else:
+            self.pages += len(inputs["labels"])
             self.supervised = self.supervised + inputs["labels"].ne(IGNORED).sum()
             self.image = self.image + inputs["input_ids"].eq(image_token_id).sum()
 
@@ -995,7 +988,7 @@ def make_trainer(args, model, collate: PageCollator, pages, stop: StopRequest, j
                 with meter.pause():
                     control.should_training_stop |= judge.step(state.global_step, save)
 
-    meter, costs = Meter(), flops_of_pages(model.config, pages, collate.encoder)
+    meter, costs = Meter(), costs_of(model.config, pages, collate.encoder)
     trainer = trainer_class(meter, collate, judge, costs)(
         model=model,
         args=args,
@@ -1017,15 +1010,10 @@ def make_trainer(args, model, collate: PageCollator, pages, stop: StopRequest, j
     return trainer
 
 
-def flops_of_pages(config, pages, encoder: PageEncoder) -> list[float]:
+def costs_of(config, pages, encoder: PageEncoder) -> list[float]:
     """Floating-point operations of each page, from its counted tokens alone."""
-    counted, question = pages.select_columns(["html_tokens", "image_tokens"]), len(encoder.before) + len(encoder.after)
-    costs = []
-    for page in counted:
-        tokens = question + page["image_tokens"] + page["html_tokens"] + 1
-        patches = page["image_tokens"] * encoder.merge
-        costs.append(page_costs.page_flops(config, tokens, page["html_tokens"] + 1, patches))
-    return costs
+    counted = pages.select_columns(["html_tokens", "image_tokens"])
+    return page_costs.flops_of_pages(encoder.family.shape(config), counted, encoder.question_tokens)
 
 
 NOT_FINITE = "the {} not finite at step {}, which was left out; lower --learning_rate"
@@ -1754,11 +1742,12 @@ def run(argv: list[str]) -> None:
         settings.hub_repo = on_main(lambda: check_hub_access(settings.hub_repo, settings.private_repo))
     base = on_each_machine(lambda: fetch_base(settings), Path.is_dir)
     processor = load_processor(base, settings)
-    encoder = PageEncoder(processor, settings.prompt)
+    encoder = PageEncoder(processor, settings.prompt, family_of(load_config(base, settings)))
     pages = prepare_pages(settings, args, encoder, processor)
     if settings.show_supervision:
         first = pages.training[0]
-        ids, labels = encoder.encode(first["html"], first["image_tokens"])
+        (picture,) = encoder.family.pictures(processor, [use.open_screenshot(first["screenshot"])])
+        ids, labels = encoder.encode(first["html"], picture.ids)
         return say(colour_supervision(ids, labels, processor.tokenizer, encoder.image_token_id))
     fine_tune(resolved, args, base, processor, encoder, pages)
 

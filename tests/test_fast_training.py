@@ -11,6 +11,7 @@ from conftest import make_config, make_processor, page_html
 
 import holo1_dom_finetune as pipeline
 from training import attention, fast_layers, loss, memory_plan, packing, page_costs, zero3
+from training.families import family_of, trains_fast
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,10 @@ def pages(count: int, seed: int = 0) -> list[dict]:
 
 
 def collate(processor, made, packed=False):
-    encoder, config = pipeline.PageEncoder(processor, "write this page"), make_config(processor.tokenizer)
+    encoder, config = (
+        pipeline.PageEncoder(processor, "write this page", family_of("qwen2_5_vl")),
+        make_config(processor.tokenizer),
+    )
     batch = pipeline.PageCollator(processor, encoder, made, 4, config=config, packed=packed)(made)
     assert batch.pop("flops") > 0
     return batch
@@ -146,7 +150,9 @@ def test_a_layer_keeps_what_the_memory_plan_counts(processor, model, tower, monk
             part(hidden * 1, cu_seqlens=None, max_seqlen=rows, position_embeddings=(angles, angles))
     narrow = text.hidden_size // 2 if tower == "language" else width
     inner = part.mlp.gate_proj.out_features
-    planned = 2 * memory_plan.layer_bytes(width, narrow, inner, adapters=False)  # fp32 here, half precision there
+    planned = 2 * memory_plan.layer_bytes(
+        page_costs.Tower(1, width, width, narrow, inner), adapters=False
+    )  # fp32 here, half precision there
     assert sum(kept.values()) / rows == pytest.approx(planned, rel=0.02)
 
 
@@ -243,7 +249,11 @@ def test_positions_and_geometry_equal_the_models_own_for_200_sizes(processor, mo
     """The model works them out itself in a forward pass; what it worked out is caught and compared."""
     import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl as own
 
-    encoder, rng, caught = pipeline.PageEncoder(processor, "write this page"), random.Random(1), {}
+    encoder, rng, caught = (
+        pipeline.PageEncoder(processor, "write this page", family_of("qwen2_5_vl")),
+        random.Random(1),
+        {},
+    )
     for name in ("get_vision_position_ids", "get_vision_attention_seqlens", "get_vision_window_index"):
         real = getattr(own, name)
 
@@ -258,7 +268,7 @@ def test_positions_and_geometry_equal_the_models_own_for_200_sizes(processor, mo
     for _ in range(200):
         rows, columns = rng.randint(2, 40), rng.randint(2, 40)
         grids = torch.tensor([[1, 2 * rows, 2 * columns]])
-        ids, _ = encoder.encode("<p>river</p>", rows * columns)
+        ids, _ = encoder.encode("<p>river</p>", [encoder.image_token_id] * (rows * columns))
         ids = torch.tensor([ids])
         kinds = (ids == encoder.image_token_id).long()
         positions, _ = model.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grids)
@@ -451,10 +461,10 @@ def test_the_installed_kernel_is_taken(monkeypatch, tmp_path, capability, files,
 
 def test_other_architectures_and_the_plain_way_are_left_alone(model):
     settings = pipeline.PageSettings()
-    assert pipeline.trains_fast(model.config, settings)
-    assert not pipeline.trains_fast(model.config, pipeline.PageSettings(fast=False))
+    assert trains_fast(model.config, settings)
+    assert not trains_fast(model.config, pipeline.PageSettings(fast=False))
     model.config.model_type = "qwen3_vl"
-    assert not pipeline.trains_fast(model.config, settings)
+    assert not trains_fast(model.config, settings)
 
 
 def test_pages_are_dealt_out_by_cost():
@@ -484,14 +494,14 @@ def shapes_of_3b():
 
 def test_cost_of_a_page_is_the_published_formula():
     """Holo1-3B: 2.775e9 weights in the language layers, 3.11e8 in the head, 0.63e9 in the vision tower."""
-    config = shapes_of_3b()
-    language, head, tower, merger = page_costs.parameters(config)
+    shape = family_of("qwen2_5_vl").shape(shapes_of_3b())
+    language, head, tower, merger = page_costs.parameters(shape)
     assert (language, head) == (pytest.approx(2.775e9, rel=2e-3), pytest.approx(3.11e8, rel=2e-3))
     assert tower == pytest.approx(0.63e9, rel=0.02) and merger == pytest.approx(3.67e7, rel=0.01)
     tokens, supervised, patches = 2_800, 1_500, 5_000
     products = 6 * (2.775e9 * tokens + 3.11e8 * supervised) + 6 * 0.63e9 * patches
     attention = 12 * 36 * 2048 * tokens**2 / 2 + 12 * 1280 * patches * (4 * patches + 28 * 64)
-    assert page_costs.page_flops(config, tokens, supervised, patches) == pytest.approx(products + attention, rel=0.02)
+    assert page_costs.page_flops(shape, tokens, supervised, patches) == pytest.approx(products + attention, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -514,7 +524,7 @@ def test_weights_are_gathered_once_per_step_where_they_fit(share, threshold, who
         gradient_accumulation_steps=8,
     )
     pages = datasets.Dataset.from_dict({"html_tokens": [2_000] * 20, "image_tokens": [1_200] * 20})
-    encoder = pipeline.PageEncoder(processor, "Write the page.")
+    encoder = pipeline.PageEncoder(processor, "Write the page.", family_of("qwen2_5_vl"))
     plan = pipeline.choose_micro_batch(args, pipeline.PageSettings(), shapes_of_3b(), pages, encoder)
     assert plan.way.whole == whole
     assert zero[zero3.THRESHOLD] == (10**11 if whole else threshold)

@@ -1,34 +1,39 @@
 """What the model is asked and what the loss sees: ids and labels of one page, built together.
 
-encoder = PageEncoder(processor, prompt)
-ids, labels = encoder.encode(page["html"], image_tokens=980)
-print(colour_supervision(ids, labels, processor.tokenizer, encoder.image_token_id))
+    encoder = PageEncoder(processor, prompt, family_of(config))
+    (picture,) = encoder.family.pictures(processor, [screenshot])
+    ids, labels = encoder.encode(page["html"], picture.ids)
+    print(colour_supervision(ids, labels, processor.tokenizer, encoder.image_token_id))
+
+How a screenshot becomes ids is the family's; the rest is the processor's own chat template and tokenizer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import use_model_from_hub as use
 from training.errors import SettingsError
+from training.families.family import Family
 
 IGNORED = -100  # the label that no loss sees
 
 
 class PageEncoder:
-    """Turns a page's HTML and its number of image tokens into ids and labels, built together, never searched for.
+    """Turns a page's HTML and the ids of its screenshot into ids and labels, built together, never searched for.
 
     The question is tokenised once, in the model's own chat template, and split at its one image token. The answer is
-    the HTML and the end-of-turn token; only these carry labels.
+    the HTML and the end-of-turn token; only these carry labels. Raises `SettingsError` for a chat template that shows
+    no image, or several, and for one that trains another question than it asks.
     """
 
-    def __init__(self, processor, prompt: str):
-        self.tokenizer = processor.tokenizer
-        self.image_token_id = processor.image_token_id
+    def __init__(self, processor, prompt: str, family: Family):
+        self.tokenizer, self.family = processor.tokenizer, family
+        self.image_token_id: int = processor.image_token_id
         question = use.ask(processor, prompt)
         self.before, self.after = self.split_question(question)
-        self.end = self.find_end(processor, prompt, question)
-        self.merge = processor.image_processor.merge_size**2
+        self.question_tokens = len(self.before) + len(self.after)  # without the screenshot's
+        self.lead, self.end = self.answer_frame(processor, prompt, question)
 
     def tokens(self, text: str, special: bool = False) -> list[int]:
         # A page that spells out <|im_end|> must not end the answer: special tokens in HTML are plain text.
@@ -39,27 +44,33 @@ class PageEncoder:
         if ids.count(self.image_token_id) != 1:
             raise SettingsError(
                 f"the chat template asks with {ids.count(self.image_token_id)} image tokens where 1 was expected: "
-                f"{question!r}; give a --base_model with a Qwen-VL chat template"
+                f"{question!r}; give a --base_model whose chat template shows one image"
             )
         place = ids.index(self.image_token_id)
         return ids[:place], ids[place + 1 :]
 
-    def find_end(self, processor, prompt: str, question: str) -> int:
-        """The token with which the chat template ends an answer."""
+    def answer_frame(self, processor, prompt: str, question: str) -> tuple[str, int]:
+        """What the chat template puts around an answer: the blank before it, if any, and the token that ends it."""
         mark = "ANSWER"
         turns = [
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]},
             {"role": "assistant", "content": [{"type": "text", "text": mark}]},
         ]
         whole = processor.apply_chat_template(turns, tokenize=False)
-        if not whole.startswith(question + mark):
+        lead, found, rest = whole.removeprefix(question).partition(mark)
+        # A blank is part of the answer, as the base has learned it ("Assistant: ..." to the question "Assistant:").
+        if not (whole.startswith(question) and found) or lead.strip():
             raise SettingsError("the chat template trains another question than it asks; give another --base_model")
-        return self.tokens(whole[len(question + mark) :], special=True)[0]
+        return lead, self.tokens(rest, special=True)[0]
 
-    def encode(self, html: str, image_tokens: int) -> tuple[list[int], list[int]]:
+    def html_tokens(self, html: str) -> int:
+        """Supervised tokens of a page, without the end of the turn."""
+        return len(self.tokens(self.lead + html))
+
+    def encode(self, html: str, image_ids: Sequence[int]) -> tuple[list[int], list[int]]:
         """Ids and labels of one page, both of length T; `IGNORED` wherever the loss does not look."""
-        question = [*self.before, *[self.image_token_id] * image_tokens, *self.after]
-        answer = [*self.tokens(html), self.end]
+        question = [*self.before, *image_ids, *self.after]
+        answer = [*self.tokens(self.lead + html), self.end]
         return question + answer, [IGNORED] * len(question) + answer
 
 
@@ -67,8 +78,7 @@ def count_tokens(encoder: PageEncoder, processor) -> Callable[[str, int, int], t
     """A function (html, width, height) -> (html tokens, image tokens), without decoding the picture."""
 
     def count(html: str, width: int, height: int) -> tuple[int, int]:
-        patches = processor.image_processor.get_number_of_image_patches(height, width, {})
-        return len(encoder.tokens(html)), patches // encoder.merge
+        return encoder.html_tokens(html), encoder.family.image_tokens(processor, width, height)
 
     return count
 

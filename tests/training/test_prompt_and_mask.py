@@ -6,6 +6,9 @@ from conftest import make_processor
 import use_model_from_hub as use
 from training import prompt_and_mask
 from training.errors import SettingsError
+from training.families import family_of
+
+QWEN = family_of("qwen2_5_vl")
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +18,7 @@ def processor():
 
 @pytest.fixture(scope="module")
 def encoder(processor):
-    return prompt_and_mask.PageEncoder(processor, "write this page")
+    return prompt_and_mask.PageEncoder(processor, "write this page", QWEN)
 
 
 def screenshot(width: int, height: int):
@@ -26,7 +29,7 @@ def screenshot(width: int, height: int):
 
 def test_loss_sees_only_the_answer_and_its_end(encoder, processor):
     html = "<p>river stone</p>"
-    ids, labels = encoder.encode(html, 5)
+    ids, labels = encoder.encode(html, [encoder.image_token_id] * 5)
     answer = processor.tokenizer(html, add_special_tokens=False)["input_ids"]
     end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert [label for label in labels if label != prompt_and_mask.IGNORED] == [*answer, end]
@@ -36,9 +39,9 @@ def test_loss_sees_only_the_answer_and_its_end(encoder, processor):
 @pytest.mark.parametrize("size", [(84, 84), (200, 100), (28, 300), (333, 77)])
 def test_training_asks_the_very_question_that_inference_asks(encoder, processor, size):
     inputs = use.encode_questions(processor, [screenshot(*size)], "write this page")
-    image_tokens = int(inputs["image_grid_thw"].prod()) // 4
+    (picture,) = QWEN.pictures(processor, [screenshot(*size)])
     question = inputs["input_ids"][0].tolist()
-    ids, _ = encoder.encode("<p>x</p>", image_tokens)
+    ids, _ = encoder.encode("<p>x</p>", picture.ids)
     assert ids[: len(question)] == question
 
 
@@ -61,11 +64,11 @@ def test_a_template_without_an_image_is_refused(processor):
     blind = copy.copy(processor)
     blind.chat_template = "{% for message in messages %}{{ message['role'] }}{% endfor %}"
     with pytest.raises(SettingsError, match="0 image tokens"):
-        prompt_and_mask.PageEncoder(blind, "write")
+        prompt_and_mask.PageEncoder(blind, "write", QWEN)
 
 
 def test_supervision_is_shown_in_colour(encoder, processor):
-    ids, labels = encoder.encode("<p>river</p>", 7)
+    ids, labels = encoder.encode("<p>river</p>", [encoder.image_token_id] * 7)
     shown = prompt_and_mask.colour_supervision(ids, labels, processor.tokenizer, encoder.image_token_id)
     assert "\033[34m[7 image tokens]\033[0m" in shown
     assert shown.endswith("\033[32m<p>river</p><|im_end|>\033[0m")
