@@ -8,7 +8,7 @@
     python holo1_dom_finetune.py --help
 
 One page travels through this file from top to bottom: dataset, prompt and mask, batch, step, checkpoint, HTML, score,
-card, Hub. Sections: Processes, Model, Memory, Training, Saving, Evaluation, Main; the rooms of training/ and
+card, Hub. Sections: Model, Memory, Training, Saving, Evaluation, Main; the rooms of training/ and
 scoring/ stand beside it. (all ranks) marks what every process must call together.
 """
 
@@ -46,6 +46,23 @@ from training.packing import (
     count_tokens,
     is_out_of_memory,
 )
+from training.processes import (
+    add_up,
+    agree,
+    agreed_port,
+    all_ranks_arrive,
+    emergency_group,
+    gather,
+    least,
+    on_each_machine,
+    on_main,
+    rank,
+    same_everywhere,
+    say,
+    take_largest,
+    together,
+    world_size,
+)
 from training.publishing import check_hub_access, derived_licence, push_final_folder, write_model_card
 from training.settings import (
     TRAINING_DEFAULTS,
@@ -60,23 +77,6 @@ from training.settings import (
 HERE = Path(__file__).resolve().parent
 EMERGENCY_FOLDER = "holo1_dom_finetune_checkpoint"
 
-# -----------------------------------------------------------------------------
-# Processes
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def say(message: str) -> None:
-    """(main process only) One line on stdout."""
-    if rank() == 0:
-        print(message, flush=True)
-
 
 def say_memory(what: str, start: float) -> None:
     """Say how long a stage took and how much memory the process holds after it."""
@@ -86,56 +86,6 @@ def say_memory(what: str, start: float) -> None:
     gib = psutil.Process().memory_info().rss / 2**30
     gpu = f", GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB peak" if torch.cuda.is_available() else ""
     say(f"{what} in {time.monotonic() - start:.1f} s; memory {gib:.1f} GiB{gpu}")
-
-
-def on_main(work: Callable):
-    """(all ranks) Run `work` on the main process and hand its result, or its error, to every rank."""
-    import torch.distributed as dist
-
-    together = dist.is_initialized() and world_size() > 1
-    outcome = [None, None]
-    if rank() == 0:
-        try:
-            outcome[0] = work()
-        except PipelineError as error:
-            outcome[1] = error
-        except Exception as error:  # the other ranks must hear of any failure, or they wait for hours
-            if together:
-                dist.broadcast_object_list([None, PipelineError(f"the main process failed: {error!r}")])
-            raise
-    if together:
-        dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
-def on_each_machine(work: Callable, there: Callable[[object], bool]):
-    """(all ranks) `work` on the main process, and again on every machine that does not see what it left: `there`.
-
-    Its result must be the same wherever it is done; returns this machine's own.
-    """
-    import torch.distributed as dist
-
-    outcome = [on_main(work), None]
-    if dist.is_initialized() and world_size() > 1:
-        alone = os.environ.get("LOCAL_RANK", "0") == "0" and not there(outcome[0])
-        if alone:
-            print(
-                f"rank {rank()}: this machine sees nothing of what rank 0 has prepared and prepares it, too", flush=True
-            )
-            try:
-                outcome[0] = work()
-            except PipelineError as error:
-                outcome[1] = error
-        outcomes = [None] * world_size()
-        dist.all_gather_object(outcomes, outcome)
-        for _, error in outcomes:
-            if error is not None:
-                raise error
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        outcome = outcomes[rank() - local]
-    return outcome[0]
 
 
 # -----------------------------------------------------------------------------
@@ -458,17 +408,6 @@ def choose_micro_batch(args, settings: PageSettings, config, pages, encoder: Pag
     return plan
 
 
-def least(values: list[float]) -> list[float]:
-    """(all ranks) The smallest of each value that any rank has."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized() or world_size() == 1:
-        return values
-    shares = [None] * world_size()
-    dist.all_gather_object(shares, values)
-    return [min(share) for share in zip(*shares)]
-
-
 def may_be_whole(deepspeed: dict | None, config) -> tuple[bool, ...]:
     """Whether weights may be gathered once per step, or by layers: both where the threshold is left to us."""
     asked = (deepspeed or {}).get("zero_optimization", {}).get(THRESHOLD, "auto")
@@ -613,21 +552,6 @@ class Fit:
         os.execv(sys.executable, [sys.executable, *again])
 
 
-def agreed_port() -> int:
-    """(all ranks) A port that is free where rank 0 runs."""
-    import socket
-
-    import torch.distributed as dist
-
-    chosen = [0]
-    if rank() == 0:
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            chosen = [probe.getsockname()[1]]
-    dist.broadcast_object_list(chosen, src=0, group=emergency_group())
-    return chosen[0]
-
-
 def checkpoint_some_layers(model, share: float) -> None:
     """Of each tower's layers, `share` have their activations worked out twice, spread evenly."""
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -639,19 +563,6 @@ def checkpoint_some_layers(model, share: float) -> None:
     for layers in towers.values():
         for place, layer in enumerate(layers):
             layer.gradient_checkpointing = math.floor((place + 1) * share) > math.floor(place * share)
-
-
-def together(flag: bool, seconds: float = 60.0) -> bool:
-    """(all ranks) True everywhere when it is true anywhere; over gloo, since NCCL may be stuck after a failure."""
-    import torch
-    import torch.distributed as dist
-
-    if not dist.is_initialized() or world_size() == 1:
-        return flag
-    dist.monitored_barrier(emergency_group(), timeout=timedelta(seconds=seconds))
-    votes = torch.tensor(float(flag))
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=emergency_group())
-    return bool(votes)
 
 
 # -----------------------------------------------------------------------------
@@ -686,7 +597,6 @@ class Meter:
     def read(self, args) -> dict[str, float]:
         """(all ranks) Rates over all ranks, the longest wait for data, and the highest peak memory of one."""
         import torch
-        import torch.distributed as dist
 
         seconds, steps = time.monotonic() - self.start - self.paused, max(1, self.steps)
         cuda = torch.cuda.is_available()
@@ -694,9 +604,8 @@ class Meter:
         counts = [self.pages, float(self.supervised), float(self.image), self.flops / 1e12]
         sums = torch.tensor(counts, device=args.device, dtype=torch.float64 if cuda else torch.float32)
         worst = torch.tensor([peak, self.waited / seconds], device=args.device)
-        if dist.is_initialized() and world_size() > 1:
-            dist.all_reduce(sums)
-            dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        add_up(sums)
+        take_largest(worst)
         pages, supervised, image, tflops = (sums / seconds).tolist()
         peak, waited = worst.tolist()
         self.__init__()
@@ -738,18 +647,6 @@ class StopRequest:
         if not self.signal:
             say(f"signal {number}: stopping at the end of this step, state will be saved; once more to stop at once")
             self.signal, self.first = number, time.monotonic()
-
-
-def agree(flag: bool, device) -> bool:
-    """(all ranks) True everywhere when it is true anywhere."""
-    import torch
-    import torch.distributed as dist
-
-    if not dist.is_initialized() or world_size() == 1:
-        return flag
-    votes = torch.tensor(float(flag), device=device)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return bool(votes)
 
 
 def trainer_class(meter: Meter, collate: PageCollator, judge: Judge, costs: list[float]) -> type:
@@ -995,33 +892,6 @@ def draw_loss(history: list[dict], path: Path) -> None:
     pyplot.close(figure)
 
 
-def all_ranks_arrive(seconds: float = 20.0) -> bool:
-    """(any rank) Whether every rank comes here in time: after a failure, some may hang or be gone."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized() or world_size() == 1:
-        return True
-    try:
-        # Over gloo, whatever training used: NCCL may be stuck in the collective that failed.
-        dist.monitored_barrier(emergency_group(), timeout=timedelta(seconds=seconds))
-    except RuntimeError as error:
-        print(f"rank {rank()}: not every rank can take part in an emergency checkpoint ({error})", flush=True)
-        return False
-    return True
-
-
-_EMERGENCY_GROUP: list = []
-
-
-def emergency_group():
-    """(all ranks, the first time) A gloo group of its own, made before anything can have failed."""
-    import torch.distributed as dist
-
-    if not _EMERGENCY_GROUP and dist.is_initialized() and world_size() > 1:
-        _EMERGENCY_GROUP.append(dist.new_group(backend="gloo", timeout=timedelta(seconds=60)))
-    return _EMERGENCY_GROUP[0] if _EMERGENCY_GROUP else None
-
-
 def train(trainer, settings: PageSettings, stop: StopRequest, save: Callable[[Path], None]):
     """(all ranks) Train; when it fails, leave an emergency checkpoint wherever all ranks can take part."""
     args = trainer.args
@@ -1189,8 +1059,6 @@ def plain_linear() -> Iterator[None]:
 
 def write_held_out(model, processor, pages, recipe: use.Recipe, batch: int) -> list[dict]:
     """(all ranks) Each rank writes its share of the held-out pages; every rank gets all of them, in order."""
-    import torch.distributed as dist
-
     # Pages of like length together: a batch is written until its longest page ends.
     order = sorted(range(len(pages)), key=lambda place: -len(pages[place]["html"]))
     rows, mine, start = [], order[rank() :: world_size()], time.monotonic()
@@ -1211,10 +1079,7 @@ def write_held_out(model, processor, pages, recipe: use.Recipe, batch: int) -> l
         rows += [{"place": place, **asdict(page)} for place, page in zip(places, written)]
         say(f"  {len(rows)} of {len(rows) + len(mine)} pages written")
     seconds = time.monotonic() - start
-    shares = [(rows, seconds)]
-    if dist.is_initialized() and world_size() > 1:
-        shares = [None] * world_size()
-        dist.all_gather_object(shares, (rows, seconds))
+    shares = gather((rows, seconds))
     slowest = max(seconds for _, seconds in shares)
     rows = sorted((row for rows, _ in shares for row in rows), key=lambda row: row["place"])
     return [{**row, "seconds": slowest} for row in rows]
@@ -1586,24 +1451,12 @@ def prepare_pages(settings: PageSettings, args, encoder: PageEncoder, processor)
 
     report, _ = on_each_machine(prepare, lambda done: (Path(args.output_dir) / "pages" / done[1]).exists())
     training, held_out = page_data.load_pages_from_disk(args.output_dir)
-    check_same_pages(training, held_out)
+    names = repr([part.select_columns(["name", "html_tokens"]).to_list() for part in (training, held_out)])
+    if not same_everywhere(hashlib.sha256(names.encode()).hexdigest()):
+        raise DataError("the machines have read different pages; give a --dataset_revision, or a shared --output_dir")
     say(report)
     say_memory(f"{len(training):,} training and {len(held_out):,} held-out pages", start)
     return Pages(training, held_out, report)
-
-
-def check_same_pages(*datasets) -> None:
-    """(all ranks) Raise `DataError` when machines that read for themselves did not read the same."""
-    import torch.distributed as dist
-
-    if dist.is_initialized() and world_size() > 1:
-        names = repr([pages.select_columns(["name", "html_tokens"]).to_list() for pages in datasets])
-        digests = [None] * world_size()
-        dist.all_gather_object(digests, hashlib.sha256(names.encode()).hexdigest())
-        if len(set(digests)) > 1:
-            raise DataError(
-                "the machines have read different pages; give a --dataset_revision, or a shared --output_dir"
-            )
 
 
 def gather_facts(settings: PageSettings, args, base: Path) -> dict:
