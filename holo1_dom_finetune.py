@@ -33,8 +33,8 @@ from functools import cached_property
 from pathlib import Path
 
 import use_model_from_hub as use
+from training import attention, fast_layers, memory_plan, zero3
 from training import dataset as page_data
-from training import fast_layers, memory_plan
 from training.errors import DataError, NotFiniteError, PipelineError, SettingsError, StoppedError
 from training.packing import (
     CHUNK_DEEPSPEED,
@@ -274,10 +274,10 @@ def make_fast(model, settings: PageSettings, args, sharded: bool) -> None:
     width = fast_layers.align_vision_mlp(model)
     fast_layers.install(model, fuse)
     if sharded:
-        fast_layers.set_leaves(model)
+        zero3.set_leaves(model, fast_layers.LEAVES)
     fused = "fused" if fuse else f"not fused ({obstacle or 'as asked'})"
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    kernel = fast_layers.attention_words(model.config, args.device.type, dtype)
+    kernel = attention.attention_words(model.config, args.device.type, dtype)
     say(f"fast path: pages packed, attention by {kernel}, element-wise parts {fused}, vision MLP {width:,} wide")
 
 
@@ -326,7 +326,7 @@ def print_plan(base: Path, resolved: Resolved) -> None:
         return memory_plan.Load(count * (sum(tokens) + 40), count * tokens[0] * 4, count * tokens[1])
 
     way = training_way(resolved.training, settings, resolved.deepspeed, fused=True)
-    bucket, whole = bucket_size(resolved.deepspeed), may_be_whole(resolved.deepspeed, config)
+    bucket, whole = zero3.bucket_size(resolved.deepspeed), zero3.may_be_whole(resolved.deepspeed, config)
     say(memory_plan.table(config, longest, way, pages, bucket, whole, (24, 40, 80, 140)))
     copy = 2 * sum(sizes) / 2**30
     say(f"before and after training a copy that writes pages takes {copy:.1f} GiB more, when activations take none")
@@ -336,12 +336,6 @@ def load_config(base: Path, settings: PageSettings):
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code)
-
-
-def bucket_size(deepspeed: dict | None) -> int:
-    """Weights in one of DeepSpeed's buckets; `auto` is left to us (`tune_zero`)."""
-    asked = (deepspeed or {}).get("zero_optimization", {}).get("reduce_bucket_size", "auto")
-    return REDUCED_AT_ONCE if asked == "auto" else int(asked)
 
 
 def training_way(training: dict, settings: PageSettings, deepspeed: dict | None, fused: bool) -> memory_plan.Way:
@@ -375,13 +369,13 @@ def choose_micro_batch(args, settings: PageSettings, config, pages, encoder: Pag
     deepspeed = args.hf_deepspeed_config.config if args.deepspeed else None
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     way = training_way({"per_device_train_batch_size": args.per_device_train_batch_size}, settings, deepspeed, True)
-    bucket, loads = bucket_size(deepspeed), longest_loads(pages, encoder, per_step)
+    bucket, loads = zero3.bucket_size(deepspeed), longest_loads(pages, encoder, per_step)
     shares = memory_plan.SHARES if settings.checkpoint_share is None else [settings.checkpoint_share]
     costs = page_costs(config, pages, encoder)
     tflops = memory_plan.peak_tflops(torch.cuda.get_device_name(args.device)) or 0.0
     limit, tflops = least([memory_limit(args.device), tflops])  # ranks that chose differently would wait for ever
     seconds = memory_plan.page_seconds(sum(costs) / len(costs), tflops or None)
-    weights, whole = sum(memory_plan.weights_of(config)), may_be_whole(deepspeed, config)
+    weights, whole = sum(memory_plan.weights_of(config)), zero3.may_be_whole(deepspeed, config)
     ways = memory_plan.candidates(way, per_step, seconds, weights, shares, whole)
     if settings.micro_batch != "auto":
         ways = [way for way in ways if way.micro_batch == args.per_device_train_batch_size]
@@ -399,20 +393,13 @@ def choose_micro_batch(args, settings: PageSettings, config, pages, encoder: Pag
     if deepspeed is not None:
         deepspeed["train_micro_batch_size_per_gpu"] = plan.way.micro_batch
         deepspeed["gradient_accumulation_steps"] = args.gradient_accumulation_steps
-        tune_zero(deepspeed.get("zero_optimization", {}), plan.way)
+        zero3.tune_zero(deepspeed.get("zero_optimization", {}), plan.way)
     parts = ", ".join(f"{name} {size:.1f}" for name, size in plan.parts.items())
     say(
         f"micro-batch: {plan.way.micro_batch} pages at once, {plan.way.checkpointed:.0%} of the layers worked out twice"
         f"{whole_words(plan.way)}; {plan.total:.1f} GiB planned of {limit:.1f} ({parts})"
     )
     return plan
-
-
-def may_be_whole(deepspeed: dict | None, config) -> tuple[bool, ...]:
-    """Whether weights may be gathered once per step, or by layers: both where the threshold is left to us."""
-    asked = (deepspeed or {}).get("zero_optimization", {}).get(THRESHOLD, "auto")
-    largest = config.get_text_config().vocab_size * config.get_text_config().hidden_size
-    return (True, False) if asked == "auto" else (int(asked) >= largest,)
 
 
 def whole_words(way: memory_plan.Way) -> str:
@@ -427,22 +414,6 @@ def memory_limit(device) -> float:
 
     total = torch.cuda.get_device_properties(device).total_memory
     return memory_plan.MEMORY_SHARE * torch.cuda.get_per_process_memory_fraction(device) * total / 2**30
-
-
-THRESHOLD = "stage3_param_persistence_threshold"
-REDUCED_AT_ONCE = 200_000_000  # weights: transformers' own choice, 4 M for 3B, sends each gradient by itself
-
-
-def tune_zero(zero: dict, way: memory_plan.Way) -> None:
-    """What DeepSpeed's configuration leaves to us ("auto", or nothing), by measurement (benchmarks/README.md)."""
-    wanted = {"reduce_bucket_size": REDUCED_AT_ONCE}
-    if way.whole:
-        wanted |= {THRESHOLD: 10**11, "stage3_max_live_parameters": 10**11}
-    elif zero.get("stage") == 3:
-        wanted["stage3_prefetch_bucket_size"] = REDUCED_AT_ONCE // 2  # a layer of 3B has 77 M: fetched one ahead
-    for name, value in wanted.items():
-        if zero.get(name, "auto") == "auto":
-            zero[name] = value
 
 
 def longest_loads(pages, encoder: PageEncoder, most: int) -> list[memory_plan.Load]:
@@ -467,7 +438,7 @@ def compare_with_plan(trainer, plan: memory_plan.Plan) -> None:
     peak = max((entry["peak_gib"] for entry in trainer.state.log_history if "peak_gib" in entry), default=0.0)
     if peak and hasattr(trainer, "heaviest"):
         load = memory_plan.Load(*trainer.heaviest)
-        bucket = bucket_size(trainer.args.hf_deepspeed_config.config if trainer.args.deepspeed else None)
+        bucket = zero3.bucket_size(trainer.args.hf_deepspeed_config.config if trainer.args.deepspeed else None)
         planned = memory_plan.estimate(trainer.model.config, load, plan.way, bucket).total
         say(f"peak: {peak:.1f} GiB measured, {planned:.1f} planned for the heaviest batch, {planned / peak - 1:+.1%}")
 
@@ -487,7 +458,7 @@ class Fit:
         if trainer.args.activation_checkpointing:
             checkpoint_some_layers(trainer.model, self.share)
         if collate.packed and is_deepspeed_zero3_enabled():
-            fast_layers.lean_steps(trainer.model_wrapped)
+            zero3.lean_steps(trainer.model_wrapped)
         if self.plain_loss is not None:
             with torch.no_grad():
                 loss = self.forward(trainer, collate(list(held_out.select(range(min(2, len(held_out)))))))
