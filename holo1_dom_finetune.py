@@ -32,6 +32,20 @@ from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
+from training.settings import (
+    TRAINING_DEFAULTS,
+    PageSettings,
+    Resolved,
+    check_settings,
+    newest_checkpoint,
+    parse,
+    penalties,
+    resolve,
+)
+
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
+    parse(sys.argv[1:])  # answers and ends here: torch, and all that needs it, takes seconds to load
+
 import use_model_from_hub as use
 from training import attention, fast_layers, memory_plan, zero3
 from training import dataset as page_data
@@ -39,15 +53,14 @@ from training.errors import DataError, NotFiniteError, PipelineError, SettingsEr
 from training.packing import (
     CHUNK_DEEPSPEED,
     CHUNK_FALLBACK,
-    IGNORED,
     PageCollator,
     PageEncoder,
     colour_supervision,
     count_tokens,
     is_out_of_memory,
 )
+from training.page_order import PageSampler
 from training.processes import (
-    add_up,
     agree,
     agreed_port,
     all_ranks_arrive,
@@ -59,33 +72,15 @@ from training.processes import (
     rank,
     same_everywhere,
     say,
-    take_largest,
     together,
     world_size,
 )
+from training.progress import Meter, draw_loss, log_line, memory_is_tight, release_memory, say_memory
 from training.publishing import check_hub_access, derived_licence, push_final_folder, write_model_card
-from training.settings import (
-    TRAINING_DEFAULTS,
-    PageSettings,
-    Resolved,
-    check_settings,
-    newest_checkpoint,
-    penalties,
-    resolve,
-)
+from training.stopping import StopRequest
 
 HERE = Path(__file__).resolve().parent
 EMERGENCY_FOLDER = "holo1_dom_finetune_checkpoint"
-
-
-def say_memory(what: str, start: float) -> None:
-    """Say how long a stage took and how much memory the process holds after it."""
-    import psutil
-    import torch
-
-    gib = psutil.Process().memory_info().rss / 2**30
-    gpu = f", GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB peak" if torch.cuda.is_available() else ""
-    say(f"{what} in {time.monotonic() - start:.1f} s; memory {gib:.1f} GiB{gpu}")
 
 
 # -----------------------------------------------------------------------------
@@ -540,86 +535,6 @@ def checkpoint_some_layers(model, share: float) -> None:
 # Training
 
 
-class Meter:
-    """What went through the model since the last log line, on this rank."""
-
-    def __init__(self):
-        self.start, self.paused, self.waited = time.monotonic(), 0.0, 0.0
-        self.pages = self.supervised = self.image = self.steps = 0
-        self.flops = 0.0
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """What happens inside is no training time."""
-        start = time.monotonic()
-        yield
-        self.paused += time.monotonic() - start
-
-    def count(self, inputs: dict, image_token_id: int) -> None:
-        self.pages += len(inputs["image_grid_thw"])
-        self.flops += inputs.pop("flops", 0.0)
-        if "targets" in inputs:
-            self.supervised += len(inputs["targets"])
-            self.image += len(inputs["image_places"])
-        else:
-            self.supervised = self.supervised + inputs["labels"].ne(IGNORED).sum()
-            self.image = self.image + inputs["input_ids"].eq(image_token_id).sum()
-
-    def read(self, args) -> dict[str, float]:
-        """(all ranks) Rates over all ranks, the longest wait for data, and the highest peak memory of one."""
-        import torch
-
-        seconds, steps = time.monotonic() - self.start - self.paused, max(1, self.steps)
-        cuda = torch.cuda.is_available()
-        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else process_peak_gib()
-        counts = [self.pages, float(self.supervised), float(self.image), self.flops / 1e12]
-        sums = torch.tensor(counts, device=args.device, dtype=torch.float64 if cuda else torch.float32)
-        worst = torch.tensor([peak, self.waited / seconds], device=args.device)
-        add_up(sums)
-        take_largest(worst)
-        pages, supervised, image, tflops = (sums / seconds).tolist()
-        peak, waited = worst.tolist()
-        self.__init__()
-        most = memory_plan.peak_tflops(torch.cuda.get_device_name()) if cuda else None
-        return {
-            "pages_per_second": pages,
-            "supervised_tokens_per_second": supervised,
-            "image_tokens_per_second": image,
-            "seconds_per_step": seconds / steps,
-            "data_wait_share": waited,
-            "peak_gib": peak,
-        } | ({"mfu": tflops / most / world_size()} if most and tflops else {})
-
-
-def process_peak_gib() -> float:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
-
-
-class StopRequest:
-    """SIGTERM or Ctrl-C only set a flag; ranks agree on it at a step boundary and save the same step."""
-
-    def __init__(self):
-        self.signal, self.first = 0, 0.0
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *unused):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def note(self, number, frame):
-        if self.signal and time.monotonic() - self.first > 2:  # schedulers signal the wrapper and the ranks at once
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        if not self.signal:
-            say(f"signal {number}: stopping at the end of this step, state will be saved; once more to stop at once")
-            self.signal, self.first = number, time.monotonic()
-
-
 def trainer_class(meter: Meter, collate: PageCollator, judge: Judge, costs: list[float]) -> type:
     """The HF Trainer with an exact token mean, steps of equal cost, a line per step, and the base's shapes on disk."""
     from transformers import Trainer  # here, so that --help need not load torch
@@ -628,7 +543,7 @@ def trainer_class(meter: Meter, collate: PageCollator, judge: Judge, costs: list
 
     class PageTrainer(Trainer):
         def _get_train_sampler(self, train_dataset=None):
-            return page_sampler(costs, self.args)
+            return PageSampler(costs, self.args)
 
         def get_batch_samples(self, *arguments):
             start = time.monotonic()
@@ -694,47 +609,6 @@ def load_weights(model, folder: Path, settings: PageSettings) -> None:
         raise SettingsError(f"{folder} lacks {', '.join(sorted(missing)[:5])}: it is no checkpoint of this model")
 
 
-def page_sampler(costs: list[float], args):
-    """Batches of equal cost: the pages of a step, drawn at random, are dealt out so that all ranks finish together.
-
-    No page comes twice in an epoch, and all ranks have equally many batches: of the last pages, as many as cannot be
-    shared out evenly are left out of this epoch; another one draws others.
-    """
-    import torch
-    from transformers.trainer_pt_utils import BatchRebalanceSampler  # the Trainer deals with its kind, rank by rank
-
-    micro, accumulated, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size()
-
-    class PageSampler(BatchRebalanceSampler):
-        def __init__(self):
-            self.epoch = 0
-
-        def steps(self) -> Iterator[list[list[int]]]:
-            """The pages of each optimizer step, in groups: one for each rank and micro-batch, rank by rank."""
-            generator = torch.Generator().manual_seed(args.seed + self.epoch)
-            order = torch.randperm(len(costs), generator=generator).tolist()
-            order = order[: len(order) // ranks * ranks]
-            size = micro * accumulated * ranks
-            for start in range(0, len(order), size):
-                pages = order[start : start + size]
-                groups = memory_plan.deal(
-                    [costs[page] for page in pages], math.ceil(len(pages) / micro / ranks) * ranks
-                )
-                yield [[pages[place] for place in group] for group in groups]
-
-        def __iter__(self):
-            for groups in self.steps():
-                yield from groups[rank() :: ranks]
-
-        def __len__(self):
-            mine = len(costs) // ranks
-            return mine // (micro * accumulated) * accumulated + math.ceil(mine % (micro * accumulated) / micro)
-
-    if len(costs) < ranks:
-        raise DataError(f"{len(costs)} training pages for {ranks} processes: each needs one; give more pages")
-    return PageSampler()
-
-
 def make_trainer(args, model, collate: PageCollator, pages, stop: StopRequest, judge: Judge, fit: Fit, save):
     """The Trainer and what happens at the end of each of its steps."""
     import torch
@@ -780,7 +654,7 @@ def make_trainer(args, model, collate: PageCollator, pages, stop: StopRequest, j
         callbacks=[Steps()],
     )
     if rank() == 0:  # which page was trained on in which step of the first epoch
-        steps = enumerate(page_sampler(costs, args).steps(), start=1)
+        steps = enumerate(PageSampler(costs, args).steps(), start=1)
         names = pages.select_columns(["name"])["name"]
         lines = ({"step": step, "pages": [names[page] for group in groups for page in group]} for step, groups in steps)
         text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -804,63 +678,6 @@ def page_costs(config, pages, encoder: PageEncoder) -> list[float]:
 
 
 NOT_FINITE = "the {} not finite at step {}, which was left out; lower --learning_rate"
-
-
-def memory_is_tight() -> bool:
-    """Whether a tenth or less is free. Clearing costs 0.3 s a step, several times a small model's whole step."""
-    import psutil
-    import torch
-
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-    else:
-        free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
-    return free < 0.1 * total
-
-
-def release_memory() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def log_line(logs: dict, state) -> str:
-    left = (state.max_steps - state.global_step) * logs["seconds_per_step"]
-    return (
-        f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"
-        f"  {logs['pages_per_second']:.2f} pages/s  {logs['supervised_tokens_per_second']:,.0f} supervised tokens/s"
-        f"  {logs['image_tokens_per_second']:,.0f} image tokens/s  {logs['seconds_per_step']:.2f} s/step"
-        + (f"  MFU {100 * logs['mfu']:.1f} %" if "mfu" in logs else "")
-        + f"  data wait {100 * logs['data_wait_share']:.0f} %  peak {logs['peak_gib']:.1f} GiB"
-        f"  {timedelta(seconds=round(left))} left"
-    )
-
-
-def draw_loss(history: list[dict], path: Path) -> None:
-    """The loss curve as a picture: every step pale, their running mean strong."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    if not points:
-        return
-    steps, losses = zip(*points)
-    mean, smooth = losses[0], []
-    for loss in losses:
-        mean += (loss - mean) * 0.1
-        smooth.append(mean)
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes.plot(steps, losses, color="#9ecae1", linewidth=1, label="each step")
-    axes.plot(steps, smooth, color="#08519c", linewidth=2, label="running mean")
-    axes.set(xlabel="optimizer step", ylabel="loss per supervised token", title="Training loss")
-    axes.legend(frameon=False)
-    axes.grid(alpha=0.3)
-    figure.savefig(path)
-    pyplot.close(figure)
 
 
 def train(trainer, settings: PageSettings, stop: StopRequest, save: Callable[[Path], None]):
