@@ -8,7 +8,7 @@
     python holo1_dom_finetune.py --help
 
 One page travels through this file from top to bottom: dataset, prompt and mask, batch, step, checkpoint, HTML, score,
-card, Hub. Sections: Processes, Model, Memory, Collate, Training, Saving, Evaluation, Main; the rooms of training/ and
+card, Hub. Sections: Model, Memory, Collate, Training, Saving, Evaluation, Main; the rooms of training/ and
 scoring/ stand beside it. (all ranks) marks what every process must call together.
 """
 
@@ -32,6 +32,20 @@ from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
+from training.settings import (
+    TRAINING_DEFAULTS,
+    PageSettings,
+    Resolved,
+    check_settings,
+    newest_checkpoint,
+    parse,
+    penalties,
+    resolve,
+)
+
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
+    parse(sys.argv[1:])  # answers and ends here: torch, and all that needs it, takes seconds to load
+
 import use_model_from_hub as use
 from training import attention, fast_layers, memory_plan, page_costs, zero3
 from training import dataset as page_data
@@ -45,97 +59,29 @@ from training.errors import (
 )
 from training.families import Family, Picture, family_of, trains_fast
 from training.packing import image_geometry, pack
+from training.page_order import PageSampler
+from training.processes import (
+    agree,
+    agreed_port,
+    all_ranks_arrive,
+    emergency_group,
+    gather,
+    least,
+    on_each_machine,
+    on_main,
+    rank,
+    same_everywhere,
+    say,
+    together,
+    world_size,
+)
+from training.progress import Meter, draw_loss, log_line, memory_is_tight, release_memory, say_memory
 from training.prompt_and_mask import IGNORED, PageEncoder, colour_supervision, count_tokens
 from training.publishing import check_hub_access, derived_licence, push_final_folder, write_model_card
-from training.settings import (
-    TRAINING_DEFAULTS,
-    PageSettings,
-    Resolved,
-    check_settings,
-    newest_checkpoint,
-    penalties,
-    resolve,
-)
+from training.stopping import StopRequest
 
 HERE = Path(__file__).resolve().parent
 EMERGENCY_FOLDER = "holo1_dom_finetune_checkpoint"
-
-# -----------------------------------------------------------------------------
-# Processes
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def say(message: str) -> None:
-    """(main process only) One line on stdout."""
-    if rank() == 0:
-        print(message, flush=True)
-
-
-def say_memory(what: str, start: float) -> None:
-    """Say how long a stage took and how much memory the process holds after it."""
-    import psutil
-    import torch
-
-    gib = psutil.Process().memory_info().rss / 2**30
-    gpu = f", GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB peak" if torch.cuda.is_available() else ""
-    say(f"{what} in {time.monotonic() - start:.1f} s; memory {gib:.1f} GiB{gpu}")
-
-
-def on_main(work: Callable):
-    """(all ranks) Run `work` on the main process and hand its result, or its error, to every rank."""
-    import torch.distributed as dist
-
-    together = dist.is_initialized() and world_size() > 1
-    outcome = [None, None]
-    if rank() == 0:
-        try:
-            outcome[0] = work()
-        except PipelineError as error:
-            outcome[1] = error
-        except Exception as error:  # the other ranks must hear of any failure, or they wait for hours
-            if together:
-                dist.broadcast_object_list([None, PipelineError(f"the main process failed: {error!r}")])
-            raise
-    if together:
-        dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
-def on_each_machine(work: Callable, there: Callable[[object], bool]):
-    """(all ranks) `work` on the main process, and again on every machine that does not see what it left: `there`.
-
-    Its result must be the same wherever it is done; returns this machine's own.
-    """
-    import torch.distributed as dist
-
-    outcome = [on_main(work), None]
-    if dist.is_initialized() and world_size() > 1:
-        alone = os.environ.get("LOCAL_RANK", "0") == "0" and not there(outcome[0])
-        if alone:
-            print(
-                f"rank {rank()}: this machine sees nothing of what rank 0 has prepared and prepares it, too", flush=True
-            )
-            try:
-                outcome[0] = work()
-            except PipelineError as error:
-                outcome[1] = error
-        outcomes = [None] * world_size()
-        dist.all_gather_object(outcomes, outcome)
-        for _, error in outcomes:
-            if error is not None:
-                raise error
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        outcome = outcomes[rank() - local]
-    return outcome[0]
 
 
 # -----------------------------------------------------------------------------
@@ -446,17 +392,6 @@ def choose_micro_batch(args, settings: PageSettings, config, pages, encoder: Pag
     return plan
 
 
-def least(values: list[float]) -> list[float]:
-    """(all ranks) The smallest of each value that any rank has."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized() or world_size() == 1:
-        return values
-    shares = [None] * world_size()
-    dist.all_gather_object(shares, values)
-    return [min(share) for share in zip(*shares)]
-
-
 def whole_words(way: memory_plan.Way) -> str:
     if not way.whole:
         return ""
@@ -579,21 +514,6 @@ class Fit:
         os.execv(sys.executable, [sys.executable, *again])
 
 
-def agreed_port() -> int:
-    """(all ranks) A port that is free where rank 0 runs."""
-    import socket
-
-    import torch.distributed as dist
-
-    chosen = [0]
-    if rank() == 0:
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            chosen = [probe.getsockname()[1]]
-    dist.broadcast_object_list(chosen, src=0, group=emergency_group())
-    return chosen[0]
-
-
 def checkpoint_some_layers(model, share: float) -> None:
     """Of each tower's layers, `share` have their activations worked out twice, spread evenly."""
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -605,19 +525,6 @@ def checkpoint_some_layers(model, share: float) -> None:
     for layers in towers.values():
         for place, layer in enumerate(layers):
             layer.gradient_checkpointing = math.floor((place + 1) * share) > math.floor(place * share)
-
-
-def together(flag: bool, seconds: float = 60.0) -> bool:
-    """(all ranks) True everywhere when it is true anywhere; over gloo, since NCCL may be stuck after a failure."""
-    import torch
-    import torch.distributed as dist
-
-    if not dist.is_initialized() or world_size() == 1:
-        return flag
-    dist.monitored_barrier(emergency_group(), timeout=timedelta(seconds=seconds))
-    votes = torch.tensor(float(flag))
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=emergency_group())
-    return bool(votes)
 
 
 # -----------------------------------------------------------------------------
@@ -745,101 +652,6 @@ class PageCollator:
 # Training
 
 
-class Meter:
-    """What went through the model since the last log line, on this rank."""
-
-    def __init__(self):
-        self.start, self.paused, self.waited = time.monotonic(), 0.0, 0.0
-        self.pages = self.supervised = self.image = self.steps = 0
-        self.flops = 0.0
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """What happens inside is no training time."""
-        start = time.monotonic()
-        yield
-        self.paused += time.monotonic() - start
-
-    def count(self, inputs: dict, image_token_id: int) -> None:
-        self.flops += inputs.pop("flops", 0.0)
-        if "targets" in inputs:
-            self.pages += len(inputs["page_bounds"]) - 1
-            self.supervised += len(inputs["targets"])
-            self.image += len(inputs["image_places"])
-        else:
-            self.pages += len(inputs["labels"])
-            self.supervised = self.supervised + inputs["labels"].ne(IGNORED).sum()
-            self.image = self.image + inputs["input_ids"].eq(image_token_id).sum()
-
-    def read(self, args) -> dict[str, float]:
-        """(all ranks) Rates over all ranks, the longest wait for data, and the highest peak memory of one."""
-        import torch
-        import torch.distributed as dist
-
-        seconds, steps = time.monotonic() - self.start - self.paused, max(1, self.steps)
-        cuda = torch.cuda.is_available()
-        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else process_peak_gib()
-        counts = [self.pages, float(self.supervised), float(self.image), self.flops / 1e12]
-        sums = torch.tensor(counts, device=args.device, dtype=torch.float64 if cuda else torch.float32)
-        worst = torch.tensor([peak, self.waited / seconds], device=args.device)
-        if dist.is_initialized() and world_size() > 1:
-            dist.all_reduce(sums)
-            dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        pages, supervised, image, tflops = (sums / seconds).tolist()
-        peak, waited = worst.tolist()
-        self.__init__()
-        most = page_costs.peak_tflops(torch.cuda.get_device_name()) if cuda else None
-        return {
-            "pages_per_second": pages,
-            "supervised_tokens_per_second": supervised,
-            "image_tokens_per_second": image,
-            "seconds_per_step": seconds / steps,
-            "data_wait_share": waited,
-            "peak_gib": peak,
-        } | ({"mfu": tflops / most / world_size()} if most and tflops else {})
-
-
-def process_peak_gib() -> float:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
-
-
-class StopRequest:
-    """SIGTERM or Ctrl-C only set a flag; ranks agree on it at a step boundary and save the same step."""
-
-    def __init__(self):
-        self.signal, self.first = 0, 0.0
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *unused):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def note(self, number, frame):
-        if self.signal and time.monotonic() - self.first > 2:  # schedulers signal the wrapper and the ranks at once
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        if not self.signal:
-            say(f"signal {number}: stopping at the end of this step, state will be saved; once more to stop at once")
-            self.signal, self.first = number, time.monotonic()
-
-
-def agree(flag: bool, device) -> bool:
-    """(all ranks) True everywhere when it is true anywhere."""
-    import torch
-    import torch.distributed as dist
-
-    if not dist.is_initialized() or world_size() == 1:
-        return flag
-    votes = torch.tensor(float(flag), device=device)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return bool(votes)
-
-
 def trainer_class(meter: Meter, collate: PageCollator, judge: Judge, costs: list[float]) -> type:
     """The HF Trainer with an exact token mean, steps of equal cost, a line per step, and the base's shapes on disk."""
     from transformers import Trainer  # here, so that --help need not load torch
@@ -848,7 +660,7 @@ def trainer_class(meter: Meter, collate: PageCollator, judge: Judge, costs: list
 
     class PageTrainer(Trainer):
         def _get_train_sampler(self, train_dataset=None):
-            return page_sampler(costs, self.args)
+            return PageSampler(costs, self.args)
 
         def get_batch_samples(self, *arguments):
             start = time.monotonic()
@@ -914,45 +726,6 @@ def load_weights(model, folder: Path, settings: PageSettings) -> None:
         raise SettingsError(f"{folder} lacks {', '.join(sorted(missing)[:5])}: it is no checkpoint of this model")
 
 
-def page_sampler(costs: list[float], args):
-    """Batches of equal cost: the pages of a step, drawn at random, are dealt out so that all ranks finish together.
-
-    No page comes twice in an epoch, and all ranks have equally many batches: of the last pages, as many as cannot be
-    shared out evenly are left out of this epoch; another one draws others.
-    """
-    import torch
-    from transformers.trainer_pt_utils import BatchRebalanceSampler  # the Trainer deals with its kind, rank by rank
-
-    micro, accumulated, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size()
-
-    class PageSampler(BatchRebalanceSampler):
-        def __init__(self):
-            self.epoch = 0
-
-        def steps(self) -> Iterator[list[list[int]]]:
-            """The pages of each optimizer step, in groups: one for each rank and micro-batch, rank by rank."""
-            generator = torch.Generator().manual_seed(args.seed + self.epoch)
-            order = torch.randperm(len(costs), generator=generator).tolist()
-            order = order[: len(order) // ranks * ranks]
-            size = micro * accumulated * ranks
-            for start in range(0, len(order), size):
-                pages = order[start : start + size]
-                groups = page_costs.deal([costs[page] for page in pages], math.ceil(len(pages) / micro / ranks) * ranks)
-                yield [[pages[place] for place in group] for group in groups]
-
-        def __iter__(self):
-            for groups in self.steps():
-                yield from groups[rank() :: ranks]
-
-        def __len__(self):
-            mine = len(costs) // ranks
-            return mine // (micro * accumulated) * accumulated + math.ceil(mine % (micro * accumulated) / micro)
-
-    if len(costs) < ranks:
-        raise DataError(f"{len(costs)} training pages for {ranks} processes: each needs one; give more pages")
-    return PageSampler()
-
-
 def make_trainer(args, model, collate: PageCollator, pages, stop: StopRequest, judge: Judge, fit: Fit, save):
     """The Trainer and what happens at the end of each of its steps."""
     import torch
@@ -998,7 +771,7 @@ def make_trainer(args, model, collate: PageCollator, pages, stop: StopRequest, j
         callbacks=[Steps()],
     )
     if rank() == 0:  # which page was trained on in which step of the first epoch
-        steps = enumerate(page_sampler(costs, args).steps(), start=1)
+        steps = enumerate(PageSampler(costs, args).steps(), start=1)
         names = pages.select_columns(["name"])["name"]
         lines = ({"step": step, "pages": [names[page] for group in groups for page in group]} for step, groups in steps)
         text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -1017,90 +790,6 @@ def costs_of(config, pages, encoder: PageEncoder) -> list[float]:
 
 
 NOT_FINITE = "the {} not finite at step {}, which was left out; lower --learning_rate"
-
-
-def memory_is_tight() -> bool:
-    """Whether a tenth or less is free. Clearing costs 0.3 s a step, several times a small model's whole step."""
-    import psutil
-    import torch
-
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-    else:
-        free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
-    return free < 0.1 * total
-
-
-def release_memory() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def log_line(logs: dict, state) -> str:
-    left = (state.max_steps - state.global_step) * logs["seconds_per_step"]
-    return (
-        f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"
-        f"  {logs['pages_per_second']:.2f} pages/s  {logs['supervised_tokens_per_second']:,.0f} supervised tokens/s"
-        f"  {logs['image_tokens_per_second']:,.0f} image tokens/s  {logs['seconds_per_step']:.2f} s/step"
-        + (f"  MFU {100 * logs['mfu']:.1f} %" if "mfu" in logs else "")
-        + f"  data wait {100 * logs['data_wait_share']:.0f} %  peak {logs['peak_gib']:.1f} GiB"
-        f"  {timedelta(seconds=round(left))} left"
-    )
-
-
-def draw_loss(history: list[dict], path: Path) -> None:
-    """The loss curve as a picture: every step pale, their running mean strong."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    if not points:
-        return
-    steps, losses = zip(*points)
-    mean, smooth = losses[0], []
-    for loss in losses:
-        mean += (loss - mean) * 0.1
-        smooth.append(mean)
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes.plot(steps, losses, color="#9ecae1", linewidth=1, label="each step")
-    axes.plot(steps, smooth, color="#08519c", linewidth=2, label="running mean")
-    axes.set(xlabel="optimizer step", ylabel="loss per supervised token", title="Training loss")
-    axes.legend(frameon=False)
-    axes.grid(alpha=0.3)
-    figure.savefig(path)
-    pyplot.close(figure)
-
-
-def all_ranks_arrive(seconds: float = 20.0) -> bool:
-    """(any rank) Whether every rank comes here in time: after a failure, some may hang or be gone."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized() or world_size() == 1:
-        return True
-    try:
-        # Over gloo, whatever training used: NCCL may be stuck in the collective that failed.
-        dist.monitored_barrier(emergency_group(), timeout=timedelta(seconds=seconds))
-    except RuntimeError as error:
-        print(f"rank {rank()}: not every rank can take part in an emergency checkpoint ({error})", flush=True)
-        return False
-    return True
-
-
-_EMERGENCY_GROUP: list = []
-
-
-def emergency_group():
-    """(all ranks, the first time) A gloo group of its own, made before anything can have failed."""
-    import torch.distributed as dist
-
-    if not _EMERGENCY_GROUP and dist.is_initialized() and world_size() > 1:
-        _EMERGENCY_GROUP.append(dist.new_group(backend="gloo", timeout=timedelta(seconds=60)))
-    return _EMERGENCY_GROUP[0] if _EMERGENCY_GROUP else None
 
 
 def train(trainer, settings: PageSettings, stop: StopRequest, save: Callable[[Path], None]):
@@ -1270,8 +959,6 @@ def plain_linear() -> Iterator[None]:
 
 def write_held_out(model, processor, pages, recipe: use.Recipe, batch: int) -> list[dict]:
     """(all ranks) Each rank writes its share of the held-out pages; every rank gets all of them, in order."""
-    import torch.distributed as dist
-
     # Pages of like length together: a batch is written until its longest page ends.
     order = sorted(range(len(pages)), key=lambda place: -len(pages[place]["html"]))
     rows, mine, start = [], order[rank() :: world_size()], time.monotonic()
@@ -1292,10 +979,7 @@ def write_held_out(model, processor, pages, recipe: use.Recipe, batch: int) -> l
         rows += [{"place": place, **asdict(page)} for place, page in zip(places, written)]
         say(f"  {len(rows)} of {len(rows) + len(mine)} pages written")
     seconds = time.monotonic() - start
-    shares = [(rows, seconds)]
-    if dist.is_initialized() and world_size() > 1:
-        shares = [None] * world_size()
-        dist.all_gather_object(shares, (rows, seconds))
+    shares = gather((rows, seconds))
     slowest = max(seconds for _, seconds in shares)
     rows = sorted((row for rows, _ in shares for row in rows), key=lambda row: row["place"])
     return [{**row, "seconds": slowest} for row in rows]
@@ -1667,24 +1351,12 @@ def prepare_pages(settings: PageSettings, args, encoder: PageEncoder, processor)
 
     report, _ = on_each_machine(prepare, lambda done: (Path(args.output_dir) / "pages" / done[1]).exists())
     training, held_out = page_data.load_pages_from_disk(args.output_dir)
-    check_same_pages(training, held_out)
+    names = repr([part.select_columns(["name", "html_tokens"]).to_list() for part in (training, held_out)])
+    if not same_everywhere(hashlib.sha256(names.encode()).hexdigest()):
+        raise DataError("the machines have read different pages; give a --dataset_revision, or a shared --output_dir")
     say(report)
     say_memory(f"{len(training):,} training and {len(held_out):,} held-out pages", start)
     return Pages(training, held_out, report)
-
-
-def check_same_pages(*datasets) -> None:
-    """(all ranks) Raise `DataError` when machines that read for themselves did not read the same."""
-    import torch.distributed as dist
-
-    if dist.is_initialized() and world_size() > 1:
-        names = repr([pages.select_columns(["name", "html_tokens"]).to_list() for pages in datasets])
-        digests = [None] * world_size()
-        dist.all_gather_object(digests, hashlib.sha256(names.encode()).hexdigest())
-        if len(set(digests)) > 1:
-            raise DataError(
-                "the machines have read different pages; give a --dataset_revision, or a shared --output_dir"
-            )
 
 
 def gather_facts(settings: PageSettings, args, base: Path) -> dict:
