@@ -164,6 +164,7 @@ def run_script(*command: str, cwd: Path, timeout: int = 300, env: dict | None = 
 # The real main, in the ways in which users start it
 
 MAIN = str(ROOT / "holo1_dom_finetune.py")
+PROGRAMS = ROOT / "tests" / "programs"  # what some tests run in a process of its own
 PLAIN_JSON = {
     "train_micro_batch_size_per_gpu": 1,
     "gradient_accumulation_steps": 8,
