@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from scoring.renders import SHOT, Job, Render
+from scoring.renders import SHOT, Job, Render, step
 
 TEXT_TAGS = "p h1 h2 h3 h4 h5 h6 div span a b li table td th button footer header figcaption".split()
 LEVELS = tuple(range(10, 251, 16))  # of red, green and blue; 16 apart, so that each is known within 4
@@ -24,67 +24,6 @@ PALETTE, SHIFT = len(LEVELS) ** 3, 50  # colours; what the second render adds to
 NEAR_COLOUR, NEAR_SHIFT = 4, 8  # by Design2Code's definition
 BAND = 1024  # rows of a picture that are compared at once, to need less memory
 MAX_PASSES = 4  # pairs of renders: a page with more texts than colours is coloured in parts
-
-# Prototypes' own functions: a form's field called `style` or `parentNode` would stand in for the form's property.
-PREPARE = """
-const get = (type, name) => Object.getOwnPropertyDescriptor(type.prototype, name).get;
-const parentOf = (node) => get(Node, "parentNode").call(node);
-const styleOf = (node) => get(node instanceof SVGElement ? SVGElement
-  : node instanceof HTMLElement ? HTMLElement : MathMLElement, "style").call(node);
-const set = (node, name, value) => CSSStyleDeclaration.prototype.setProperty.call(
-  styleOf(node), name, value, "important");
-const all = (selector) => [...Document.prototype.querySelectorAll.call(document, selector)];
-"""
-
-RECOLOUR = (
-    """() => {"""
-    + PREPARE
-    + """
-  const still = new CSSStyleSheet();
-  still.replaceSync("*,*::before,*::after{transition:none!important}");
-  document.adoptedStyleSheets = [still];
-  const levels = %(levels)s, count = levels.length, coloured = new Map();
-  for (const node of all("*")) if ("style" in node) set(node, "background-color", "rgba(255, 255, 255, 0)");
-  all("%(tags)s").forEach((node, place) => {
-    const pass = Math.floor(place / count ** 3), number = count ** 3 - 1 - place %% count ** 3;
-    const parts = [Math.floor(number / count ** 2), Math.floor(number / count) %% count, number %% count];
-    const colour = parts.map((part) => (levels[part] + %(shift)d) %% 256);
-    coloured.set(node, [pass, ...parts.map((part) => levels[part])]);
-    set(node, "color", pass === %(pass)d ? `rgb(${colour})` : "transparent");
-    set(node, "opacity", "1");
-  });
-  if (%(shift)d) return coloured.size;
-  const body = get(Document, "body").call(document), found = [];
-  if (!body) return found;
-  const unseen = new Set(["SCRIPT", "STYLE", "TEMPLATE", "NOSCRIPT"]);
-  const walker = Document.prototype.createTreeWalker.call(document, body, NodeFilter.SHOW_TEXT);
-  for (let node = walker.nextNode(); node; node = walker.nextNode()) {
-    const text = node.data.trim();
-    if (!text || unseen.has(parentOf(node).nodeName)) continue;
-    for (let owner = parentOf(node); owner && owner !== body; owner = parentOf(owner)) {
-      if (coloured.has(owner)) {
-        if (coloured.get(owner)[0] === %(pass)d) found.push([text, ...coloured.get(owner).slice(1)]);
-        break;
-      }
-      if (Element.prototype.getAttribute.call(owner, "style")?.match(/(^|;)\\s*color\\s*:/)) break;
-    }
-  }
-  return found;
-}"""
-)
-
-SUBTREES = (
-    """() => {"""
-    + PREPARE
-    + """
-  const children = get(Element, "children"), found = new Set();
-  for (const node of all("*")) {
-    const inner = [...children.call(node)].map((child) => child.localName);
-    if (inner.length) found.add(`${node.localName}(${inner.join(", ")})`);
-  }
-  return [...found];
-}"""
-)
 
 
 @dataclass(frozen=True)
@@ -122,11 +61,11 @@ def job_for(html: str, width: int = 1280, height: int = 720) -> Job:
     """What is to be rendered of a page so that `page_of` can read it."""
     tags = len(re.findall(rf"<(?:{'|'.join(TEXT_TAGS)})\b", html, re.IGNORECASE))
     passes = min(MAX_PASSES, max(1, -(-tags // PALETTE)))
-    steps = [SHOT, SUBTREES]
+    steps = [SHOT, step("subtrees")]
     for number in range(passes):
         for shift in (0, SHIFT):
-            values = {"levels": list(LEVELS), "tags": ",".join(TEXT_TAGS), "shift": shift, "pass": number}
-            steps += [RECOLOUR % values, SHOT]
+            options = {"levels": LEVELS, "tags": ",".join(TEXT_TAGS), "shift": shift, "pass": number}
+            steps += [step("recolour", **options), SHOT]
     return Job(html, width, height, tuple(steps))
 
 
