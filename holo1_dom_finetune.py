@@ -632,27 +632,28 @@ def score_held_out(rows: list[dict], pages) -> dict:
     """Shares over all pages, and each page's own outcome. `shuffled_exact` compares each answer with the next page's
     reference, as if the screenshots had been shuffled: a model that does not look at them scores as high there.
     Greedy answers depend on the screenshot alone, so the same answers serve."""
-    import page_scores
+    from scoring.statistics import summarise
+    from scoring.validity import looping, same_html, validity
 
     scored = []
     for row, page in zip(rows, pages):
-        validity = page_scores.validity(row["html"])
+        found = validity(row["html"])
         scored.append(
             {
                 "page": page["name"],
-                "valid": validity.valid and not row["cut_off"],
-                "reason": "cut off" if row["cut_off"] else validity.reason,
+                "valid": found.valid and not row["cut_off"],
+                "reason": "cut off" if row["cut_off"] else found.reason,
                 "truncated": row["cut_off"],
-                "looping": page_scores.looping(row["raw"]),
-                "exact": page_scores.same_html(row["html"], page["html"]),
+                "looping": looping(row["raw"]),
+                "exact": same_html(row["html"], page["html"]),
                 "tokens": row["tokens"],
                 "reference_tokens": page["html_tokens"],
             }
         )
     turned = [pages[(place + 1) % len(pages)]["html"] for place in range(len(pages))]
-    shuffled = sum(page_scores.same_html(row["html"], html) for row, html in zip(rows, turned)) / len(rows)
+    shuffled = sum(same_html(row["html"], html) for row, html in zip(rows, turned)) / len(rows)
     tokens, seconds = sum(row["tokens"] for row in rows), max(row["seconds"] for row in rows)
-    summary = page_scores.summarise(scored) | {
+    summary = summarise(scored) | {
         "shuffled_exact": shuffled if len(rows) > 1 else None,
         "tokens": tokens,
         "tokens_per_second": tokens / seconds,
@@ -802,46 +803,49 @@ class Judge:
 
     def pairs(self, rows: list[dict]) -> list:
         """Each page in a window for its screenshot."""
-        import page_scores
+        from scoring.many_pages import Pair, window_of
 
         def pair(row: dict, page: dict):
             screenshot = use.open_screenshot(page["screenshot"])
-            return page_scores.Pair(page["name"], page["html"], row["html"], *page_scores.window_of(*screenshot.size))
+            return Pair(page["name"], page["html"], row["html"], *window_of(*screenshot.size))
 
         return [pair(row, page) for row, page in zip(rows, self.pages)]
 
     @cached_property
     def clip(self):
         """(main process only) CLIP or None, and why."""
-        import page_scores
+        from scoring.clip import find_clip
 
-        return page_scores.find_clip()
+        return find_clip()
 
     def progress(self, label: str):
-        import page_scores
+        from scoring.many_pages import Progress
 
         clip, _ = self.clip
         folder = self.folder / f"rendered_{label.replace(' ', '_')}"
-        return page_scores.Progress(folder, pictures=True, clip=clip and clip.name)
+        return Progress(folder, pictures=True, clip=clip and clip.name)
 
     def render(self, label: str, rows: list[dict], result: dict) -> None:
         """(main process only) Add what the rendered pages score; say so, once, where there is no browser."""
-        import page_scores
+        from scoring.many_pages import browser_facts, run_pairs
+        from scoring.proof import ScorerError, prove
+        from scoring.renders import BrowserMissing, Renderer
+        from scoring.statistics import means
 
         if self.unrendered:
             return
         try:
-            with page_scores.Renderer() as renderer:
+            with Renderer() as renderer:
                 clip, why_not = self.clip
-                page_scores.prove(renderer, clip=clip)
-                scores = page_scores.run_pairs(self.pairs(rows), renderer, self.progress(label), clip)
-                result["rendering"] = page_scores.browser_facts(renderer, clip, why_not)
-        except (page_scores.BrowserMissing, page_scores.ScorerError, OSError) as error:
+                prove(renderer, clip=clip)
+                scores = run_pairs(self.pairs(rows), renderer, self.progress(label), clip)
+                result["rendering"] = browser_facts(renderer, clip, why_not)
+        except (BrowserMissing, ScorerError, OSError) as error:
             self.unrendered = str(error)
             return say(f"pages are not rendered, so there are no scores of how they look: {error}")
         for page, score in zip(result["pages"], scores):
             page |= {name: value for name, value in score.items() if name not in ("page", "valid")}
-        result |= page_scores.means(scores)
+        result |= means(scores)
 
     def step(self, number: int, save: Callable[[Path], None]) -> bool:
         """(all ranks) Judge during training and keep the best weights by score. True when patience has run out."""
@@ -882,7 +886,8 @@ class Judge:
 
     def publish(self, label: str, facts: dict[str, str]) -> None:
         """(main process only) results.json, and the report that shows every page."""
-        import page_scores
+        from scoring.many_pages import run_pairs, write_pages_report
+        from scoring.renders import Renderer
 
         after, before = self.results["after"], self.results.get("before")
         comparison = compare_results(before, after) if before else None
@@ -896,9 +901,9 @@ class Judge:
             facts = {**facts, "decoding": decoding_words(self.recipe), **after["rendering"]}
             pairs = self.pairs(self.rows["after"])
             if any(pair.key not in progress.rows for pair in pairs):  # they were rendered before an interruption
-                with page_scores.Renderer() as renderer:
-                    page_scores.run_pairs(pairs, renderer, progress, self.clip[0])
-            page_scores.write_pages_report(file, "What the model wrote", pairs, progress, facts, more, comparison)
+                with Renderer() as renderer:
+                    run_pairs(pairs, renderer, progress, self.clip[0])
+            write_pages_report(file, "What the model wrote", pairs, progress, facts, more, comparison)
         for folder in self.folder.glob("rendered_*"):
             shutil.rmtree(folder, ignore_errors=True)
         after["comparison"] = comparison
@@ -910,12 +915,13 @@ def decoding_words(recipe: use.Recipe) -> str:
 
 def compare_results(before: dict, after: dict) -> dict:
     """Base against tuned on the same pages under the same decoding, page by page, and the means under others."""
-    import page_scores
+    from scoring.metrics import METRICS
+    from scoring.statistics import paired_comparison
 
     known = before["pages"][0].keys() & after["pages"][0].keys()
-    names = [name for name in (*page_scores.METRICS, "exact", "valid") if name in known]
+    names = [name for name in (*METRICS, "exact", "valid") if name in known]
     metrics = {
-        name: page_scores.paired_comparison(*([float(page[name]) for page in run["pages"]] for run in (before, after)))
+        name: paired_comparison(*([float(page[name]) for page in run["pages"]] for run in (before, after)))
         for name in names
     }
     grids = [run.get("decoding", {}) for run in (before, after)]
