@@ -11,7 +11,7 @@ what is invisible or unused dropped where the new render is the same to the pixe
 scoring/renders.py, without a network. A folder that is begun is carried on; dropped.jsonl names each dropped page and
 why.
 
-Sections: Settings, Sources, Local files, Style sheets, In the browser, Reductions, One page, The folder, Command line.
+Sections: Settings, Sources, Local files, Style sheets, Reductions, One page, The folder, Command line.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
 
+from making.browser_steps import step
 from making.style_sheets import (
     GREY,
     UNSEEN_PSEUDO,
@@ -469,291 +470,6 @@ def picture_size(data: bytes) -> tuple[float, float] | None:
 
 
 # -----------------------------------------------------------------------------
-# In the browser: steps for renders.Job, each a function whose `({...})` argument is put in by `step`
-
-
-def step(source: str, **options: Any) -> str:
-    return f"() => ({source})({json.dumps(options)})"
-
-
-# Scripts, pictures, comments and metadata go. Every picture keeps the size at which it is drawn: by the page's own
-# rules where they suffice, else by its attributes, else by a style of its own.
-NORMALISE = r"""async ({scripts, most, grey}) => {
-  const all = (selector, root = document) => [...root.querySelectorAll(selector)];
-  const first = (selector) => document.querySelector(selector);
-  const comments = document.createTreeWalker(document, 128 | 64);  // processing instructions, too
-  const gone = [];
-  while (comments.nextNode()) gone.push(comments.currentNode);
-  gone.forEach((node) => node.remove());
-  if (scripts) {
-    const written = all("style").filter((style) => !style.textContent.trim()).map((style) => [style, style.sheet]);
-    for (const [element, sheet] of [...written, ...[...document.adoptedStyleSheets].map((sheet) => [null, sheet])]) {
-      const css = [...(sheet?.cssRules ?? [])].map((rule) => rule.cssText).join("\n");
-      (element ?? first("head").appendChild(document.createElement("style"))).textContent = css;
-    }
-    for (const input of all("input, textarea")) {
-      if (input.localName === "textarea") input.textContent = input.value;
-      else if (["checkbox", "radio"].includes(input.type)) input.toggleAttribute("checked", input.checked);
-      else if (!["file", "image"].includes(input.type) && input.value !== (input.getAttribute("value") ?? ""))
-        input.setAttribute("value", input.value);
-    }
-    for (const option of all("option")) option.toggleAttribute("selected", option.selected);
-  }
-  const remove = (nodes) => nodes.forEach((node) => node.remove());
-  remove(all("script, noscript, template, noframes, noembed, link, base, param, track, picture > source"));
-  remove(all("meta").filter((node) => !/^(viewport|color-scheme)$/i.test(node.getAttribute("name") ?? "")));
-  remove(all("head > *").filter((node) => !["meta", "title", "style"].includes(node.localName)));
-  remove(all("title").slice(1).filter((node) => !node.closest("svg")));
-  all("svg style").forEach((node) => {
-    const style = first("head").appendChild(document.createElement("style"));
-    style.textContent = node.textContent;
-    node.remove();
-  });
-  const charset = document.createElement("meta");
-  charset.setAttribute("charset", "utf-8");
-  first("head").prepend(charset);
-  for (const node of all("*")) {
-    for (const name of node.getAttributeNames()) {
-      const value = node.getAttribute(name);
-      if (/^on/i.test(name) || name === "autofocus" || name === "srcdoc") node.removeAttribute(name);
-      else if (/^\s*javascript:/i.test(value)) node.setAttribute(name, "#");
-      else if (name === "style" && /url\(/i.test(value))
-        node.setAttribute(name, value.replace(/url\((?!\s*["']?#)[^)]*\)/gi, grey));
-    }
-    if (node.hasAttribute("background") && !node.closest("svg")) {
-      node.removeAttribute("background");
-      node.style.setProperty("background-image", grey);
-    }
-  }
-  const rendered = (node) => node.getClientRects().length > 0;
-  const texts = document.createTreeWalker(first("body") ?? first("html"), NodeFilter.SHOW_TEXT);
-  while (texts.nextNode()) {
-    const node = texts.currentNode;
-    if (/[\ue000-\uf8ff]/.test(node.data)) node.data = node.data.replace(/[\ue000-\uf8ff]/g, "\u25a0");
-  }
-
-  const SIDES = ["top", "right", "bottom", "left"], of = (name) => SIDES.map((side) => name.replace("*", side));
-  const LAYOUT = ["display", "width", "height", ...of("margin-*"), ...of("padding-*"), ...of("border-*-width"),
-    ...SIDES, ..."box-sizing position float vertical-align z-index order align-self transform opacity".split(" "),
-    "flex-grow", "flex-shrink", "border-top-left-radius"];
-  const look = (node) => {
-    const style = getComputedStyle(node);
-    return Object.fromEntries(LAYOUT.map((name) => [name, style.getPropertyValue(name)]));
-  };
-  const size = (node) => { const {width, height} = getComputedStyle(node); return `${width} ${height}`; };
-  const rule = document.createElement("style");
-  rule.textContent = `img{content:${grey}}`;
-  let greyed = 0;
-  const restyle = (node, before) => {  // the layout it had, in words of its own
-    for (let round = 0; round < 2; round++) {
-      const now = look(node);
-      for (const name of LAYOUT) if (now[name] !== before[name]) node.style.setProperty(name, before[name]);
-    }
-    const {width, height} = before;
-    for (const [limit, off] of [["max", "none"], ["min", "0"]]) {
-      if (size(node) === `${width} ${height}`) break;
-      ["width", "height"].forEach((side) => node.style.setProperty(`${limit}-${side}`, off));
-    }
-  };
-  const replace = (node) => {
-    const before = look(node), picture = document.createElement("img");
-    for (const name of ["class", "id", "style"])
-      if (node.hasAttribute(name)) picture.setAttribute(name, node.getAttribute(name));
-    picture.setAttribute("src", "data:,");
-    node.replaceWith(picture);
-    if (before.display === "inline") delete before.display;
-    restyle(picture, before);
-    greyed++;
-  };
-  const images = all("img");
-  const wanted = images.map((node) => rendered(node) ? size(node) : null);
-  const natural = images.map((node) => look(node));
-  const REPLACED = "input[type=image], video, canvas, iframe, frame, object, embed";
-  if (images.length || all(`${REPLACED}, svg`).length) first("head").append(rule);
-  for (const image of images) {
-    ["srcset", "sizes", "alt", "loading", "longdesc", "usemap", "ismap"].forEach((name) => image.removeAttribute(name));
-    image.setAttribute("src", "data:,");
-    greyed++;
-  }
-  const attributes = images.map((node) => ["width", "height"].map((name) => node.getAttribute(name)));
-  const put = (image, sides) => ["width", "height"].forEach((name, side) =>
-    sides[side] === null ? image.removeAttribute(name) : image.setAttribute(name, sides[side]));
-  images.forEach((image, place) => { if (wanted[place]) {
-    const px = natural[place];
-    const number = (name) => parseFloat(px[name]) || 0;
-    const frame = (side) => number(`padding-${side}`) + number(`border-${side}-width`);
-    const bordered = px["box-sizing"] === "border-box";
-    const around = bordered ? [frame("left") + frame("right"), frame("top") + frame("bottom")] : [0, 0];
-    const inner = ["width", "height"].map((name, side) => Math.max(0, Math.round(number(name) - around[side])));
-    put(image, inner.map(String));
-  } });
-  images.forEach((image, place) => {
-    if (!wanted[place]) return put(image, [null, null]);
-    const full = ["width", "height"].map((name) => image.getAttribute(name));
-    const tries = place < most ? [[null, null], attributes[place], full] : [full];
-    for (const sides of tries) { put(image, sides); if (size(image) === wanted[place]) return; }
-    put(image, [null, null]);
-    restyle(image, natural[place]);
-  });
-  const target = (use) => `${use.getAttribute("href") ?? use.getAttribute("xlink:href")}`;
-  const targets = (node) => all("use", node).map(target);
-  for (const svg of all("svg").filter((node) => !node.parentElement.closest("svg") && rendered(node))) {
-    const parts = targets(svg).map((name) => name.startsWith("#") && document.getElementById(name.slice(1)));
-    const long = svg.outerHTML.length + parts.reduce((sum, part) => sum + (part ? part.outerHTML.length : 1e6), 0);
-    if (long >= most_svg) replace(svg);
-  }
-  for (const image of all("svg image, svg foreignObject image")) {
-    const box = document.createElementNS("http://www.w3.org/2000/svg", "rect");
-    for (const name of ["x", "y", "width", "height", "transform", "class", "style"])
-      if (image.hasAttribute(name)) box.setAttribute(name, image.getAttribute(name));
-    box.setAttribute("fill", "#ccc");
-    image.replaceWith(box);
-    greyed++;
-  }
-  const used = new Set(targets(document));
-  all("symbol[id]").filter((node) => !used.has("#" + node.id)).forEach((node) => node.remove());
-  for (const node of all(REPLACED)) rendered(node) ? replace(node) : node.remove();
-  all("audio").forEach((node) => { node.removeAttribute("src"); node.replaceChildren(); });
-  return greyed;
-}""".replace("most_svg", str(MAX_SVG_CHARACTERS))
-
-# What begins below `limit` goes, from the end; of a text that reaches below it, the lines there.
-CUT = r"""({limit}) => {
-  const body = document.querySelector("body");
-  let removed = 0;
-  const tops = (node) => [...node.getClientRects()].map((box) => box.top + scrollY);
-  for (let round = 0; round < 4; round++) {
-    const below = (node) => { const found = tops(node); return found.length > 0 && Math.min(...found) >= limit; };
-    const above = (node) => tops(node).some((top) => top < limit);
-    const going = [];
-    const visit = (node) => {
-      for (const child of [...node.children].reverse()) {
-        if (child.localName === "style" || child.closest("svg") || child.localName === "option") continue;
-        if (below(child) && ![...child.querySelectorAll("*")].some(above)) going.push(child);
-        else visit(child);
-      }
-    };
-    if (body) visit(body);
-    going.forEach((node) => node.remove());
-    removed += going.length;
-    const texts = document.createTreeWalker(body, NodeFilter.SHOW_TEXT), long = [], range = document.createRange();
-    while (texts.nextNode()) {
-      range.selectNodeContents(texts.currentNode);
-      const found = tops(range), inside = texts.currentNode.parentElement;
-      if (found.length && Math.max(...found) >= limit && !inside.closest("svg")) long.push(texts.currentNode);
-    }
-    for (const node of long) {
-      let low = 0, high = node.data.length;
-      while (low < high) {
-        const middle = (low + high) >> 1;
-        range.setStart(node, middle);
-        range.setEnd(node, Math.min(middle + 1, node.data.length));
-        const found = tops(range);
-        if (found.length && Math.min(...found) >= limit) high = middle; else low = middle + 1;
-      }
-      node.data = node.data.slice(0, low).trimEnd();
-      removed++;
-    }
-    if (!going.length && !long.length) break;
-  }
-  return removed;
-}"""
-
-# The page as text, its style sheets taken out of it, in order: a mark stands in each one's place.
-EXTRACT = r"""() => {
-  const sheets = [], root = document.querySelector("html").cloneNode(true);
-  for (const style of [...root.querySelectorAll("style")]) {
-    const type = style.getAttribute("type");
-    if (!style.textContent.trim() || (type && !/^text\/css$/i.test(type.trim()))) { style.remove(); continue; }
-    sheets.push([style.textContent, style.getAttribute("media") ?? ""]);
-    style.getAttributeNames().forEach((name) => style.removeAttribute(name));
-    style.textContent = `/*sheet ${sheets.length - 1}*/`;
-  }
-  const type = document.doctype;
-  const ids = type && [type.publicId && ` PUBLIC "${type.publicId}"`, !type.publicId && type.systemId && " SYSTEM",
-    type.systemId && ` "${type.systemId}"`].filter(Boolean).join("");
-  return {html: root.outerHTML, sheets, doctype: type ? `<!DOCTYPE ${type.name}${ids}>` : "",
-    quirks: document.compatMode !== "CSS1Compat", text: (document.querySelector("body")?.innerText ?? "").trim()};
-}"""
-
-# Which selectors, conditions and declarations count here, and the page with marks around what nobody sees; twice, the
-# second time with white space collapsed.
-ANALYSE = r"""({selectors, media, supports, declared, gone}) => {
-  const all = (selector, root = document) => [...root.querySelectorAll(selector)];
-  const PSEUDO = /(?<!\\)(?:::?(?:before|after|first-line|first-letter)(?![\w-])|::[\w-]+(?:\([^()]*\))?)/gi;
-  const matches = () => selectors.map((selector) => {
-    const alone = (place) => place === 0 || /[\s>+~,(]/.test(selector[place - 1]);
-    const plain = selector.replace(PSEUDO, (found, place) => alone(place) ? "*" : "");
-    try { return document.querySelector(plain) ? 1 : 0; }
-    catch { return CSS.supports(`selector(${selector})`) ? 1 : -1; }
-  });
-  const works = (check) => { try { return Boolean(check()); } catch { return true; } };
-  const answer = {media: media.map((query) => works(() => matchMedia(query).matches)),
-    supports: supports.map((condition) => works(() => CSS.supports(condition))),
-    declared: declared.map(([name, value]) => CSS.supports(name, value.replace(/\s*!\s*important\s*$/i, "")))};
-
-  const used = new Set(all("use, textPath, [fill^='url('], [filter^='url('], [mask^='url('], [clip-path^='url(']"));
-  const SKIPPED = "style, br, wbr, title, option, optgroup, col, colgroup, area, source, svg *, legend, rt, rp";
-  const drawn = (node) => ["::before", "::after"].some((pseudo) => {
-    const {content, display} = getComputedStyle(node, pseudo);
-    return display !== "none" && !/^(none|normal)$/.test(content);
-  });
-  const unseen = (node) => node.getClientRects().length === 0
-    ? getComputedStyle(node).display !== "contents" || !node.textContent.trim()
-    : [...node.getClientRects()].every((box) => box.width === 0 && box.height === 0) && !drawn(node);
-  const out = (node) => /absolute|fixed/.test(getComputedStyle(node).position);
-  const hidden = (node) => {
-    if (node.querySelector("style")) return false;
-    const vector = node.localName === "svg" || node.querySelector("svg");
-    if (vector && used.size && node.querySelector("[id]")) return false;  // others may draw what it defines
-    const inner = all("*", node);
-    if (unseen(node) && inner.every(unseen)) return true;
-    if (!out(node) || inner.some(out) || /checkbox|radio/.test(node.getAttribute("type") ?? "")) return false;
-    const style = getComputedStyle(node);
-    return [...node.getClientRects()].every((box) => (box.width <= 1 && box.height <= 1 && style.overflow === "hidden")
-      || box.right <= 0 || box.bottom + scrollY <= 0 || style.opacity === "0" || style.visibility === "hidden");
-  };
-  const found = [];
-  const visit = (node) => { for (const child of node.children) {
-    if (child.matches(SKIPPED)) continue;
-    if (hidden(child)) found.push(child); else visit(child);
-  } };
-  const body = document.querySelector("body");
-  if (body) visit(body);
-  for (const select of all("select:not([multiple])").filter((node) => node.size < 2)) {
-    const options = all("option", select);
-    const longest = options.reduce((one, other) => one && one.text.length >= other.text.length ? one : other, null);
-    if (!found.some((node) => node.contains(select)))
-      found.push(...options.filter((option) => !option.selected && option !== longest));  // the longest sets the width
-  }
-  found.forEach((node, place) => {
-    node.before(document.createComment(`drop ${place}`));
-    node.after(document.createComment(`/drop ${place}`));
-  });
-  const page = () => {
-    const root = document.querySelector("html").cloneNode(true);
-    all("style", root).forEach((style, place) => style.textContent = `/*sheet ${place}*/`);
-    all("img[src]", root).forEach((image) => image.setAttribute("src", "data:,"));  // the renderer put its grey there
-    return root.outerHTML;
-  };
-  answer.plain = page();
-  const texts = document.createTreeWalker(document.querySelector("html"), NodeFilter.SHOW_TEXT), spaced = [];
-  while (texts.nextNode()) {
-    const node = texts.currentNode, parent = node.parentElement;
-    if (!/[ \t\n\r\f]{2}|[\t\r\f]/.test(node.data) || /^(style|textarea|title|pre)$/.test(parent.localName)) continue;
-    if (/^(normal|nowrap)$/.test(getComputedStyle(parent).whiteSpace)) spaced.push(node);
-  }
-  const collapsed = (space) => space.includes("\n") ? "\n" : " ";
-  for (const node of spaced) node.data = node.data.replace(/[ \t\n\r\f]+/g, collapsed);
-  answer.spaced = page();
-  answer.dropped = found.length;
-  found.filter((node, place) => !gone || gone.includes(place)).forEach((node) => node.remove());
-  answer.after = matches();
-  return answer;
-}"""
-
-
-# -----------------------------------------------------------------------------
 # Reductions: each is an item of a set, so that a set of them can be tried, halved, and tried again
 
 Item = tuple[str, Any]
@@ -805,7 +521,7 @@ def draft_of(extract: Mapping[str, Any]) -> Draft:
 
 
 def questions(draft: Draft) -> dict[str, list]:
-    """What ANALYSE is to find out."""
+    """What analyse.js is to find out."""
     asked: dict[str, dict] = {"selectors": {}, "media": {}, "supports": {}, "declared": {}}
     for rule in every_rule(itertools.chain(*draft.sheets)):
         if rule.name in ("@media", "@supports"):
@@ -1034,9 +750,15 @@ def drawn(
 ) -> tuple[str, Any, dict[str, Any]]:
     """(target, its screenshot, facts) of a self-contained page, cut at `limit` px."""
     steps = (
-        step(NORMALISE, scripts=settings.scripts == "run", most=200, grey=GREY),
-        step(CUT, limit=limit),
-        step(EXTRACT),
+        step(
+            "normalise",
+            scripts=settings.scripts == "run",
+            grey=GREY,
+            most_tried=200,
+            most_svg_characters=MAX_SVG_CHARACTERS,
+        ),
+        step("cut", limit=limit),
+        step("extract"),
     )
     pictures, cut, extract = rendered(
         renderer, Job(html, *window, steps=steps, scripts=settings.scripts == "run")
@@ -1045,14 +767,14 @@ def drawn(
         raise PageDropped("without text", "no text in its body")
     draft = draft_of(extract)
     normalised, asked = compose(draft, ()), questions(draft)
-    image, answer = rendered(renderer, Job(normalised, *window, steps=(SHOT, step(ANALYSE, **asked)))).values
+    image, answer = rendered(renderer, Job(normalised, *window, steps=(SHOT, step("analyse", **asked)))).values
     if (image == image[0, 0]).all():
         raise PageDropped("blank", "every pixel has the same colour")
     learn(draft, asked, answer)
     trials = Trials(renderer, window, image)
 
     def rematch(gone: list[int]) -> list[int]:
-        asked_again = step(ANALYSE, **asked | {"gone": gone})
+        asked_again = step("analyse", **asked | {"gone": gone})
         return rendered(renderer, Job(normalised, *window, steps=(asked_again,))).values[0]["after"]
 
     target, kept_back = shortest(draft, trials, rematch)
