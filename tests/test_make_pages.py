@@ -13,6 +13,8 @@ from conftest import ROOT, SHARED
 from PIL import Image
 
 import make_pages as mp
+from making.drops import PageDropped
+from making.page_settings import Settings, SettingsError
 from making.style_sheets import parse_css, reduced_body, short_declarations, squeeze, without_unused_names, write_css
 from scoring import renders
 from training import dataset as page_data
@@ -161,7 +163,7 @@ def test_pages_are_decoded_as_browsers_do(data, text):
 )
 def test_what_is_no_page_is_dropped_with_its_reason(tmp_path, data, reason):
     (tmp_path / "a.html").write_bytes(data)
-    with pytest.raises(mp.PageDropped) as dropped:
+    with pytest.raises(PageDropped) as dropped:
         mp.read_html(mp.Source("a.html", tmp_path / "a.html", tmp_path))
     assert dropped.value.reason == reason
 
@@ -275,7 +277,7 @@ def test_a_render_that_differs_by_chance_is_made_once_more():
 # The folder
 
 
-def settings_of(*flags: str, out="out") -> mp.Settings:
+def settings_of(*flags: str, out="out") -> Settings:
     return mp.settings_from(mp.parse_arguments(["site", "--out", str(out), *flags]))
 
 
@@ -293,7 +295,7 @@ def settings_of(*flags: str, out="out") -> mp.Settings:
     ],
 )
 def test_arguments_that_cannot_work_are_named(flags, words):
-    with pytest.raises(mp.SettingsError, match=words.replace("(", r"\(")):
+    with pytest.raises(SettingsError, match=words.replace("(", r"\(")):
         settings_of(*flags)
 
 
@@ -331,12 +333,12 @@ def test_sources_are_found_in_folders_lists_and_datasets(tmp_path):
     assert names(tmp_path / "site") == ["b.html", "sub/a.HTM"]
     assert names(tmp_path / "list.txt") == ["b.html", "sub/a.HTM"]
     assert names(tmp_path / "data") == ["row-0000000"]
-    with pytest.raises(mp.SettingsError, match="no column text; there are file_name, page"):
+    with pytest.raises(SettingsError, match="no column text; there are file_name, page"):
         list(mp.find_pages(str(tmp_path / "data"), "text", None, "train"))
 
 
 def test_widths_are_dealt_out_by_name_and_stay():
-    settings = mp.Settings(widths=(1280, 390))
+    settings = Settings(widths=(1280, 390))
     widths = [settings.width_of(f"page-{number}") for number in range(200)]
     assert widths == [settings.width_of(f"page-{number}") for number in range(200)]
     assert 60 < widths.count(390) < 140
@@ -366,7 +368,7 @@ def fake_page(monkeypatch, made: list) -> None:
         if "STOP" in html and len(made) < 4:
             raise KeyboardInterrupt
         if "BLANK" in html:
-            raise mp.PageDropped("blank", "every pixel has the same colour")
+            raise PageDropped("blank", "every pixel has the same colour")
         sizes = [len(html)] * 3
         record = {"text": html, "width": 10, "height": 10, "cut": 0, "pictures": 0, "kept_back": 0, "renders": 3}
         return {**record, "characters": sizes}, np.full((10, 10, 3), len(html) % 256, np.uint8)
@@ -386,7 +388,7 @@ def test_a_folder_is_carried_on_and_only_changed_pages_are_made_again(tmp_path, 
 
     def run(**changes) -> tuple[list[str], mp.Report]:
         made.clear()
-        settings = mp.Settings(**changes)
+        settings = Settings(**changes)
         folder = mp.Folder(tmp_path / "out", settings.digest())
         pages = list(mp.find_pages(str(site), "text", None, "train"))
         report = mp.write_pages(pages, settings, folder, SimpleNamespace())
@@ -415,7 +417,7 @@ def test_an_interrupted_run_leaves_a_valid_folder(tmp_path, monkeypatch):
     made: list[str] = []
     fake_page(monkeypatch, made)
     pages = [mp.Source(f"{number}", html=f"<p>{number}{'STOP' * (number == 2)}") for number in range(9)]
-    settings = mp.Settings()
+    settings = Settings()
 
     def run() -> mp.Report:
         folder = mp.Folder(tmp_path / "out", settings.digest())
@@ -483,7 +485,7 @@ def renderer():
 
 
 def made(site, page: str, renderer, **changes):
-    settings = mp.Settings(**changes)
+    settings = Settings(**changes)
     files = mp.LocalFiles(site.resolve())
     html = mp.read_html(mp.Source(page, site / page, site.resolve()))
     html = mp.inline_files(html, site.resolve(), files, settings.scripts == "run")
@@ -535,7 +537,7 @@ def test_a_long_page_is_cut_between_its_elements(site, renderer):
 def test_a_page_over_its_limit_is_cut_until_it_fits(site, renderer):
     record, _ = made(site, "long.html", renderer, max_html_characters=600)
     assert 200 < len(record["text"]) <= 600 and record["text"].rstrip().endswith("</html>")
-    with pytest.raises(mp.PageDropped) as dropped:
+    with pytest.raises(PageDropped) as dropped:
         made(site, "index.html", renderer, max_html_characters=60)
     assert dropped.value.reason == "too long"
 
@@ -549,7 +551,7 @@ def test_widths_decide_which_rules_stay(site, renderer):
 @in_browser
 @pytest.mark.parametrize(("page", "reason"), [("blank.html", "blank"), ("bare.html", "without text")])
 def test_pages_without_anything_to_see_are_dropped(site, renderer, page, reason):
-    with pytest.raises(mp.PageDropped) as dropped:
+    with pytest.raises(PageDropped) as dropped:
         made(site, page, renderer)
     assert dropped.value.reason == reason
 
