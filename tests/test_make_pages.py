@@ -14,6 +14,7 @@ from PIL import Image
 
 import make_pages as mp
 from making.drops import PageDropped
+from making.local_files import LocalFiles, inline_files, picture_size
 from making.page_settings import Settings, SettingsError
 from making.style_sheets import parse_css, reduced_body, short_declarations, squeeze, without_unused_names, write_css
 from scoring import renders
@@ -36,8 +37,8 @@ in_browser = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 
 def inlined(folder, html: str, scripts: bool = False) -> tuple[str, dict]:
-    files = mp.LocalFiles(folder.resolve())
-    return mp.inline_files(html, folder.resolve(), files, scripts), dict(files.notes)
+    files = LocalFiles(folder.resolve())
+    return inline_files(html, folder.resolve(), files, scripts), dict(files.notes)
 
 
 class Canvas:
@@ -171,11 +172,11 @@ def test_what_is_no_page_is_dropped_with_its_reason(tmp_path, data, reason):
 def test_references_that_no_file_can_have_are_missing_and_stop_nobody(tmp_path):
     (tmp_path / "circle").symlink_to("circle")
     (tmp_path / "odd.svg").write_text("<svg width='1.2.3' height='4'></svg>")
-    files = mp.LocalFiles(tmp_path)
+    files = LocalFiles(tmp_path)
     for reference in ("x" * 300 + ".css", "circle", "circle/a.css"):
         assert files.find(reference, tmp_path, "style sheets") is None
     assert files.notes == {"style sheets missing": 3}
-    assert mp.picture_size((tmp_path / "odd.svg").read_bytes()) is None
+    assert picture_size((tmp_path / "odd.svg").read_bytes()) is None
 
 
 # -----------------------------------------------------------------------------
@@ -486,9 +487,9 @@ def renderer():
 
 def made(site, page: str, renderer, **changes):
     settings = Settings(**changes)
-    files = mp.LocalFiles(site.resolve())
+    files = LocalFiles(site.resolve())
     html = mp.read_html(mp.Source(page, site / page, site.resolve()))
-    html = mp.inline_files(html, site.resolve(), files, settings.scripts == "run")
+    html = inline_files(html, site.resolve(), files, settings.scripts == "run")
     return mp.make_page(page, html, settings, renderer, COUNT)
 
 
