@@ -16,6 +16,7 @@ import make_pages as mp
 from making.drops import PageDropped
 from making.local_files import LocalFiles, inline_files, picture_size
 from making.page_settings import Settings, SettingsError
+from making.sources import Source, decode, find_pages, read_html
 from making.style_sheets import parse_css, reduced_body, short_declarations, squeeze, without_unused_names, write_css
 from scoring import renders
 from training import dataset as page_data
@@ -149,7 +150,7 @@ def test_pictures_of_css_become_grey_boxes_of_their_size(tmp_path):
     ],
 )
 def test_pages_are_decoded_as_browsers_do(data, text):
-    assert mp.decode(data) == text
+    assert decode(data) == text
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ def test_pages_are_decoded_as_browsers_do(data, text):
 def test_what_is_no_page_is_dropped_with_its_reason(tmp_path, data, reason):
     (tmp_path / "a.html").write_bytes(data)
     with pytest.raises(PageDropped) as dropped:
-        mp.read_html(mp.Source("a.html", tmp_path / "a.html", tmp_path))
+        read_html(Source("a.html", tmp_path / "a.html", tmp_path))
     assert dropped.value.reason == reason
 
 
@@ -329,13 +330,13 @@ def test_sources_are_found_in_folders_lists_and_datasets(tmp_path):
     (tmp_path / "data" / "metadata.jsonl").write_text(json.dumps({"file_name": "x.png", "page": PAGE}) + "\n")
 
     def names(source) -> list[str]:
-        return [page.name for page in mp.find_pages(str(source), "page", None, "train")]
+        return [page.name for page in find_pages(str(source), "page", None, "train")]
 
     assert names(tmp_path / "site") == ["b.html", "sub/a.HTM"]
     assert names(tmp_path / "list.txt") == ["b.html", "sub/a.HTM"]
     assert names(tmp_path / "data") == ["row-0000000"]
     with pytest.raises(SettingsError, match="no column text; there are file_name, page"):
-        list(mp.find_pages(str(tmp_path / "data"), "text", None, "train"))
+        list(find_pages(str(tmp_path / "data"), "text", None, "train"))
 
 
 def test_widths_are_dealt_out_by_name_and_stay():
@@ -391,7 +392,7 @@ def test_a_folder_is_carried_on_and_only_changed_pages_are_made_again(tmp_path, 
         made.clear()
         settings = Settings(**changes)
         folder = mp.Folder(tmp_path / "out", settings.digest())
-        pages = list(mp.find_pages(str(site), "text", None, "train"))
+        pages = list(find_pages(str(site), "text", None, "train"))
         report = mp.write_pages(pages, settings, folder, SimpleNamespace())
         folder.finish(report, report.summary())
         return sorted(made), report
@@ -417,7 +418,7 @@ def test_a_folder_is_carried_on_and_only_changed_pages_are_made_again(tmp_path, 
 def test_an_interrupted_run_leaves_a_valid_folder(tmp_path, monkeypatch):
     made: list[str] = []
     fake_page(monkeypatch, made)
-    pages = [mp.Source(f"{number}", html=f"<p>{number}{'STOP' * (number == 2)}") for number in range(9)]
+    pages = [Source(f"{number}", html=f"<p>{number}{'STOP' * (number == 2)}") for number in range(9)]
     settings = Settings()
 
     def run() -> mp.Report:
@@ -488,7 +489,7 @@ def renderer():
 def made(site, page: str, renderer, **changes):
     settings = Settings(**changes)
     files = LocalFiles(site.resolve())
-    html = mp.read_html(mp.Source(page, site / page, site.resolve()))
+    html = read_html(Source(page, site / page, site.resolve()))
     html = inline_files(html, site.resolve(), files, settings.scripts == "run")
     return mp.make_page(page, html, settings, renderer, COUNT)
 
