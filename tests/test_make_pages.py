@@ -16,6 +16,7 @@ import make_pages as mp
 from making.drops import PageDropped
 from making.local_files import LocalFiles, inline_files, picture_size
 from making.page_settings import Settings, SettingsError
+from making.reductions import Draft, compose, draft_of, reductions, style_sheets, without_attributes
 from making.sources import Source, decode, find_pages, read_html
 from making.style_sheets import parse_css, reduced_body, short_declarations, squeeze, without_unused_names, write_css
 from scoring import renders
@@ -184,8 +185,8 @@ def test_references_that_no_file_can_have_are_missing_and_stop_nobody(tmp_path):
 # Style sheets and reductions
 
 
-def draft(css: str, html: str = "<html><body></body></html>", **answers) -> mp.Draft:
-    made = mp.draft_of({"doctype": "<!DOCTYPE html>", "quirks": False, "html": html, "sheets": [[css, ""]]})
+def draft(css: str, html: str = "<html><body></body></html>", **answers) -> Draft:
+    made = draft_of({"doctype": "<!DOCTYPE html>", "quirks": False, "html": html, "sheets": [[css, ""]]})
     made.spaced = made.plain
     for name, value in answers.items():
         setattr(made, name, value)
@@ -194,7 +195,7 @@ def draft(css: str, html: str = "<html><body></body></html>", **answers) -> mp.D
 
 def reduced(css: str, **answers) -> str:
     made = draft(css, **answers)
-    return mp.style_sheets(made, set(mp.itertools.chain(*mp.reductions(made))))[0]
+    return style_sheets(made, set(mp.itertools.chain(*reductions(made))))[0]
 
 
 def test_css_survives_parsing_and_writing():
@@ -237,7 +238,7 @@ def test_unused_custom_properties_and_keyframes_go():
 def test_attributes_that_no_rule_names_go():
     html = '<a href="https://x/y" class="k u" id="i" data-x="1" aria-label="l" title="">t</a><use href="#i"></use>'
     names = {"class", "id", "href", "data-x", "aria-label", "title"}
-    assert mp.without_attributes(html, ".k{}[aria-label]{}", names) == (
+    assert without_attributes(html, ".k{}[aria-label]{}", names) == (
         '<a href="#" class="k" id="i" aria-label="l">t</a><use href="#i"></use>'
     )
 
@@ -245,7 +246,7 @@ def test_attributes_that_no_rule_names_go():
 def test_dropped_elements_leave_and_kept_ones_lose_their_marks():
     html = "<html><body><!--drop 0--><i></i><!--/drop 0--><p></p><!--drop 1--><b></b><!--/drop 1--></body></html>"
     made = draft("", html, elements=2)
-    assert mp.compose(made, {("element", 1)}) == "<!DOCTYPE html>\n<html><body><i></i><p></p></body></html>\n"
+    assert compose(made, {("element", 1)}) == "<!DOCTYPE html>\n<html><body><i></i><p></p></body></html>\n"
 
 
 def white(height: int = 10):
