@@ -15,6 +15,7 @@ from PIL import Image
 import make_pages as mp
 from making.drops import PageDropped
 from making.local_files import LocalFiles, inline_files, picture_size
+from making.one_page import MAX_RENDERS, Trials, make_page, shortest
 from making.page_settings import Settings, SettingsError
 from making.reductions import Draft, compose, draft_of, reductions, style_sheets, without_attributes
 from making.sources import Source, decode, find_pages, read_html
@@ -263,16 +264,16 @@ def test_a_reduction_that_shows_is_kept_back_and_the_others_are_not():
         image[5:, :] = image[0, 0]
         return (image,)
 
-    trials = mp.Trials(Canvas(answer), (1280, 720), answer(renders.Job("e:f"))[0])
-    html, kept_back = mp.shortest(made, trials, lambda gone: [0, 0, 0])
+    trials = Trials(Canvas(answer), (1280, 720), answer(renders.Job("e:f"))[0])
+    html, kept_back = shortest(made, trials, lambda gone: [0, 0, 0])
     assert "d{e:f}" in html and "a{" not in html and "g{" not in html
-    assert kept_back == 1 and trials.made <= mp.MAX_RENDERS
+    assert kept_back == 1 and trials.made <= MAX_RENDERS
 
 
 def test_a_render_that_differs_by_chance_is_made_once_more():
     images = [white(100), white(100)]
     images[0][0, 0] = 0  # one pixel of a thousand
-    trials = mp.Trials(Canvas(lambda job: (images.pop(0),)), (1280, 720), white(100))
+    trials = Trials(Canvas(lambda job: (images.pop(0),)), (1280, 720), white(100))
     assert trials.same(PAGE) and trials.made == 2
 
 
@@ -492,7 +493,7 @@ def made(site, page: str, renderer, **changes):
     files = LocalFiles(site.resolve())
     html = read_html(Source(page, site / page, site.resolve()))
     html = inline_files(html, site.resolve(), files, settings.scripts == "run")
-    return mp.make_page(page, html, settings, renderer, COUNT)
+    return make_page(page, html, settings, renderer, COUNT)
 
 
 def rerendered(record, renderer):
