@@ -13,7 +13,9 @@ from conftest import ROOT, SHARED
 from PIL import Image
 
 import make_pages as mp
+from making import folder as folder_room
 from making.drops import PageDropped
+from making.folder import Folder, Report, picture_name, write_pages
 from making.local_files import LocalFiles, inline_files, picture_size
 from making.one_page import MAX_RENDERS, Trials, make_page, shortest
 from making.page_settings import Settings, SettingsError
@@ -351,16 +353,16 @@ def test_widths_are_dealt_out_by_name_and_stay():
 def test_the_summary_counts_every_reason():
     sizes = {"characters": [1000, 500, 370], "cut": 0, "pictures": 2, "kept_back": 0, "renders": 3}
     drops = [{"reason": "blank"}, {"reason": "blank"}, {"reason": "render", "notes": {"style sheets remote": 2}}]
-    report = mp.Report(asked=4, written=[sizes], dropped=drops)
+    report = Report(asked=4, written=[sizes], dropped=drops)
     assert str(report) == "4 asked, 1 did not render, 2 blank, 1 written; 1,000 -> 370 characters (-63 %)"
-    assert str(mp.Report(1, written=[{**sizes, "tokens": [200, 50, 40]}])).endswith("200 -> 40 tokens (-80 %)")
+    assert str(Report(1, written=[{**sizes, "tokens": [200, 50, 40]}])).endswith("200 -> 40 tokens (-80 %)")
     assert report.summary()["dropped"] == {"blank": 2, "render": 1}
     assert report.summary()["could not be had"] == {"style sheets remote": 2}
 
 
 def test_every_page_has_a_file_of_its_own():
-    assert mp.picture_name("a/b.html") == "a/b.html"
-    names = [mp.picture_name(name) for name in ("a b.html", "a_b.html", "../a.html", "é", "ü", "a?b.html")]
+    assert picture_name("a/b.html") == "a/b.html"
+    names = [picture_name(name) for name in ("a b.html", "a_b.html", "../a.html", "é", "ü", "a?b.html")]
     assert len(set(names)) == 6 and not any(name.startswith(".") or "/." in name for name in names)
 
 
@@ -377,7 +379,7 @@ def fake_page(monkeypatch, made: list) -> None:
         record = {"text": html, "width": 10, "height": 10, "cut": 0, "pictures": 0, "kept_back": 0, "renders": 3}
         return {**record, "characters": sizes}, np.full((10, 10, 3), len(html) % 256, np.uint8)
 
-    monkeypatch.setattr(mp, "make_page", make_page)
+    monkeypatch.setattr(folder_room, "make_page", make_page)
 
 
 def test_a_folder_is_carried_on_and_only_changed_pages_are_made_again(tmp_path, monkeypatch):
@@ -390,12 +392,12 @@ def test_a_folder_is_carried_on_and_only_changed_pages_are_made_again(tmp_path, 
     (site / "4.html").write_text("<p>BLANK")
     (site / "5.html").write_text("<p>page 0")
 
-    def run(**changes) -> tuple[list[str], mp.Report]:
+    def run(**changes) -> tuple[list[str], Report]:
         made.clear()
         settings = Settings(**changes)
-        folder = mp.Folder(tmp_path / "out", settings.digest())
+        folder = Folder(tmp_path / "out", settings.digest())
         pages = list(find_pages(str(site), "text", None, "train"))
-        report = mp.write_pages(pages, settings, folder, SimpleNamespace())
+        report = write_pages(pages, settings, folder, SimpleNamespace())
         folder.finish(report, report.summary())
         return sorted(made), report
 
@@ -423,9 +425,9 @@ def test_an_interrupted_run_leaves_a_valid_folder(tmp_path, monkeypatch):
     pages = [Source(f"{number}", html=f"<p>{number}{'STOP' * (number == 2)}") for number in range(9)]
     settings = Settings()
 
-    def run() -> mp.Report:
-        folder = mp.Folder(tmp_path / "out", settings.digest())
-        report = mp.write_pages(pages, settings, folder, SimpleNamespace(), pages_at_once=1)
+    def run() -> Report:
+        folder = Folder(tmp_path / "out", settings.digest())
+        report = write_pages(pages, settings, folder, SimpleNamespace(), pages_at_once=1)
         folder.finish(report, report.summary())
         return report
 
