@@ -915,11 +915,11 @@ def decoding_words(recipe: use.Recipe) -> str:
 
 def compare_results(before: dict, after: dict) -> dict:
     """Base against tuned on the same pages under the same decoding, page by page, and the means under others."""
-    from scoring.metrics import METRICS
+    from scoring import metrics as table
     from scoring.statistics import paired_comparison
 
     known = before["pages"][0].keys() & after["pages"][0].keys()
-    names = [name for name in (*METRICS, "exact", "valid") if name in known]
+    names = [name for name in (*table.names(), "exact", "valid") if name in known]
     metrics = {
         name: paired_comparison(*([float(page[name]) for page in run["pages"]] for run in (before, after)))
         for name in names
