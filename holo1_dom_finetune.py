@@ -26,7 +26,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import cached_property
@@ -37,7 +37,6 @@ from training.settings import (
     PageSettings,
     Resolved,
     check_settings,
-    newest_checkpoint,
     parse,
     penalties,
     resolve,
@@ -49,6 +48,8 @@ if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
 import use_model_from_hub as use
 from training import attention, fast_layers, memory_plan, page_costs, zero3
 from training import dataset as page_data
+from training.base_model import BaseTensor, base_tensors, empty_model, fetch_base, load_config
+from training.checkpoints import keep_earlier_checkpoints, newest_checkpoint
 from training.errors import (
     DataError,
     NotFiniteError,
@@ -58,6 +59,7 @@ from training.errors import (
     is_out_of_memory,
 )
 from training.families import Family, Picture, family_of, trains_fast
+from training.final_folder import final_tensors, load_weights, save_final
 from training.packing import image_geometry, pack
 from training.page_order import PageSampler
 from training.processes import (
@@ -88,37 +90,6 @@ EMERGENCY_FOLDER = "holo1_dom_finetune_checkpoint"
 # Model
 
 
-DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # of weights: safetensors' name, torch's name
-
-
-@dataclass(frozen=True)
-class BaseTensor:
-    """One tensor of the base checkpoint: its name in the loaded model, shape, dtype, and file (None: no weights)."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    file: Path | None
-
-
-def fetch_base(settings: PageSettings) -> Path:
-    """(main process only) The folder of the base model, downloaded when it is on the Hub."""
-    if Path(settings.base_model).is_dir():
-        return Path(settings.base_model)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    wanted = ["*.json", "*.txt", "*.jinja", "*.model", "README.md", "LICENSE*", "NOTICE*", "*.py"]
-    wanted += [] if settings.random_weights or settings.plan else ["*.safetensors"]
-    try:
-        return Path(snapshot_download(settings.base_model, revision=settings.base_revision, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
-        raise SettingsError(
-            f"--base_model {settings.base_model} cannot be fetched: {error}; check the name, the network, and "
-            "`hf auth login` for a gated model"
-        ) from error
-
-
 def load_processor(base: Path, settings: PageSettings):
     from transformers import AutoProcessor
 
@@ -129,83 +100,6 @@ def load_processor(base: Path, settings: PageSettings):
     family = family_of(load_config(base, settings))
     family.limit_pixels(processor, use.Recipe.min_pixels, settings.max_pixels)
     return processor
-
-
-@contextlib.contextmanager
-def without_zero3() -> Iterator[None]:
-    """Models made inside are whole, although the process trains under ZeRO-3."""
-    from transformers.integrations import deepspeed as integration
-
-    kept = integration._hf_deepspeed_config_weak_ref
-    integration._hf_deepspeed_config_weak_ref = None
-    try:
-        yield
-    finally:
-        integration._hf_deepspeed_config_weak_ref = kept
-
-
-def empty_model(base: Path, device: str, dtype, trust_remote_code: bool):
-    """The model's architecture with unset weights on `device` ("meta" needs no memory)."""
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
-    from transformers.initialization import no_init_weights
-
-    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    with without_zero3(), no_init_weights(), torch.device(device):
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    model.tie_weights()  # left out together with the initialisation
-    return model
-
-
-def read_safetensors(folder: Path) -> dict[str, tuple[tuple[int, ...], str, Path]]:
-    """Shape, dtype and file of every tensor in a folder, from the headers alone."""
-    from safetensors import SafetensorError, safe_open
-
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 (a safetensors file is no dict)
-                    view = tensors.get_slice(key)
-                    found[key] = (tuple(view.get_shape()), view.get_dtype(), file)
-        except SafetensorError as error:
-            raise SettingsError(f"{file} is damaged ({error}); fetch it anew") from error
-    return found
-
-
-def base_tensors(base: Path, settings: PageSettings) -> dict[str, BaseTensor]:
-    """What the base checkpoint holds, by its own key; from the architecture where it has no weights."""
-    import torch
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
-
-    family_of(load_config(base, settings))  # refuses what nobody has written a family for
-    model = empty_model(base, "meta", torch.bfloat16, settings.trust_remote_code)
-    names = dict(model.state_dict())
-    found = read_safetensors(base)
-    if not found and not settings.random_weights and not settings.plan:
-        raise SettingsError(
-            f"--base_model {settings.base_model}: no .safetensors there; convert the weights, or --random_weights"
-        )
-    if settings.random_weights or not found:
-        tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
-        asked = str(model.config.dtype).removeprefix("torch.")
-        dtype = next((short for short, name in DTYPES.items() if name == asked), "F32")
-        keys = {name: next(iter(revert_weight_conversion(model, {name: names[name]}))) for name in names}
-        return {keys[n]: BaseTensor(n, tuple(t.shape), dtype, None) for n, t in names.items() if n not in tied}
-    mapping = get_model_conversion_mapping(model)
-    others = [step for step in mapping if not isinstance(step, WeightRenaming)]
-    if others:
-        raise SettingsError(f"--base_model {settings.base_model}: its weights are merged on loading, not only renamed")
-    plan = {}
-    for key, (shape, dtype, file) in found.items():
-        if dtype not in DTYPES:
-            raise SettingsError(f"--base_model {settings.base_model}: {key} is {dtype}, not {', '.join(DTYPES)}")
-        name, _ = rename_source_key(key, mapping, [], model.base_model_prefix, names)
-        if name not in names:
-            raise SettingsError(f"--base_model {settings.base_model}: {key} is no weight of {type(model).__name__}")
-        plan[key] = BaseTensor(name, shape, dtype, file)
-    return plan
 
 
 def load_model(base: Path, settings: PageSettings, args):
@@ -317,12 +211,6 @@ def print_plan(base: Path, resolved: Resolved) -> None:
     say(memory_plan.table(family_of(config).shape(config), longest, way, pages, bucket, whole, (24, 40, 80, 140)))
     copy = 2 * sum(sizes) / 2**30
     say(f"before and after training a copy that writes pages takes {copy:.1f} GiB more, when activations take none")
-
-
-def load_config(base: Path, settings: PageSettings):
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code)
 
 
 def training_way(training: dict, settings: PageSettings, deepspeed: dict | None, fused: bool) -> memory_plan.Way:
@@ -711,21 +599,6 @@ def trainer_class(meter: Meter, collate: PageCollator, judge: Judge, costs: list
     return PageTrainer
 
 
-def load_weights(model, folder: Path, settings: PageSettings) -> None:
-    """The weights of a checkpoint, by their names in the model. The Trainer of transformers 5.23 saves them by their
-    older names, looks for the newer ones, finds none, and goes on with the base's weights and a warning."""
-    from safetensors import safe_open
-
-    state = {}
-    for key, tensor in base_tensors(folder, replace(settings, random_weights=False, plan=False)).items():
-        with safe_open(tensor.file, framework="pt") as tensors:
-            state[tensor.name] = tensors.get_tensor(key)
-    missing, _ = model.load_state_dict(state, strict=False)
-    missing = set(missing) - set(model._tied_weights_keys or ())
-    if missing:
-        raise SettingsError(f"{folder} lacks {', '.join(sorted(missing)[:5])}: it is no checkpoint of this model")
-
-
 def make_trainer(args, model, collate: PageCollator, pages, stop: StopRequest, judge: Judge, fit: Fit, save):
     """The Trainer and what happens at the end of each of its steps."""
     import torch
@@ -821,104 +694,6 @@ def train(trainer, settings: PageSettings, stop: StopRequest, save: Callable[[Pa
 # Saving
 
 
-def final_tensors(model, plan: dict[str, BaseTensor]) -> Iterator[tuple[str, BaseTensor, object]]:
-    """(all ranks) Every tensor of the base checkpoint as training has left it: (key, BaseTensor, tensor).
-
-    Gathered one at a time under ZeRO-3, adapters merged in fp32, rounded to the base's dtype. With quantisation the
-    full-precision weight is read from the base's own file. These tensors are what is saved and what evaluation uses.
-    """
-    import torch
-    from safetensors import safe_open
-
-    weights = {}
-    for name, parameter in model.named_parameters():
-        weights[name.removeprefix("base_model.model.").replace(".base_layer.", ".")] = parameter
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # beneath the adapters
-    tied = inner._tied_weights_keys or {}
-    scales = {
-        name.removeprefix("base_model.model."): module.scaling["default"]
-        for name, module in model.named_modules()
-        if hasattr(module, "lora_A")
-    }
-    for key, base in plan.items():
-        weight = weights.get(base.name)
-        if weight is None:
-            weight = weights[tied[base.name]]
-        stem = base.name.removesuffix(".weight")
-        down, up = (weights.get(f"{stem}.lora_{part}.default.weight") for part in "AB")
-        with gathered([part for part in (weight, down, up) if part is not None]):
-            value = fast_layers.narrowed(weight.detach(), base.shape)
-            if type(weight).__name__ == "Params4bit":
-                with safe_open(base.file, framework="pt") as tensors:
-                    value = tensors.get_tensor(key).to(weight.device)
-            if down is not None:
-                value = value.float() + scales[stem] * (up.detach().float() @ down.detach().float())
-            yield key, base, value.to(getattr(torch, DTYPES[base.dtype]))
-
-
-def gathered(parameters: list):
-    """(all ranks) Whole parameters inside, whether ZeRO-3 has sharded them or not."""
-    if any(hasattr(parameter, "ds_id") for parameter in parameters):
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters(parameters)
-    return contextlib.nullcontext()
-
-
-def save_final(model, plan: dict[str, BaseTensor], base: Path, processor, recipe: dict, folder: Path) -> None:
-    """(all ranks) Write a folder that loads anywhere, with exactly the base checkpoint's keys, shapes and dtypes.
-
-    Written beside its place and renamed, so that an interrupted save never leaves half a model. Raises `PipelineError`
-    when what was written differs from the base, naming the difference, and `NotFiniteError` for poisoned weights.
-    """
-    from huggingface_hub import save_torch_state_dict
-    from transformers import AutoConfig, GenerationConfig
-
-    state = {}
-    for key, _, tensor in final_tensors(model, plan):
-        if not tensor.isfinite().all():  # whole on every rank, so all of them stop here
-            raise NotFiniteError(f"not saved: {key} holds NaN or infinite numbers")
-        if rank() == 0:
-            state[key] = tensor.cpu().clone().contiguous()
-
-    def write() -> None:
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_torch_state_dict(state, partial, max_shard_size="5GB", metadata={"format": "pt"})
-        for file in partial.glob("*.safetensors"):
-            file.chmod(0o644)  # safetensors 0.8 leaves 0600, which a server under another user cannot read
-        # From the base, not from the model in memory, which training has changed (no cache, another dtype).
-        AutoConfig.from_pretrained(base, trust_remote_code=recipe["trust_remote_code"]).save_pretrained(partial)
-        if (base / "generation_config.json").is_file():
-            GenerationConfig.from_pretrained(base).save_pretrained(partial)
-        processor.save_pretrained(partial)
-        for terms in (path for name in ("LICENSE*", "NOTICE*") for path in base.glob(name)):
-            shutil.copyfile(terms, partial / terms.name)  # most licences ask that they travel with the weights
-        (partial / use.RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
-        compare_tensors(read_safetensors(partial), plan)
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-
-    on_main(write)
-
-
-def compare_tensors(written: dict, plan: dict[str, BaseTensor]) -> None:
-    """Raise `PipelineError` when a saved checkpoint differs from its base in keys, shapes or dtypes."""
-    problems = [f"missing {key}" for key in sorted(plan.keys() - written.keys())]
-    problems += [f"unexpected {key}" for key in sorted(written.keys() - plan.keys())]
-    for key in sorted(plan.keys() & written.keys()):
-        if written[key][:2] != (plan[key].shape, plan[key].dtype):
-            problems.append(f"{key} is {written[key][:2]}, the base has {(plan[key].shape, plan[key].dtype)}")
-    if problems:
-        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise PipelineError("the saved model differs from its base: " + "; ".join(problems[:10]) + more)
-
-
 # -----------------------------------------------------------------------------
 # Evaluation
 
@@ -943,20 +718,6 @@ def evaluation_model(model, plan: dict[str, BaseTensor], base: Path, settings: P
     return copy.eval()
 
 
-@contextlib.contextmanager
-def plain_linear() -> Iterator[None]:
-    """DeepSpeed 0.19.8 puts a linear function of its own into torch, for good, whose bias rounds on its own in bf16.
-    Inside, torch's is back: written pages and logits are exactly those of a user who loads the final folder."""
-    import torch
-
-    kept = torch.nn.functional.linear
-    torch.nn.functional.linear = torch._C._nn.linear
-    try:
-        yield
-    finally:
-        torch.nn.functional.linear = kept
-
-
 def write_held_out(model, processor, pages, recipe: use.Recipe, batch: int) -> list[dict]:
     """(all ranks) Each rank writes its share of the held-out pages; every rank gets all of them, in order."""
     # Pages of like length together: a batch is written until its longest page ends.
@@ -966,7 +727,7 @@ def write_held_out(model, processor, pages, recipe: use.Recipe, batch: int) -> l
         places = mine[:batch]
         screenshots = [use.open_screenshot(pages[place]["screenshot"]) for place in places]
         try:
-            with plain_linear():
+            with zero3.plain_linear():
                 written = use.write_pages(model, processor, screenshots, recipe)
         except Exception as error:
             if not is_out_of_memory(error) or batch == 1:
@@ -989,27 +750,28 @@ def score_held_out(rows: list[dict], pages) -> dict:
     """Shares over all pages, and each page's own outcome. `shuffled_exact` compares each answer with the next page's
     reference, as if the screenshots had been shuffled: a model that does not look at them scores as high there.
     Greedy answers depend on the screenshot alone, so the same answers serve."""
-    import page_scores
+    from scoring.statistics import summarise
+    from scoring.validity import looping, same_html, validity
 
     scored = []
     for row, page in zip(rows, pages):
-        validity = page_scores.validity(row["html"])
+        found = validity(row["html"])
         scored.append(
             {
                 "page": page["name"],
-                "valid": validity.valid and not row["cut_off"],
-                "reason": "cut off" if row["cut_off"] else validity.reason,
+                "valid": found.valid and not row["cut_off"],
+                "reason": "cut off" if row["cut_off"] else found.reason,
                 "truncated": row["cut_off"],
-                "looping": page_scores.looping(row["raw"]),
-                "exact": page_scores.same_html(row["html"], page["html"]),
+                "looping": looping(row["raw"]),
+                "exact": same_html(row["html"], page["html"]),
                 "tokens": row["tokens"],
                 "reference_tokens": page["html_tokens"],
             }
         )
     turned = [pages[(place + 1) % len(pages)]["html"] for place in range(len(pages))]
-    shuffled = sum(page_scores.same_html(row["html"], html) for row, html in zip(rows, turned)) / len(rows)
+    shuffled = sum(same_html(row["html"], html) for row, html in zip(rows, turned)) / len(rows)
     tokens, seconds = sum(row["tokens"] for row in rows), max(row["seconds"] for row in rows)
-    summary = page_scores.summarise(scored) | {
+    summary = summarise(scored) | {
         "shuffled_exact": shuffled if len(rows) > 1 else None,
         "tokens": tokens,
         "tokens_per_second": tokens / seconds,
@@ -1060,7 +822,7 @@ def rehearse(model, collate: PageCollator, processor, pages, recipe: use.Recipe)
         for name, value in collate(list(pages)).items()
     }
     batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
-    with torch.no_grad(), plain_linear():
+    with torch.no_grad(), zero3.plain_linear():
         loss = model(**batch).loss
     if not loss.isfinite():
         raise NotFiniteError(f"the loss of two held-out pages is {loss.item()} before training: the base is damaged")
@@ -1159,46 +921,49 @@ class Judge:
 
     def pairs(self, rows: list[dict]) -> list:
         """Each page in a window for its screenshot."""
-        import page_scores
+        from scoring.many_pages import Pair, window_of
 
         def pair(row: dict, page: dict):
             screenshot = use.open_screenshot(page["screenshot"])
-            return page_scores.Pair(page["name"], page["html"], row["html"], *page_scores.window_of(*screenshot.size))
+            return Pair(page["name"], page["html"], row["html"], *window_of(*screenshot.size))
 
         return [pair(row, page) for row, page in zip(rows, self.pages)]
 
     @cached_property
     def clip(self):
         """(main process only) CLIP or None, and why."""
-        import page_scores
+        from scoring.clip import find_clip
 
-        return page_scores.find_clip()
+        return find_clip()
 
     def progress(self, label: str):
-        import page_scores
+        from scoring.many_pages import Progress
 
         clip, _ = self.clip
         folder = self.folder / f"rendered_{label.replace(' ', '_')}"
-        return page_scores.Progress(folder, pictures=True, clip=clip and clip.name)
+        return Progress(folder, pictures=True, clip=clip and clip.name)
 
     def render(self, label: str, rows: list[dict], result: dict) -> None:
         """(main process only) Add what the rendered pages score; say so, once, where there is no browser."""
-        import page_scores
+        from scoring.many_pages import browser_facts, run_pairs
+        from scoring.proof import ScorerError, prove
+        from scoring.renders import BrowserMissing, Renderer
+        from scoring.statistics import means
 
         if self.unrendered:
             return
         try:
-            with page_scores.Renderer() as renderer:
+            with Renderer() as renderer:
                 clip, why_not = self.clip
-                page_scores.prove(renderer, clip=clip)
-                scores = page_scores.run_pairs(self.pairs(rows), renderer, self.progress(label), clip)
-                result["rendering"] = page_scores.browser_facts(renderer, clip, why_not)
-        except (page_scores.BrowserMissing, page_scores.ScorerError, OSError) as error:
+                prove(renderer, clip=clip)
+                scores = run_pairs(self.pairs(rows), renderer, self.progress(label), clip)
+                result["rendering"] = browser_facts(renderer, clip, why_not)
+        except (BrowserMissing, ScorerError, OSError) as error:
             self.unrendered = str(error)
             return say(f"pages are not rendered, so there are no scores of how they look: {error}")
         for page, score in zip(result["pages"], scores):
             page |= {name: value for name, value in score.items() if name not in ("page", "valid")}
-        result |= page_scores.means(scores)
+        result |= means(scores)
 
     def step(self, number: int, save: Callable[[Path], None]) -> bool:
         """(all ranks) Judge during training and keep the best weights by score. True when patience has run out."""
@@ -1239,7 +1004,8 @@ class Judge:
 
     def publish(self, label: str, facts: dict[str, str]) -> None:
         """(main process only) results.json, and the report that shows every page."""
-        import page_scores
+        from scoring.many_pages import run_pairs, write_pages_report
+        from scoring.renders import Renderer
 
         after, before = self.results["after"], self.results.get("before")
         comparison = compare_results(before, after) if before else None
@@ -1253,9 +1019,9 @@ class Judge:
             facts = {**facts, "decoding": decoding_words(self.recipe), **after["rendering"]}
             pairs = self.pairs(self.rows["after"])
             if any(pair.key not in progress.rows for pair in pairs):  # they were rendered before an interruption
-                with page_scores.Renderer() as renderer:
-                    page_scores.run_pairs(pairs, renderer, progress, self.clip[0])
-            page_scores.write_pages_report(file, "What the model wrote", pairs, progress, facts, more, comparison)
+                with Renderer() as renderer:
+                    run_pairs(pairs, renderer, progress, self.clip[0])
+            write_pages_report(file, "What the model wrote", pairs, progress, facts, more, comparison)
         for folder in self.folder.glob("rendered_*"):
             shutil.rmtree(folder, ignore_errors=True)
         after["comparison"] = comparison
@@ -1267,12 +1033,13 @@ def decoding_words(recipe: use.Recipe) -> str:
 
 def compare_results(before: dict, after: dict) -> dict:
     """Base against tuned on the same pages under the same decoding, page by page, and the means under others."""
-    import page_scores
+    from scoring import metrics as table
+    from scoring.statistics import paired_comparison
 
     known = before["pages"][0].keys() & after["pages"][0].keys()
-    names = [name for name in (*page_scores.METRICS, "exact", "valid") if name in known]
+    names = [name for name in (*table.names(), "exact", "valid") if name in known]
     metrics = {
-        name: page_scores.paired_comparison(*([float(page[name]) for page in run["pages"]] for run in (before, after)))
+        name: paired_comparison(*([float(page[name]) for page in run["pages"]] for run in (before, after)))
         for name in names
     }
     grids = [run.get("decoding", {}) for run in (before, after)]
@@ -1429,7 +1196,7 @@ def fine_tune(resolved: Resolved, args, base: Path, processor, encoder: PageEnco
     import torch
 
     settings, training = resolved.settings, pages.training
-    keep_earlier_checkpoints(settings, args)
+    keep_earlier_checkpoints(Path(args.output_dir), resumes=bool(settings.resume or args.resume_from_checkpoint))
     memory = choose_micro_batch(args, settings, load_config(base, settings), training, encoder)
     say_batch(args)
     start = time.monotonic()
@@ -1481,21 +1248,6 @@ def fine_tune(resolved: Resolved, args, base: Path, processor, encoder: PageEnco
     shown = {"model": final.name} | {name: facts[name] for name in ("base_model", "dataset", "hardware")}
     on_main(lambda: judge.publish(label, {**shown, "steps": str(facts["steps"]), "date": time.strftime("%Y-%m-%d")}))
     on_main(lambda: finish(final, settings, resolved.training, facts, recipe, judge.results))
-
-
-def keep_earlier_checkpoints(settings: PageSettings, args) -> None:
-    """A new training never goes on from, counts among its own, or deletes the checkpoints of an earlier one."""
-
-    def move() -> None:
-        earlier = sorted(Path(args.output_dir).glob("checkpoint-*"))
-        if earlier and not settings.resume and not args.resume_from_checkpoint:
-            place = Path(args.output_dir) / f"earlier-{time.strftime('%Y%m%d-%H%M%S')}"
-            place.mkdir()
-            for checkpoint in earlier:
-                checkpoint.rename(place / checkpoint.name)
-            say(f"{len(earlier)} checkpoints of an earlier run now lie in {place}; --resume would go on from them")
-
-    on_main(move)
 
 
 def finish(final: Path, settings: PageSettings, training: dict, facts: dict, recipe: dict, results: dict) -> None:

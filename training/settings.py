@@ -17,6 +17,7 @@ from pathlib import Path
 
 import use_model_from_hub as use
 from training import dataset as page_data
+from training.checkpoints import newest_checkpoint
 from training.errors import SettingsError
 from training.families import FAMILIES
 from training.processes import local_world_size, world_size
@@ -435,9 +436,3 @@ def penalties(settings: PageSettings) -> list[float]:
     if not all(penalty > 0 for penalty in found):
         raise ValueError(settings.penalty_grid)
     return found
-
-
-def newest_checkpoint(output_dir: str) -> Path | None:
-    """The newest complete checkpoint: the Trainer writes trainer_state.json last."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
