@@ -10,7 +10,7 @@ import torch
 from conftest import make_config, make_processor, page_html
 
 import holo1_dom_finetune as pipeline
-from training import attention, fast_layers, loss, memory_plan, packing, page_costs, zero3
+from training import attention, fast_layers, loss, memory_fit, memory_plan, packing, page_costs, zero3
 from training.base_model import BaseTensor
 from training.families import family_of, trains_fast
 from training.final_folder import final_tensors
@@ -100,7 +100,7 @@ def test_the_fused_functions_need_few_graphs(processor, model, monkeypatch):
     torch._dynamo.reset()
     twin = fast_twin(model, fuse=True).train()
     twin.gradient_checkpointing_enable({"use_reentrant": False})
-    pipeline.checkpoint_some_layers(twin, 0.5)
+    memory_fit.checkpoint_some_layers(twin, 0.5)
     with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
         for count in (3, 2, 4):
             batch = collate(processor, pages(count, seed=count), packed=True)
@@ -516,7 +516,7 @@ def test_weights_are_gathered_once_per_step_where_they_fit(share, threshold, who
     cuda = {"get_device_properties": SimpleNamespace(total_memory=140 * 2**30), "get_device_name": "NVIDIA H200"}
     for name, answer in (cuda | {"get_per_process_memory_fraction": share}).items():
         monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
-    monkeypatch.setattr(pipeline, "world_size", lambda: 2)
+    monkeypatch.setattr(memory_fit, "world_size", lambda: 2)
     zero = {"stage": 3, zero3.THRESHOLD: threshold}
     args = SimpleNamespace(
         device=torch.device("cuda"),
@@ -527,7 +527,7 @@ def test_weights_are_gathered_once_per_step_where_they_fit(share, threshold, who
     )
     pages = datasets.Dataset.from_dict({"html_tokens": [2_000] * 20, "image_tokens": [1_200] * 20})
     encoder = pipeline.PageEncoder(processor, "Write the page.", family_of("qwen2_5_vl"))
-    plan = pipeline.choose_micro_batch(args, pipeline.PageSettings(), shapes_of_3b(), pages, encoder)
+    plan = memory_fit.choose_micro_batch(args, pipeline.PageSettings(), shapes_of_3b(), pages, encoder)
     assert plan.way.whole == whole
     assert zero[zero3.THRESHOLD] == (10**11 if whole else threshold)
     assert plan.total <= memory_plan.MEMORY_SHARE * share * 140
