@@ -100,7 +100,7 @@ def test_the_fused_functions_need_few_graphs(processor, model, monkeypatch):
     torch._dynamo.reset()
     twin = fast_twin(model, fuse=True).train()
     twin.gradient_checkpointing_enable({"use_reentrant": False})
-    memory_fit.checkpoint_some_layers(twin, 0.5)
+    memory_fit.recompute_some_layers(twin, 0.5)
     with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
         for count in (3, 2, 4):
             batch = collate(processor, pages(count, seed=count), packed=True)
@@ -524,12 +524,13 @@ def test_weights_are_gathered_once_per_step_where_they_fit(share, threshold, who
         hf_deepspeed_config=SimpleNamespace(config={"zero_optimization": zero}),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=8,
+        activation_checkpointing=True,
     )
     pages = datasets.Dataset.from_dict({"html_tokens": [2_000] * 20, "image_tokens": [1_200] * 20})
     encoder = pipeline.PageEncoder(processor, "Write the page.", family_of("qwen2_5_vl"))
     plan = memory_fit.choose_micro_batch(args, pipeline.PageSettings(), shapes_of_3b(), pages, encoder)
     assert plan.way.whole == whole
     assert zero[zero3.THRESHOLD] == (10**11 if whole else threshold)
-    assert plan.total <= memory_plan.MEMORY_SHARE * share * 140
-    assert plan.parts["gathered"] == pytest.approx(7.0 if whole else 1.86, rel=0.02)
+    assert plan.total_gib <= memory_plan.MEMORY_SHARE * share * 140
+    assert plan.parts_gib["gathered"] == pytest.approx(7.0 if whole else 1.86, rel=0.02)
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 8
