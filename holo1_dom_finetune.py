@@ -185,19 +185,6 @@ def load_processor(base: Path, settings: PageSettings):
     return processor
 
 
-@contextlib.contextmanager
-def without_zero3() -> Iterator[None]:
-    """Models made inside are whole, although the process trains under ZeRO-3."""
-    from transformers.integrations import deepspeed as integration
-
-    kept = integration._hf_deepspeed_config_weak_ref
-    integration._hf_deepspeed_config_weak_ref = None
-    try:
-        yield
-    finally:
-        integration._hf_deepspeed_config_weak_ref = kept
-
-
 def empty_model(base: Path, device: str, dtype, trust_remote_code: bool):
     """The model's architecture with unset weights on `device` ("meta" needs no memory)."""
     import torch
@@ -205,7 +192,7 @@ def empty_model(base: Path, device: str, dtype, trust_remote_code: bool):
     from transformers.initialization import no_init_weights
 
     config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    with without_zero3(), no_init_weights(), torch.device(device):
+    with zero3.without_zero3(), no_init_weights(), torch.device(device):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()  # left out together with the initialisation
     return model
@@ -271,7 +258,6 @@ def load_model(base: Path, settings: PageSettings, args):
     """(all ranks) The model to train. Under ZeRO-3 every rank holds its part from the first moment."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     # Without DeepSpeed's fp32 master weights, full fine-tuning in bf16 would round small updates away.
@@ -288,14 +274,13 @@ def load_model(base: Path, settings: PageSettings, args):
         model = AutoModelForImageTextToText.from_config(config, **options)
     else:
         model = AutoModelForImageTextToText.from_pretrained(base, **options)
-    if is_deepspeed_zero3_enabled():
-        if not all(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-            raise PipelineError("ZeRO-3 is on, yet the weights were not sharded while loading")
-        model._weight_conversions = None  # else saving reverses renamings that never happened (transformers 5.23)
+    if zero3.is_on():
+        zero3.check_sharded(model)
+        zero3.forget_renamings(model)
     for parameter in vision_tower(model).parameters() if settings.freeze_vision else ():
         parameter.requires_grad_(False)
     if trains_fast(model.config, settings):
-        make_fast(model, settings, args, is_deepspeed_zero3_enabled())
+        make_fast(model, settings, args, zero3.is_on())
     if frozen_base:
         model = add_adapters(model, settings, args.seed)
     model.config.get_text_config().use_cache = (
@@ -514,11 +499,10 @@ class Fit:
     def __call__(self, trainer, collate: PageCollator, pages, held_out) -> None:
         """(all ranks) Raises OutOfMemoryError, or starts anew with half as many pages where auto chose them."""
         import torch
-        from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
         if trainer.args.activation_checkpointing:
             checkpoint_some_layers(trainer.model, self.share)
-        if collate.packed and is_deepspeed_zero3_enabled():
+        if collate.packed and zero3.is_on():
             zero3.lean_steps(trainer.model_wrapped)
         if self.plain_loss is not None:
             with torch.no_grad():
@@ -861,8 +845,7 @@ def make_trainer(args, model, collate: PageCollator, pages, stop: StopRequest, j
 
         def on_step_end(self, args, state, control, **kwargs):
             meter.steps += 1
-            # DeepSpeed 0.19.8 leaves a step out, on all ranks, when the norm of its gradients is no number.
-            if args.deepspeed and not args.fp16 and not trainer.model_wrapped.was_step_applied():
+            if args.deepspeed and not args.fp16 and not zero3.step_was_applied(trainer.model_wrapped):
                 raise NotFiniteError(NOT_FINITE.format("gradients are", state.global_step))
             if world_size() == 1 and not args.deepspeed and memory_is_tight():
                 release_memory()
@@ -1047,7 +1030,7 @@ def final_tensors(model, plan: dict[str, BaseTensor]) -> Iterator[tuple[str, Bas
             weight = weights[tied[base.name]]
         stem = base.name.removesuffix(".weight")
         down, up = (weights.get(f"{stem}.lora_{part}.default.weight") for part in "AB")
-        with gathered([part for part in (weight, down, up) if part is not None]):
+        with zero3.gathered([part for part in (weight, down, up) if part is not None]):
             value = fast_layers.narrowed(weight.detach(), base.shape)
             if type(weight).__name__ == "Params4bit":
                 with safe_open(base.file, framework="pt") as tensors:
@@ -1055,15 +1038,6 @@ def final_tensors(model, plan: dict[str, BaseTensor]) -> Iterator[tuple[str, Bas
             if down is not None:
                 value = value.float() + scales[stem] * (up.detach().float() @ down.detach().float())
             yield key, base, value.to(getattr(torch, DTYPES[base.dtype]))
-
-
-def gathered(parameters: list):
-    """(all ranks) Whole parameters inside, whether ZeRO-3 has sharded them or not."""
-    if any(hasattr(parameter, "ds_id") for parameter in parameters):
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters(parameters)
-    return contextlib.nullcontext()
 
 
 def save_final(model, plan: dict[str, BaseTensor], base: Path, processor, recipe: dict, folder: Path) -> None:
@@ -1144,20 +1118,6 @@ def evaluation_model(model, plan: dict[str, BaseTensor], base: Path, settings: P
     return copy.eval()
 
 
-@contextlib.contextmanager
-def plain_linear() -> Iterator[None]:
-    """DeepSpeed 0.19.8 puts a linear function of its own into torch, for good, whose bias rounds on its own in bf16.
-    Inside, torch's is back: written pages and logits are exactly those of a user who loads the final folder."""
-    import torch
-
-    kept = torch.nn.functional.linear
-    torch.nn.functional.linear = torch._C._nn.linear
-    try:
-        yield
-    finally:
-        torch.nn.functional.linear = kept
-
-
 def write_held_out(model, processor, pages, recipe: use.Recipe, batch: int) -> list[dict]:
     """(all ranks) Each rank writes its share of the held-out pages; every rank gets all of them, in order."""
     import torch.distributed as dist
@@ -1169,7 +1129,7 @@ def write_held_out(model, processor, pages, recipe: use.Recipe, batch: int) -> l
         places = mine[:batch]
         screenshots = [use.open_screenshot(pages[place]["screenshot"]) for place in places]
         try:
-            with plain_linear():
+            with zero3.plain_linear():
                 written = use.write_pages(model, processor, screenshots, recipe)
         except Exception as error:
             if not is_out_of_memory(error) or batch == 1:
@@ -1266,7 +1226,7 @@ def rehearse(model, collate: PageCollator, processor, pages, recipe: use.Recipe)
         for name, value in collate(list(pages)).items()
     }
     batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
-    with torch.no_grad(), plain_linear():
+    with torch.no_grad(), zero3.plain_linear():
         loss = model(**batch).loss
     if not loss.isfinite():
         raise NotFiniteError(f"the loss of two held-out pages is {loss.item()} before training: the base is damaged")
@@ -1497,7 +1457,6 @@ def compare_results(before: dict, after: dict) -> dict:
 def make_arguments(resolved: Resolved):
     """(all ranks) TrainingArguments; the process group begins here, and ZeRO-3 is known before any model loads."""
     import torch
-    from accelerate import PartialState
     from transformers import TrainingArguments
 
     if resolved.deepspeed is not None and "RANK" not in os.environ:  # started plainly, without any launcher
@@ -1505,14 +1464,7 @@ def make_arguments(resolved: Resolved):
         os.environ.update({name: os.environ.get(name, value) for name, value in alone.items()})
     training = {**resolved.training, "deepspeed": resolved.deepspeed}
     if resolved.deepspeed is not None and not torch.cuda.is_available():
-        # accelerate 1.15 gives DeepSpeed no backend on a CPU and then counts one process, whatever the launcher said.
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        # DeepSpeed would compile a sum in shared memory that only inference uses, and leave 66 MiB of /dev/shm behind.
-        import deepspeed.ops
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        PartialState(backend="gloo", timeout=timedelta(seconds=training["ddp_timeout"]))
-        training["accelerator_config"] = {"use_configured_state": True}
+        training |= zero3.begin_on_cpu(training["ddp_timeout"])
     try:
         args = TrainingArguments(**training)
     except ValueError as error:

@@ -10,9 +10,14 @@ A room about torch: whoever has to answer --help without it imports this inside 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import types
+from collections.abc import Iterator
+from datetime import timedelta
 
 from training import memory_plan
+from training.errors import PipelineError
 
 # -----------------------------------------------------------------------------
 # Configuration
@@ -44,6 +49,82 @@ def tune_zero(zero: dict, way: memory_plan.Way) -> None:
     for name, value in wanted.items():
         if zero.get(name, "auto") == "auto":
             zero[name] = value
+
+
+# -----------------------------------------------------------------------------
+# Loading: which processes and which models ZeRO-3 takes
+
+
+def is_on() -> bool:
+    """Whether this process trains under ZeRO-3; known once TrainingArguments are made."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    return is_deepspeed_zero3_enabled()
+
+
+def begin_on_cpu(timeout_seconds: float) -> dict:
+    """(all ranks) Begin the process group of DeepSpeed on a machine without a GPU; what TrainingArguments must know."""
+    from accelerate import PartialState
+
+    # accelerate 1.15 gives DeepSpeed no backend on a CPU and then counts one process, whatever the launcher said.
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    # DeepSpeed would compile a sum in shared memory that only inference uses, and leave 66 MiB of /dev/shm behind.
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    PartialState(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+    return {"accelerator_config": {"use_configured_state": True}}
+
+
+@contextlib.contextmanager
+def without_zero3() -> Iterator[None]:
+    """Models made inside are whole, although the process trains under ZeRO-3."""
+    from transformers.integrations import deepspeed as integration
+
+    kept = integration._hf_deepspeed_config_weak_ref
+    integration._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = kept
+
+
+def check_sharded(model) -> None:
+    """Raises PipelineError where a model was loaded whole although ZeRO-3 is on."""
+    if not all(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise PipelineError("ZeRO-3 is on, yet the weights were not sharded while loading")
+
+
+def forget_renamings(model) -> None:
+    """After loading under ZeRO-3: else saving reverses renamings that never happened (transformers 5.23)."""
+    model._weight_conversions = None
+
+
+# -----------------------------------------------------------------------------
+# Whole weights, and torch's own functions
+
+
+def gathered(parameters: list):
+    """(all ranks) Whole parameters inside, whether ZeRO-3 has sharded them or not."""
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(parameters)
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def plain_linear() -> Iterator[None]:
+    """DeepSpeed 0.19.8 puts a linear function of its own into torch, for good, whose bias rounds on its own in bf16.
+    Inside, torch's is back: written pages and logits are exactly those of a user who loads the final folder."""
+    import torch
+
+    kept = torch.nn.functional.linear
+    torch.nn.functional.linear = torch._C._nn.linear
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = kept
 
 
 # -----------------------------------------------------------------------------
@@ -149,3 +230,8 @@ def stay_gathered(model, optimizer) -> None:
     optimizer.step = lean_step
     if not alone:
         optimizer.persistent_parameters = []  # nor gathered by DeepSpeed, one by one, before anybody needs them
+
+
+def step_was_applied(engine) -> bool:
+    """False after a step that DeepSpeed 0.19.8 left out, on all ranks: the norm of its gradients was no number."""
+    return engine.was_step_applied()
