@@ -11,6 +11,8 @@ from conftest import make_config, make_processor, page_html
 
 import holo1_dom_finetune as pipeline
 from training import attention, fast_layers, loss, memory_plan, packing, zero3
+from training.base_model import BaseTensor
+from training.final_folder import final_tensors
 
 
 @pytest.fixture(scope="module")
@@ -229,8 +231,8 @@ def test_the_widened_vision_mlp_is_the_same_function_and_saves_the_same_shapes(p
     batch = collate(processor, pages(3))
     with torch.no_grad():
         assert torch.allclose(model(**batch).logits, twin(**batch).logits, atol=1e-6)
-    plan = {name: pipeline.BaseTensor(name, tuple(p.shape), "F32", None) for name, p in model.named_parameters()}
-    saved = {key: tensor for key, _, tensor in pipeline.final_tensors(twin, plan)}
+    plan = {name: BaseTensor(name, tuple(p.shape), "F32", None) for name, p in model.named_parameters()}
+    saved = {key: tensor for key, _, tensor in final_tensors(twin, plan)}
     for name, parameter in model.named_parameters():
         assert torch.equal(saved[name], parameter), name
     assert twin.model.visual.blocks[0].mlp.up_proj.weight.shape == (64, 32)

@@ -13,6 +13,15 @@ from conftest import ROOT, SHARED
 from PIL import Image
 
 import make_pages as mp
+from making import folder as folder_room
+from making.drops import PageDropped
+from making.folder import Folder, Report, picture_name, write_pages
+from making.local_files import LocalFiles, inline_files, picture_size
+from making.one_page import MAX_RENDERS, Trials, make_page, shortest
+from making.page_settings import Settings, SettingsError
+from making.reductions import Draft, compose, draft_of, reductions, style_sheets, without_attributes
+from making.sources import Source, decode, find_pages, read_html
+from making.style_sheets import parse_css, reduced_body, short_declarations, squeeze, without_unused_names, write_css
 from scoring import renders
 from training import dataset as page_data
 
@@ -33,8 +42,8 @@ in_browser = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 
 def inlined(folder, html: str, scripts: bool = False) -> tuple[str, dict]:
-    files = mp.LocalFiles(folder.resolve())
-    return mp.inline_files(html, folder.resolve(), files, scripts), dict(files.notes)
+    files = LocalFiles(folder.resolve())
+    return inline_files(html, folder.resolve(), files, scripts), dict(files.notes)
 
 
 class Canvas:
@@ -145,7 +154,7 @@ def test_pictures_of_css_become_grey_boxes_of_their_size(tmp_path):
     ],
 )
 def test_pages_are_decoded_as_browsers_do(data, text):
-    assert mp.decode(data) == text
+    assert decode(data) == text
 
 
 @pytest.mark.parametrize(
@@ -160,27 +169,27 @@ def test_pages_are_decoded_as_browsers_do(data, text):
 )
 def test_what_is_no_page_is_dropped_with_its_reason(tmp_path, data, reason):
     (tmp_path / "a.html").write_bytes(data)
-    with pytest.raises(mp.PageDropped) as dropped:
-        mp.read_html(mp.Source("a.html", tmp_path / "a.html", tmp_path))
+    with pytest.raises(PageDropped) as dropped:
+        read_html(Source("a.html", tmp_path / "a.html", tmp_path))
     assert dropped.value.reason == reason
 
 
 def test_references_that_no_file_can_have_are_missing_and_stop_nobody(tmp_path):
     (tmp_path / "circle").symlink_to("circle")
     (tmp_path / "odd.svg").write_text("<svg width='1.2.3' height='4'></svg>")
-    files = mp.LocalFiles(tmp_path)
+    files = LocalFiles(tmp_path)
     for reference in ("x" * 300 + ".css", "circle", "circle/a.css"):
         assert files.find(reference, tmp_path, "style sheets") is None
     assert files.notes == {"style sheets missing": 3}
-    assert mp.picture_size((tmp_path / "odd.svg").read_bytes()) is None
+    assert picture_size((tmp_path / "odd.svg").read_bytes()) is None
 
 
 # -----------------------------------------------------------------------------
 # Style sheets and reductions
 
 
-def draft(css: str, html: str = "<html><body></body></html>", **answers) -> mp.Draft:
-    made = mp.draft_of({"doctype": "<!DOCTYPE html>", "quirks": False, "html": html, "sheets": [[css, ""]]})
+def draft(css: str, html: str = "<html><body></body></html>", **answers) -> Draft:
+    made = draft_of({"doctype": "<!DOCTYPE html>", "quirks": False, "html": html, "sheets": [[css, ""]]})
     made.spaced = made.plain
     for name, value in answers.items():
         setattr(made, name, value)
@@ -189,13 +198,13 @@ def draft(css: str, html: str = "<html><body></body></html>", **answers) -> mp.D
 
 def reduced(css: str, **answers) -> str:
     made = draft(css, **answers)
-    return mp.style_sheets(made, set(mp.itertools.chain(*mp.reductions(made))))[0]
+    return style_sheets(made, set(mp.itertools.chain(*reductions(made))))[0]
 
 
 def test_css_survives_parsing_and_writing():
     css = 'a:not([href="}{;"]){b:url(x;y{)}\n@media (a){p{c:"\\"}"}}\n@layer one;\n@font-face{d:e}'
-    assert mp.write_css(mp.parse_css("/* } */" + css)) == css
-    assert mp.write_css(mp.parse_css("a{b:c")) == "a{b:c}"  # what a browser closes
+    assert write_css(parse_css("/* } */" + css)) == css
+    assert write_css(parse_css("a{b:c")) == "a{b:c}"  # what a browser closes
 
 
 def test_rules_that_match_nothing_and_conditions_that_fail_go():
@@ -212,27 +221,27 @@ def test_rules_that_match_nothing_and_conditions_that_fail_go():
 
 def test_declarations_that_show_nothing_go():
     body = "display:-ms-flexbox;display:flex;-webkit-mask:x;mask:x;cursor:pointer;color:red!important;color:blue"
-    assert mp.reduced_body(body, {("display", "-ms-flexbox"): False}) == "display:flex;mask:x;color:red!important"
-    assert mp.reduced_body("color:red;color:var(--x)", {}) == "color:red;color:var(--x)"
+    assert reduced_body(body, {("display", "-ms-flexbox"): False}) == "display:flex;mask:x;color:red!important"
+    assert reduced_body("color:red;color:var(--x)", {}) == "color:red;color:var(--x)"
 
 
 def test_squeezing_leaves_strings_and_calculations_alone():
-    assert mp.squeeze("a  >  b , c", ",>") == "a>b,c"
+    assert squeeze("a  >  b , c", ",>") == "a>b,c"
     body = 'width: calc(1px  +  2px) ; content : "a  ,  b"'
-    assert mp.short_declarations(body) == 'width:calc(1px + 2px);content:"a  ,  b"'
+    assert short_declarations(body) == 'width:calc(1px + 2px);content:"a  ,  b"'
 
 
 def test_unused_custom_properties_and_keyframes_go():
     css = ":root{--a:1px;--b:var(--a);--c:2px;color:red}\np{margin:var(--c);animation:on 1s}\n@keyframes on{to{x:y}}"
-    kept = mp.without_unused_names(css + "\n@keyframes off{to{x:y}}", "")
+    kept = without_unused_names(css + "\n@keyframes off{to{x:y}}", "")
     assert kept == ":root{--c:2px;color:red}\np{margin:var(--c);animation:on 1s}\n@keyframes on{to{x:y}}"
-    assert "--a:1px" in mp.without_unused_names(css, "width:var(--a)")
+    assert "--a:1px" in without_unused_names(css, "width:var(--a)")
 
 
 def test_attributes_that_no_rule_names_go():
     html = '<a href="https://x/y" class="k u" id="i" data-x="1" aria-label="l" title="">t</a><use href="#i"></use>'
     names = {"class", "id", "href", "data-x", "aria-label", "title"}
-    assert mp.without_attributes(html, ".k{}[aria-label]{}", names) == (
+    assert without_attributes(html, ".k{}[aria-label]{}", names) == (
         '<a href="#" class="k" id="i" aria-label="l">t</a><use href="#i"></use>'
     )
 
@@ -240,7 +249,7 @@ def test_attributes_that_no_rule_names_go():
 def test_dropped_elements_leave_and_kept_ones_lose_their_marks():
     html = "<html><body><!--drop 0--><i></i><!--/drop 0--><p></p><!--drop 1--><b></b><!--/drop 1--></body></html>"
     made = draft("", html, elements=2)
-    assert mp.compose(made, {("element", 1)}) == "<!DOCTYPE html>\n<html><body><i></i><p></p></body></html>\n"
+    assert compose(made, {("element", 1)}) == "<!DOCTYPE html>\n<html><body><i></i><p></p></body></html>\n"
 
 
 def white(height: int = 10):
@@ -257,16 +266,16 @@ def test_a_reduction_that_shows_is_kept_back_and_the_others_are_not():
         image[5:, :] = image[0, 0]
         return (image,)
 
-    trials = mp.Trials(Canvas(answer), (1280, 720), answer(renders.Job("e:f"))[0])
-    html, kept_back = mp.shortest(made, trials, lambda gone: [0, 0, 0])
+    trials = Trials(Canvas(answer), (1280, 720), answer(renders.Job("e:f"))[0])
+    html, kept_back = shortest(made, trials, lambda gone: [0, 0, 0])
     assert "d{e:f}" in html and "a{" not in html and "g{" not in html
-    assert kept_back == 1 and trials.made <= mp.MAX_RENDERS
+    assert kept_back == 1 and trials.made <= MAX_RENDERS
 
 
 def test_a_render_that_differs_by_chance_is_made_once_more():
     images = [white(100), white(100)]
     images[0][0, 0] = 0  # one pixel of a thousand
-    trials = mp.Trials(Canvas(lambda job: (images.pop(0),)), (1280, 720), white(100))
+    trials = Trials(Canvas(lambda job: (images.pop(0),)), (1280, 720), white(100))
     assert trials.same(PAGE) and trials.made == 2
 
 
@@ -274,7 +283,7 @@ def test_a_render_that_differs_by_chance_is_made_once_more():
 # The folder
 
 
-def settings_of(*flags: str, out="out") -> mp.Settings:
+def settings_of(*flags: str, out="out") -> Settings:
     return mp.settings_from(mp.parse_arguments(["site", "--out", str(out), *flags]))
 
 
@@ -292,7 +301,7 @@ def settings_of(*flags: str, out="out") -> mp.Settings:
     ],
 )
 def test_arguments_that_cannot_work_are_named(flags, words):
-    with pytest.raises(mp.SettingsError, match=words.replace("(", r"\(")):
+    with pytest.raises(SettingsError, match=words.replace("(", r"\(")):
         settings_of(*flags)
 
 
@@ -325,17 +334,17 @@ def test_sources_are_found_in_folders_lists_and_datasets(tmp_path):
     (tmp_path / "data" / "metadata.jsonl").write_text(json.dumps({"file_name": "x.png", "page": PAGE}) + "\n")
 
     def names(source) -> list[str]:
-        return [page.name for page in mp.find_pages(str(source), "page", None, "train")]
+        return [page.name for page in find_pages(str(source), "page", None, "train")]
 
     assert names(tmp_path / "site") == ["b.html", "sub/a.HTM"]
     assert names(tmp_path / "list.txt") == ["b.html", "sub/a.HTM"]
     assert names(tmp_path / "data") == ["row-0000000"]
-    with pytest.raises(mp.SettingsError, match="no column text; there are file_name, page"):
-        list(mp.find_pages(str(tmp_path / "data"), "text", None, "train"))
+    with pytest.raises(SettingsError, match="no column text; there are file_name, page"):
+        list(find_pages(str(tmp_path / "data"), "text", None, "train"))
 
 
 def test_widths_are_dealt_out_by_name_and_stay():
-    settings = mp.Settings(widths=(1280, 390))
+    settings = Settings(widths=(1280, 390))
     widths = [settings.width_of(f"page-{number}") for number in range(200)]
     assert widths == [settings.width_of(f"page-{number}") for number in range(200)]
     assert 60 < widths.count(390) < 140
@@ -344,16 +353,16 @@ def test_widths_are_dealt_out_by_name_and_stay():
 def test_the_summary_counts_every_reason():
     sizes = {"characters": [1000, 500, 370], "cut": 0, "pictures": 2, "kept_back": 0, "renders": 3}
     drops = [{"reason": "blank"}, {"reason": "blank"}, {"reason": "render", "notes": {"style sheets remote": 2}}]
-    report = mp.Report(asked=4, written=[sizes], dropped=drops)
+    report = Report(asked=4, written=[sizes], dropped=drops)
     assert str(report) == "4 asked, 1 did not render, 2 blank, 1 written; 1,000 -> 370 characters (-63 %)"
-    assert str(mp.Report(1, written=[{**sizes, "tokens": [200, 50, 40]}])).endswith("200 -> 40 tokens (-80 %)")
+    assert str(Report(1, written=[{**sizes, "tokens": [200, 50, 40]}])).endswith("200 -> 40 tokens (-80 %)")
     assert report.summary()["dropped"] == {"blank": 2, "render": 1}
     assert report.summary()["could not be had"] == {"style sheets remote": 2}
 
 
 def test_every_page_has_a_file_of_its_own():
-    assert mp.picture_name("a/b.html") == "a/b.html"
-    names = [mp.picture_name(name) for name in ("a b.html", "a_b.html", "../a.html", "é", "ü", "a?b.html")]
+    assert picture_name("a/b.html") == "a/b.html"
+    names = [picture_name(name) for name in ("a b.html", "a_b.html", "../a.html", "é", "ü", "a?b.html")]
     assert len(set(names)) == 6 and not any(name.startswith(".") or "/." in name for name in names)
 
 
@@ -365,12 +374,12 @@ def fake_page(monkeypatch, made: list) -> None:
         if "STOP" in html and len(made) < 4:
             raise KeyboardInterrupt
         if "BLANK" in html:
-            raise mp.PageDropped("blank", "every pixel has the same colour")
+            raise PageDropped("blank", "every pixel has the same colour")
         sizes = [len(html)] * 3
         record = {"text": html, "width": 10, "height": 10, "cut": 0, "pictures": 0, "kept_back": 0, "renders": 3}
         return {**record, "characters": sizes}, np.full((10, 10, 3), len(html) % 256, np.uint8)
 
-    monkeypatch.setattr(mp, "make_page", make_page)
+    monkeypatch.setattr(folder_room, "make_page", make_page)
 
 
 def test_a_folder_is_carried_on_and_only_changed_pages_are_made_again(tmp_path, monkeypatch):
@@ -383,12 +392,12 @@ def test_a_folder_is_carried_on_and_only_changed_pages_are_made_again(tmp_path, 
     (site / "4.html").write_text("<p>BLANK")
     (site / "5.html").write_text("<p>page 0")
 
-    def run(**changes) -> tuple[list[str], mp.Report]:
+    def run(**changes) -> tuple[list[str], Report]:
         made.clear()
-        settings = mp.Settings(**changes)
-        folder = mp.Folder(tmp_path / "out", settings.digest())
-        pages = list(mp.find_pages(str(site), "text", None, "train"))
-        report = mp.write_pages(pages, settings, folder, SimpleNamespace())
+        settings = Settings(**changes)
+        folder = Folder(tmp_path / "out", settings.digest())
+        pages = list(find_pages(str(site), "text", None, "train"))
+        report = write_pages(pages, settings, folder, SimpleNamespace())
         folder.finish(report, report.summary())
         return sorted(made), report
 
@@ -413,12 +422,12 @@ def test_a_folder_is_carried_on_and_only_changed_pages_are_made_again(tmp_path, 
 def test_an_interrupted_run_leaves_a_valid_folder(tmp_path, monkeypatch):
     made: list[str] = []
     fake_page(monkeypatch, made)
-    pages = [mp.Source(f"{number}", html=f"<p>{number}{'STOP' * (number == 2)}") for number in range(9)]
-    settings = mp.Settings()
+    pages = [Source(f"{number}", html=f"<p>{number}{'STOP' * (number == 2)}") for number in range(9)]
+    settings = Settings()
 
-    def run() -> mp.Report:
-        folder = mp.Folder(tmp_path / "out", settings.digest())
-        report = mp.write_pages(pages, settings, folder, SimpleNamespace(), pages_at_once=1)
+    def run() -> Report:
+        folder = Folder(tmp_path / "out", settings.digest())
+        report = write_pages(pages, settings, folder, SimpleNamespace(), pages_at_once=1)
         folder.finish(report, report.summary())
         return report
 
@@ -482,11 +491,11 @@ def renderer():
 
 
 def made(site, page: str, renderer, **changes):
-    settings = mp.Settings(**changes)
-    files = mp.LocalFiles(site.resolve())
-    html = mp.read_html(mp.Source(page, site / page, site.resolve()))
-    html = mp.inline_files(html, site.resolve(), files, settings.scripts == "run")
-    return mp.make_page(page, html, settings, renderer, COUNT)
+    settings = Settings(**changes)
+    files = LocalFiles(site.resolve())
+    html = read_html(Source(page, site / page, site.resolve()))
+    html = inline_files(html, site.resolve(), files, settings.scripts == "run")
+    return make_page(page, html, settings, renderer, COUNT)
 
 
 def rerendered(record, renderer):
@@ -534,7 +543,7 @@ def test_a_long_page_is_cut_between_its_elements(site, renderer):
 def test_a_page_over_its_limit_is_cut_until_it_fits(site, renderer):
     record, _ = made(site, "long.html", renderer, max_html_characters=600)
     assert 200 < len(record["text"]) <= 600 and record["text"].rstrip().endswith("</html>")
-    with pytest.raises(mp.PageDropped) as dropped:
+    with pytest.raises(PageDropped) as dropped:
         made(site, "index.html", renderer, max_html_characters=60)
     assert dropped.value.reason == "too long"
 
@@ -548,7 +557,7 @@ def test_widths_decide_which_rules_stay(site, renderer):
 @in_browser
 @pytest.mark.parametrize(("page", "reason"), [("blank.html", "blank"), ("bare.html", "without text")])
 def test_pages_without_anything_to_see_are_dropped(site, renderer, page, reason):
-    with pytest.raises(mp.PageDropped) as dropped:
+    with pytest.raises(PageDropped) as dropped:
         made(site, page, renderer)
     assert dropped.value.reason == reason
 

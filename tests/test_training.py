@@ -31,6 +31,7 @@ from conftest import (
 import holo1_dom_finetune as pipeline
 from scoring import renders
 from training import publishing
+from training.page_order import PageSampler
 
 # With plain SGD and a learning rate of 1, what one step changes is the gradient.
 SGD = {
@@ -211,7 +212,7 @@ def test_no_page_comes_twice_and_all_ranks_have_as_many_batches(monkeypatch):
         for rank in range(ranks):
             monkeypatch.setenv("RANK", str(rank))
             monkeypatch.setenv("WORLD_SIZE", str(ranks))
-            sampler = pipeline.page_sampler([1.0 + page % 5 for page in range(count)], args)
+            sampler = PageSampler([1.0 + page % 5 for page in range(count)], args)
             batches.append(list(sampler))
             assert len(batches[-1]) == len(sampler)
             assert all(1 <= len(batch) <= micro for batch in batches[-1])

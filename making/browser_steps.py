@@ -1,0 +1,29 @@
+"""What is done to a page in the browser: steps of a renders.Job, each a function expression in a .js file here.
+
+    Job(html, steps=(step("cut", limit=2000), step("extract")))
+
+normalise   {scripts, grey, most_tried, most_svg_characters} -> how many pictures are grey now; scripts, pictures,
+            comments and metadata are gone
+cut         {limit}, px from the top -> how many elements and texts that began below it are gone
+extract     {} -> {html, sheets: [[css, media]], doctype, quirks, text}
+analyse     {selectors, media, supports, declared[, gone]} -> {media, supports, declared: [bool], after: [1, 0 or -1 for
+            each selector], plain, spaced: HTML, dropped: how many elements nobody sees}
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+
+@cache
+def source(name: str) -> str:
+    """The function expression in `name`.js."""
+    return (Path(__file__).parent / f"{name}.js").read_text(encoding="utf-8")
+
+
+def step(name: str, **options: Any) -> str:
+    """A step that calls the function of `name`.js with one argument: an object of the options, put in as JSON."""
+    return f"() => ({source(name)})({json.dumps(options)})"

@@ -1,0 +1,41 @@
+// What begins below `limit` goes, from the end; of a text that reaches below it, the lines there.
+({limit}) => {
+  const body = document.querySelector("body");
+  let removed = 0;
+  const tops = (node) => [...node.getClientRects()].map((box) => box.top + scrollY);
+  for (let round = 0; round < 4; round++) {
+    const below = (node) => { const found = tops(node); return found.length > 0 && Math.min(...found) >= limit; };
+    const above = (node) => tops(node).some((top) => top < limit);
+    const going = [];
+    const visit = (node) => {
+      for (const child of [...node.children].reverse()) {
+        if (child.localName === "style" || child.closest("svg") || child.localName === "option") continue;
+        if (below(child) && ![...child.querySelectorAll("*")].some(above)) going.push(child);
+        else visit(child);
+      }
+    };
+    if (body) visit(body);
+    going.forEach((node) => node.remove());
+    removed += going.length;
+    const texts = document.createTreeWalker(body, NodeFilter.SHOW_TEXT), long = [], range = document.createRange();
+    while (texts.nextNode()) {
+      range.selectNodeContents(texts.currentNode);
+      const found = tops(range), inside = texts.currentNode.parentElement;
+      if (found.length && Math.max(...found) >= limit && !inside.closest("svg")) long.push(texts.currentNode);
+    }
+    for (const node of long) {
+      let low = 0, high = node.data.length;
+      while (low < high) {
+        const middle = (low + high) >> 1;
+        range.setStart(node, middle);
+        range.setEnd(node, Math.min(middle + 1, node.data.length));
+        const found = tops(range);
+        if (found.length && Math.min(...found) >= limit) high = middle; else low = middle + 1;
+      }
+      node.data = node.data.slice(0, low).trimEnd();
+      removed++;
+    }
+    if (!going.length && !long.length) break;
+  }
+  return removed;
+}

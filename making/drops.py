@@ -1,0 +1,25 @@
+"""Why a page was left out.
+
+raise PageDropped("blank", "every pixel has the same colour")
+"""
+
+from __future__ import annotations
+
+REASONS = {  # of a dropped page, with what the summary calls them
+    "unreadable": "unreadable",
+    "empty": "empty",
+    "without text": "without text",
+    "render": "did not render",
+    "blank": "blank",
+    "too long": "too long",
+    "duplicate": "duplicate",
+    "changing": "did not render twice alike",
+}
+
+
+class PageDropped(Exception):
+    """`reason` is a key of REASONS, the message says more."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
