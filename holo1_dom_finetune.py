@@ -28,7 +28,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
 from pathlib import Path
 
 from training.settings import (
@@ -109,7 +108,6 @@ def load_processor(base: Path, settings: PageSettings):
 def load_model(base: Path, settings: PageSettings, args):
     """(all ranks) The model to train. Under ZeRO-3 every rank holds its part from the first moment."""
     from transformers import AutoConfig, AutoModelForImageTextToText
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     # Without DeepSpeed's fp32 master weights, full fine-tuning in bf16 would round small updates away.
@@ -126,14 +124,13 @@ def load_model(base: Path, settings: PageSettings, args):
         model = AutoModelForImageTextToText.from_config(config, **options)
     else:
         model = AutoModelForImageTextToText.from_pretrained(base, **options)
-    if is_deepspeed_zero3_enabled():
-        if not all(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-            raise PipelineError("ZeRO-3 is on, yet the weights were not sharded while loading")
-        model._weight_conversions = None  # else saving reverses renamings that never happened (transformers 5.23)
+    if zero3.is_on():
+        zero3.check_sharded(model)
+        zero3.forget_renamings(model)
     for parameter in vision_tower(model).parameters() if settings.freeze_vision else ():
         parameter.requires_grad_(False)
     if trains_fast(model.config, settings):
-        make_fast(model, settings, args, is_deepspeed_zero3_enabled())
+        make_fast(model, settings, args, zero3.is_on())
     if frozen_base:
         model = add_adapters(model, settings, args.seed)
     model.config.get_text_config().use_cache = (
@@ -327,11 +324,9 @@ class Fit:
 
     def __call__(self, trainer, collate: PageCollator, pages, held_out) -> None:
         """(all ranks) Raises OutOfMemoryError, or starts anew with half as many pages where auto chose them."""
-        from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-
         if trainer.args.activation_checkpointing:
             checkpoint_some_layers(trainer.model, self.share)
-        if collate.packed and is_deepspeed_zero3_enabled():
+        if collate.packed and zero3.is_on():
             zero3.lean_steps(trainer.model_wrapped)
         if self.plain_loss is not None:
             with torch.no_grad():
@@ -491,8 +486,7 @@ def make_trainer(args, model, collate: PageCollator, pages, stop: StopRequest, e
 
         def on_step_end(self, args, state, control, **kwargs):
             meter.steps += 1
-            # DeepSpeed 0.19.8 leaves a step out, on all ranks, when the norm of its gradients is no number.
-            if args.deepspeed and not args.fp16 and not trainer.model_wrapped.was_step_applied():
+            if args.deepspeed and not args.fp16 and not zero3.step_was_applied(trainer.model_wrapped):
                 raise NotFiniteError(NOT_FINITE.format("gradients are", state.global_step))
             if world_size() == 1 and not args.deepspeed and memory_is_tight():
                 release_memory()
@@ -706,7 +700,6 @@ class Evaluator:
 
 def make_arguments(resolved: Resolved):
     """(all ranks) TrainingArguments; the process group begins here, and ZeRO-3 is known before any model loads."""
-    from accelerate import PartialState
     from transformers import TrainingArguments
 
     if resolved.deepspeed is not None and "RANK" not in os.environ:  # started plainly, without any launcher
@@ -714,14 +707,7 @@ def make_arguments(resolved: Resolved):
         os.environ.update({name: os.environ.get(name, value) for name, value in alone.items()})
     training = {**resolved.training, "deepspeed": resolved.deepspeed}
     if resolved.deepspeed is not None and not torch.cuda.is_available():
-        # accelerate 1.15 gives DeepSpeed no backend on a CPU and then counts one process, whatever the launcher said.
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        # DeepSpeed would compile a sum in shared memory that only inference uses, and leave 66 MiB of /dev/shm behind.
-        import deepspeed.ops
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        PartialState(backend="gloo", timeout=timedelta(seconds=training["ddp_timeout"]))
-        training["accelerator_config"] = {"use_configured_state": True}
+        training |= zero3.begin_on_cpu(training["ddp_timeout"])
     try:
         args = TrainingArguments(**training)
     except ValueError as error:
