@@ -33,8 +33,8 @@ from functools import cached_property
 from pathlib import Path
 
 import use_model_from_hub as use
-from training import dataset as page_data
 from training import fast_layers, memory_plan
+from training.dataset import dataset_revision, load_pages, load_pages_from_disk, resolve_dataset
 from training.errors import DataError, NotFiniteError, PipelineError, SettingsError, StoppedError
 from training.packing import (
     CHUNK_DEEPSPEED,
@@ -1578,14 +1578,14 @@ def prepare_pages(settings: PageSettings, args, encoder: PageEncoder, processor)
     mark = f"prepared-{os.environ.get('HOLO1_RUN_ID', '')}-{time.time_ns()}"  # rank 0's, told to the others below
 
     def prepare() -> tuple[str, str]:
-        report = str(page_data.load_pages(settings, args.output_dir, count, args.seed))
+        report = str(load_pages(settings, args.output_dir, count, args.seed))
         for earlier in (Path(args.output_dir) / "pages").glob("prepared-*"):
             earlier.unlink()
         (Path(args.output_dir) / "pages" / mark).touch()
         return report, mark
 
     report, _ = on_each_machine(prepare, lambda done: (Path(args.output_dir) / "pages" / done[1]).exists())
-    training, held_out = page_data.load_pages_from_disk(args.output_dir)
+    training, held_out = load_pages_from_disk(args.output_dir)
     check_same_pages(training, held_out)
     say(report)
     say_memory(f"{len(training):,} training and {len(held_out):,} held-out pages", start)
@@ -1623,13 +1623,13 @@ def gather_facts(settings: PageSettings, args, base: Path) -> dict:
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
     snapshot = base.name if base.parent.name == "snapshots" else settings.base_revision  # the Hub cache names commits
-    source = page_data.resolve_dataset(settings.dataset, config=settings.dataset_config)
+    source = resolve_dataset(settings.dataset, config=settings.dataset_config)
     return {
         "base_model": public_name(settings.base_model),
         "base_revision": snapshot,
         "dataset": public_name(settings.dataset),
         "dataset_config": source.config,
-        "dataset_revision": page_data.dataset_revision(settings.dataset, settings.dataset_revision),
+        "dataset_revision": dataset_revision(settings.dataset, settings.dataset_revision),
         "dataset_licence": source.licence,
         "commit": commit or None,
         "versions": versions,

@@ -15,7 +15,7 @@ from small_site import write_site
 import make_pages as mp
 from making.page_settings import Settings, SettingsError
 from scoring import renders
-from training import dataset as page_data
+from training.dataset import read_rows, screenshot_size
 
 PAGE = "<!DOCTYPE html>\n<html><head><title>t</title></head><body><p>words</p></body></html>"
 
@@ -100,10 +100,10 @@ def test_the_command_line_is_interrupted_carried_on_and_its_folder_loads(browser
     assert [row["page"] for row in rows] == ["index.html", "long.html", "pre.html"]
     after = {row["page"]: (out / row["file_name"]).stat().st_mtime_ns for row in rows}
     assert before.items() <= after.items()
-    loaded = {name: html for name, picture, html in page_data.read_rows(str(out), None, "train", "image", "text", 0)}
+    loaded = {name: html for name, picture, html in read_rows(str(out), None, "train", "image", "text", 0)}
     assert loaded == {row["file_name"]: row["text"] for row in rows}
-    for name, picture, _ in page_data.read_rows(str(out), None, "train", "image", "text", 0):
-        width, height = page_data.screenshot_size(picture)
+    for name, picture, _ in read_rows(str(out), None, "train", "image", "text", 0):
+        width, height = screenshot_size(picture)
         assert (width, height) == next((row["width"], row["height"]) for row in rows if row["file_name"] == name)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["written"] == 3 and summary["dropped"] == {"blank": 1, "without text": 1}
