@@ -8,7 +8,7 @@
     python holo1_dom_finetune.py --help
 
 One page travels through this file from top to bottom: dataset, prompt and mask, batch, step, checkpoint, HTML, score,
-card, Hub. Sections: Processes, Model, Memory, Training, Saving, Evaluation, Main; the rooms of training/ and
+card, Hub. Sections: Model, Memory, Training, Saving, Evaluation, Main; the rooms of training/ and
 scoring/ stand beside it. (all ranks) marks what every process must call together.
 """
 
@@ -26,152 +26,67 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
+from training.settings import (
+    TRAINING_DEFAULTS,
+    PageSettings,
+    Resolved,
+    check_settings,
+    parse,
+    penalties,
+    resolve,
+)
+
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
+    parse(sys.argv[1:])  # answers and ends here: torch, and all that needs it, takes seconds to load
+
 import use_model_from_hub as use
-from training import fast_layers, memory_plan
+from training import attention, fast_layers, memory_plan, zero3
+from training.base_model import BaseTensor, base_tensors, empty_model, fetch_base, load_config
+from training.checkpoints import keep_earlier_checkpoints, newest_checkpoint
 from training.dataset import dataset_revision, load_pages, load_pages_from_disk, resolve_dataset
 from training.errors import DataError, NotFiniteError, PipelineError, SettingsError, StoppedError
+from training.final_folder import final_tensors, load_weights, save_final
 from training.packing import (
     CHUNK_DEEPSPEED,
     CHUNK_FALLBACK,
-    IGNORED,
     PageCollator,
     PageEncoder,
     colour_supervision,
     count_tokens,
     is_out_of_memory,
 )
-from training.publishing import check_hub_access, derived_licence, push_final_folder, write_model_card
-from training.settings import (
-    TRAINING_DEFAULTS,
-    PageSettings,
-    Resolved,
-    check_settings,
-    newest_checkpoint,
-    penalties,
-    resolve,
+from training.page_order import PageSampler
+from training.processes import (
+    agree,
+    agreed_port,
+    all_ranks_arrive,
+    emergency_group,
+    gather,
+    least,
+    on_each_machine,
+    on_main,
+    rank,
+    same_everywhere,
+    say,
+    together,
+    world_size,
 )
+from training.progress import Meter, draw_loss, log_line, memory_is_tight, release_memory, say_memory
+from training.publishing import check_hub_access, derived_licence, push_final_folder, write_model_card
+from training.stopping import StopRequest
 
 HERE = Path(__file__).resolve().parent
 EMERGENCY_FOLDER = "holo1_dom_finetune_checkpoint"
 
-# -----------------------------------------------------------------------------
-# Processes
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def say(message: str) -> None:
-    """(main process only) One line on stdout."""
-    if rank() == 0:
-        print(message, flush=True)
-
-
-def say_memory(what: str, start: float) -> None:
-    """Say how long a stage took and how much memory the process holds after it."""
-    import psutil
-    import torch
-
-    gib = psutil.Process().memory_info().rss / 2**30
-    gpu = f", GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB peak" if torch.cuda.is_available() else ""
-    say(f"{what} in {time.monotonic() - start:.1f} s; memory {gib:.1f} GiB{gpu}")
-
-
-def on_main(work: Callable):
-    """(all ranks) Run `work` on the main process and hand its result, or its error, to every rank."""
-    import torch.distributed as dist
-
-    together = dist.is_initialized() and world_size() > 1
-    outcome = [None, None]
-    if rank() == 0:
-        try:
-            outcome[0] = work()
-        except PipelineError as error:
-            outcome[1] = error
-        except Exception as error:  # the other ranks must hear of any failure, or they wait for hours
-            if together:
-                dist.broadcast_object_list([None, PipelineError(f"the main process failed: {error!r}")])
-            raise
-    if together:
-        dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
-def on_each_machine(work: Callable, there: Callable[[object], bool]):
-    """(all ranks) `work` on the main process, and again on every machine that does not see what it left: `there`.
-
-    Its result must be the same wherever it is done; returns this machine's own.
-    """
-    import torch.distributed as dist
-
-    outcome = [on_main(work), None]
-    if dist.is_initialized() and world_size() > 1:
-        alone = os.environ.get("LOCAL_RANK", "0") == "0" and not there(outcome[0])
-        if alone:
-            print(
-                f"rank {rank()}: this machine sees nothing of what rank 0 has prepared and prepares it, too", flush=True
-            )
-            try:
-                outcome[0] = work()
-            except PipelineError as error:
-                outcome[1] = error
-        outcomes = [None] * world_size()
-        dist.all_gather_object(outcomes, outcome)
-        for _, error in outcomes:
-            if error is not None:
-                raise error
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        outcome = outcomes[rank() - local]
-    return outcome[0]
-
 
 # -----------------------------------------------------------------------------
 # Model
-
-
-MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl")  # as config.json names them
-DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # of weights: safetensors' name, torch's name
-
-
-@dataclass(frozen=True)
-class BaseTensor:
-    """One tensor of the base checkpoint: its name in the loaded model, shape, dtype, and file (None: no weights)."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    file: Path | None
-
-
-def fetch_base(settings: PageSettings) -> Path:
-    """(main process only) The folder of the base model, downloaded when it is on the Hub."""
-    if Path(settings.base_model).is_dir():
-        return Path(settings.base_model)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    wanted = ["*.json", "*.txt", "*.jinja", "*.model", "README.md", "LICENSE*", "NOTICE*", "*.py"]
-    wanted += [] if settings.random_weights or settings.plan else ["*.safetensors"]
-    try:
-        return Path(snapshot_download(settings.base_model, revision=settings.base_revision, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
-        raise SettingsError(
-            f"--base_model {settings.base_model} cannot be fetched: {error}; check the name, the network, and "
-            "`hf auth login` for a gated model"
-        ) from error
 
 
 def load_processor(base: Path, settings: PageSettings):
@@ -183,88 +98,6 @@ def load_processor(base: Path, settings: PageSettings):
         raise SettingsError(f"--base_model {settings.base_model} has no processor that loads: {error}") from error
     use.limit_pixels(processor, use.Recipe.min_pixels, settings.max_pixels)
     return processor
-
-
-@contextlib.contextmanager
-def without_zero3() -> Iterator[None]:
-    """Models made inside are whole, although the process trains under ZeRO-3."""
-    from transformers.integrations import deepspeed as integration
-
-    kept = integration._hf_deepspeed_config_weak_ref
-    integration._hf_deepspeed_config_weak_ref = None
-    try:
-        yield
-    finally:
-        integration._hf_deepspeed_config_weak_ref = kept
-
-
-def empty_model(base: Path, device: str, dtype, trust_remote_code: bool):
-    """The model's architecture with unset weights on `device` ("meta" needs no memory)."""
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
-    from transformers.initialization import no_init_weights
-
-    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    with without_zero3(), no_init_weights(), torch.device(device):
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    model.tie_weights()  # left out together with the initialisation
-    return model
-
-
-def read_safetensors(folder: Path) -> dict[str, tuple[tuple[int, ...], str, Path]]:
-    """Shape, dtype and file of every tensor in a folder, from the headers alone."""
-    from safetensors import SafetensorError, safe_open
-
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 (a safetensors file is no dict)
-                    view = tensors.get_slice(key)
-                    found[key] = (tuple(view.get_shape()), view.get_dtype(), file)
-        except SafetensorError as error:
-            raise SettingsError(f"{file} is damaged ({error}); fetch it anew") from error
-    return found
-
-
-def base_tensors(base: Path, settings: PageSettings) -> dict[str, BaseTensor]:
-    """What the base checkpoint holds, by its own key; from the architecture where it has no weights."""
-    import torch
-    from transformers import AutoConfig
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
-
-    kind = AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code).model_type
-    if kind not in MODEL_TYPES:
-        raise SettingsError(
-            f"--base_model {settings.base_model} is a {kind}; {' or '.join(MODEL_TYPES)} can be trained"
-        )
-    model = empty_model(base, "meta", torch.bfloat16, settings.trust_remote_code)
-    names = dict(model.state_dict())
-    found = read_safetensors(base)
-    if not found and not settings.random_weights and not settings.plan:
-        raise SettingsError(
-            f"--base_model {settings.base_model}: no .safetensors there; convert the weights, or --random_weights"
-        )
-    if settings.random_weights or not found:
-        tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
-        asked = str(model.config.dtype).removeprefix("torch.")
-        dtype = next((short for short, name in DTYPES.items() if name == asked), "F32")
-        keys = {name: next(iter(revert_weight_conversion(model, {name: names[name]}))) for name in names}
-        return {keys[n]: BaseTensor(n, tuple(t.shape), dtype, None) for n, t in names.items() if n not in tied}
-    mapping = get_model_conversion_mapping(model)
-    others = [step for step in mapping if not isinstance(step, WeightRenaming)]
-    if others:
-        raise SettingsError(f"--base_model {settings.base_model}: its weights are merged on loading, not only renamed")
-    plan = {}
-    for key, (shape, dtype, file) in found.items():
-        if dtype not in DTYPES:
-            raise SettingsError(f"--base_model {settings.base_model}: {key} is {dtype}, not {', '.join(DTYPES)}")
-        name, _ = rename_source_key(key, mapping, [], model.base_model_prefix, names)
-        if name not in names:
-            raise SettingsError(f"--base_model {settings.base_model}: {key} is no weight of {type(model).__name__}")
-        plan[key] = BaseTensor(name, shape, dtype, file)
-    return plan
 
 
 def load_model(base: Path, settings: PageSettings, args):
@@ -324,10 +157,10 @@ def make_fast(model, settings: PageSettings, args, sharded: bool) -> None:
     width = fast_layers.align_vision_mlp(model)
     fast_layers.install(model, fuse)
     if sharded:
-        fast_layers.set_leaves(model)
+        zero3.set_leaves(model, fast_layers.LEAVES)
     fused = "fused" if fuse else f"not fused ({obstacle or 'as asked'})"
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    kernel = fast_layers.attention_words(model.config, args.device.type, dtype)
+    kernel = attention.attention_words(model.config, args.device.type, dtype)
     say(f"fast path: pages packed, attention by {kernel}, element-wise parts {fused}, vision MLP {width:,} wide")
 
 
@@ -376,22 +209,10 @@ def print_plan(base: Path, resolved: Resolved) -> None:
         return memory_plan.Load(count * (sum(tokens) + 40), count * tokens[0] * 4, count * tokens[1])
 
     way = training_way(resolved.training, settings, resolved.deepspeed, fused=True)
-    bucket, whole = bucket_size(resolved.deepspeed), may_be_whole(resolved.deepspeed, config)
+    bucket, whole = zero3.bucket_size(resolved.deepspeed), zero3.may_be_whole(resolved.deepspeed, config)
     say(memory_plan.table(config, longest, way, pages, bucket, whole, (24, 40, 80, 140)))
     copy = 2 * sum(sizes) / 2**30
     say(f"before and after training a copy that writes pages takes {copy:.1f} GiB more, when activations take none")
-
-
-def load_config(base: Path, settings: PageSettings):
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code)
-
-
-def bucket_size(deepspeed: dict | None) -> int:
-    """Weights in one of DeepSpeed's buckets; `auto` is left to us (`tune_zero`)."""
-    asked = (deepspeed or {}).get("zero_optimization", {}).get("reduce_bucket_size", "auto")
-    return REDUCED_AT_ONCE if asked == "auto" else int(asked)
 
 
 def training_way(training: dict, settings: PageSettings, deepspeed: dict | None, fused: bool) -> memory_plan.Way:
@@ -425,13 +246,13 @@ def choose_micro_batch(args, settings: PageSettings, config, pages, encoder: Pag
     deepspeed = args.hf_deepspeed_config.config if args.deepspeed else None
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     way = training_way({"per_device_train_batch_size": args.per_device_train_batch_size}, settings, deepspeed, True)
-    bucket, loads = bucket_size(deepspeed), longest_loads(pages, encoder, per_step)
+    bucket, loads = zero3.bucket_size(deepspeed), longest_loads(pages, encoder, per_step)
     shares = memory_plan.SHARES if settings.checkpoint_share is None else [settings.checkpoint_share]
     costs = page_costs(config, pages, encoder)
     tflops = memory_plan.peak_tflops(torch.cuda.get_device_name(args.device)) or 0.0
     limit, tflops = least([memory_limit(args.device), tflops])  # ranks that chose differently would wait for ever
     seconds = memory_plan.page_seconds(sum(costs) / len(costs), tflops or None)
-    weights, whole = sum(memory_plan.weights_of(config)), may_be_whole(deepspeed, config)
+    weights, whole = sum(memory_plan.weights_of(config)), zero3.may_be_whole(deepspeed, config)
     ways = memory_plan.candidates(way, per_step, seconds, weights, shares, whole)
     if settings.micro_batch != "auto":
         ways = [way for way in ways if way.micro_batch == args.per_device_train_batch_size]
@@ -449,31 +270,13 @@ def choose_micro_batch(args, settings: PageSettings, config, pages, encoder: Pag
     if deepspeed is not None:
         deepspeed["train_micro_batch_size_per_gpu"] = plan.way.micro_batch
         deepspeed["gradient_accumulation_steps"] = args.gradient_accumulation_steps
-        tune_zero(deepspeed.get("zero_optimization", {}), plan.way)
+        zero3.tune_zero(deepspeed.get("zero_optimization", {}), plan.way)
     parts = ", ".join(f"{name} {size:.1f}" for name, size in plan.parts.items())
     say(
         f"micro-batch: {plan.way.micro_batch} pages at once, {plan.way.checkpointed:.0%} of the layers worked out twice"
         f"{whole_words(plan.way)}; {plan.total:.1f} GiB planned of {limit:.1f} ({parts})"
     )
     return plan
-
-
-def least(values: list[float]) -> list[float]:
-    """(all ranks) The smallest of each value that any rank has."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized() or world_size() == 1:
-        return values
-    shares = [None] * world_size()
-    dist.all_gather_object(shares, values)
-    return [min(share) for share in zip(*shares)]
-
-
-def may_be_whole(deepspeed: dict | None, config) -> tuple[bool, ...]:
-    """Whether weights may be gathered once per step, or by layers: both where the threshold is left to us."""
-    asked = (deepspeed or {}).get("zero_optimization", {}).get(THRESHOLD, "auto")
-    largest = config.get_text_config().vocab_size * config.get_text_config().hidden_size
-    return (True, False) if asked == "auto" else (int(asked) >= largest,)
 
 
 def whole_words(way: memory_plan.Way) -> str:
@@ -488,22 +291,6 @@ def memory_limit(device) -> float:
 
     total = torch.cuda.get_device_properties(device).total_memory
     return memory_plan.MEMORY_SHARE * torch.cuda.get_per_process_memory_fraction(device) * total / 2**30
-
-
-THRESHOLD = "stage3_param_persistence_threshold"
-REDUCED_AT_ONCE = 200_000_000  # weights: transformers' own choice, 4 M for 3B, sends each gradient by itself
-
-
-def tune_zero(zero: dict, way: memory_plan.Way) -> None:
-    """What DeepSpeed's configuration leaves to us ("auto", or nothing), by measurement (benchmarks/README.md)."""
-    wanted = {"reduce_bucket_size": REDUCED_AT_ONCE}
-    if way.whole:
-        wanted |= {THRESHOLD: 10**11, "stage3_max_live_parameters": 10**11}
-    elif zero.get("stage") == 3:
-        wanted["stage3_prefetch_bucket_size"] = REDUCED_AT_ONCE // 2  # a layer of 3B has 77 M: fetched one ahead
-    for name, value in wanted.items():
-        if zero.get(name, "auto") == "auto":
-            zero[name] = value
 
 
 def longest_loads(pages, encoder: PageEncoder, most: int) -> list[memory_plan.Load]:
@@ -528,7 +315,7 @@ def compare_with_plan(trainer, plan: memory_plan.Plan) -> None:
     peak = max((entry["peak_gib"] for entry in trainer.state.log_history if "peak_gib" in entry), default=0.0)
     if peak and hasattr(trainer, "heaviest"):
         load = memory_plan.Load(*trainer.heaviest)
-        bucket = bucket_size(trainer.args.hf_deepspeed_config.config if trainer.args.deepspeed else None)
+        bucket = zero3.bucket_size(trainer.args.hf_deepspeed_config.config if trainer.args.deepspeed else None)
         planned = memory_plan.estimate(trainer.model.config, load, plan.way, bucket).total
         say(f"peak: {peak:.1f} GiB measured, {planned:.1f} planned for the heaviest batch, {planned / peak - 1:+.1%}")
 
@@ -548,7 +335,7 @@ class Fit:
         if trainer.args.activation_checkpointing:
             checkpoint_some_layers(trainer.model, self.share)
         if collate.packed and is_deepspeed_zero3_enabled():
-            fast_layers.lean_steps(trainer.model_wrapped)
+            zero3.lean_steps(trainer.model_wrapped)
         if self.plain_loss is not None:
             with torch.no_grad():
                 loss = self.forward(trainer, collate(list(held_out.select(range(min(2, len(held_out)))))))
@@ -613,21 +400,6 @@ class Fit:
         os.execv(sys.executable, [sys.executable, *again])
 
 
-def agreed_port() -> int:
-    """(all ranks) A port that is free where rank 0 runs."""
-    import socket
-
-    import torch.distributed as dist
-
-    chosen = [0]
-    if rank() == 0:
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            chosen = [probe.getsockname()[1]]
-    dist.broadcast_object_list(chosen, src=0, group=emergency_group())
-    return chosen[0]
-
-
 def checkpoint_some_layers(model, share: float) -> None:
     """Of each tower's layers, `share` have their activations worked out twice, spread evenly."""
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -641,115 +413,8 @@ def checkpoint_some_layers(model, share: float) -> None:
             layer.gradient_checkpointing = math.floor((place + 1) * share) > math.floor(place * share)
 
 
-def together(flag: bool, seconds: float = 60.0) -> bool:
-    """(all ranks) True everywhere when it is true anywhere; over gloo, since NCCL may be stuck after a failure."""
-    import torch
-    import torch.distributed as dist
-
-    if not dist.is_initialized() or world_size() == 1:
-        return flag
-    dist.monitored_barrier(emergency_group(), timeout=timedelta(seconds=seconds))
-    votes = torch.tensor(float(flag))
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=emergency_group())
-    return bool(votes)
-
-
 # -----------------------------------------------------------------------------
 # Training
-
-
-class Meter:
-    """What went through the model since the last log line, on this rank."""
-
-    def __init__(self):
-        self.start, self.paused, self.waited = time.monotonic(), 0.0, 0.0
-        self.pages = self.supervised = self.image = self.steps = 0
-        self.flops = 0.0
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """What happens inside is no training time."""
-        start = time.monotonic()
-        yield
-        self.paused += time.monotonic() - start
-
-    def count(self, inputs: dict, image_token_id: int) -> None:
-        self.pages += len(inputs["image_grid_thw"])
-        self.flops += inputs.pop("flops", 0.0)
-        if "targets" in inputs:
-            self.supervised += len(inputs["targets"])
-            self.image += len(inputs["image_places"])
-        else:
-            self.supervised = self.supervised + inputs["labels"].ne(IGNORED).sum()
-            self.image = self.image + inputs["input_ids"].eq(image_token_id).sum()
-
-    def read(self, args) -> dict[str, float]:
-        """(all ranks) Rates over all ranks, the longest wait for data, and the highest peak memory of one."""
-        import torch
-        import torch.distributed as dist
-
-        seconds, steps = time.monotonic() - self.start - self.paused, max(1, self.steps)
-        cuda = torch.cuda.is_available()
-        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else process_peak_gib()
-        counts = [self.pages, float(self.supervised), float(self.image), self.flops / 1e12]
-        sums = torch.tensor(counts, device=args.device, dtype=torch.float64 if cuda else torch.float32)
-        worst = torch.tensor([peak, self.waited / seconds], device=args.device)
-        if dist.is_initialized() and world_size() > 1:
-            dist.all_reduce(sums)
-            dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        pages, supervised, image, tflops = (sums / seconds).tolist()
-        peak, waited = worst.tolist()
-        self.__init__()
-        most = memory_plan.peak_tflops(torch.cuda.get_device_name()) if cuda else None
-        return {
-            "pages_per_second": pages,
-            "supervised_tokens_per_second": supervised,
-            "image_tokens_per_second": image,
-            "seconds_per_step": seconds / steps,
-            "data_wait_share": waited,
-            "peak_gib": peak,
-        } | ({"mfu": tflops / most / world_size()} if most and tflops else {})
-
-
-def process_peak_gib() -> float:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
-
-
-class StopRequest:
-    """SIGTERM or Ctrl-C only set a flag; ranks agree on it at a step boundary and save the same step."""
-
-    def __init__(self):
-        self.signal, self.first = 0, 0.0
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *unused):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def note(self, number, frame):
-        if self.signal and time.monotonic() - self.first > 2:  # schedulers signal the wrapper and the ranks at once
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        if not self.signal:
-            say(f"signal {number}: stopping at the end of this step, state will be saved; once more to stop at once")
-            self.signal, self.first = number, time.monotonic()
-
-
-def agree(flag: bool, device) -> bool:
-    """(all ranks) True everywhere when it is true anywhere."""
-    import torch
-    import torch.distributed as dist
-
-    if not dist.is_initialized() or world_size() == 1:
-        return flag
-    votes = torch.tensor(float(flag), device=device)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return bool(votes)
 
 
 def trainer_class(meter: Meter, collate: PageCollator, judge: Judge, costs: list[float]) -> type:
@@ -760,7 +425,7 @@ def trainer_class(meter: Meter, collate: PageCollator, judge: Judge, costs: list
 
     class PageTrainer(Trainer):
         def _get_train_sampler(self, train_dataset=None):
-            return page_sampler(costs, self.args)
+            return PageSampler(costs, self.args)
 
         def get_batch_samples(self, *arguments):
             start = time.monotonic()
@@ -811,62 +476,6 @@ def trainer_class(meter: Meter, collate: PageCollator, judge: Judge, costs: list
     return PageTrainer
 
 
-def load_weights(model, folder: Path, settings: PageSettings) -> None:
-    """The weights of a checkpoint, by their names in the model. The Trainer of transformers 5.23 saves them by their
-    older names, looks for the newer ones, finds none, and goes on with the base's weights and a warning."""
-    from safetensors import safe_open
-
-    state = {}
-    for key, tensor in base_tensors(folder, replace(settings, random_weights=False, plan=False)).items():
-        with safe_open(tensor.file, framework="pt") as tensors:
-            state[tensor.name] = tensors.get_tensor(key)
-    missing, _ = model.load_state_dict(state, strict=False)
-    missing = set(missing) - set(model._tied_weights_keys or ())
-    if missing:
-        raise SettingsError(f"{folder} lacks {', '.join(sorted(missing)[:5])}: it is no checkpoint of this model")
-
-
-def page_sampler(costs: list[float], args):
-    """Batches of equal cost: the pages of a step, drawn at random, are dealt out so that all ranks finish together.
-
-    No page comes twice in an epoch, and all ranks have equally many batches: of the last pages, as many as cannot be
-    shared out evenly are left out of this epoch; another one draws others.
-    """
-    import torch
-    from transformers.trainer_pt_utils import BatchRebalanceSampler  # the Trainer deals with its kind, rank by rank
-
-    micro, accumulated, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size()
-
-    class PageSampler(BatchRebalanceSampler):
-        def __init__(self):
-            self.epoch = 0
-
-        def steps(self) -> Iterator[list[list[int]]]:
-            """The pages of each optimizer step, in groups: one for each rank and micro-batch, rank by rank."""
-            generator = torch.Generator().manual_seed(args.seed + self.epoch)
-            order = torch.randperm(len(costs), generator=generator).tolist()
-            order = order[: len(order) // ranks * ranks]
-            size = micro * accumulated * ranks
-            for start in range(0, len(order), size):
-                pages = order[start : start + size]
-                groups = memory_plan.deal(
-                    [costs[page] for page in pages], math.ceil(len(pages) / micro / ranks) * ranks
-                )
-                yield [[pages[place] for place in group] for group in groups]
-
-        def __iter__(self):
-            for groups in self.steps():
-                yield from groups[rank() :: ranks]
-
-        def __len__(self):
-            mine = len(costs) // ranks
-            return mine // (micro * accumulated) * accumulated + math.ceil(mine % (micro * accumulated) / micro)
-
-    if len(costs) < ranks:
-        raise DataError(f"{len(costs)} training pages for {ranks} processes: each needs one; give more pages")
-    return PageSampler()
-
-
 def make_trainer(args, model, collate: PageCollator, pages, stop: StopRequest, judge: Judge, fit: Fit, save):
     """The Trainer and what happens at the end of each of its steps."""
     import torch
@@ -912,7 +521,7 @@ def make_trainer(args, model, collate: PageCollator, pages, stop: StopRequest, j
         callbacks=[Steps()],
     )
     if rank() == 0:  # which page was trained on in which step of the first epoch
-        steps = enumerate(page_sampler(costs, args).steps(), start=1)
+        steps = enumerate(PageSampler(costs, args).steps(), start=1)
         names = pages.select_columns(["name"])["name"]
         lines = ({"step": step, "pages": [names[page] for group in groups for page in group]} for step, groups in steps)
         text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -936,90 +545,6 @@ def page_costs(config, pages, encoder: PageEncoder) -> list[float]:
 
 
 NOT_FINITE = "the {} not finite at step {}, which was left out; lower --learning_rate"
-
-
-def memory_is_tight() -> bool:
-    """Whether a tenth or less is free. Clearing costs 0.3 s a step, several times a small model's whole step."""
-    import psutil
-    import torch
-
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-    else:
-        free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
-    return free < 0.1 * total
-
-
-def release_memory() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def log_line(logs: dict, state) -> str:
-    left = (state.max_steps - state.global_step) * logs["seconds_per_step"]
-    return (
-        f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"
-        f"  {logs['pages_per_second']:.2f} pages/s  {logs['supervised_tokens_per_second']:,.0f} supervised tokens/s"
-        f"  {logs['image_tokens_per_second']:,.0f} image tokens/s  {logs['seconds_per_step']:.2f} s/step"
-        + (f"  MFU {100 * logs['mfu']:.1f} %" if "mfu" in logs else "")
-        + f"  data wait {100 * logs['data_wait_share']:.0f} %  peak {logs['peak_gib']:.1f} GiB"
-        f"  {timedelta(seconds=round(left))} left"
-    )
-
-
-def draw_loss(history: list[dict], path: Path) -> None:
-    """The loss curve as a picture: every step pale, their running mean strong."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    if not points:
-        return
-    steps, losses = zip(*points)
-    mean, smooth = losses[0], []
-    for loss in losses:
-        mean += (loss - mean) * 0.1
-        smooth.append(mean)
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes.plot(steps, losses, color="#9ecae1", linewidth=1, label="each step")
-    axes.plot(steps, smooth, color="#08519c", linewidth=2, label="running mean")
-    axes.set(xlabel="optimizer step", ylabel="loss per supervised token", title="Training loss")
-    axes.legend(frameon=False)
-    axes.grid(alpha=0.3)
-    figure.savefig(path)
-    pyplot.close(figure)
-
-
-def all_ranks_arrive(seconds: float = 20.0) -> bool:
-    """(any rank) Whether every rank comes here in time: after a failure, some may hang or be gone."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized() or world_size() == 1:
-        return True
-    try:
-        # Over gloo, whatever training used: NCCL may be stuck in the collective that failed.
-        dist.monitored_barrier(emergency_group(), timeout=timedelta(seconds=seconds))
-    except RuntimeError as error:
-        print(f"rank {rank()}: not every rank can take part in an emergency checkpoint ({error})", flush=True)
-        return False
-    return True
-
-
-_EMERGENCY_GROUP: list = []
-
-
-def emergency_group():
-    """(all ranks, the first time) A gloo group of its own, made before anything can have failed."""
-    import torch.distributed as dist
-
-    if not _EMERGENCY_GROUP and dist.is_initialized() and world_size() > 1:
-        _EMERGENCY_GROUP.append(dist.new_group(backend="gloo", timeout=timedelta(seconds=60)))
-    return _EMERGENCY_GROUP[0] if _EMERGENCY_GROUP else None
 
 
 def train(trainer, settings: PageSettings, stop: StopRequest, save: Callable[[Path], None]):
@@ -1051,104 +576,6 @@ def train(trainer, settings: PageSettings, stop: StopRequest, save: Callable[[Pa
 # Saving
 
 
-def final_tensors(model, plan: dict[str, BaseTensor]) -> Iterator[tuple[str, BaseTensor, object]]:
-    """(all ranks) Every tensor of the base checkpoint as training has left it: (key, BaseTensor, tensor).
-
-    Gathered one at a time under ZeRO-3, adapters merged in fp32, rounded to the base's dtype. With quantisation the
-    full-precision weight is read from the base's own file. These tensors are what is saved and what evaluation uses.
-    """
-    import torch
-    from safetensors import safe_open
-
-    weights = {}
-    for name, parameter in model.named_parameters():
-        weights[name.removeprefix("base_model.model.").replace(".base_layer.", ".")] = parameter
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # beneath the adapters
-    tied = inner._tied_weights_keys or {}
-    scales = {
-        name.removeprefix("base_model.model."): module.scaling["default"]
-        for name, module in model.named_modules()
-        if hasattr(module, "lora_A")
-    }
-    for key, base in plan.items():
-        weight = weights.get(base.name)
-        if weight is None:
-            weight = weights[tied[base.name]]
-        stem = base.name.removesuffix(".weight")
-        down, up = (weights.get(f"{stem}.lora_{part}.default.weight") for part in "AB")
-        with gathered([part for part in (weight, down, up) if part is not None]):
-            value = fast_layers.narrowed(weight.detach(), base.shape)
-            if type(weight).__name__ == "Params4bit":
-                with safe_open(base.file, framework="pt") as tensors:
-                    value = tensors.get_tensor(key).to(weight.device)
-            if down is not None:
-                value = value.float() + scales[stem] * (up.detach().float() @ down.detach().float())
-            yield key, base, value.to(getattr(torch, DTYPES[base.dtype]))
-
-
-def gathered(parameters: list):
-    """(all ranks) Whole parameters inside, whether ZeRO-3 has sharded them or not."""
-    if any(hasattr(parameter, "ds_id") for parameter in parameters):
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters(parameters)
-    return contextlib.nullcontext()
-
-
-def save_final(model, plan: dict[str, BaseTensor], base: Path, processor, recipe: dict, folder: Path) -> None:
-    """(all ranks) Write a folder that loads anywhere, with exactly the base checkpoint's keys, shapes and dtypes.
-
-    Written beside its place and renamed, so that an interrupted save never leaves half a model. Raises `PipelineError`
-    when what was written differs from the base, naming the difference, and `NotFiniteError` for poisoned weights.
-    """
-    from huggingface_hub import save_torch_state_dict
-    from transformers import AutoConfig, GenerationConfig
-
-    state = {}
-    for key, _, tensor in final_tensors(model, plan):
-        if not tensor.isfinite().all():  # whole on every rank, so all of them stop here
-            raise NotFiniteError(f"not saved: {key} holds NaN or infinite numbers")
-        if rank() == 0:
-            state[key] = tensor.cpu().clone().contiguous()
-
-    def write() -> None:
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_torch_state_dict(state, partial, max_shard_size="5GB", metadata={"format": "pt"})
-        for file in partial.glob("*.safetensors"):
-            file.chmod(0o644)  # safetensors 0.8 leaves 0600, which a server under another user cannot read
-        # From the base, not from the model in memory, which training has changed (no cache, another dtype).
-        AutoConfig.from_pretrained(base, trust_remote_code=recipe["trust_remote_code"]).save_pretrained(partial)
-        if (base / "generation_config.json").is_file():
-            GenerationConfig.from_pretrained(base).save_pretrained(partial)
-        processor.save_pretrained(partial)
-        for terms in (path for name in ("LICENSE*", "NOTICE*") for path in base.glob(name)):
-            shutil.copyfile(terms, partial / terms.name)  # most licences ask that they travel with the weights
-        (partial / use.RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
-        compare_tensors(read_safetensors(partial), plan)
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-
-    on_main(write)
-
-
-def compare_tensors(written: dict, plan: dict[str, BaseTensor]) -> None:
-    """Raise `PipelineError` when a saved checkpoint differs from its base in keys, shapes or dtypes."""
-    problems = [f"missing {key}" for key in sorted(plan.keys() - written.keys())]
-    problems += [f"unexpected {key}" for key in sorted(written.keys() - plan.keys())]
-    for key in sorted(plan.keys() & written.keys()):
-        if written[key][:2] != (plan[key].shape, plan[key].dtype):
-            problems.append(f"{key} is {written[key][:2]}, the base has {(plan[key].shape, plan[key].dtype)}")
-    if problems:
-        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise PipelineError("the saved model differs from its base: " + "; ".join(problems[:10]) + more)
-
-
 # -----------------------------------------------------------------------------
 # Evaluation
 
@@ -1173,24 +600,8 @@ def evaluation_model(model, plan: dict[str, BaseTensor], base: Path, settings: P
     return copy.eval()
 
 
-@contextlib.contextmanager
-def plain_linear() -> Iterator[None]:
-    """DeepSpeed 0.19.8 puts a linear function of its own into torch, for good, whose bias rounds on its own in bf16.
-    Inside, torch's is back: written pages and logits are exactly those of a user who loads the final folder."""
-    import torch
-
-    kept = torch.nn.functional.linear
-    torch.nn.functional.linear = torch._C._nn.linear
-    try:
-        yield
-    finally:
-        torch.nn.functional.linear = kept
-
-
 def write_held_out(model, processor, pages, recipe: use.Recipe, batch: int) -> list[dict]:
     """(all ranks) Each rank writes its share of the held-out pages; every rank gets all of them, in order."""
-    import torch.distributed as dist
-
     # Pages of like length together: a batch is written until its longest page ends.
     order = sorted(range(len(pages)), key=lambda place: -len(pages[place]["html"]))
     rows, mine, start = [], order[rank() :: world_size()], time.monotonic()
@@ -1198,7 +609,7 @@ def write_held_out(model, processor, pages, recipe: use.Recipe, batch: int) -> l
         places = mine[:batch]
         screenshots = [use.open_screenshot(pages[place]["screenshot"]) for place in places]
         try:
-            with plain_linear():
+            with zero3.plain_linear():
                 written = use.write_pages(model, processor, screenshots, recipe)
         except Exception as error:
             if not is_out_of_memory(error) or batch == 1:
@@ -1211,10 +622,7 @@ def write_held_out(model, processor, pages, recipe: use.Recipe, batch: int) -> l
         rows += [{"place": place, **asdict(page)} for place, page in zip(places, written)]
         say(f"  {len(rows)} of {len(rows) + len(mine)} pages written")
     seconds = time.monotonic() - start
-    shares = [(rows, seconds)]
-    if dist.is_initialized() and world_size() > 1:
-        shares = [None] * world_size()
-        dist.all_gather_object(shares, (rows, seconds))
+    shares = gather((rows, seconds))
     slowest = max(seconds for _, seconds in shares)
     rows = sorted((row for rows, _ in shares for row in rows), key=lambda row: row["place"])
     return [{**row, "seconds": slowest} for row in rows]
@@ -1224,27 +632,28 @@ def score_held_out(rows: list[dict], pages) -> dict:
     """Shares over all pages, and each page's own outcome. `shuffled_exact` compares each answer with the next page's
     reference, as if the screenshots had been shuffled: a model that does not look at them scores as high there.
     Greedy answers depend on the screenshot alone, so the same answers serve."""
-    import page_scores
+    from scoring.statistics import summarise
+    from scoring.validity import looping, same_html, validity
 
     scored = []
     for row, page in zip(rows, pages):
-        validity = page_scores.validity(row["html"])
+        found = validity(row["html"])
         scored.append(
             {
                 "page": page["name"],
-                "valid": validity.valid and not row["cut_off"],
-                "reason": "cut off" if row["cut_off"] else validity.reason,
+                "valid": found.valid and not row["cut_off"],
+                "reason": "cut off" if row["cut_off"] else found.reason,
                 "truncated": row["cut_off"],
-                "looping": page_scores.looping(row["raw"]),
-                "exact": page_scores.same_html(row["html"], page["html"]),
+                "looping": looping(row["raw"]),
+                "exact": same_html(row["html"], page["html"]),
                 "tokens": row["tokens"],
                 "reference_tokens": page["html_tokens"],
             }
         )
     turned = [pages[(place + 1) % len(pages)]["html"] for place in range(len(pages))]
-    shuffled = sum(page_scores.same_html(row["html"], html) for row, html in zip(rows, turned)) / len(rows)
+    shuffled = sum(same_html(row["html"], html) for row, html in zip(rows, turned)) / len(rows)
     tokens, seconds = sum(row["tokens"] for row in rows), max(row["seconds"] for row in rows)
-    summary = page_scores.summarise(scored) | {
+    summary = summarise(scored) | {
         "shuffled_exact": shuffled if len(rows) > 1 else None,
         "tokens": tokens,
         "tokens_per_second": tokens / seconds,
@@ -1295,7 +704,7 @@ def rehearse(model, collate: PageCollator, processor, pages, recipe: use.Recipe)
         for name, value in collate(list(pages)).items()
     }
     batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
-    with torch.no_grad(), plain_linear():
+    with torch.no_grad(), zero3.plain_linear():
         loss = model(**batch).loss
     if not loss.isfinite():
         raise NotFiniteError(f"the loss of two held-out pages is {loss.item()} before training: the base is damaged")
@@ -1394,46 +803,49 @@ class Judge:
 
     def pairs(self, rows: list[dict]) -> list:
         """Each page in a window for its screenshot."""
-        import page_scores
+        from scoring.many_pages import Pair, window_of
 
         def pair(row: dict, page: dict):
             screenshot = use.open_screenshot(page["screenshot"])
-            return page_scores.Pair(page["name"], page["html"], row["html"], *page_scores.window_of(*screenshot.size))
+            return Pair(page["name"], page["html"], row["html"], *window_of(*screenshot.size))
 
         return [pair(row, page) for row, page in zip(rows, self.pages)]
 
     @cached_property
     def clip(self):
         """(main process only) CLIP or None, and why."""
-        import page_scores
+        from scoring.clip import find_clip
 
-        return page_scores.find_clip()
+        return find_clip()
 
     def progress(self, label: str):
-        import page_scores
+        from scoring.many_pages import Progress
 
         clip, _ = self.clip
         folder = self.folder / f"rendered_{label.replace(' ', '_')}"
-        return page_scores.Progress(folder, pictures=True, clip=clip and clip.name)
+        return Progress(folder, pictures=True, clip=clip and clip.name)
 
     def render(self, label: str, rows: list[dict], result: dict) -> None:
         """(main process only) Add what the rendered pages score; say so, once, where there is no browser."""
-        import page_scores
+        from scoring.many_pages import browser_facts, run_pairs
+        from scoring.proof import ScorerError, prove
+        from scoring.renders import BrowserMissing, Renderer
+        from scoring.statistics import means
 
         if self.unrendered:
             return
         try:
-            with page_scores.Renderer() as renderer:
+            with Renderer() as renderer:
                 clip, why_not = self.clip
-                page_scores.prove(renderer, clip=clip)
-                scores = page_scores.run_pairs(self.pairs(rows), renderer, self.progress(label), clip)
-                result["rendering"] = page_scores.browser_facts(renderer, clip, why_not)
-        except (page_scores.BrowserMissing, page_scores.ScorerError, OSError) as error:
+                prove(renderer, clip=clip)
+                scores = run_pairs(self.pairs(rows), renderer, self.progress(label), clip)
+                result["rendering"] = browser_facts(renderer, clip, why_not)
+        except (BrowserMissing, ScorerError, OSError) as error:
             self.unrendered = str(error)
             return say(f"pages are not rendered, so there are no scores of how they look: {error}")
         for page, score in zip(result["pages"], scores):
             page |= {name: value for name, value in score.items() if name not in ("page", "valid")}
-        result |= page_scores.means(scores)
+        result |= means(scores)
 
     def step(self, number: int, save: Callable[[Path], None]) -> bool:
         """(all ranks) Judge during training and keep the best weights by score. True when patience has run out."""
@@ -1474,7 +886,8 @@ class Judge:
 
     def publish(self, label: str, facts: dict[str, str]) -> None:
         """(main process only) results.json, and the report that shows every page."""
-        import page_scores
+        from scoring.many_pages import run_pairs, write_pages_report
+        from scoring.renders import Renderer
 
         after, before = self.results["after"], self.results.get("before")
         comparison = compare_results(before, after) if before else None
@@ -1488,9 +901,9 @@ class Judge:
             facts = {**facts, "decoding": decoding_words(self.recipe), **after["rendering"]}
             pairs = self.pairs(self.rows["after"])
             if any(pair.key not in progress.rows for pair in pairs):  # they were rendered before an interruption
-                with page_scores.Renderer() as renderer:
-                    page_scores.run_pairs(pairs, renderer, progress, self.clip[0])
-            page_scores.write_pages_report(file, "What the model wrote", pairs, progress, facts, more, comparison)
+                with Renderer() as renderer:
+                    run_pairs(pairs, renderer, progress, self.clip[0])
+            write_pages_report(file, "What the model wrote", pairs, progress, facts, more, comparison)
         for folder in self.folder.glob("rendered_*"):
             shutil.rmtree(folder, ignore_errors=True)
         after["comparison"] = comparison
@@ -1502,12 +915,13 @@ def decoding_words(recipe: use.Recipe) -> str:
 
 def compare_results(before: dict, after: dict) -> dict:
     """Base against tuned on the same pages under the same decoding, page by page, and the means under others."""
-    import page_scores
+    from scoring import metrics as table
+    from scoring.statistics import paired_comparison
 
     known = before["pages"][0].keys() & after["pages"][0].keys()
-    names = [name for name in (*page_scores.METRICS, "exact", "valid") if name in known]
+    names = [name for name in (*table.names(), "exact", "valid") if name in known]
     metrics = {
-        name: page_scores.paired_comparison(*([float(page[name]) for page in run["pages"]] for run in (before, after)))
+        name: paired_comparison(*([float(page[name]) for page in run["pages"]] for run in (before, after)))
         for name in names
     }
     grids = [run.get("decoding", {}) for run in (before, after)]
@@ -1586,24 +1000,12 @@ def prepare_pages(settings: PageSettings, args, encoder: PageEncoder, processor)
 
     report, _ = on_each_machine(prepare, lambda done: (Path(args.output_dir) / "pages" / done[1]).exists())
     training, held_out = load_pages_from_disk(args.output_dir)
-    check_same_pages(training, held_out)
+    names = repr([part.select_columns(["name", "html_tokens"]).to_list() for part in (training, held_out)])
+    if not same_everywhere(hashlib.sha256(names.encode()).hexdigest()):
+        raise DataError("the machines have read different pages; give a --dataset_revision, or a shared --output_dir")
     say(report)
     say_memory(f"{len(training):,} training and {len(held_out):,} held-out pages", start)
     return Pages(training, held_out, report)
-
-
-def check_same_pages(*datasets) -> None:
-    """(all ranks) Raise `DataError` when machines that read for themselves did not read the same."""
-    import torch.distributed as dist
-
-    if dist.is_initialized() and world_size() > 1:
-        names = repr([pages.select_columns(["name", "html_tokens"]).to_list() for pages in datasets])
-        digests = [None] * world_size()
-        dist.all_gather_object(digests, hashlib.sha256(names.encode()).hexdigest())
-        if len(set(digests)) > 1:
-            raise DataError(
-                "the machines have read different pages; give a --dataset_revision, or a shared --output_dir"
-            )
 
 
 def gather_facts(settings: PageSettings, args, base: Path) -> dict:
@@ -1675,7 +1077,7 @@ def fine_tune(resolved: Resolved, args, base: Path, processor, encoder: PageEnco
     import torch
 
     settings, training = resolved.settings, pages.training
-    keep_earlier_checkpoints(settings, args)
+    keep_earlier_checkpoints(Path(args.output_dir), resumes=bool(settings.resume or args.resume_from_checkpoint))
     memory = choose_micro_batch(args, settings, load_config(base, settings), training, encoder)
     say_batch(args)
     start = time.monotonic()
@@ -1727,21 +1129,6 @@ def fine_tune(resolved: Resolved, args, base: Path, processor, encoder: PageEnco
     shown = {"model": final.name} | {name: facts[name] for name in ("base_model", "dataset", "hardware")}
     on_main(lambda: judge.publish(label, {**shown, "steps": str(facts["steps"]), "date": time.strftime("%Y-%m-%d")}))
     on_main(lambda: finish(final, settings, resolved.training, facts, recipe, judge.results))
-
-
-def keep_earlier_checkpoints(settings: PageSettings, args) -> None:
-    """A new training never goes on from, counts among its own, or deletes the checkpoints of an earlier one."""
-
-    def move() -> None:
-        earlier = sorted(Path(args.output_dir).glob("checkpoint-*"))
-        if earlier and not settings.resume and not args.resume_from_checkpoint:
-            place = Path(args.output_dir) / f"earlier-{time.strftime('%Y%m%d-%H%M%S')}"
-            place.mkdir()
-            for checkpoint in earlier:
-                checkpoint.rename(place / checkpoint.name)
-            say(f"{len(earlier)} checkpoints of an earlier run now lie in {place}; --resume would go on from them")
-
-    on_main(move)
 
 
 def finish(final: Path, settings: PageSettings, training: dict, facts: dict, recipe: dict, results: dict) -> None:

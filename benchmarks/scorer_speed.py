@@ -64,33 +64,34 @@ def page_of_texts(count: int, seed: int, changed: float) -> str:
 
 
 def one_pair(blocks: int, renderer) -> dict[str, float]:
-    import page_scores
+    from scoring.blocks import job_for, page_of
+    from scoring.metrics import compare
+    from scoring.proof import score
 
     reference, prediction = page_of_texts(blocks, 1, 0.0), page_of_texts(blocks, 1, 0.3)
-    page_scores.score(reference, prediction, renderer)  # the browser starts
+    score(reference, prediction, renderer)  # the browser starts
     start = time.monotonic()
-    renders = list(renderer.map([page_scores.job_for(reference), page_scores.job_for(prediction)]))
+    renders = list(renderer.map([job_for(reference), job_for(prediction)]))
     rendered = time.monotonic()
-    pages = [page_scores.page_of(render) for render in renders]
+    pages = list(map(page_of, renders, (reference, prediction)))
     read = time.monotonic()
-    score = page_scores.compare(*pages, prediction)
+    found = compare(*pages)
     end = time.monotonic()
     parts = {"rendering": rendered - start, "reading": read - rendered, "matching and scores": end - read}
-    return {"blocks": score.blocks_reference, **parts, "seconds": end - start, "overall": score.overall}
+    return {"blocks": found.blocks_reference, **parts, "seconds": end - start, "overall": found["overall"]}
 
 
 def many_pages(folder: Path, renderer) -> dict[str, float]:
-    import page_scores
+    from scoring.many_pages import Pair, Progress, read, run_pairs
 
     files = sorted(folder.glob("*/page.html"))
-    texts = [page_scores.read(file) for file in files]
+    texts = [read(file) for file in files]
     pairs = [
-        page_scores.Pair(file.parent.name, texts[n], texts[n if n % 2 else (n + 1) % len(files)])
-        for n, file in enumerate(files)
+        Pair(file.parent.name, texts[n], texts[n if n % 2 else (n + 1) % len(files)]) for n, file in enumerate(files)
     ]
     start = time.monotonic()
     with PeakMemory() as memory:
-        rows = page_scores.run_pairs(pairs, renderer, page_scores.Progress(None, pictures=False))
+        rows = run_pairs(pairs, renderer, Progress(None, pictures=False))
     seconds = time.monotonic() - start
     failures = sum(row["failure"] is not None for row in rows)
     return {"pages": len(rows), "failures": failures, "seconds": seconds, "peak_gib": memory.peak}

@@ -1,4 +1,18 @@
-"""The rooms of page_scores.py: pages are rendered, compared, and shown.
+"""How good a written page is: it is rendered, compared with its reference, measured, and shown.
 
-renders draws hostile pages in Chromium, safely; report shows every page, what was wanted and what was written.
+Rooms from top to bottom; each may import those below it, and none above:
+
+    many_pages   pairs out of folders, scored in order, kept on disk on the way, shown in one report
+    report       one file that shows every page, what was wanted and what was written
+    proof        the scorer proves itself on pages whose scores are known, before every run
+    statistics   means, shares, and whether two runs over the same pages differ
+    metrics      what is measured of two pages
+    clip         how alike they are besides their texts, where CLIP's weights are at hand
+    matching     which block of one stands for which of the other
+    blocks       where each text of a page stands and in which colour
+    renders      draws hostile pages in Chromium, safely; nothing of ours below it
+    validity     whether a page is whole, repeats itself, equals another; beside renders
+
+Everything here is started as a module (`python -m scoring.renders`): started as a file, this folder would come first on
+Python's path, and `statistics` would hide Python's own.
 """

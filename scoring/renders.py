@@ -32,6 +32,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,17 @@ class Render:
     def image(self) -> Any:
         """The first picture; None when the render failed."""
         return next((value for value in self.values if hasattr(value, "shape")), None)
+
+
+@cache
+def script(name: str) -> str:
+    """The source of `name`.js of this folder: one function expression, `(options, dom) => ...`."""
+    return Path(__file__).with_name(f"{name}.js").read_text(encoding="utf-8")
+
+
+def step(name: str, **options: Any) -> str:
+    """A step of a `Job`: what `name`.js returns for these options, which reach it as JSON, and for dom.js' helpers."""
+    return f"() => (\n{script(name)})({json.dumps(options)}, (\n{script('dom')})())"
 
 
 class BrowserMissing(RuntimeError):
@@ -121,49 +133,6 @@ def find_chromium(asked: str | None = None) -> str | None:
 
 # -----------------------------------------------------------------------------
 # In the worker
-
-# Prototypes' own functions: a form's field called `body` or `style` would stand in for the document's or the form's.
-SETTLE = r"""async (pictures) => {
-  const all = (selector) => [...Document.prototype.querySelectorAll.call(document, selector)];
-  const get = (node, name) => Element.prototype.getAttribute.call(node, name);
-  const set = (node, name, value) => Element.prototype.setAttribute.call(node, name, value);
-  const drop = (node, name) => Element.prototype.removeAttribute.call(node, name);
-  const grey = "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'%3E%3Crect width='100%25' height='100%25'"
-    + " fill='%23ccc'/%3E%3C/svg%3E";
-  const wait = (promise, ms) => Promise.race([promise, new Promise((done) => setTimeout(done, ms))]);
-  const isData = (node, name) => /^\s*data:/i.test(get(node, name) ?? "");
-  if (pictures) {
-    for (const node of all("img, picture > source, input[type=image]")) {
-      drop(node, "srcset");
-      drop(node, "loading");
-      if (node.localName !== "source" && !isData(node, "src")) set(node, "src", grey);
-    }
-    for (const node of all("svg image")) {
-      for (const name of ["href", "xlink:href"]) {
-        if (get(node, name) !== null && !isData(node, name)) set(node, name, grey);
-      }
-    }
-  }
-  const images = all("img");
-  await wait(Promise.all(images.map((node) => HTMLImageElement.prototype.decode.call(node).catch(() => {
-    if (pictures) set(node, "src", grey);
-  }))), 2000);
-  const again = () => Promise.all(images.map((node) => HTMLImageElement.prototype.decode.call(node).catch(() => 0)));
-  if (pictures) await wait(again(), 1000);
-  await wait(document.fonts.ready, 1000);
-  for (const moving of Document.prototype.getAnimations.call(document)) {
-    try { moving.finish(); } catch { moving.cancel(); }
-  }
-}"""
-
-SIZE = """() => {
-  const root = Object.getOwnPropertyDescriptor(Document.prototype, "documentElement").get.call(document);
-  const body = Object.getOwnPropertyDescriptor(Document.prototype, "body").get.call(document);
-  const of = (node, type, name) => node ? Object.getOwnPropertyDescriptor(type.prototype, name).get.call(node) : 0;
-  const most = (side) => Math.max(of(root, Element, `scroll${side}`), of(body, Element, `scroll${side}`),
-    of(root, HTMLElement, `offset${side}`), of(body, HTMLElement, `offset${side}`), of(root, Element, `client${side}`));
-  return [most("Width"), most("Height")];
-}"""
 
 
 def receive(stream) -> bytes | None:
@@ -276,22 +245,22 @@ def run_steps(session, job: Job, pictures: list[bytes]) -> tuple[list, bool]:
     frame = session.send("Page.getFrameTree")["frameTree"]["frame"]["id"]
     world = session.send("Page.createIsolatedWorld", {"frameId": frame})["executionContextId"]
 
-    def evaluate(source: str, *arguments: Any) -> Any:
+    def evaluate(source: str) -> Any:
         options = {"functionDeclaration": source, "executionContextId": world, "returnByValue": True}
-        options |= {"awaitPromise": True, "arguments": [{"value": value} for value in arguments]}
+        options |= {"awaitPromise": True}
         answer = session.send("Runtime.callFunctionOn", options)
         if "exceptionDetails" in answer:
             details = answer["exceptionDetails"]
             raise ValueError((details.get("exception") or {}).get("description") or details.get("text"))
         return answer["result"].get("value")
 
-    evaluate(SETTLE, job.pictures)
+    evaluate(step("settle", pictures=job.pictures))
     values, clipped = [], False
-    for step in job.steps:
-        if step != SHOT:
-            values.append(evaluate(step))
+    for wanted in job.steps:
+        if wanted != SHOT:
+            values.append(evaluate(wanted))
             continue
-        wide, high = (max(1, round(side)) for side in evaluate(SIZE))
+        wide, high = (max(1, round(side)) for side in evaluate(step("size")))
         wide, high = max(wide, job.width), max(high, job.height)
         width = min(wide, MAX_WIDTH)
         height = min(high, MAX_HEIGHT, MAX_PIXELS // width)

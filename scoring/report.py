@@ -7,7 +7,7 @@
 The file needs no network, no server and, to be read, no JavaScript. Names, HTML and texts are a model's output and
 count as hostile: all are escaped, and a content security policy lets only the report's own script run.
 
-Sections: What is shown, Text, Pictures, Boxes, Card, Summary, Distribution, Comparison, Look, Behaviour, Report.
+Sections: What is shown, Text, Pictures, Boxes, Card, Summary, Distribution, Comparison, Report.
 Needs pillow and numpy.
 """
 
@@ -23,6 +23,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -626,288 +627,18 @@ def comparison_section(comparison: dict) -> str:
 
 
 # -----------------------------------------------------------------------------
-# Look
-
-# Okabe and Ito's colours: told apart by colour-blind readers, and each at least 3:1 against white and against black.
-STYLE = """
-:root{color-scheme:light dark;--page:#f4f6f9;--card:#fff;--text:#1a2230;--muted:#566173;--line:#dce1e9;--edge:#78849a;
---accent:#0062a3;--on-accent:#fff;--soft:#e6f0f8;--track:#e5e9f0;--fill:#0072b2;--bad:#a33c00;--bad-soft:#fdeee4;
---good:#00664b;--good-soft:#e2f4ee;--matched:#0072b2;--missing:#d55e00;--invented:#cc79a7}
-@media(prefers-color-scheme:dark){:root{--page:#10141a;--card:#181e27;--text:#e6eaf1;--muted:#a3aec0;--line:#2b3442;
---edge:#77849a;--accent:#7cc0f2;--on-accent:#0b1a27;--soft:#1b3245;--track:#2a3341;--fill:#56b4e9;--bad:#ffae7d;
---bad-soft:#3b2417;--good:#6fd6b4;--good-soft:#12332a}}
-*{box-sizing:border-box}[hidden]{display:none!important}
-html{-webkit-text-size-adjust:100%;text-size-adjust:100%}html:not(.js) .needs-js{display:none!important}
-body{margin:0;background:var(--page);color:var(--text);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
-"Noto Sans","Liberation Sans",sans-serif;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
-main,.top{max-width:100rem;margin:0 auto;padding:0 2rem}.top{padding-top:2.5rem}
-h1,h2,h3{line-height:1.25;margin:0;text-wrap:balance}h1{font-size:1.85rem;letter-spacing:-.015em}
-h2{font-size:1.3rem;margin-bottom:1rem}h3{font-size:1.05rem}
-section{margin:3rem 0}.hint{margin:0 0 .9rem}a{color:var(--accent);text-underline-offset:.15em}p{margin:.5rem 0}
-.hint,.small,small,figcaption span,summary span,.failures span{color:var(--muted)}small{font-size:.85em}
-:focus-visible{outline:3px solid var(--accent);outline-offset:2px;border-radius:4px}
-.skip{position:absolute;left:-99rem}.skip:focus{left:1rem;top:1rem;padding:.5rem 1rem;background:var(--card);z-index:9}
-.facts{display:flex;flex-wrap:wrap;gap:.6rem 2.2rem;margin:1.1rem 0 0}.facts dt{font-size:.8rem;color:var(--muted)}
-dd{margin:0}.facts dd{font-size:.95rem}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(9rem,1fr));gap:1rem;margin:0 0 1.75rem}
-.tiles div,.hist,.card,.tools{background:var(--card);border:1px solid var(--line);border-radius:12px}
-.tiles div{padding:.9rem 1.1rem}.tiles dt{font-size:.85rem;color:var(--muted)}
-.tiles dd{font-size:1.6rem;font-weight:600;line-height:1.3}.tiles .small{font-size:.8rem;font-weight:400}
-.columns{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:2.5rem;align-items:start}
-.columns h3{margin:0 0 .6rem}.columns ul+h3{margin-top:1.5rem}
-table{border-collapse:collapse;width:100%;font-size:.95rem}
-caption{text-align:left;color:var(--muted);padding-bottom:.4rem}
-th,td{padding:.45rem .75rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}
-th{overflow-wrap:normal}th:first-child,td:first-child{text-align:left;padding-left:0}
-th{font-weight:500}td{white-space:nowrap}td:last-child,th:last-child{padding-right:0}
-tbody th{overflow-wrap:anywhere}thead th{color:var(--muted);font-size:.85rem;vertical-align:bottom}
-.wide{overflow-x:auto}.columns~.wide{margin-top:2rem;max-width:36rem}
-.bar{display:block;height:5px;border-radius:3px;background:var(--track);overflow:hidden;margin-top:.25rem}
-.bar i{display:block;height:100%;background:var(--fill);border-radius:3px}.means .bar{width:9rem;margin-left:auto}
-.failures{padding-left:1.1rem;margin:.5rem 0}summary{cursor:pointer;padding:.3rem 0}
-button,select,input[type=search]{font:inherit;font-size:.92rem;color:inherit;background:var(--card);min-height:2.35rem;
-border:1px solid var(--edge);border-radius:8px;padding:.3rem .75rem}button{cursor:pointer}
-select{max-width:13rem}::placeholder{color:var(--muted);opacity:1}
-button:hover:not(:disabled){background:var(--soft)}
-button[aria-pressed=true]{background:var(--accent);color:var(--on-accent);border-color:var(--accent)}
-.chips,.labels{display:flex;flex-wrap:wrap;gap:.5rem;list-style:none;margin:0;padding:0}
-.chips button{border-radius:99px}
-html:not(.js) .chips button{pointer-events:none}
-.hists{display:grid;grid-template-columns:repeat(auto-fill,minmax(17rem,1fr));gap:1rem}
-.hist{margin:0;padding:.9rem 1.1rem .7rem}
-figcaption{font-size:.9rem;margin-bottom:.45rem}.shots figcaption{margin:0}
-.shots figcaption span{display:block}
-.hist figcaption{display:flex;justify-content:space-between;gap:.8rem}
-.plot{position:relative;height:5.5rem;margin-top:1.6rem;border-bottom:1px solid var(--edge)}
-.plot svg{position:absolute;width:100%;height:100%;fill:var(--fill)}.plot .failed{fill:var(--missing)}
-.counts span{position:absolute;width:10%;text-align:center;font-size:.72rem;color:var(--muted)}
-.bins{position:absolute;inset:-1.2rem 0 0;display:grid;grid-template-columns:repeat(10,1fr)}
-.bins button{min-height:0;padding:0;border:0;border-radius:4px;background:none}.bins button:disabled{cursor:default}
-.bins button:hover:not(:disabled){background:color-mix(in srgb,var(--fill) 16%,transparent)}
-.bins button[aria-pressed=true]{background:color-mix(in srgb,var(--fill) 22%,transparent);
-box-shadow:inset 0 0 0 2px var(--accent)}
-.axis{display:flex;justify-content:space-between;font-size:.75rem;color:var(--muted)}
-.key{display:inline-block;width:.75rem;height:.75rem;border-radius:2px;background:var(--missing);margin-left:.6rem}
-.intervals{width:100%;max-width:27rem;margin-top:2rem;font-size:12px;stroke-width:2}.intervals text{fill:var(--text)}
-.intervals .tick{fill:var(--muted);text-anchor:middle;font-size:11px}.intervals circle{fill:var(--fill)}
-.intervals path{stroke:var(--fill);fill:none}.intervals .zero{stroke:var(--edge);stroke-width:1;stroke-dasharray:3 3}
-.tools{position:sticky;top:.5rem;z-index:3;display:flex;flex-wrap:wrap;align-items:center;gap:.6rem 1.1rem;
-padding:.7rem 1rem;margin-bottom:1.25rem;box-shadow:0 4px 16px rgb(0 0 0/.07)}
-.tools>div{display:flex;flex-wrap:wrap;gap:.4rem;align-items:center}
-.tools label{display:flex;align-items:center;gap:.45rem}
-.tools p{margin:0 0 0 auto;font-size:.92rem}.tools .find{flex:1 1 14rem}.find input{flex:1;min-width:0;width:100%}
-.legend{gap:.3rem 1rem!important;font-size:.92rem}.legend input{width:1.05rem;height:1.05rem;margin:0;
-accent-color:var(--accent)}.legend svg{width:1.6rem;height:1rem;flex:none}
-.legend rect,.boxes rect{stroke-width:2;vector-effect:non-scaling-stroke;fill-opacity:.1}
-.boxes rect{stroke-width:1.5}.matched{stroke:var(--matched);fill:var(--matched)}
-.missing{stroke:var(--missing);fill:var(--missing);stroke-dasharray:5 2.5}
-.invented{stroke:var(--invented);fill:var(--invented);stroke-dasharray:1.5 2}
-body:has(#show-matched:not(:checked)) .boxes .matched,body:has(#show-missing:not(:checked)) .boxes .missing,
-body:has(#show-invented:not(:checked)) .boxes .invented{display:none}
-body:has(#compact:checked) .shot{max-height:15rem}body:has(#compact:checked) .card{--tall:300!important}
-.card{padding:1.4rem 1.5rem;margin-bottom:1.5rem;scroll-margin-top:9rem;content-visibility:auto;
-contain-intrinsic-height:auto calc(var(--tall)*.8px + 17rem)}
-.card:focus{outline:3px solid var(--accent);outline-offset:2px}
-.card header{display:flex;flex-wrap:wrap;align-items:center;gap:.5rem 1rem;margin-bottom:.9rem}
-.card h3 a{color:inherit;text-decoration:none}.card h3 a:hover{text-decoration:underline}
-.labels li{font-size:.8rem;padding:.1rem .65rem;border-radius:99px;border:1px solid var(--line);color:var(--muted)}
-.labels .cause,.labels .bad{background:var(--bad-soft);color:var(--bad);border-color:transparent}
-.labels .good{background:var(--good-soft);color:var(--good);border-color:transparent}
-.failure{background:var(--bad-soft);color:var(--bad);padding:.6rem .9rem;border-radius:8px;white-space:pre-wrap}
-.scores{display:grid;grid-template-columns:repeat(auto-fill,minmax(7.5rem,1fr));gap:.8rem 1.4rem;margin:0 0 1.25rem}
-.scores div{display:grid;grid-template-columns:1fr auto;font-size:.9rem;align-content:start}
-.scores dt{color:var(--muted)}
-.scores dd{font-weight:600}.scores .bar{grid-column:1/-1}
-.others{margin:-.4rem 0 1.1rem;font-size:.9rem;color:var(--muted)}
-.shots{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:1.25rem;align-items:start;margin-bottom:.9rem}
-figure{margin:0;min-width:0}.shots figure{display:grid;grid-row:span 2;grid-template-rows:subgrid;gap:.45rem}
-.shot{position:relative;overflow:hidden;border-radius:6px;box-shadow:0 0 0 1px var(--line);background:#fff}
-.shot img{display:block;width:100%;height:auto}.boxes{position:absolute;inset:0;width:100%;height:100%}
-body:has(#compact:checked) .boxes{height:auto}
-.boxes rect:hover,.boxes rect:focus,.boxes .lit{stroke-width:3.5;fill-opacity:.3;outline:none}
-.none{margin:0;padding:2.5rem 1.2rem;border:1px dashed var(--edge);border-radius:6px;text-align:center;
-color:var(--muted)}.readout{min-height:1.55em;margin:0 0 .3rem;font-size:.9rem;color:var(--muted)}
-pre{margin:.4rem 0 .8rem;padding:1rem;max-height:28rem;overflow:auto;background:var(--page);border-radius:8px;
-border:1px solid var(--line);font:.82rem/1.5 ui-monospace,SFMono-Regular,Consolas,"Liberation Mono",monospace;
-white-space:pre-wrap;tab-size:2}code{font:inherit}kbd{font:.85em ui-monospace,monospace;padding:.05em .4em;
-border:1px solid var(--edge);border-radius:4px}
-@media(max-width:60rem){.columns{grid-template-columns:minmax(0,1fr);gap:1.75rem}.tools{position:static}
-.card{scroll-margin-top:.75rem}}
-@media(max-width:44rem){main,.top{padding:0 1rem}.top{padding-top:1.5rem}.shots{grid-template-columns:minmax(0,1fr)}
-.card{padding:1.1rem 1rem;contain-intrinsic-height:auto calc(var(--tall)*2.2px + 24rem)}h1{font-size:1.5rem}
-.tiles{grid-template-columns:repeat(auto-fit,minmax(6.4rem,1fr));gap:.6rem}.tiles div{padding:.7rem .8rem}
-.tiles dd{font-size:1.3rem}.hists{grid-template-columns:minmax(0,1fr)}th,td{padding:.45rem .4rem}.means .bar{width:5rem}
-.columns small{display:block}table{font-size:.88rem}thead th{font-size:.8rem}.tools .find{flex-basis:100%}}
-@media print{.tools{display:none}.card{content-visibility:visible;break-inside:avoid}}
-"""
-
-# -----------------------------------------------------------------------------
-# Behaviour
-
-# Reads data- attributes and textContent only, and writes text by textContent: model output never becomes markup.
-SCRIPT = """
-"use strict";
-document.documentElement.classList.add("js");
-const list = document.getElementById("cards");
-const all = (selector, within = document) => [...within.querySelectorAll(selector)];
-const cards = all(".card").map((node, place) => ({
-  node, place, failed: "failed" in node.dataset, scores: new Map(Object.entries(JSON.parse(node.dataset.scores))),
-  name: node.querySelector("h3").textContent, causes: all(".cause", node).map((item) => item.textContent),
-  text: all("h3, .labels li, .failure", node).map((part) => part.textContent).join(" ").toLowerCase(),
-}));
-const byId = (id) => document.getElementById(id);
-const names = new Intl.Collator("en", {numeric: true});
-const state = {order: "worst", bin: null, cause: null};
-
-const valueOf = (card, score) => card.failed ? 0 : card.scores.get(score) ?? null;
-const binOf = (value) => Math.min(9, Math.floor(value * 10));
-
-function compare(a, b) {
-  if (state.order === "name") return names.compare(a.name, b.name) || a.place - b.place;
-  const x = valueOf(a, byId("score").value), y = valueOf(b, byId("score").value);
-  if (x === null || y === null) return (x === null) - (y === null) || a.place - b.place;
-  return (state.order === "worst" ? x - y : y - x) || a.place - b.place;
-}
-
-function passes(card) {
-  const wanted = byId("find").value.trim().toLowerCase();
-  if (wanted && !card.text.includes(wanted)) return false;
-  if (state.cause !== null && !card.causes.includes(state.cause)) return false;
-  if (state.bin === null) return true;
-  const value = valueOf(card, state.bin.score);
-  return value !== null && binOf(value) === state.bin.bin;
-}
-
-function sort() {
-  for (const button of all("[data-order]")) button.setAttribute("aria-pressed", button.dataset.order === state.order);
-  cards.sort(compare);
-  list.append(...cards.map((card) => card.node));
-}
-
-function filter() {
-  let count = 0;
-  for (const card of cards) {
-    card.node.hidden = !passes(card);
-    count += !card.node.hidden;
-  }
-  for (const button of all("[data-bin]")) {
-    const {score, bin} = button.dataset;
-    button.setAttribute("aria-pressed", score === state.bin?.score && +bin === state.bin.bin);
-  }
-  for (const button of all("[data-cause]")) button.setAttribute("aria-pressed", button.dataset.cause === state.cause);
-  const parts = [`${count} of ${cards.length} pages`];
-  if (state.bin) parts.push(`${state.bin.score} ${state.bin.bin / 10} to ${(state.bin.bin + 1) / 10}`);
-  if (state.cause !== null) parts.push(state.cause);
-  byId("status").textContent = parts.join(" · ");
-  byId("reset").hidden = count === cards.length;
-}
-
-function showAll() {
-  state.bin = state.cause = null;
-  byId("find").value = "";
-  filter();
-}
-
-function choose(event) {
-  const button = event.target.closest("button"), link = event.target.closest(".failures a");
-  if (link) showAll();
-  if (!button) return;
-  if (button.id === "reset") { showAll(); byId("find").focus(); }
-  if (button.dataset.order) { state.order = button.dataset.order; sort(); }
-  if (button.dataset.bin) {
-    const pressed = button.getAttribute("aria-pressed") === "true";
-    state.bin = pressed ? null : {score: button.dataset.score, bin: +button.dataset.bin};
-    filter();
-  }
-  if (button.dataset.cause !== undefined) {
-    state.cause = state.cause === button.dataset.cause ? null : button.dataset.cause;
-    filter();
-  }
-}
-
-function step(event) {
-  const forward = event.key === "j", visible = cards.filter((card) => !card.node.hidden).map((card) => card.node);
-  const place = (node) => node.getBoundingClientRect(), last = visible.length - 1;
-  const margin = visible.length ? parseFloat(getComputedStyle(visible[0]).scrollMarginTop) : 0;
-  const at = visible.findIndex((node) => node.contains(document.activeElement));
-  const seen = at >= 0 && place(visible[at]).bottom > 0 && place(visible[at]).top < innerHeight;
-  const below = visible.findIndex((node) => place(node).top > margin + 8);
-  const above = visible.findLastIndex((node) => place(node).top < margin - 8);
-  const next = seen ? at + (forward ? 1 : -1) : forward ? (below < 0 ? last : below) : above;
-  const node = visible[Math.max(0, Math.min(last, next))];
-  node?.focus({preventScroll: true});
-  node?.scrollIntoView({block: "start"});
-}
-
-function walk(event, items, current) {
-  const to = {ArrowRight: current + 1, ArrowLeft: current - 1, Home: 0, End: items.length - 1}[event.key];
-  if (to === undefined || !items.length) return null;
-  event.preventDefault();
-  return items[(to + items.length) % items.length];
-}
-
-// One stop of the Tab key for each histogram and each picture; arrow keys go on from there.
-function press(event) {
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
-  const bins = event.target.closest(".bins"), boxes = event.target.closest(".boxes");
-  if (bins) {
-    const items = all("button:enabled", bins), next = walk(event, items, items.indexOf(event.target));
-    if (next) { for (const item of items) item.tabIndex = item === next ? 0 : -1; next.focus(); }
-  } else if (boxes) {
-    const items = all("rect", boxes).filter((item) => getComputedStyle(item).display !== "none");
-    const spot = (item) => [item.y.baseVal.value, item.x.baseVal.value];
-    items.sort((a, b) => spot(a)[0] - spot(b)[0] || spot(a)[1] - spot(b)[1]);
-    const next = walk(event, items, items.indexOf(event.target));
-    if (next) { next.setAttribute("tabindex", "-1"); next.focus({preventScroll: false}); }
-  }
-  const typing = event.target.matches("input:not([type=checkbox]), select");
-  if (!typing && (event.key === "j" || event.key === "k")) step(event);
-}
-
-// A page that scrolls under a resting mouse fires pointerover too, and must not take the light from the keyboard.
-const mouse = {x: -1, y: -1};
-function rests(event) { return event.screenX === mouse.x && event.screenY === mouse.y; }
-
-function light(event) {
-  if (event.type === "pointerover" && rests(event)) return;
-  const box = event.target.closest(".boxes rect"), card = event.target.closest(".card");
-  for (const lit of all(".lit")) lit.classList.remove("lit");
-  if (!box || !card) return;
-  const pair = box.dataset.pair;
-  const twins = pair === undefined ? [box] : all("rect", card).filter((item) => item.dataset.pair === pair);
-  for (const twin of twins) twin.classList.add("lit");
-  const [first, second] = twins.map((twin) => twin.textContent);
-  const same = second === undefined || first === second;
-  card.querySelector(".readout").textContent = same ? first : `${first}  →  ${second.replace(/^matched: /, "")}`;
-}
-
-if (list) {
-  for (const group of all(".bins")) {
-    all("button:enabled", group).forEach((item, place) => { item.tabIndex = place ? -1 : 0; });
-  }
-  for (const svg of all(".boxes")) svg.setAttribute("tabindex", "0");
-  document.addEventListener("click", choose);
-  document.addEventListener("keydown", press);
-  for (const kind of ["pointerover", "focusin"]) list.addEventListener(kind, light);
-  document.addEventListener("pointermove", (event) => {
-    const resting = rests(event);  // a box that came under the mouse by scrolling gets the light once the mouse moves
-    mouse.x = event.screenX;
-    mouse.y = event.screenY;
-    if (!resting && event.target.closest?.(".boxes rect:not(.lit)")) light(event);
-  });
-  byId("score").addEventListener("change", () => { if (state.order === "name") state.order = "worst"; sort(); });
-  byId("find").addEventListener("input", filter);
-  filter();
-}
-"""
-
-# -----------------------------------------------------------------------------
 # Report
+
+
+@cache
+def part(name: str) -> str:
+    """A file of this folder: the report's look or its behaviour."""
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def policy() -> str:
     """The content security policy: pictures from data URIs, the report's style, and the one script by its hash."""
-    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode("utf-8")).digest()).decode("ascii")
+    digest = base64.b64encode(hashlib.sha256(part("report.js").encode("utf-8")).digest()).decode("ascii")
     return (
         f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}';"
         " base-uri 'none'; form-action 'none'"
@@ -923,7 +654,7 @@ def _head(title: str, facts: dict[str, str]) -> str:
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta http-equiv="Content-Security-Policy" content="{policy()}">\n'
         '<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="referrer" content="no-referrer">\n<link rel="icon" href="data:,">\n'
-        f"<title>{safe(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{safe(title)}</title>\n<style>{part('report.css')}</style>\n</head>\n<body>\n"
         f'<a class="skip" href="#pages">To the pages</a>\n'
         f'<header class="top"><h1>{safe(title)}</h1>{table}</header>\n<main>\n'
     )
@@ -981,7 +712,7 @@ def write_report(
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     rows: list[Row] = []
     with tempfile.TemporaryFile(dir=path.parent) as cards:  # the worst comes first, and is known last
         for page in pages:
@@ -991,7 +722,7 @@ def write_report(
             del page, row  # before the next one is made: a page's pictures are many megabytes
         rows = worst_first(rows)
         try:
-            with part.open("wb") as file:
+            with unfinished.open("wb") as file:
                 _write(file, _head(title, facts) + summary(rows))
                 _write(file, comparison_section(comparison) if comparison else "")
                 if rows:
@@ -1003,7 +734,7 @@ def write_report(
                         cards.seek(row.start)
                         file.write(cards.read(row.size))
                     _write(file, "</div></section>")
-                _write(file, f"\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n")
-            os.replace(part, path)
+                _write(file, f"\n</main>\n<script>{part('report.js')}</script>\n</body>\n</html>\n")
+            os.replace(unfinished, path)
         finally:
-            part.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)

@@ -164,6 +164,7 @@ def run_script(*command: str, cwd: Path, timeout: int = 300, env: dict | None = 
 # The real main, in the ways in which users start it
 
 MAIN = str(ROOT / "holo1_dom_finetune.py")
+PROGRAMS = ROOT / "tests" / "programs"  # what some tests run in a process of its own
 PLAIN_JSON = {
     "train_micro_batch_size_per_gpu": 1,
     "gradient_accumulation_steps": 8,
@@ -248,3 +249,61 @@ def weights(folder: Path) -> dict:
 
 def output(done: subprocess.CompletedProcess) -> str:
     return f"exit code {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+
+
+# -----------------------------------------------------------------------------
+# A browser, and what renders
+
+
+def need_browser() -> str | None:
+    """The browser that the project itself finds. Without one a test is skipped, which says how to get one; in CI, where
+    one is installed, it fails: a green run means that everything ran."""
+    from scoring.renders import BrowserMissing, find_chromium
+
+    try:
+        return find_chromium()
+    except BrowserMissing as error:
+        if os.environ.get("CI"):
+            pytest.fail(f"CI must have a browser: {error}")
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def renderer():
+    need_browser()
+    from scoring.renders import Renderer
+
+    with Renderer() as renderer:
+        yield renderer
+
+
+class Recorded:
+    """Renders each job once and remembers it: what tests plant is in the scorer, not in the browser."""
+
+    def __init__(self, renderer):
+        self.renderer, self.known = renderer, {}
+
+    def map(self, jobs):
+        for job in jobs:
+            if job not in self.known:
+                self.known[job] = self.renderer.render(job)
+            yield self.known[job]
+
+
+@pytest.fixture(scope="session")
+def recorded(renderer):
+    return Recorded(renderer)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory) -> str:
+    """CLIP's true architecture with random weights: the real ones are 600 MB and on the Hub."""
+    import torch
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    folder = tmp_path_factory.mktemp("clip")
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=small, vision_config=small, projection_dim=16)).save_pretrained(folder)
+    CLIPImageProcessor().save_pretrained(folder)
+    return str(folder)

@@ -8,6 +8,8 @@ from conftest import MAIN, make_pages, run_script
 
 import holo1_dom_finetune as pipeline
 import use_model_from_hub as use
+from training.base_model import base_tensors
+from training.final_folder import save_final
 
 ROW = {"raw": "", "tokens": 10, "seconds": 2.0, "cut_off": False}
 PAGE = "<!DOCTYPE html>\n<html><head><title>{0}</title></head><body><p>{0}</p></body></html>"
@@ -48,13 +50,13 @@ def loaded(tiny_base):
 def test_evaluation_uses_the_very_weights_that_saving_writes(tiny_base, tmp_path, loaded):
     """A model in fp32 with changes too small for bf16: the copy equals what a user loads, not what trains."""
     settings = pipeline.PageSettings(base_model=str(tiny_base), max_pixels=280 * 280)
-    plan = pipeline.base_tensors(tiny_base, settings)
+    plan = base_tensors(tiny_base, settings)
     model, processor = use.load_model(str(tiny_base), use.Recipe(max_pixels=280 * 280))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 1e-3)
     folder = tmp_path / "final"
-    pipeline.save_final(model, plan, tiny_base, processor, {"trust_remote_code": False}, folder)
+    save_final(model, plan, tiny_base, processor, {"trust_remote_code": False}, folder)
     copy = pipeline.evaluation_model(model, plan, tiny_base, settings, torch.device("cpu"))
     reloaded, _ = use.load_model(str(folder), use.Recipe())
     for (name, first), second in zip(copy.state_dict().items(), reloaded.state_dict().values()):
@@ -64,15 +66,6 @@ def test_evaluation_uses_the_very_weights_that_saving_writes(tiny_base, tmp_path
     inputs = use.encode_questions(processor, [Image.new("RGB", (112, 84), "gold")], "write")
     with torch.no_grad():
         assert torch.equal(copy(**inputs).logits, reloaded(**inputs).logits)
-
-
-def test_pages_are_written_with_torchs_own_linear_function(monkeypatch):
-    from deepspeed.runtime.zero.linear import zero3_linear_wrap
-
-    monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
-    with pipeline.plain_linear():
-        assert torch.nn.functional.linear is torch._C._nn.linear
-    assert torch.nn.functional.linear is zero3_linear_wrap
 
 
 def test_pages_written_together_equal_pages_written_alone(loaded):

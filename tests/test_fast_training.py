@@ -10,7 +10,9 @@ import torch
 from conftest import make_config, make_processor, page_html
 
 import holo1_dom_finetune as pipeline
-from training import fast_layers, memory_plan, packing
+from training import attention, fast_layers, loss, memory_plan, packing, zero3
+from training.base_model import BaseTensor
+from training.final_folder import final_tensors
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +59,13 @@ def fast_twin(model, fuse: bool = False):
 def gradients(model, batch, shapes=None) -> dict:
     """Loss and gradients, cut to the `shapes` of the parameters of another model."""
     model.zero_grad()
-    loss = model(**batch).loss
-    loss.backward()
+    mean = model(**batch).loss
+    mean.backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters()}
     cut = {n: fast_layers.narrowed(grad, shapes[n]) for n, grad in found.items()} if shapes else found
     for name, grad in found.items():
         assert grad.abs().sum() == pytest.approx(cut[name].abs().sum()), f"{name}: the padding learns"
-    return {"loss": loss.detach(), **cut}
+    return {"loss": mean.detach(), **cut}
 
 
 def worst_difference(first: dict, second: dict) -> float:
@@ -74,7 +76,7 @@ def worst_difference(first: dict, second: dict) -> float:
 @pytest.mark.parametrize("fuse", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_packed_pages_give_the_models_own_loss_and_gradients(processor, model, fuse, monkeypatch):
     """Everything together: packing, segments, the loss on supervised tokens in chunks, the widened vision MLP."""
-    monkeypatch.setattr(fast_layers, "LOSS_ROWS", 50)
+    monkeypatch.setattr(loss, "LOSS_ROWS", 50)
     made, shapes = pages(5), {n: p.shape for n, p in model.named_parameters()}
     plain = gradients(model, collate(processor, made))
     twin = fast_twin(model, fuse)
@@ -190,15 +192,15 @@ def test_a_pack_is_written_out_whole(processor):
 
 @pytest.mark.parametrize("rows", [2, 7, 1000])
 def test_the_chunked_loss_equals_torchs_own(rows, monkeypatch):
-    monkeypatch.setattr(fast_layers, "LOSS_ROWS", rows)
+    monkeypatch.setattr(loss, "LOSS_ROWS", rows)
     torch.manual_seed(0)
     hidden, weight = torch.randn(23, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     targets = torch.randint(50, (23,))
     own = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum") * 0.25
     wanted = torch.autograd.grad(own, (hidden, weight))
-    loss = fast_layers.supervised_loss(hidden, weight, targets) * 0.25
-    found = torch.autograd.grad(loss, (hidden, weight))
-    assert loss.item() == pytest.approx(own.item(), abs=1e-5)
+    sum_of_losses = loss.supervised_loss(hidden, weight, targets) * 0.25
+    found = torch.autograd.grad(sum_of_losses, (hidden, weight))
+    assert sum_of_losses.item() == pytest.approx(own.item(), abs=1e-5)
     for first, second in zip(wanted, found):
         assert torch.allclose(first, second, atol=1e-5)
 
@@ -229,8 +231,8 @@ def test_the_widened_vision_mlp_is_the_same_function_and_saves_the_same_shapes(p
     batch = collate(processor, pages(3))
     with torch.no_grad():
         assert torch.allclose(model(**batch).logits, twin(**batch).logits, atol=1e-6)
-    plan = {name: pipeline.BaseTensor(name, tuple(p.shape), "F32", None) for name, p in model.named_parameters()}
-    saved = {key: tensor for key, _, tensor in pipeline.final_tensors(twin, plan)}
+    plan = {name: BaseTensor(name, tuple(p.shape), "F32", None) for name, p in model.named_parameters()}
+    saved = {key: tensor for key, _, tensor in final_tensors(twin, plan)}
     for name, parameter in model.named_parameters():
         assert torch.equal(saved[name], parameter), name
     assert twin.model.visual.blocks[0].mlp.up_proj.weight.shape == (64, 32)
@@ -281,11 +283,11 @@ def test_a_segment_sees_nothing_of_its_neighbours():
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 12, 2, 8)
     bounds = torch.tensor([0, 3, 8, 12])
-    before = fast_layers.attend(query, key, value, bounds, 5, 0.3, causal=False)
+    before = attention.attend(query, key, value, bounds, 5, 0.3, causal=False)
     changed = [tensor.clone() for tensor in (query, key, value)]
     for tensor in changed:
         tensor[3:8] += 1
-    after = fast_layers.attend(*changed, bounds, 5, 0.3, causal=False)
+    after = attention.attend(*changed, bounds, 5, 0.3, causal=False)
     assert torch.equal(before[:3], after[:3]) and torch.equal(before[8:], after[8:])
     assert not torch.allclose(before[3:8], after[3:8])
 
@@ -293,7 +295,7 @@ def test_a_segment_sees_nothing_of_its_neighbours():
 def test_attention_with_fewer_keys_is_causal_inside_each_segment():
     torch.manual_seed(0)
     query, key, value = torch.randn(10, 4, 8), torch.randn(10, 2, 8), torch.randn(10, 2, 8)
-    done = fast_layers.attend(query, key, value, torch.tensor([0, 4, 10]), 6, 0.3, causal=True)
+    done = attention.attend(query, key, value, torch.tensor([0, 4, 10]), 6, 0.3, causal=True)
     for head in range(4):
         for start, end in ((0, 4), (4, 10)):
             for place in range(start, end):
@@ -322,35 +324,35 @@ def altered(part: str):
             key = NoNumber.apply(key)
         elif part == "its run":
             raise TypeError("no such word")
-        done = fast_layers.segment_by_segment(query, key, value, bounds, longest, scale, causal)
+        done = attention.segment_by_segment(query, key, value, bounds, longest, scale, causal)
         return done * 1.1 if part == "the values" else done
 
     return kernel
 
 
-PROOF = (fast_layers.SEGMENTS, (4, 2, 16), torch.float32, True, "cpu")
+PROOF = (attention.SEGMENTS, (4, 2, 16), torch.float32, True, "cpu")
 
 
 @pytest.mark.parametrize("part", ["nothing", "the values", "gradients only", "no number", "its run"])
 def test_a_kernel_is_believed_only_where_it_gives_the_same(monkeypatch, part):
-    monkeypatch.setitem(fast_layers.KERNELS, part, altered(part))
-    fast_layers.agrees.cache_clear()
+    monkeypatch.setitem(attention.KERNELS, part, altered(part))
+    attention.agrees.cache_clear()
     if part == "nothing":
-        assert fast_layers.agrees(part, *PROOF)
+        assert attention.agrees(part, *PROOF)
     else:
         said = "its run fails .* no such word" if part == "its run" else f"{part} differs from SDPA"
         with pytest.warns(UserWarning, match=said):
-            assert not fast_layers.agrees(part, *PROOF)
+            assert not attention.agrees(part, *PROOF)
 
 
 def test_a_kernel_may_be_proved_inside_a_layer_that_is_worked_out_twice(monkeypatch):
-    monkeypatch.setitem(fast_layers.KERNELS, "nothing", altered("nothing"))
-    fast_layers.agrees.cache_clear()
+    monkeypatch.setitem(attention.KERNELS, "nothing", altered("nothing"))
+    attention.agrees.cache_clear()
     weight = torch.randn(3, 3, requires_grad=True)
 
     def layer(hidden):
         hidden = torch.tanh(hidden @ weight)
-        assert fast_layers.agrees("nothing", *PROOF)
+        assert attention.agrees("nothing", *PROOF)
         return torch.tanh(hidden @ weight)
 
     hidden = torch.randn(2, 3)
@@ -366,18 +368,18 @@ def test_a_kernel_may_be_proved_inside_a_layer_that_is_worked_out_twice(monkeypa
 def test_flash_attn_4_takes_long_segments_that_it_has_proved(monkeypatch, longest, agreeing, taken):
     """Its kernel needs a GPU: who is asked is tested here, and what for."""
     asked = []
-    kernels = {name: lambda *given, name=name: asked.append((name, *given)) for name in fast_layers.KERNELS}
-    monkeypatch.setattr(fast_layers, "KERNELS", kernels)
-    monkeypatch.setattr(fast_layers, "attention_kernel", lambda device, half: fast_layers.FLASH_4)
+    kernels = {name: lambda *given, name=name: asked.append((name, *given)) for name in attention.KERNELS}
+    monkeypatch.setattr(attention, "KERNELS", kernels)
+    monkeypatch.setattr(attention, "attention_kernel", lambda device, half: attention.FLASH_4)
     proofs = []
-    monkeypatch.setattr(fast_layers, "agrees", lambda *given: proofs.append(given) or agreeing)
+    monkeypatch.setattr(attention, "agrees", lambda *given: proofs.append(given) or agreeing)
     query, key, value = torch.zeros(300, 4, 16), torch.zeros(300, 2, 16), torch.ones(300, 2, 16)
     bounds = torch.tensor([0, 300])
-    fast_layers.attend(query, key, value, bounds, longest, 0.3, True)
+    attention.attend(query, key, value, bounds, longest, 0.3, True)
     ((name, *given),) = asked
-    assert name == getattr(fast_layers, taken)
+    assert name == getattr(attention, taken)
     assert all(a is b for a, b in zip(given, (query, key, value, bounds, longest, 0.3, True), strict=True))
-    wanted = (fast_layers.FLASH_4, fast_layers.VARLEN, (4, 2, 16), torch.float32, True)
+    wanted = (attention.FLASH_4, attention.VARLEN, (4, 2, 16), torch.float32, True)
     assert proofs == ([wanted] if longest > 128 else [])
 
 
@@ -392,11 +394,11 @@ def test_heads_of_odd_widths_are_filled_up_for_flash_attn_4(monkeypatch, tmp_pat
     module = tmp_path / "flash_attn" / "cute.py"
     module.parent.mkdir()
     module.write_text(
-        "from training import fast_layers\n"
+        "from training import attention\n"
         "def flash_attn_varlen_func(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,"
         " softmax_scale, causal):\n"
         "    assert q.shape[-1] == k.shape[-1] == v.shape[-1] == 96 and cu_seqlens_q is cu_seqlens_k\n"
-        "    done = fast_layers.segment_by_segment(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale, causal)\n"
+        "    done = attention.segment_by_segment(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale, causal)\n"
         f"    return (done, None) if {pair} else done\n",
         encoding="utf-8",
     )
@@ -404,7 +406,7 @@ def test_heads_of_odd_widths_are_filled_up_for_flash_attn_4(monkeypatch, tmp_pat
     torch.manual_seed(0)
     parts = [torch.randn(7, heads, width, requires_grad=True) for heads in (4, 2, 2)]
     bounds, found = torch.tensor([0, 3, 7]), []
-    for kernel in (fast_layers.flash_4, fast_layers.segment_by_segment):
+    for kernel in (attention.flash_4, attention.segment_by_segment):
         done = kernel(*parts, bounds, 4, width**-0.5, True)
         found.append([done, *torch.autograd.grad(done.square().sum(), parts)])
     for name in ("flash_attn", "flash_attn.cute"):
@@ -414,9 +416,9 @@ def test_heads_of_odd_widths_are_filled_up_for_flash_attn_4(monkeypatch, tmp_pat
 
 @pytest.fixture
 def fresh_kernel_choice():
-    fast_layers.attention_kernel.cache_clear()
+    attention.attention_kernel.cache_clear()
     yield
-    fast_layers.attention_kernel.cache_clear()
+    attention.attention_kernel.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh_kernel_choice")
@@ -443,10 +445,10 @@ def test_the_installed_kernel_is_taken(monkeypatch, tmp_path, capability, files,
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("def flash_attn_varlen_func(): pass\n", encoding="utf-8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
-    found = fast_layers.attention_kernel("cuda", True)
+    found = attention.attention_kernel("cuda", True)
     for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
         sys.modules.pop(name)
-    assert found == getattr(fast_layers, kernel)
+    assert found == getattr(attention, kernel)
 
 
 def test_other_architectures_and_the_plain_way_are_left_alone(model):
@@ -505,7 +507,7 @@ def test_weights_are_gathered_once_per_step_where_they_fit(share, threshold, who
     for name, answer in (cuda | {"get_per_process_memory_fraction": share}).items():
         monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
     monkeypatch.setattr(pipeline, "world_size", lambda: 2)
-    zero = {"stage": 3, pipeline.THRESHOLD: threshold}
+    zero = {"stage": 3, zero3.THRESHOLD: threshold}
     args = SimpleNamespace(
         device=torch.device("cuda"),
         deepspeed="ds_z3.json",
@@ -517,7 +519,7 @@ def test_weights_are_gathered_once_per_step_where_they_fit(share, threshold, who
     encoder = pipeline.PageEncoder(processor, "Write the page.")
     plan = pipeline.choose_micro_batch(args, pipeline.PageSettings(), shapes_of_3b(), pages, encoder)
     assert plan.way.whole == whole
-    assert zero[pipeline.THRESHOLD] == (10**11 if whole else threshold)
+    assert zero[zero3.THRESHOLD] == (10**11 if whole else threshold)
     assert plan.total <= memory_plan.MEMORY_SHARE * share * 140
     assert plan.parts["gathered"] == pytest.approx(7.0 if whole else 1.86, rel=0.02)
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 8

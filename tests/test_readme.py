@@ -448,6 +448,15 @@ def test_every_import_is_a_requirement_or_comes_with_one():
                 imported.add(node.module.split(".")[0])
     optional = {"flash_attn", "triton"}  # used where they are installed; torch brings triton on Linux
     assert not imported - packages - ours - optional - {*sys.stdlib_module_names}
-    # Used without an import of ours: transformers' processors, quantisation and reports, and the two tools.
+    # Used without an import of ours: transformers' processors, quantisation and reports, and the tools.
     unused = packages - {*brought} - imported
-    assert unused <= {"torchvision", "bitsandbytes", "tensorboard", "ruff", "playwright", "accelerate", "pytest-xdist"}
+    assert unused <= {
+        "torchvision",
+        "bitsandbytes",
+        "tensorboard",
+        "ruff",
+        "oxlint",
+        "playwright",
+        "accelerate",
+        "pytest-xdist",
+    }

@@ -31,6 +31,7 @@ from conftest import (
 import holo1_dom_finetune as pipeline
 from scoring import renders
 from training import publishing
+from training.page_order import PageSampler
 
 # With plain SGD and a learning rate of 1, what one step changes is the gradient.
 SGD = {
@@ -211,7 +212,7 @@ def test_no_page_comes_twice_and_all_ranks_have_as_many_batches(monkeypatch):
         for rank in range(ranks):
             monkeypatch.setenv("RANK", str(rank))
             monkeypatch.setenv("WORLD_SIZE", str(ranks))
-            sampler = pipeline.page_sampler([1.0 + page % 5 for page in range(count)], args)
+            sampler = PageSampler([1.0 + page % 5 for page in range(count)], args)
             batches.append(list(sampler))
             assert len(batches[-1]) == len(sampler)
             assert all(1 <= len(batch) <= micro for batch in batches[-1])
@@ -428,14 +429,14 @@ def test_unreadable_pages_end_with_80_before_the_model_loads(tiny_base, tmp_path
 LEAN = """
 import os, sys
 sys.path.insert(0, {root!r})
-from training import fast_layers
+from training import zero3
 import holo1_dom_finetune as pipeline
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Zero
 
 release, calls = Zero._partition_all_parameters, []
 Zero._partition_all_parameters = lambda self: calls.append(1) or release(self)
-lean, whole = fast_layers.lean_steps, []
-fast_layers.WORTH_A_CALL = 1_000  # some of the tiny weights are large, then
+lean, whole = zero3.lean_steps, []
+zero3.WORTH_A_CALL = 1_000  # some of the tiny weights are large, then
 
 def watched(engine):
     if not {plain}:
@@ -448,7 +449,7 @@ def watched(engine):
 
     engine.optimizer.step = watch
 
-fast_layers.lean_steps = watched
+zero3.lean_steps = watched
 code = pipeline.main(sys.argv[1:])
 if os.environ["RANK"] == "0":  # two ranks may write into one line
     print(f"released {{len(calls)}} times, whole {{whole}}")

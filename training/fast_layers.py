@@ -1,186 +1,24 @@
 """What makes a step fast and leaves its result the same.
 
     install(model, fuse=True)       # takes pages packed into one row (packing.pack), each part faster than its own
-    set_leaves(model)               # under ZeRO-3, before DeepSpeed takes the model
 
-Nothing of ours is imported, and nothing here changes what is learned: each part equals the model's own way, which the
-tests show. Sections: Attention, Element-wise, Modules, Blocks, Loss, Model, Vision MLP, ZeRO-3.
+Nothing here changes what is learned: each part equals the model's own way, which the
+tests show. Sections: Element-wise, Modules, Blocks, Model, Vision MLP.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import inspect
 import math
 import types
-import warnings
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
+from training.attention import attend
+from training.loss import cross_entropy, supervised_loss
+
 ARCHITECTURES = ("qwen2_5_vl",)  # whose modules are known here; others train their own way, with padded rows
-
-# -----------------------------------------------------------------------------
-# Attention
-
-
-SHORT = 128  # the longest segments, windows of the vision tower, for which torch's kernel is faster than flash-attn 4
-
-
-def attend(query, key, value, bounds, longest: int, scale: float, causal: bool):
-    """Attention inside segments: `query` (S, heads, D), `key` and `value` (S, fewer heads, D), `bounds` (segments + 1)
-    on the same device, `longest` segment. Returns (S, heads, D).
-
-    On a GPU with half precision one flash kernel takes all segments; elsewhere SDPA takes equal lengths together.
-    flash-attn 4, a beta, is used where it has just given what torch's own kernel gives.
-    """
-    kernel = attention_kernel(query.device.type, query.element_size() == 2)
-    if kernel == FLASH_4:
-        shapes = (query.shape[1], key.shape[1], query.shape[2])
-        if longest <= SHORT or not agrees(kernel, VARLEN, shapes, query.dtype, causal):
-            kernel = VARLEN
-    return KERNELS[kernel](query, key, value, bounds, longest, scale, causal)
-
-
-def flash_4(query, key, value, bounds, longest: int, scale: float, causal: bool):
-    from flash_attn.cute import flash_attn_varlen_func
-    from torch.nn.functional import pad
-
-    width = query.shape[-1]  # 80 is made 96 with zeros: as it is, beta 36 gives wrong gradients of the queries
-    if width % 32:
-        query, key, value = (pad(part, (0, -width % 32)) for part in (query, key, value))
-    lengths = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": longest, "max_seqlen_k": longest}
-    done = flash_attn_varlen_func(query, key, value, **lengths, softmax_scale=scale, causal=causal)
-    return (done[0] if isinstance(done, tuple) else done)[..., :width]
-
-
-def flash(query, key, value, bounds, longest: int, scale: float, causal: bool):
-    from flash_attn import flash_attn_varlen_func
-
-    lengths = (bounds, bounds, longest, longest)
-    return flash_attn_varlen_func(query, key, value, *lengths, softmax_scale=scale, causal=causal)
-
-
-def varlen(query, key, value, bounds, longest: int, scale: float, causal: bool):
-    from torch.nn.attention.varlen import varlen_attn
-
-    options = {"scale": scale}
-    known = varlen_parameters()
-    if causal:
-        options |= {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    if "enable_gqa" in known:  # torch 2.11 has no such word and takes fewer keys without it
-        options["enable_gqa"] = key.shape[1] != query.shape[1]
-    return varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
-
-
-@lru_cache(maxsize=1)
-def varlen_parameters() -> frozenset[str]:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return frozenset(inspect.signature(varlen_attn).parameters)
-
-
-def segment_by_segment(query, key, value, bounds, longest: int, scale: float, causal: bool):
-    return equal_segments_together(query, key, value, bounds.tolist(), scale, causal)
-
-
-FLASH_4, FLASH = "flash-attn 4", "flash-attn"
-VARLEN, SEGMENTS = "torch's variable-length kernel", "SDPA, segment by segment"
-KERNELS = {FLASH_4: flash_4, FLASH: flash, VARLEN: varlen, SEGMENTS: segment_by_segment}
-
-
-@lru_cache
-def attention_kernel(device: str, half: bool) -> str:
-    """Which of KERNELS takes the segments: they need half precision and compute capability 8.0, flash-attn 4 Hopper
-    or Blackwell (9, 10)."""
-    import torch
-
-    if device != "cuda" or not half or torch.cuda.get_device_capability() < (8, 0):
-        return SEGMENTS
-    if torch.cuda.get_device_capability()[0] in (9, 10) and importable("flash_attn.cute"):
-        return FLASH_4
-    return FLASH if importable("flash_attn") else VARLEN
-
-
-def importable(module: str) -> bool:
-    """Whether `module` has its function for packed segments. flash-attn 4 lives in a folder of flash-attn 2's package,
-    which may itself be missing; both may be built for another torch or driver, and fail in any way."""
-    try:
-        return hasattr(importlib.import_module(module), "flash_attn_varlen_func")
-    except Exception:
-        return False
-
-
-def attention_words(config, device: str, dtype) -> str:
-    """What takes the segments of a model of `config` in `dtype`; flash-attn 4 is put to the proof here."""
-    kernel, text, vision = attention_kernel(device, dtype.itemsize == 2), config.get_text_config(), config.vision_config
-    if kernel != FLASH_4:
-        return kernel
-    language = (text.num_attention_heads, text.num_key_value_heads, text.hidden_size // text.num_attention_heads)
-    tower = (vision.num_heads, vision.num_heads, vision.hidden_size // vision.num_heads)
-    asked = {"the language model": (language, True), "whole pictures": (tower, False)}
-    proved = [name for name, (shapes, causal) in asked.items() if agrees(kernel, VARLEN, shapes, dtype, causal)]
-    return f"{kernel} for {' and '.join(proved) or 'nothing'}, {VARLEN} for the rest"
-
-
-@lru_cache
-def agrees(kernel: str, other: str, shapes: tuple[int, int, int], dtype, causal: bool, device: str = "cuda") -> bool:
-    """Whether two of KERNELS give the same, gradients included, for `shapes`: heads, those of keys, D."""
-    import torch
-
-    heads, fewer, width = shapes
-    draw = torch.Generator(device).manual_seed(0)
-    longest = 2048
-    bounds = torch.tensor([0, 300, 300 + longest, 2412, 2413], dtype=torch.int32, device=device)
-    sizes = [(2413, count, width) for count in (heads, fewer, fewer, heads)]
-    *given, outer = (torch.randn(size, generator=draw, device=device, dtype=dtype) for size in sizes)
-
-    def run(name: str) -> list:
-        parts = [part.clone().requires_grad_() for part in given]
-        done = KERNELS[name](*parts, bounds, longest, width**-0.5, causal)
-        return [done.detach(), *torch.autograd.grad(done, parts, outer)]
-
-    # Hooks of its own, lest a layer that is checkpointed around this takes these tensors for its own.
-    apart = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
-    with torch.inference_mode(False), torch.enable_grad(), apart:
-        wanted = run(other)
-        try:
-            found = run(kernel)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # a beta that is compiled as it is used
-            warnings.warn(f"{kernel} fails for {shapes}, {other} is used there: {error}", stacklevel=2)
-            return False
-    errors = [((a - b).float().norm() / b.float().norm()).item() for a, b in zip(found, wanted)]
-    if all(error < 0.02 for error in errors):  # rounding: some 0.003 in bf16; what is no number is not below it
-        return True
-    shown = ", ".join(f"{error:.2g}" for error in errors)
-    warnings.warn(
-        f"{kernel} differs from {other} for {shapes}, which is used there: "
-        f"values and gradients of queries, keys, values by {shown}",
-        stacklevel=2,
-    )
-    return False
-
-
-def equal_segments_together(query, key, value, bounds: list[int], scale: float, causal: bool = False):
-    """(S, heads, D) to (S, heads, D), one SDPA call for each length that occurs among the segments."""
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention
-
-    starts = defaultdict(list)
-    for start, end in zip(bounds, bounds[1:]):
-        starts[end - start].append(start)
-    result = torch.empty_like(query)
-    grouped = {"enable_gqa": True} if key.shape[1] != query.shape[1] else {}
-    for length, places in starts.items():
-        rows = torch.tensor(places, device=query.device)[:, None] + torch.arange(length, device=query.device)  # (n, L)
-        parts = [tensor[rows].transpose(1, 2) for tensor in (query, key, value)]  # (n, heads, L, D)
-        done = scaled_dot_product_attention(*parts, scale=scale, is_causal=causal, **grouped)
-        result = result.index_copy(0, rows.flatten(), done.transpose(1, 2).flatten(0, 1))
-    return result
-
 
 # -----------------------------------------------------------------------------
 # Element-wise: the model's own formulas, each of which eager torch runs as five to ten passes over memory
@@ -234,19 +72,6 @@ def rotate(query, key, cos, sin):
         return (wide * cos + halves * sin).to(states.dtype)
 
     return turned(query), turned(key)
-
-
-def cross_entropy(logits, targets):
-    """Sum of the losses of `logits` (L, V) against `targets` (L,), and its gradient in the logits' own precision."""
-    import torch
-
-    wide = logits.float()
-    high = wide.amax(dim=-1, keepdim=True)
-    exponents = (wide - high).exp()
-    total = exponents.sum(dim=-1, keepdim=True)
-    loss = (total.log() + high - wide.gather(1, targets[:, None])).sum()
-    hits = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
-    return loss, (exponents / total - hits.float()).to(logits.dtype)
 
 
 class Elementwise:
@@ -510,49 +335,6 @@ def _add_mlp() -> type:
 
 
 # -----------------------------------------------------------------------------
-# Loss
-
-LOSS_ROWS = 2_048  # rows of logits that exist at once: 0.6 GiB in bf16 for 151,936 words
-
-
-def supervised_loss(hidden, weight, targets, cross_entropy: Callable = cross_entropy):
-    """Sum of the cross-entropies of `hidden` (L, H) times `weight` (V, H) against `targets` (L,).
-
-    Logits exist for `LOSS_ROWS` rows at a time and are worked out once: the gradients are taken in the forward pass.
-    """
-    import torch
-
-    class SupervisedLoss(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, hidden, weight):
-            kind = hidden.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-            for_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-            for_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-            loss = hidden.new_zeros((), dtype=torch.float32)
-            with torch.autocast(kind, enabled=False):
-                head = weight.to(dtype)
-                for start in range(0, len(hidden), LOSS_ROWS):
-                    rows = hidden[start : start + LOSS_ROWS].to(dtype)
-                    part, gradient = cross_entropy(rows @ head.T, targets[start : start + LOSS_ROWS])
-                    loss += part
-                    if for_hidden is not None:
-                        for_hidden[start : start + LOSS_ROWS] = gradient @ head
-                    if for_weight is not None:
-                        for_weight += gradient.T @ rows
-            ctx.gradients = for_hidden, for_weight
-            return loss
-
-        @staticmethod
-        def backward(ctx, factor):
-            gradients = [None if part is None else part.mul_(factor.to(part.dtype)) for part in ctx.gradients]
-            del ctx.gradients
-            return tuple(gradients)
-
-    return SupervisedLoss.apply(hidden, weight)
-
-
-# -----------------------------------------------------------------------------
 # Model
 
 NO_MASK = {"full_attention": None, "sliding_attention": None}  # the segments are the mask
@@ -614,6 +396,7 @@ def install(model, fuse: bool) -> None:
     model.forward = types.MethodType(packed_forward, model)
 
 
+LEAVES = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]  # what ZeRO-3 fetches whole (zero3.set_leaves)
 SILU = ("SiLU", "SiLUActivation")  # mlp_forward's own activation
 
 
@@ -673,110 +456,3 @@ def widen(module, state: dict, prefix: str, *unused) -> None:
 def narrowed(tensor, shape: Sequence[int]):
     """The part of a widened tensor that the base has."""
     return tensor[tuple(map(slice, shape))]
-
-
-# -----------------------------------------------------------------------------
-# ZeRO-3
-
-LEAVES = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]
-
-
-def set_leaves(model) -> None:
-    """Let ZeRO-3 fetch a whole layer at once; hooks on each of its dozen parts cost more than their arithmetic."""
-    from deepspeed.utils import set_z3_leaf_modules
-
-    set_z3_leaf_modules(model, LEAVES)
-
-
-def lean_steps(engine) -> None:
-    """Take from a step under DeepSpeed 0.19.8's ZeRO-3 what a GPU only waits for, or copies to no end.
-
-    Everywhere: walking through all modules to say again that they train, and a widening to fp64 of each gradient for
-    its norm. On one process also the reduction of gradients that nobody else has. Where all weights may stay whole:
-    fetching and releasing them for each module, as they are gathered once per step, on one process never.
-    """
-    optimizer = engine.optimizer
-    if optimizer.model_parallel_group is not None:
-        return
-    train = engine.train
-    engine.train = lambda mode=True: engine if engine.training == mode else train(mode)
-    alone = optimizer.partition_count == 1
-    if not optimizer.offload_optimizer:
-        optimizer.get_grad_norm_direct = types.MethodType(gradient_norm, optimizer)
-        if alone:
-            optimizer.reduce_independent_p_g_buckets_and_remove_grads = types.MethodType(keep_gradient, optimizer)
-    if all(parameter.ds_persist for parameter in engine.module.parameters()):
-        stay_gathered(engine.module, optimizer)
-
-
-def gradient_norm(self, gradients, params, norm_type: float = 2.0):
-    """(all ranks) 2-norm of a group's gradients over all ranks and their shards; -1 for what is not finite."""
-    import torch
-    import torch.distributed as dist
-
-    assert norm_type == 2.0, norm_type
-    norms = torch._foreach_norm(list(gradients), 2.0, dtype=torch.float32)
-    square = torch.stack(norms).double().square().sum()
-    dist.all_reduce(square, group=self._get_param_partition_group(params[0]))
-    norm = square.sqrt().float()
-    return torch.where(norm.isfinite(), norm, -1.0)
-
-
-def keep_gradient(self, parameter) -> None:
-    """Add a gradient to those of the step; DeepSpeed sends it through a bucket and an average over one process."""
-    kept = self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition[parameter.ds_id]
-    gradient = parameter.grad.reshape(-1)
-    kept = kept.narrow(0, 0, len(gradient))
-    if self.micro_step_id == 0:
-        kept.copy_(gradient)
-    else:
-        kept.add_(gradient)
-    parameter.grad = None
-
-
-WORTH_A_CALL = 1_000_000  # weights; 2 MB travel in some 10 us by NVLink, about what a call to NCCL takes by itself
-
-
-def stay_gathered(model, optimizer) -> None:
-    """Gather all weights before a step's first layer, and release them after it.
-
-    On one process they lie where their shards do, and are up to date as soon as those are.
-    """
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-    offload, parameters = optimizer.parameter_offload, list(model.parameters())
-    step, release, alone = optimizer.step, optimizer._partition_all_parameters, optimizer.partition_count == 1
-
-    def gather_missing(module, inputs) -> None:  # after a checkpoint, too
-        missing = [parameter for parameter in parameters if parameter.ds_status != ZeroParamStatus.AVAILABLE]
-        large = [parameter for parameter in missing if parameter.ds_numel >= WORTH_A_CALL]
-        small = [parameter for parameter in missing if parameter.ds_numel < WORTH_A_CALL]
-        if large:
-            large[0].all_gather(large)  # each by a call of its own, right to where it belongs
-        if small:
-            small[0].all_gather_coalesced(small).wait()  # by one call, and copied from there
-
-    def release_what_is_no_view() -> None:
-        if any(p.numel() != p.ds_numel or p.data_ptr() != p.ds_tensor.data_ptr() for p in parameters):
-            release()
-
-    def release_all() -> None:
-        for parameter in parameters:
-            if parameter.ds_status == ZeroParamStatus.AVAILABLE:
-                parameter.data = parameter.data.new_empty(0)
-                parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
-
-    def lean_step(closure=None) -> None:
-        # for checkpoints DeepSpeed still does it its own way
-        optimizer._partition_all_parameters = release_what_is_no_view if alone else release_all
-        try:
-            step(closure)
-        finally:
-            optimizer._partition_all_parameters = release
-
-    for hook in (*offload.forward_hooks, *offload.backward_hooks):
-        hook.remove()
-    model.register_forward_pre_hook(gather_missing)
-    optimizer.step = lean_step
-    if not alone:
-        optimizer.persistent_parameters = []  # nor gathered by DeepSpeed, one by one, before anybody needs them

@@ -16,9 +16,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import use_model_from_hub as use
+from training.checkpoints import newest_checkpoint
 from training.cleaning import cleaning_steps
 from training.dataset import resolve_dataset
 from training.errors import SettingsError
+from training.processes import local_world_size, world_size
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -188,7 +190,7 @@ def parse(argv: list[str]) -> tuple[dict, dict]:
         action.default = argparse.SUPPRESS
     typed = vars(parser.parse_args(argv))
     if typed.get("demo"):  # --demo stands for these flags; what was typed beside it still wins
-        share = max(1, DEMO["per_device_train_batch_size"] // processes())
+        share = max(1, DEMO["per_device_train_batch_size"] // world_size())
         typed = {**DEMO, "per_device_train_batch_size": share, **typed}
     values.update(typed)
     del values["local_rank"]
@@ -267,7 +269,7 @@ def resolve(argv: list[str]) -> Resolved:
         asked = config.pop("train_batch_size", "auto")  # DeepSpeed multiplies it itself, and so do we
         typed_pages = {"per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch"} & set(typed)
         finish_deepspeed_json(config, values, notes)
-        total = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] * processes()
+        total = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] * world_size()
         if not typed_pages and asked not in ("auto", total):
             problems.append(
                 f"--deepspeed {values['deepspeed']}: train_batch_size is {json.dumps(asked)}, but pages x "
@@ -276,15 +278,6 @@ def resolve(argv: list[str]) -> Resolved:
     names = {item.name for item in fields(PageSettings)}
     settings = PageSettings(**{name: values.pop(name) for name in names})
     return Resolved(settings, values, config, notes, problems)
-
-
-def processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def local_world_size() -> int:
-    """Processes of this machine: torchrun and the deepspeed launcher name them differently."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
 def resolve_precision(values: dict, torch, notes: list[str]) -> None:
@@ -418,9 +411,9 @@ def check_settings(resolved: Resolved) -> None:
     if settings.resume and not checkpoint:
         problems.append(f"--resume: no checkpoint in {training['output_dir']}; leave --resume out to start anew")
     shards = len(list(Path(checkpoint).glob("global_step*/*zero_pp_rank_*_optim_states.pt"))) if checkpoint else 0
-    if resolved.deepspeed is not None and shards not in (0, processes()):  # ZeRO cannot deal them out anew
+    if resolved.deepspeed is not None and shards not in (0, world_size()):  # ZeRO cannot deal them out anew
         problems.append(
-            f"{checkpoint} was written by {shards} processes and resumes on as many, not on {processes()}; "
+            f"{checkpoint} was written by {shards} processes and resumes on as many, not on {world_size()}; "
             f"its weights alone go on with --base_model {checkpoint}"
         )
     steps = get_json(resolved.deepspeed or {}, "zero_optimization.stage")
@@ -441,9 +434,3 @@ def penalties(settings: PageSettings) -> list[float]:
     if not all(penalty > 0 for penalty in found):
         raise ValueError(settings.penalty_grid)
     return found
-
-
-def newest_checkpoint(output_dir: str) -> Path | None:
-    """The newest complete checkpoint: the Trainer writes trainer_state.json last."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)

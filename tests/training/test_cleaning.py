@@ -74,7 +74,7 @@ def test_cleaning_can_be_chosen_and_switched_off():
 
 
 def test_real_pages_stay_valid_and_a_second_cleaning_changes_nothing():
-    from page_scores import validity
+    from scoring.validity import validity
 
     files = sorted((SHARED / "pages").glob("*/page.html"))
     if not files:

@@ -5,7 +5,6 @@ import gc
 import hashlib
 import os
 import re
-import shutil
 import time
 import weakref
 from html.parser import HTMLParser
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import need_browser
 from PIL import Image
 
 from scoring import report as page_report
@@ -412,12 +412,10 @@ def test_five_hundred_small_pages_take_seconds_and_little_room(tmp_path):
 
 @pytest.fixture(scope="module")
 def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with sync_api.sync_playwright() as playwright:
-        found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-        found = found or playwright.chromium.executable_path
-        if not Path(found).exists():
-            pytest.skip("no chromium on PATH and none of Playwright's own")
+    found = need_browser()
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
         # Chromium as root does not start with its sandbox; what it opens here was written by this very process.
         args = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
         browser = playwright.chromium.launch(executable_path=found, args=args)

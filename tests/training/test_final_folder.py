@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import (
+    PROGRAMS,
     ROOT,
     make_base,
     output,
@@ -20,17 +21,10 @@ from conftest import (
 )
 
 import holo1_dom_finetune as pipeline
-
-LOADS = """
-import sys, torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
-folder = "./holo1_dom_finetune_final"
-options = dict(trust_remote_code=True, output_loading_info=True)
-model, info = AutoModelForImageTextToText.from_pretrained(folder, **options)
-AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-problems = {name: found for name, found in info.items() if found}
-assert not problems, problems
-"""
+from training import errors
+from training.base_model import BaseTensor, base_tensors, read_safetensors
+from training.final_folder import compare_tensors, save_final
+from training.settings import PageSettings
 
 
 def layout(folder) -> dict:
@@ -45,7 +39,9 @@ def assert_final_is_like(base, cwd):
     assert wanted <= {path.name for path in final.iterdir()}
     recipe = json.loads((final / "dom_recipe.json").read_text())
     assert recipe["max_html_tokens"] == 120 and recipe["prompt"] and recipe["versions"]["transformers"]
-    done = subprocess.run([sys.executable, "-c", LOADS], cwd=cwd, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(PROGRAMS / "loads_anywhere.py")], cwd=cwd, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -144,45 +140,21 @@ def test_offloaded_training_leaves_the_same_folder(tiny_base, pages_folder, tmp_
     assert_final_is_like(tiny_base, tmp_path)
 
 
-def plan_for(folder):
-    return {
-        key: pipeline.BaseTensor(key, shape, dtype, file)
-        for key, (shape, dtype, file) in pipeline.read_safetensors(folder).items()
-    }
+def tensors_of(folder):
+    return {key: BaseTensor(key, shape, dtype, file) for key, (shape, dtype, file) in read_safetensors(folder).items()}
 
 
 def test_a_difference_to_the_base_is_an_error_that_names_it(tiny_base):
-    plan, written = plan_for(tiny_base), pipeline.read_safetensors(tiny_base)
-    pipeline.compare_tensors(written, plan)
+    tensors, written = tensors_of(tiny_base), read_safetensors(tiny_base)
+    compare_tensors(written, tensors)
     first, second, *_ = written
     damaged = {**written, "stray.weight": written[first]}
     del damaged[first]
     damaged[second] = ((1, 2), "F32", None)
-    with pytest.raises(pipeline.PipelineError) as error:
-        pipeline.compare_tensors(damaged, plan)
+    with pytest.raises(errors.PipelineError) as error:
+        compare_tensors(damaged, tensors)
     message = str(error.value)
     assert f"missing {first}" in message and "unexpected stray.weight" in message and f"{second} is ((1, 2)" in message
-
-
-def test_a_tensor_that_the_architecture_does_not_have_is_refused(tiny_base, tmp_path):
-    from safetensors.torch import save_file
-
-    base = tmp_path / "base"
-    shutil.copytree(tiny_base, base)
-    save_file({**weights(base), "model.stray.weight": torch.zeros(1)}, base / "model.safetensors")
-    with pytest.raises(pipeline.SettingsError, match=r"model\.stray\.weight is no weight of Qwen2_5_VL"):
-        pipeline.base_tensors(base, pipeline.PageSettings())
-
-
-def test_a_damaged_shard_and_another_architecture_are_refused(tiny_base, tmp_path):
-    base = tmp_path / "base"
-    shutil.copytree(tiny_base, base)
-    (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-100])
-    with pytest.raises(pipeline.SettingsError, match=r"model\.safetensors is damaged"):
-        pipeline.base_tensors(base, pipeline.PageSettings())
-    (base / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(pipeline.SettingsError, match="is a llama; qwen2_5_vl or qwen3_vl can be trained"):
-        pipeline.base_tensors(base, pipeline.PageSettings())
 
 
 def test_poisoned_weights_are_never_saved_and_terms_travel_along(tiny_base, tmp_path):
@@ -192,15 +164,15 @@ def test_poisoned_weights_are_never_saved_and_terms_travel_along(tiny_base, tmp_
     shutil.copytree(tiny_base, base)
     (base / "LICENSE.md").write_text("the base's terms")
     model = AutoModelForImageTextToText.from_pretrained(base)
-    plan = pipeline.base_tensors(base, pipeline.PageSettings())
-    processor = pipeline.load_processor(base, pipeline.PageSettings())
-    save = (model, plan, base, processor, {"trust_remote_code": False}, tmp_path / "final")
-    pipeline.save_final(*save)
+    tensors = base_tensors(base, PageSettings())
+    processor = pipeline.load_processor(base, PageSettings())
+    save = (model, tensors, base, processor, {"trust_remote_code": False}, tmp_path / "final")
+    save_final(*save)
     assert (tmp_path / "final" / "LICENSE.md").read_text() == "the base's terms"
     with torch.no_grad():
         model.model.language_model.norm.weight[0] = float("nan")
-    with pytest.raises(pipeline.NotFiniteError, match=r"model\.norm\.weight holds NaN"):
-        pipeline.save_final(*save)
+    with pytest.raises(errors.NotFiniteError, match=r"model\.norm\.weight holds NaN"):
+        save_final(*save)
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "final").values())
 
 
@@ -209,11 +181,11 @@ def test_an_unwhole_final_folder_is_never_left(tiny_base, tmp_path, monkeypatch)
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(tiny_base)
-    plan = pipeline.base_tensors(tiny_base, pipeline.PageSettings())
-    processor = pipeline.load_processor(tiny_base, pipeline.PageSettings())
+    tensors = base_tensors(tiny_base, PageSettings())
+    processor = pipeline.load_processor(tiny_base, PageSettings())
     folder = tmp_path / "final"
     recipe = {"trust_remote_code": False}
-    pipeline.save_final(model, plan, tiny_base, processor, recipe, folder)
+    save_final(model, tensors, tiny_base, processor, recipe, folder)
     before = sorted(path.name for path in folder.iterdir())
 
     def full(*unused, **options):
@@ -221,7 +193,7 @@ def test_an_unwhole_final_folder_is_never_left(tiny_base, tmp_path, monkeypatch)
 
     monkeypatch.setattr(type(processor), "save_pretrained", full)
     with pytest.raises(OSError, match="No space"):
-        pipeline.save_final(model, plan, tiny_base, processor, recipe, folder)
+        save_final(model, tensors, tiny_base, processor, recipe, folder)
     assert sorted(path.name for path in folder.iterdir()) == before
     assert layout(folder) == layout(tiny_base)
 
@@ -229,7 +201,7 @@ def test_an_unwhole_final_folder_is_never_left(tiny_base, tmp_path, monkeypatch)
 def test_quantisation_leaves_the_vision_tower_whole(tiny_base):
     from types import SimpleNamespace
 
-    settings = pipeline.PageSettings(base_model=str(tiny_base), quantize="4bit")
+    settings = PageSettings(base_model=str(tiny_base), quantize="4bit")
     args = SimpleNamespace(bf16=False, fp16=False, deepspeed=None, device=torch.device("cpu"), seed=0)
     model = pipeline.load_model(tiny_base, settings, args)
     quantised = [name for name, weight in model.named_parameters() if type(weight).__name__ == "Params4bit"]
@@ -245,14 +217,8 @@ def test_a_tied_base_that_stores_its_head_as_well_keeps_both(tiny_base, tmp_path
     tensors = weights(base)
     embedding = next(value for key, value in tensors.items() if key.endswith("embed_tokens.weight"))
     save_file({**tensors, "lm_head.weight": embedding.clone()}, base / "model.safetensors", metadata={"format": "pt"})
-    plan = pipeline.base_tensors(base, pipeline.PageSettings())
+    tensors = base_tensors(base, PageSettings())
     model = AutoModelForImageTextToText.from_pretrained(base)
-    processor = pipeline.load_processor(base, pipeline.PageSettings())
-    pipeline.save_final(model, plan, base, processor, {"trust_remote_code": False}, tmp_path / "final")
+    processor = pipeline.load_processor(base, PageSettings())
+    save_final(model, tensors, base, processor, {"trust_remote_code": False}, tmp_path / "final")
     assert layout(tmp_path / "final") == layout(base)
-
-
-def test_a_base_without_weights_is_refused(tmp_path):
-    base = make_base(tmp_path / "base", weights=False)
-    with pytest.raises(pipeline.SettingsError, match=r"no \.safetensors there"):
-        pipeline.base_tensors(base, pipeline.PageSettings(base_model=str(base)))

@@ -11,6 +11,7 @@ import zlib
 
 import numpy as np
 import pytest
+from conftest import need_browser
 
 from scoring import renders
 from scoring.renders import SHOT, Job, Renderer
@@ -22,10 +23,7 @@ MAGENTA = (255, 0, 255)
 
 @pytest.fixture(scope="module")
 def renderer():
-    try:
-        renders.find_chromium()
-    except renders.BrowserMissing as error:
-        pytest.skip(str(error))
+    need_browser()
     os.environ[MARK] = mark = str(os.getpid())
     with Renderer() as renderer:
         yield renderer

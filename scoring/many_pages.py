@@ -1,0 +1,213 @@
+"""Many pages: pairs out of folders, scored in order, kept on disk on the way, and shown in one report.
+
+pairs = pairs_of(Path("references"), Path("predictions"), width=1280)
+with Renderer() as renderer:
+    rows = run_pairs(pairs, renderer, progress := Progress(Path("scores.partial"), pictures=True))
+write_pages_report(Path("report.html"), "What was written", pairs, progress, facts={})
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from scoring.blocks import Block, Page, job_for, page_of
+from scoring.clip import Clip
+from scoring.metrics import PageScore, compare, names
+from scoring.renders import Job, Renderer
+from scoring.report import Box, PageResult, write_report
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A page's name, its reference, what was written (None: nothing was), and the browser's window in CSS pixels."""
+
+    name: str
+    reference: str
+    prediction: str | None
+    width: int = 1280
+    height: int = 720
+
+    @property
+    def key(self) -> str:
+        content = json.dumps([self.reference, self.prediction, self.width, self.height])
+        return hashlib.sha256(content.encode("utf-8", "replace")).hexdigest()
+
+
+def score_pairs(
+    pairs: Iterable[Pair], renderer: Renderer, clip: Clip | None = None
+) -> Iterator[tuple[Pair, PageScore, Any, Any]]:
+    """Of each pair, in order: its score, and the pictures of reference and prediction (None where there is none)."""
+    waiting: deque[Pair] = deque()
+
+    def jobs() -> Iterator[Job]:
+        for pair in pairs:
+            waiting.append(pair)
+            yield job_for(pair.reference, pair.width, pair.height)
+            yield job_for(pair.prediction or "", pair.width, pair.height)
+
+    renders = renderer.map(jobs())
+    for render in renders:
+        pair = waiting.popleft()
+        wanted, written = page_of(render, pair.reference), page_of(next(renders), pair.prediction or "")
+        if pair.prediction is None:
+            written = Page(None, failure="there is none")
+        yield pair, compare(wanted, written, clip), wanted.image, written.image
+
+
+def window_of(width: int, height: int) -> tuple[int, int]:
+    """The browser's window for a screenshot: as wide, and no higher."""
+    return min(2560, max(160, width)), min(720, max(64, height))
+
+
+def pairs_of(references: Path, predictions: Path | None, width: int) -> list[Pair]:
+    """Pairs of two folders, by equal file names, or of what a training has left: page-*/{reference,written}.html, in a
+    window for screenshot.png beside them."""
+
+    def window(place: Path) -> tuple[int, int]:
+        screenshot = place.with_name("screenshot.png")
+        if predictions is not None or not screenshot.is_file():
+            return width, 720
+        with Image.open(screenshot) as picture:
+            return window_of(*picture.size)
+
+    if predictions is None:
+        files = [
+            (place.parent.name, place, place.with_name("written.html"))
+            for place in sorted(references.glob("page-*/reference.html"))
+        ]
+    else:
+        files = [
+            (str(place.relative_to(references).with_suffix("")), place, predictions / place.relative_to(references))
+            for place in sorted(references.rglob("*.html"))
+        ]
+    return [
+        Pair(name, read(wanted), read(written) if written.is_file() else None, *window(wanted))
+        for name, wanted, written in files
+    ]
+
+
+def read(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace")
+
+
+class Progress:
+    """Scores and pictures of a run, on disk until it ends: an interrupted one goes on where it was."""
+
+    def __init__(self, folder: Path | None, pictures: bool, clip: str | None = None):
+        self.folder, self.pictures, self.clip, self.rows = folder, pictures, clip, {}
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "scores.jsonl"
+        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+            try:
+                row = json.loads(line)
+            except ValueError:  # the end of an interrupted run
+                continue
+            asked = {"clip": clip, "metrics": [*names()]}
+            if row["pictures"] >= pictures and {name: row.get(name) for name in asked} == asked:
+                self.rows[row["key"]] = row["score"]
+
+    def keep(self, key: str, score: PageScore, images: Sequence[Any]) -> None:
+        self.rows[key] = asdict(score)
+        if self.folder is None:
+            return
+        for name, image in zip(("reference", "written"), images):
+            if self.pictures and image is not None:
+                picture = Image.fromarray(image)
+                picture = picture.reduce(2) if picture.width > 960 else picture  # twice what the report shows
+                picture.save(self.folder / f"{key}-{name}.png", compress_level=1)
+        with (self.folder / "scores.jsonl").open("a", encoding="utf-8") as file:
+            asked = {"pictures": self.pictures, "clip": self.clip, "metrics": names()}
+            file.write(json.dumps({"key": key, **asked, "score": self.rows[key]}) + "\n")
+
+    def picture(self, key: str, name: str) -> Path | None:
+        file = self.folder / f"{key}-{name}.png" if self.folder else None
+        return file if file and file.is_file() else None
+
+    def forget(self) -> None:
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def run_pairs(
+    pairs: Sequence[Pair], renderer: Renderer, progress: Progress, clip: Clip | None = None
+) -> list[dict[str, Any]]:
+    """Scores of all pairs, in order, each with its `page`; a bar on stderr."""
+    from tqdm import tqdm
+
+    left = [pair for pair in pairs if pair.key not in progress.rows]
+    with tqdm(total=len(pairs), initial=len(pairs) - len(left), unit="page", file=sys.stderr) as bar:
+        for pair, score, *images in score_pairs(left, renderer, clip):
+            progress.keep(pair.key, score, images)
+            bar.update()
+    return [{"page": pair.name, **score_of(progress.rows[pair.key]).as_json()} for pair in pairs]
+
+
+def score_of(row: Mapping[str, Any]) -> PageScore:
+    """A score back from its JSON."""
+
+    def block(value: Mapping[str, Any]) -> Block:
+        return Block(**{**value, "color": tuple(value["color"])})
+
+    lists = {name: tuple(map(block, row[name])) for name in ("missing", "invented")}
+    lists["matched"] = tuple((block(one), block(two)) for one, two in row["matched"])
+    return PageScore(**{**row, **lists, "causes": tuple(row["causes"])})
+
+
+def write_pages_report(
+    file: Path,
+    title: str,
+    pairs: Sequence[Pair],
+    progress: Progress,
+    facts: Mapping[str, str],
+    more: Mapping[str, Mapping[str, Any]] | None = None,
+    comparison: Mapping[str, Any] | None = None,
+) -> None:
+    """`more` has further scores of a page by its name, such as `truncated`; they stand beside the others."""
+
+    def box(block: Block) -> Box:
+        return Box(block.x, block.y, block.width, block.height, block.text)
+
+    def results() -> Iterator[PageResult]:
+        for pair in pairs:
+            key = pair.key
+            score = score_of(progress.rows[key])
+            shown = {**score.values, "valid": score.valid} | dict((more or {}).get(pair.name, {}))
+            yield PageResult(
+                name=pair.name,
+                scores=shown,
+                reference=progress.picture(key, "reference"),
+                written=progress.picture(key, "written"),
+                html=pair.prediction or "",
+                reference_html=pair.reference,
+                matched=[(box(one), box(two)) for one, two in score.matched],
+                missing=[box(block) for block in score.missing],
+                invented=[box(block) for block in score.invented],
+                failure=score.failure,
+                causes=score.causes,
+            )
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_report(file, title, results(), dict(facts), comparison)
+
+
+def browser_facts(renderer: Renderer, clip: Clip | None, why_not: str) -> dict[str, str]:
+    """What scores depend on, besides the pages."""
+    facts = renderer.facts
+    fonts = facts.get("fonts") or []
+    return {
+        "browser": f"{facts.get('chromium')}{'' if facts.get('sandbox') else ', without its sandbox (as root)'}",
+        "fonts": f"{len(fonts)}: {', '.join(fonts[:12])}{', ...' if len(fonts) > 12 else ''}",
+        "CLIP": clip.name if clip else f"not scored, {why_not}",
+    }

@@ -1,0 +1,138 @@
+"""The scorer proves itself before every run, on pages whose scores are known; no number is given without that.
+
+    with Renderer() as renderer:
+        prove(renderer)                                                      # raises ScorerError
+        score(reference_html, prediction_html, renderer)["overall"]
+
+What is broken in the scorer shows as a score that does not fall where it must, or falls where it may not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from scoring import metrics
+from scoring.blocks import Page, job_for, page_of
+from scoring.clip import Clip
+from scoring.metrics import PageScore, compare
+from scoring.renders import Renderer
+
+PROOF = [  # (tag, left, top, colour, text), in pixels of a page of 640 by 480
+    ("h1", 20, 10, "#102030", "Harbour timetable"),
+    ("p", 20, 70, "#803010", "Ferries leave every morning"),
+    ("p", 330, 70, "#106030", "Return before the evening tide"),
+    ("div", 20, 130, "#1040a0", "Island of birds"),
+    ("div", 330, 130, "#a01060", "Lighthouse and museum"),
+    ("span", 20, 190, "#505050", "Tickets at the quay"),
+    ("a", 330, 190, "#0060c0", "Ask the captain"),
+    ("li", 60, 250, "#604000", "Bring warm clothes"),
+    ("button", 330, 250, "#000000", "Reserve two seats"),
+    ("footer", 20, 420, "#203040", "Closed on stormy days"),
+]
+
+
+class ScorerError(RuntimeError):
+    """The scorer does not score what it should; no number of it can be trusted."""
+
+
+def proof_page(items: Sequence[Sequence]) -> str:
+    lines = (
+        f'<{tag} style="position:absolute;margin:0;left:{left}px;top:{top}px;color:{color}">{text}</{tag}>'
+        for tag, left, top, color, text in items
+    )
+    return f"<!DOCTYPE html>\n<html><head><title>proof</title></head><body>{''.join(lines)}</body></html>"
+
+
+def proof_cases() -> dict[str, str]:
+    """Changed copies of the page; of each pair the second is changed more."""
+    turned = [item[4] for item in PROOF]
+    turned = [*turned[1:], turned[0]]
+    colors = ["#f0e010", "#10e0f0"] * 5
+
+    def changed(count: int, change: Callable[[int, Sequence], Sequence]) -> str:
+        return proof_page([change(n, item) if n < count else item for n, item in enumerate(PROOF)])
+
+    return {
+        "itself": proof_page(PROOF),
+        "blank": proof_page([]),
+        "3 moved": changed(3, lambda n, item: (item[0], item[1] + 150, item[2] + 100, *item[3:])),
+        "6 moved": changed(6, lambda n, item: (item[0], item[1] + 150, item[2] + 100, *item[3:])),
+        "3 recoloured": changed(3, lambda n, item: (*item[:3], colors[n], item[4])),
+        "9 recoloured": changed(9, lambda n, item: (*item[:3], colors[n], item[4])),
+        "3 shortened": changed(3, lambda n, item: (*item[:4], item[4][: len(item[4]) * 2 // 3])),
+        "9 shortened": changed(9, lambda n, item: (*item[:4], item[4][: len(item[4]) * 2 // 3])),
+        "2 removed": proof_page(PROOF[:-2]),
+        "6 removed": proof_page(PROOF[:-6]),
+        "another page": "<!DOCTYPE html>\n<html><body><main><p>Nothing of the kind</p></main></body></html>",
+        "texts shuffled": changed(10, lambda n, item: (*item[:4], turned[n])),
+    }
+
+
+def prove(renderer: Renderer, cases: Mapping[str, str] | None = None, clip: Clip | None = None) -> dict[str, PageScore]:
+    """Raise `ScorerError`, naming the case, unless known pages score as they must. Returns their scores."""
+    known = dict(cases or proof_cases())
+    renders = renderer.map(job_for(page, width=640) for page in known.values())
+    pages = {name: page_of(render, known[name]) for name, render in zip(known, renders)}
+    found = {name: compare(pages["itself"], page, clip) for name, page in pages.items()}
+    failed = Page(None, failure="on purpose", html=known["itself"])
+    found["not rendered"] = compare(pages["itself"], failed, clip)
+    found["both not rendered"] = compare(failed, failed, clip)
+    for name in known:
+        claim(found, found[name].failure is None, f"{name!r} could not be rendered", name)
+    blocks = found["itself"].blocks_reference
+    claim(found, blocks == len(PROOF), f"{len(PROOF)} texts give another number of blocks", "itself")
+    for metric in metrics.METRICS:
+        if metric.name in found["itself"].values:  # else it cannot be measured here
+            prove_metric(metric, found)
+    blank = clip or found["blank"]["overall"] == 0  # CLIP finds two white pages alike
+    claim(found, blank, "overall of a blank page is not 0", "blank")
+    for name, kept in (("6 moved", ("text", "color")), ("9 recoloured", ("text", "position", "block"))):
+        for metric in kept:
+            claim(found, found[name][metric] > 0.99, f"{metric} has fallen where only others may: {name!r}", name)
+    claim(found, found["another page"]["likeness"] < 0.2, "another page looks half right", "another page")
+    shuffled = "texts shuffled"
+    claim(found, found[shuffled]["position"] < 0.9, "position does not see that texts were shuffled", shuffled)
+    return found
+
+
+def prove_metric(metric: metrics.Metric, found: Mapping[str, PageScore]) -> None:
+    """What the table says of a metric must be true of the known pages. Raises `ScorerError`."""
+    name, worst = metric.name, f"{metric.worst:g}"
+    value = found["itself"][name]
+    claim(
+        found,
+        abs(value - metric.best) < 1e-5,
+        f"{name} of a page against itself is {value}, not {metric.best:g}",
+        "itself",
+    )
+    for case in ("not rendered", "both not rendered"):
+        claim(found, found[case][name] == metric.worst, f"{name} of a failed render is not {worst}", case)
+    if metric.needs_text:
+        claim(found, found["blank"][name] == metric.worst, f"{name} of a blank page is not {worst}", "blank")
+    if metric.falls:
+        few, many = metric.falls
+        values = [found[case][name] for case in ("itself", few, many)]
+        falls = all(metric.is_better(one, than=two) for one, two in zip(values, values[1:]))
+        claim(found, falls, f"{name} does not fall from {few!r} to {many!r}: {values}", few, many)
+
+
+def claim(found: Mapping[str, PageScore], true: bool, text: str, *names: str) -> None:
+    if not true:
+        seen = "; ".join(f"{name}: {found[name].as_json()}" for name in names)
+        raise ScorerError(f"the scorer is broken: {text}. {seen}")
+
+
+def score(
+    reference: str, prediction: str, renderer: Renderer | None = None, width: int = 1280, clip: Clip | None = None
+) -> PageScore:
+    """How alike two pages are, given as HTML. Raises `renders.BrowserMissing` without Chromium.
+
+    With a `renderer` of one's own many pages share a browser; the proof is the caller's then.
+    """
+    if renderer is None:
+        with Renderer() as own:
+            prove(own, clip=clip)
+            return score(reference, prediction, own, width, clip)
+    renders = renderer.map([job_for(html, width) for html in (reference, prediction)])
+    wanted, written = map(page_of, renders, (reference, prediction))
+    return compare(wanted, written, clip)

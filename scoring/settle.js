@@ -1,0 +1,29 @@
+// Waits until the page looks as it will stay: pictures, fonts, animations. With `pictures`, those that cannot load
+// become a grey placeholder, since a broken picture ignores its size and moves the layout.
+async ({pictures}, dom) => {
+  const grey = "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'%3E%3Crect width='100%25' height='100%25'"
+    + " fill='%23ccc'/%3E%3C/svg%3E";
+  const wait = (promise, ms) => Promise.race([promise, new Promise((done) => setTimeout(done, ms))]);
+  const isData = (node, name) => /^\s*data:/i.test(dom.attribute(node, name) ?? "");
+  if (pictures) {
+    for (const node of dom.all("img, picture > source, input[type=image]")) {
+      dom.removeAttribute(node, "srcset");
+      dom.removeAttribute(node, "loading");
+      if (node.localName !== "source" && !isData(node, "src")) dom.setAttribute(node, "src", grey);
+    }
+    for (const node of dom.all("svg image")) {
+      for (const name of ["href", "xlink:href"]) {
+        if (dom.attribute(node, name) !== null && !isData(node, name)) dom.setAttribute(node, name, grey);
+      }
+    }
+  }
+  const images = dom.all("img");
+  const decoded = (otherwise) => Promise.all(
+    images.map((node) => HTMLImageElement.prototype.decode.call(node).catch(() => otherwise(node))));
+  await wait(decoded((node) => { if (pictures) dom.setAttribute(node, "src", grey); }), 2000);
+  if (pictures) await wait(decoded(() => 0), 1000);
+  await wait(document.fonts.ready, 1000);
+  for (const moving of Document.prototype.getAnimations.call(document)) {
+    try { moving.finish(); } catch { moving.cancel(); }  // an endless one has no end to go to
+  }
+}

@@ -1,0 +1,123 @@
+"""The final folder: every tensor of the base checkpoint as training has left it, written aside, compared, renamed.
+
+for key, base, tensor in final_tensors(model, tensors): ...     # (all ranks) what is saved and what is judged
+save_final(model, tensors, base, processor, recipe, folder)     # (all ranks)
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
+from transformers import AutoConfig, GenerationConfig
+
+import use_model_from_hub as use
+from training import zero3
+from training.base_model import DTYPES, BaseTensor, base_tensors, read_safetensors
+from training.errors import NotFiniteError, PipelineError, SettingsError
+from training.fast_layers import narrowed
+from training.processes import on_main, rank
+from training.settings import PageSettings
+
+
+def final_tensors(model, tensors: dict[str, BaseTensor]) -> Iterator[tuple[str, BaseTensor, object]]:
+    """(all ranks) Every tensor of the base checkpoint as training has left it: (key, BaseTensor, tensor).
+
+    Gathered one at a time under ZeRO-3, adapters merged in fp32, rounded to the base's dtype. With quantisation the
+    full-precision weight is read from the base's own file. These tensors are what is saved and what evaluation uses.
+    """
+    weights = {}
+    for name, parameter in model.named_parameters():
+        weights[name.removeprefix("base_model.model.").replace(".base_layer.", ".")] = parameter
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # beneath the adapters
+    tied = inner._tied_weights_keys or {}
+    scales = {
+        name.removeprefix("base_model.model."): module.scaling["default"]
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    for key, base in tensors.items():
+        weight = weights.get(base.name)
+        if weight is None:
+            weight = weights[tied[base.name]]
+        stem = base.name.removesuffix(".weight")
+        down, up = (weights.get(f"{stem}.lora_{part}.default.weight") for part in "AB")
+        with zero3.gathered([part for part in (weight, down, up) if part is not None]):
+            value = narrowed(weight.detach(), base.shape)
+            if type(weight).__name__ == "Params4bit":
+                with safe_open(base.file, framework="pt") as file:
+                    value = file.get_tensor(key).to(weight.device)
+            if down is not None:
+                value = value.float() + scales[stem] * (up.detach().float() @ down.detach().float())
+            yield key, base, value.to(getattr(torch, DTYPES[base.dtype]))
+
+
+def save_final(model, tensors: dict[str, BaseTensor], base: Path, processor, recipe: dict, folder: Path) -> None:
+    """(all ranks) Write a folder that loads anywhere, with exactly the base checkpoint's keys, shapes and dtypes.
+
+    Written beside its place and renamed, so that an interrupted save never leaves half a model. Raises `PipelineError`
+    when what was written differs from the base, naming the difference, and `NotFiniteError` for poisoned weights.
+    """
+    state = {}
+    for key, _, tensor in final_tensors(model, tensors):
+        if not tensor.isfinite().all():  # whole on every rank, so all of them stop here
+            raise NotFiniteError(f"not saved: {key} holds NaN or infinite numbers")
+        if rank() == 0:
+            state[key] = tensor.cpu().clone().contiguous()
+
+    def write() -> None:
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_torch_state_dict(state, partial, max_shard_size="5GB", metadata={"format": "pt"})
+        for file in partial.glob("*.safetensors"):
+            file.chmod(0o644)  # safetensors 0.8 leaves 0600, which a server under another user cannot read
+        # From the base, not from the model in memory, which training has changed (no cache, another dtype).
+        AutoConfig.from_pretrained(base, trust_remote_code=recipe["trust_remote_code"]).save_pretrained(partial)
+        if (base / "generation_config.json").is_file():
+            GenerationConfig.from_pretrained(base).save_pretrained(partial)
+        processor.save_pretrained(partial)
+        for terms in (path for name in ("LICENSE*", "NOTICE*") for path in base.glob(name)):
+            shutil.copyfile(terms, partial / terms.name)  # most licences ask that they travel with the weights
+        (partial / use.RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+        compare_tensors(read_safetensors(partial), tensors)
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    on_main(write)
+
+
+def compare_tensors(written: dict, tensors: dict[str, BaseTensor]) -> None:
+    """Raise `PipelineError` when a saved checkpoint differs from its base in keys, shapes or dtypes."""
+    problems = [f"missing {key}" for key in sorted(tensors.keys() - written.keys())]
+    problems += [f"unexpected {key}" for key in sorted(written.keys() - tensors.keys())]
+    for key in sorted(tensors.keys() & written.keys()):
+        if written[key][:2] != (tensors[key].shape, tensors[key].dtype):
+            problems.append(f"{key} is {written[key][:2]}, the base has {(tensors[key].shape, tensors[key].dtype)}")
+    if problems:
+        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise PipelineError("the saved model differs from its base: " + "; ".join(problems[:10]) + more)
+
+
+def load_weights(model, folder: Path, settings: PageSettings) -> None:
+    """The weights of a checkpoint, by their names in the model. The Trainer of transformers 5.23 saves them by their
+    older names, looks for the newer ones, finds none, and goes on with the base's weights and a warning."""
+
+    state = {}
+    for key, tensor in base_tensors(folder, replace(settings, random_weights=False, plan=False)).items():
+        with safe_open(tensor.file, framework="pt") as file:
+            state[tensor.name] = file.get_tensor(key)
+    missing, _ = model.load_state_dict(state, strict=False)
+    missing = set(missing) - set(model._tied_weights_keys or ())
+    if missing:
+        raise SettingsError(f"{folder} lacks {', '.join(sorted(missing)[:5])}: it is no checkpoint of this model")

@@ -1,0 +1,227 @@
+"""The processes of a run: who this one is, what it says, and everything that all of them do together.
+
+    say("one line, by the main process")
+    base = on_main(lambda: fetch_base(settings))        # one works, everyone gets the result or its error
+    if agree(stop.wanted, args.device): ...             # true everywhere when it is true anywhere
+
+(all ranks) marks what every process must call, in the same order, or the others wait for ever. Every collective of this
+project stands here, but for those inside DeepSpeed's own groups (zero3). Torch is imported on use: --help and the
+checks read this room, too.
+
+Sections: Who, Talk, Together, After a failure.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from training.errors import PipelineError
+
+if TYPE_CHECKING:
+    import torch
+
+Result = TypeVar("Result")
+
+# -----------------------------------------------------------------------------
+# Who
+
+
+def rank() -> int:
+    """This process's number in the whole run; 0 is the main process."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """This process's number on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """Processes of the whole run, as the launcher says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """Processes of this machine: torchrun and the deepspeed launcher name them differently."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def several() -> bool:
+    """Whether there is anybody to talk to: several processes, whose process group has begun."""
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized() and world_size() > 1
+
+
+# -----------------------------------------------------------------------------
+# Talk
+
+
+def say(message: str) -> None:
+    """(main process only) One line on stdout."""
+    if is_main():
+        print(message, flush=True)
+
+
+def say_from_here(message: str) -> None:
+    """One line on stdout that names this process."""
+    print(f"rank {rank()}: {message}", flush=True)
+
+
+# -----------------------------------------------------------------------------
+# Together
+
+
+def gather(value: Result) -> list[Result]:
+    """(all ranks) Every process's value, in the order of their ranks; pickled, so for small things."""
+    if not several():
+        return [value]
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def least(values: list[float]) -> list[float]:
+    """(all ranks) The smallest of each value that any rank has."""
+    return [min(each) for each in zip(*gather(values))]
+
+
+def same_everywhere(value: str) -> bool:
+    """(all ranks) Whether every process has the same text; keep it short, a hash of what is compared."""
+    return len(set(gather(value))) == 1
+
+
+def add_up(numbers: torch.Tensor, group: Any = None) -> None:
+    """(all ranks) Put the sum over all processes (of `group`) into `numbers`, on the device of the process group."""
+    if several():
+        import torch.distributed as dist
+
+        dist.all_reduce(numbers, group=group)
+
+
+def take_largest(numbers: torch.Tensor, group: Any = None) -> None:
+    """(all ranks) Put the largest of each number that any process has into `numbers`."""
+    if several():
+        import torch.distributed as dist
+
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=group)
+
+
+def agree(flag: bool, device: torch.device) -> bool:
+    """(all ranks) True everywhere when it is true anywhere."""
+    import torch
+
+    votes = torch.tensor(float(flag), device=device)
+    take_largest(votes)
+    return bool(votes)
+
+
+def on_main(work: Callable[[], Result]) -> Result:
+    """(all ranks) Run `work` on the main process and hand its result, or its error, to every rank.
+
+    A `PipelineError` is raised everywhere as it is; of another one the others raise a `PipelineError` that tells of it.
+    """
+    outcome: list[Any] = [None, None]
+    if is_main():
+        try:
+            outcome[0] = work()
+        except PipelineError as error:
+            outcome[1] = error
+        except Exception as error:  # the other ranks must hear of any failure, or they wait for hours
+            _broadcast([None, PipelineError(f"the main process failed: {error!r}")])
+            raise
+    _broadcast(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def _broadcast(outcome: list, group: Any = None) -> None:
+    if several():
+        import torch.distributed as dist
+
+        dist.broadcast_object_list(outcome, src=0, group=group)
+
+
+def on_each_machine(work: Callable[[], Result], there: Callable[[Result], bool]) -> Result:
+    """(all ranks) `work` on the main process, and again on every machine that does not see what it left: `there`.
+
+    Its result must be the same wherever it is done; returns this machine's own.
+    """
+    outcome: list[Any] = [on_main(work), None]
+    if not several():
+        return outcome[0]
+    if local_rank() == 0 and not there(outcome[0]):
+        say_from_here("this machine sees nothing of what rank 0 has prepared and prepares it, too")
+        try:
+            outcome[0] = work()
+        except PipelineError as error:
+            outcome[1] = error
+    outcomes = gather(outcome)
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    return outcomes[rank() - local_rank()][0]
+
+
+# -----------------------------------------------------------------------------
+# After a failure: over gloo, whatever training used, since NCCL may be stuck in the collective that failed
+
+_emergency_group: list = []  # at most one; made before anything can have failed
+
+
+def emergency_group() -> Any:
+    """(all ranks, the first time) A gloo group of its own; None for a process alone."""
+    if not _emergency_group and several():
+        import torch.distributed as dist
+
+        _emergency_group.append(dist.new_group(backend="gloo", timeout=timedelta(seconds=60)))
+    return _emergency_group[0] if _emergency_group else None
+
+
+def all_ranks_arrive(seconds: float = 20.0) -> bool:
+    """(any rank) Whether every rank comes here in time: after a failure, some may hang or be gone."""
+    if not several():
+        return True
+    import torch.distributed as dist
+
+    try:
+        dist.monitored_barrier(emergency_group(), timeout=timedelta(seconds=seconds))
+    except RuntimeError as error:
+        say_from_here(f"not every rank can take part in an emergency checkpoint ({error})")
+        return False
+    return True
+
+
+def together(flag: bool, seconds: float = 60.0) -> bool:
+    """(all ranks) `agree` after what may have failed somewhere; RuntimeError where a rank does not come in time."""
+    if not several():
+        return flag
+    import torch
+    import torch.distributed as dist
+
+    dist.monitored_barrier(emergency_group(), timeout=timedelta(seconds=seconds))
+    votes = torch.tensor(float(flag))
+    take_largest(votes, emergency_group())
+    return bool(votes)
+
+
+def agreed_port() -> int:
+    """(all ranks) A port that is free where rank 0 runs."""
+    chosen = [0]
+    if is_main():
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            chosen = [probe.getsockname()[1]]
+    _broadcast(chosen, emergency_group())
+    return chosen[0]

@@ -1,0 +1,134 @@
+"""What a run tells of itself while it trains: rates, waits and memory in one line a step, and the loss as a picture.
+
+meter = Meter()
+meter.count(batch, image_token_id)          # every micro-batch, on this rank
+logs |= meter.read(args)                    # (all ranks) since the last line
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import resource
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import matplotlib
+import psutil
+import torch
+
+from training.memory_plan import peak_tflops
+from training.packing import IGNORED
+from training.processes import add_up, say, take_largest, world_size
+
+
+def say_memory(what: str, start: float) -> None:
+    """Say how long a stage took and how much memory the process holds after it."""
+    gib = psutil.Process().memory_info().rss / 2**30
+    gpu = f", GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB peak" if torch.cuda.is_available() else ""
+    say(f"{what} in {time.monotonic() - start:.1f} s; memory {gib:.1f} GiB{gpu}")
+
+
+class Meter:
+    """What went through the model since the last log line, on this rank."""
+
+    def __init__(self):
+        self.start, self.paused, self.waited = time.monotonic(), 0.0, 0.0
+        self.pages = self.supervised = self.image = self.steps = 0
+        self.flops = 0.0
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """What happens inside is no training time."""
+        start = time.monotonic()
+        yield
+        self.paused += time.monotonic() - start
+
+    def count(self, inputs: dict, image_token_id: int) -> None:
+        self.pages += len(inputs["image_grid_thw"])
+        self.flops += inputs.pop("flops", 0.0)
+        if "targets" in inputs:
+            self.supervised += len(inputs["targets"])
+            self.image += len(inputs["image_places"])
+        else:
+            self.supervised = self.supervised + inputs["labels"].ne(IGNORED).sum()
+            self.image = self.image + inputs["input_ids"].eq(image_token_id).sum()
+
+    def read(self, args) -> dict[str, float]:
+        """(all ranks) Rates over all ranks, the longest wait for data, and the highest peak memory of one."""
+        seconds, steps = time.monotonic() - self.start - self.paused, max(1, self.steps)
+        cuda = torch.cuda.is_available()
+        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else process_peak_gib()
+        counts = [self.pages, float(self.supervised), float(self.image), self.flops / 1e12]
+        sums = torch.tensor(counts, device=args.device, dtype=torch.float64 if cuda else torch.float32)
+        worst = torch.tensor([peak, self.waited / seconds], device=args.device)
+        add_up(sums)
+        take_largest(worst)
+        pages, supervised, image, tflops = (sums / seconds).tolist()
+        peak, waited = worst.tolist()
+        self.__init__()
+        most = peak_tflops(torch.cuda.get_device_name()) if cuda else None
+        return {
+            "pages_per_second": pages,
+            "supervised_tokens_per_second": supervised,
+            "image_tokens_per_second": image,
+            "seconds_per_step": seconds / steps,
+            "data_wait_share": waited,
+            "peak_gib": peak,
+        } | ({"mfu": tflops / most / world_size()} if most and tflops else {})
+
+
+def process_peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+def memory_is_tight() -> bool:
+    """Whether a tenth or less is free. Clearing costs 0.3 s a step, several times a small model's whole step."""
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+    else:
+        free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
+    return free < 0.1 * total
+
+
+def release_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def log_line(logs: dict, state) -> str:
+    left = (state.max_steps - state.global_step) * logs["seconds_per_step"]
+    return (
+        f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"
+        f"  {logs['pages_per_second']:.2f} pages/s  {logs['supervised_tokens_per_second']:,.0f} supervised tokens/s"
+        f"  {logs['image_tokens_per_second']:,.0f} image tokens/s  {logs['seconds_per_step']:.2f} s/step"
+        + (f"  MFU {100 * logs['mfu']:.1f} %" if "mfu" in logs else "")
+        + f"  data wait {100 * logs['data_wait_share']:.0f} %  peak {logs['peak_gib']:.1f} GiB"
+        f"  {timedelta(seconds=round(left))} left"
+    )
+
+
+def draw_loss(history: list[dict], path: Path) -> None:
+    """The loss curve as a picture: every step pale, their running mean strong."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    if not points:
+        return
+    steps, losses = zip(*points)
+    mean, smooth = losses[0], []
+    for loss in losses:
+        mean += (loss - mean) * 0.1
+        smooth.append(mean)
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes.plot(steps, losses, color="#9ecae1", linewidth=1, label="each step")
+    axes.plot(steps, smooth, color="#08519c", linewidth=2, label="running mean")
+    axes.set(xlabel="optimizer step", ylabel="loss per supervised token", title="Training loss")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    figure.savefig(path)
+    pyplot.close(figure)
