@@ -50,10 +50,10 @@ from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin, Trai
 import use_model_from_hub as use
 from scoring.metrics import CHOOSING
 from training import attention, fast_layers, memory_plan, zero3
-from training import dataset as page_data
 from training.base_model import BaseTensor, base_tensors, empty_model, fetch_base, load_config
 from training.best_weights import BestWeights
 from training.checkpoints import keep_earlier_checkpoints, newest_checkpoint
+from training.dataset import dataset_revision, load_pages, load_pages_from_disk, resolve_dataset
 from training.errors import DataError, NotFiniteError, PipelineError, SettingsError, StoppedError
 from training.evaluation import Rendering, announce, keep_outputs, parts_of, score_held_out, write_held_out
 from training.final_folder import final_tensors, load_weights, save_final
@@ -744,14 +744,14 @@ def prepare_pages(settings: PageSettings, args, encoder: PageEncoder, processor)
     mark = f"prepared-{os.environ.get('HOLO1_RUN_ID', '')}-{time.time_ns()}"  # rank 0's, told to the others below
 
     def prepare() -> tuple[str, str]:
-        report = str(page_data.load_pages(settings, args.output_dir, count, args.seed))
+        report = str(load_pages(settings, args.output_dir, count, args.seed))
         for earlier in (Path(args.output_dir) / "pages").glob("prepared-*"):
             earlier.unlink()
         (Path(args.output_dir) / "pages" / mark).touch()
         return report, mark
 
     report, _ = on_each_machine(prepare, lambda done: (Path(args.output_dir) / "pages" / done[1]).exists())
-    training, held_out = page_data.load_pages_from_disk(args.output_dir)
+    training, held_out = load_pages_from_disk(args.output_dir)
     names = repr([part.select_columns(["name", "html_tokens"]).to_list() for part in (training, held_out)])
     if not same_everywhere(hashlib.sha256(names.encode()).hexdigest()):
         raise DataError("the machines have read different pages; give a --dataset_revision, or a shared --output_dir")
@@ -775,13 +775,13 @@ def gather_facts(settings: PageSettings, args, base: Path) -> dict:
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
     snapshot = base.name if base.parent.name == "snapshots" else settings.base_revision  # the Hub cache names commits
-    source = page_data.resolve_dataset(settings.dataset, config=settings.dataset_config)
+    source = resolve_dataset(settings.dataset, config=settings.dataset_config)
     return {
         "base_model": public_name(settings.base_model),
         "base_revision": snapshot,
         "dataset": public_name(settings.dataset),
         "dataset_config": source.config,
-        "dataset_revision": page_data.dataset_revision(settings.dataset, settings.dataset_revision),
+        "dataset_revision": dataset_revision(settings.dataset, settings.dataset_revision),
         "dataset_licence": source.licence,
         "commit": commit or None,
         "versions": versions,

@@ -25,8 +25,8 @@ import make_pages
 import page_scores
 import run_deepspeed_training as wrapper
 import use_model_from_hub as use
-from training import dataset as page_data
 from training import settings as training_settings
+from training.dataset import KNOWN_DATASETS
 from training.evaluation import score_held_out
 
 README = ROOT / "README_DeepSpeed.md"
@@ -336,7 +336,7 @@ def test_every_exit_code_is_there_with_its_meaning():
 
 def test_every_known_dataset_is_there_with_its_licence_and_whether_it_is_refused():
     told = {name: (row[0], "refused" in row[1]) for name, row in rows("Data sets").items() if "/" in name}
-    assert told == {name: (it.licence, bool(it.refused)) for name, it in page_data.KNOWN_DATASETS.items()}
+    assert told == {name: (it.licence, bool(it.refused)) for name, it in KNOWN_DATASETS.items()}
 
 
 def test_every_measure_is_one_that_the_evaluation_writes(tiny_base):

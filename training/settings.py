@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import use_model_from_hub as use
-from training import dataset as page_data
 from training.checkpoints import newest_checkpoint
+from training.cleaning import cleaning_steps
+from training.dataset import resolve_dataset
 from training.errors import SettingsError
 from training.processes import local_world_size, world_size
 
@@ -419,8 +420,8 @@ def check_settings(resolved: Resolved) -> None:
     if resolved.deepspeed is not None and steps not in (None, 0, 1, 2, 3):
         problems.append(f"--deepspeed: zero_optimization.stage is {steps!r}; 0, 1, 2 or 3")
     try:
-        page_data.cleaning_steps(settings.clean)
-        page_data.resolve_dataset(settings.dataset)
+        cleaning_steps(settings.clean)
+        resolve_dataset(settings.dataset)
     except SettingsError as error:
         problems.append(str(error))
     if problems:
