@@ -8,7 +8,7 @@
     python holo1_dom_finetune.py --help
 
 One page travels through this file from top to bottom: dataset, prompt and mask, batch, step, checkpoint, HTML, score,
-card, Hub. Sections: Model, Memory, Training, Saving, Evaluation, Main; the rooms of training/ and
+card, Hub. Sections: Model, Memory, Collate, Training, Saving, Evaluation, Main; the rooms of training/ and
 scoring/ stand beside it. (all ranks) marks what every process must call together.
 """
 
@@ -49,23 +49,23 @@ from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin, Trai
 
 import use_model_from_hub as use
 from scoring.metrics import CHOOSING
-from training import attention, fast_layers, memory_plan, zero3
+from training import attention, fast_layers, memory_plan, page_costs, zero3
 from training.base_model import BaseTensor, base_tensors, empty_model, fetch_base, load_config
 from training.best_weights import BestWeights
 from training.checkpoints import keep_earlier_checkpoints, newest_checkpoint
 from training.dataset import dataset_revision, load_pages, load_pages_from_disk, resolve_dataset
-from training.errors import DataError, NotFiniteError, PipelineError, SettingsError, StoppedError
-from training.evaluation import Rendering, announce, keep_outputs, parts_of, score_held_out, write_held_out
-from training.final_folder import final_tensors, load_weights, save_final
-from training.packing import (
-    CHUNK_DEEPSPEED,
-    CHUNK_FALLBACK,
-    PageCollator,
-    PageEncoder,
-    colour_supervision,
-    count_tokens,
+from training.errors import (
+    DataError,
+    NotFiniteError,
+    PipelineError,
+    SettingsError,
+    StoppedError,
     is_out_of_memory,
 )
+from training.evaluation import Rendering, announce, keep_outputs, parts_of, score_held_out, write_held_out
+from training.families import Family, Picture, family_of, trains_fast
+from training.final_folder import final_tensors, load_weights, save_final
+from training.packing import image_geometry, pack
 from training.page_order import PageSampler
 from training.processes import (
     agree,
@@ -82,6 +82,7 @@ from training.processes import (
     world_size,
 )
 from training.progress import Meter, draw_loss, log_line, memory_is_tight, release_memory, say_memory
+from training.prompt_and_mask import IGNORED, PageEncoder, colour_supervision, count_tokens
 from training.publishing import check_hub_access, derived_licence, push_final_folder, write_model_card
 from training.results import Results
 from training.stopping import StopRequest
@@ -101,14 +102,17 @@ def load_processor(base: Path, settings: PageSettings):
         processor = AutoProcessor.from_pretrained(base, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError) as error:
         raise SettingsError(f"--base_model {settings.base_model} has no processor that loads: {error}") from error
-    use.limit_pixels(processor, use.Recipe.min_pixels, settings.max_pixels)
+    family = family_of(load_config(base, settings))
+    family.limit_pixels(processor, use.Recipe.min_pixels, settings.max_pixels)
     return processor
 
 
 def load_model(base: Path, settings: PageSettings, args):
     """(all ranks) The model to train. Under ZeRO-3 every rank holds its part from the first moment."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
+    config = load_config(base, settings)
+    family = family_of(config)
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     # Without DeepSpeed's fp32 master weights, full fine-tuning in bf16 would round small updates away.
     frozen_base = settings.lora or settings.quantize == "4bit"
@@ -117,18 +121,17 @@ def load_model(base: Path, settings: PageSettings, args):
         "trust_remote_code": settings.trust_remote_code,
     }
     if settings.quantize == "4bit":
-        options |= {"quantization_config": quantization_config(half), "device_map": {"": args.device}}
+        options |= {"quantization_config": quantization_config(half, family), "device_map": {"": args.device}}
     if settings.random_weights:
         torch.manual_seed(args.seed)  # every rank the same weights
-        config = AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code)
         model = AutoModelForImageTextToText.from_config(config, **options)
     else:
         model = AutoModelForImageTextToText.from_pretrained(base, **options)
     if zero3.is_on():
         zero3.check_sharded(model)
         zero3.forget_renamings(model)
-    for parameter in vision_tower(model).parameters() if settings.freeze_vision else ():
-        parameter.requires_grad_(False)
+    for part in family.vision_modules(model) if settings.freeze_vision else ():
+        part.requires_grad_(False)
     if trains_fast(model.config, settings):
         make_fast(model, settings, args, zero3.is_on())
     if frozen_base:
@@ -137,14 +140,6 @@ def load_model(base: Path, settings: PageSettings, args):
         False  # training needs no cache, and checkpointing would warn of it at every step
     )
     return model
-
-
-def vision_tower(model):
-    return model.model.visual
-
-
-def trains_fast(config, settings: PageSettings) -> bool:
-    return settings.fast and config.model_type in fast_layers.ARCHITECTURES
 
 
 def make_fast(model, settings: PageSettings, args, sharded: bool) -> None:
@@ -164,7 +159,7 @@ def make_fast(model, settings: PageSettings, args, sharded: bool) -> None:
     say(f"fast path: pages packed, attention by {kernel}, element-wise parts {fused}, vision MLP {width:,} wide")
 
 
-def quantization_config(compute_dtype):
+def quantization_config(compute_dtype, family: Family):
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -173,19 +168,19 @@ def quantization_config(compute_dtype):
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
         # Reading small print is what the vision tower is for, and it is a sixth of the weights: it stays whole.
-        llm_int8_skip_modules=["lm_head", "model.visual"],  # "visual" alone matches nothing (5.23)
+        llm_int8_skip_modules=["lm_head", *family.vision],
     )
 
 
 def add_adapters(model, settings: PageSettings, seed: int):
-    """LoRA on the language model's own projections; by leaf name alone the vision tower's would match, too.
+    """LoRA on the language model's own projections.
 
     Adapters begin at random, the same ones in every run and on every rank with this seed.
     """
     from peft import LoraConfig, get_peft_model
 
-    projections = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-    config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=projections)
+    wanted = family_of(model.config).adapters
+    config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=wanted)
     # The first layer's input has to need a gradient: else DeepSpeed, told of a layer's gradients by torch's hook on the
     # whole layer, would be told before there are any.
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
@@ -198,18 +193,20 @@ def print_plan(base: Path, resolved: Resolved) -> None:
     settings, config = resolved.settings, load_config(base, resolved.settings)
     sizes = [math.prod(tensor.shape) for tensor in base_tensors(base, settings).values()]
     pages = resolved.training["per_device_train_batch_size"] * resolved.training["gradient_accumulation_steps"]
-    tokens = (settings.max_pixels // 28**2, settings.max_html_tokens + 1)
+    tokens = (family_of(config).most_image_tokens(config, settings.max_pixels), settings.max_html_tokens + 1)
     say(f"{settings.base_model}: {sum(sizes) / 1e9:.2f} B parameters; {pages} pages per step and GPU, each of at most ")
     say(
         f"{tokens[0]:,} image tokens and {tokens[1]:,} of HTML; GiB on each GPU under {resolved.training['deepspeed']}:"
     )
 
     def longest(count: int) -> memory_plan.Load:
-        return memory_plan.Load(count * (sum(tokens) + 40), count * tokens[0] * 4, count * tokens[1])
+        return memory_plan.Load(
+            count * (sum(tokens) + 40), count * tokens[0] * family_of(config).shape(config).per_token, count * tokens[1]
+        )
 
     way = training_way(resolved.training, settings, resolved.deepspeed, fused=True)
     bucket, whole = zero3.bucket_size(resolved.deepspeed), zero3.may_be_whole(resolved.deepspeed, config)
-    say(memory_plan.table(config, longest, way, pages, bucket, whole, (24, 40, 80, 140)))
+    say(memory_plan.table(family_of(config).shape(config), longest, way, pages, bucket, whole, (24, 40, 80, 140)))
     copy = 2 * sum(sizes) / 2**30
     say(f"before and after training a copy that writes pages takes {copy:.1f} GiB more, when activations take none")
 
@@ -243,19 +240,22 @@ def choose_micro_batch(args, settings: PageSettings, config, pages, encoder: Pag
     deepspeed = args.hf_deepspeed_config.config if args.deepspeed else None
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     way = training_way({"per_device_train_batch_size": args.per_device_train_batch_size}, settings, deepspeed, True)
-    bucket, loads = zero3.bucket_size(deepspeed), longest_loads(pages, encoder, per_step)
+    bucket, loads = (
+        zero3.bucket_size(deepspeed),
+        longest_loads(pages, encoder, per_step, encoder.family.shape(config).per_token),
+    )
     shares = memory_plan.SHARES if settings.checkpoint_share is None else [settings.checkpoint_share]
-    costs = page_costs(config, pages, encoder)
-    tflops = memory_plan.peak_tflops(torch.cuda.get_device_name(args.device)) or 0.0
+    costs = costs_of(config, pages, encoder)
+    tflops = page_costs.peak_tflops(torch.cuda.get_device_name(args.device)) or 0.0
     limit, tflops = least([memory_limit(args.device), tflops])  # ranks that chose differently would wait for ever
-    seconds = memory_plan.page_seconds(sum(costs) / len(costs), tflops or None)
-    weights, whole = sum(memory_plan.weights_of(config)), zero3.may_be_whole(deepspeed, config)
+    seconds = page_costs.page_seconds(sum(costs) / len(costs), tflops or None)
+    weights, whole = sum(page_costs.weights_of(encoder.family.shape(config))), zero3.may_be_whole(deepspeed, config)
     ways = memory_plan.candidates(way, per_step, seconds, weights, shares, whole)
     if settings.micro_batch != "auto":
         ways = [way for way in ways if way.micro_batch == args.per_device_train_batch_size]
 
     def plan_of(way: memory_plan.Way) -> memory_plan.Plan:
-        return memory_plan.estimate(config, loads[way.micro_batch - 1], way, bucket)
+        return memory_plan.estimate(encoder.family.shape(config), loads[way.micro_batch - 1], way, bucket)
 
     plan = memory_plan.choose(ways, plan_of, limit)
     if plan is None:  # the plan may err: tried, with a warning, rather than refused
@@ -288,9 +288,9 @@ def memory_limit(device) -> float:
     return memory_plan.MEMORY_SHARE * torch.cuda.get_per_process_memory_fraction(device) * total / 2**30
 
 
-def longest_loads(pages, encoder: PageEncoder, most: int) -> list[memory_plan.Load]:
+def longest_loads(pages, encoder: PageEncoder, most: int, merge: int) -> list[memory_plan.Load]:
     """The longest possible batch of 1, 2, ... `most` pages: no order of the pages makes a longer one."""
-    question = len(encoder.before) + len(encoder.after)
+    question = encoder.question_tokens
     sizes = sorted(
         (
             (question + page["image_tokens"] + page["html_tokens"] + 1, page["image_tokens"], page["html_tokens"] + 1)
@@ -301,7 +301,7 @@ def longest_loads(pages, encoder: PageEncoder, most: int) -> list[memory_plan.Lo
     loads, sums = [], (0, 0, 0)
     for number in range(most):
         sums = tuple(map(sum, zip(sums, sizes[number % len(sizes)])))
-        loads.append(memory_plan.Load(sums[0], sums[1] * encoder.merge, sums[2]))
+        loads.append(memory_plan.Load(sums[0], sums[1] * merge, sums[2]))
     return loads
 
 
@@ -311,7 +311,8 @@ def compare_with_plan(trainer, plan: memory_plan.Plan) -> None:
     if peak and hasattr(trainer, "heaviest"):
         load = memory_plan.Load(*trainer.heaviest)
         bucket = zero3.bucket_size(trainer.args.hf_deepspeed_config.config if trainer.args.deepspeed else None)
-        planned = memory_plan.estimate(trainer.model.config, load, plan.way, bucket).total
+        config = trainer.model.config
+        planned = memory_plan.estimate(family_of(config).shape(config), load, plan.way, bucket).total
         say(f"peak: {peak:.1f} GiB measured, {planned:.1f} planned for the heaviest batch, {planned / peak - 1:+.1%}")
 
 
@@ -345,7 +346,7 @@ class Fit:
             return trainer.model_wrapped(**trainer._prepare_inputs(batch)).loss
 
     def prove(self, trainer, collate: PageCollator, pages) -> None:
-        costs = page_costs(trainer.model.config, pages, collate.encoder)
+        costs = costs_of(trainer.model.config, pages, collate.encoder)
         longest = sorted(range(len(pages)), key=lambda place: -costs[place])
         chosen = [pages[longest[number % len(pages)]] for number in range(self.plan.way.micro_batch)]
         start, failure = time.monotonic(), None
@@ -399,6 +400,125 @@ def checkpoint_some_layers(model, share: float) -> None:
     for layers in towers.values():
         for place, layer in enumerate(layers):
             layer.gradient_checkpointing = math.floor((place + 1) * share) > math.floor(place * share)
+
+
+# -----------------------------------------------------------------------------
+# Collate
+
+CHUNK_DEEPSPEED, CHUNK_FALLBACK = 16, 4  # screenshots decoded and processed at once
+
+
+class PageCollator:
+    """Pages to a batch, tolerant of full memory and of broken pictures, never of a missing one.
+
+    Screenshots are decoded and processed `chunk` at a time; when memory runs out the chunk is halved, down to one, and
+    doubled again after success. A page that cannot be read is replaced by another of the same dataset: ZeRO-3 waits
+    for ever for a rank whose batch is shorter or has no picture. Replacements are noted in `notes_file`.
+    """
+
+    def __init__(
+        self,
+        processor,
+        encoder: PageEncoder,
+        pages,
+        chunk: int,
+        notes_file: Path | None = None,
+        config=None,
+        packed: bool = False,
+        dtype=None,
+    ):
+        self.processor, self.encoder, self.pages, self.notes_file = processor, encoder, pages, notes_file
+        self.chunk = self.largest_chunk = chunk
+        self.config = config  # of the model, to count its operations; None: not counted
+        self.packed = packed  # into one row; else padded rows, as every model takes them
+        self.dtype = dtype  # of the pixels, which halves what travels to the GPU; None: as the processor makes them
+
+    def __call__(self, pages: list[dict]) -> dict:
+        """Returns what the family makes of the screenshots and what `pad` or `pack` adds."""
+
+        kept, pictures = [], []
+        while len(kept) < len(pages):
+            chunk_pages, chunk_pictures = self.process(pages[len(kept) : len(kept) + self.chunk])
+            kept += chunk_pages
+            pictures += chunk_pictures
+        rows = [self.encoder.encode(page["html"], picture.ids) for page, picture in zip(kept, pictures)]
+        batch = self.encoder.family.join(pictures)
+        if self.config is not None:
+            sizes = zip(rows, (picture.patches for picture in pictures))
+            batch["flops"] = sum(self.flops(labels, patches) for (_, labels), patches in sizes)
+        if not self.packed:
+            return batch | self.pad(rows)
+        if self.dtype is not None:
+            batch["pixel_values"] = batch["pixel_values"].to(self.dtype)
+        grids = batch["image_grid_thw"]
+        sizes = (grids[:, 1:] // self.config.vision_config.spatial_merge_size).tolist()
+        batch |= pack(rows, sizes, len(self.encoder.before), IGNORED)
+        return batch | image_geometry(self.config)(grids)
+
+    def flops(self, labels: list[int], patches: int) -> float:
+        shape = self.encoder.family.shape(self.config)
+        return page_costs.page_flops(shape, len(labels), len(labels) - labels.count(IGNORED), patches)
+
+    def pad(self, rows: list[tuple[list[int], list[int]]]) -> dict:
+        """`input_ids`, `labels`, `attention_mask` and, where the family needs them, `mm_token_type_ids`, all (B, T)."""
+        longest = max(len(ids) for ids, _ in rows)
+        token = self.processor.tokenizer.pad_token_id
+        input_ids = torch.tensor([ids + [token] * (longest - len(ids)) for ids, _ in rows])
+        lengths = torch.tensor([len(ids) for ids, _ in rows])
+        batch = {
+            "input_ids": input_ids,
+            "labels": torch.tensor([row + [IGNORED] * (longest - len(row)) for _, row in rows]),
+            "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
+        }
+        if self.encoder.family.token_types:
+            batch["mm_token_type_ids"] = (input_ids == self.encoder.image_token_id).long()
+        return batch
+
+    def process(self, pages: list[dict]) -> tuple[list[dict], list[Picture]]:
+        """As many of `pages` as fit into memory, at least one: (pages, the `Picture` of each)."""
+        replaced, wanted = 0, pages[0]
+        while True:
+            pages = pages[: self.chunk]
+            try:
+                done = self.decode_and_process(pages)
+            except Exception as error:
+                if not is_out_of_memory(error) or replaced == 8:  # eight different pages: the machine is too small
+                    raise
+                if self.chunk == 1:
+                    pages = [self.replacement(wanted, "out of memory even alone", replaced)]
+                    replaced += 1
+                    continue
+                self.chunk = max(1, min(self.chunk, len(pages)) // 2)
+                print(f"collate: memory ran out, going on with {self.chunk} screenshots at once", flush=True)
+            else:
+                self.chunk = min(self.largest_chunk, self.chunk * 2)
+                return done
+
+    def decode_and_process(self, pages: list[dict]) -> tuple[list[dict], list[Picture]]:
+        kept, screenshots = [], []
+        for wanted in pages:
+            page = wanted
+            for tries in range(len(self.pages) + 1):
+                try:
+                    screenshots.append(use.open_screenshot(page["screenshot"]))
+                    break
+                except ValueError as error:
+                    page = self.replacement(wanted, str(error), tries)
+            else:
+                raise DataError("no page of the dataset can be read any more")
+            kept.append(page)
+        return kept, self.encoder.family.pictures(self.processor, screenshots)
+
+    def replacement(self, page: dict, reason: str, tries: int = 0) -> dict:
+        """A page that depends on the broken one's name alone, so that every run replaces alike."""
+        digest = hashlib.sha256(page["name"].encode()).digest()
+        spare = self.pages[(int.from_bytes(digest[:8], "big") + tries) % len(self.pages)]
+        note = {"page": page["name"], "reason": reason, "replaced_by": spare["name"]}
+        print(f"collate: {json.dumps(note)}", flush=True)
+        if self.notes_file:
+            with self.notes_file.open("a", encoding="utf-8") as notes:
+                notes.write(json.dumps(note) + "\n")
+        return spare
 
 
 # -----------------------------------------------------------------------------
@@ -497,7 +617,7 @@ def make_trainer(args, model, collate: PageCollator, pages, stop: StopRequest, e
                 with meter.pause():
                     control.should_training_stop |= evaluator.step(state.global_step, save)
 
-    meter, costs = Meter(), page_costs(model.config, pages, collate.encoder)
+    meter, costs = Meter(), costs_of(model.config, pages, collate.encoder)
     trainer = trainer_class(meter, collate, evaluator, costs)(
         model=model,
         args=args,
@@ -519,15 +639,10 @@ def make_trainer(args, model, collate: PageCollator, pages, stop: StopRequest, e
     return trainer
 
 
-def page_costs(config, pages, encoder: PageEncoder) -> list[float]:
+def costs_of(config, pages, encoder: PageEncoder) -> list[float]:
     """Floating-point operations of each page, from its counted tokens alone."""
-    counted, question = pages.select_columns(["html_tokens", "image_tokens"]), len(encoder.before) + len(encoder.after)
-    costs = []
-    for page in counted:
-        tokens = question + page["image_tokens"] + page["html_tokens"] + 1
-        patches = page["image_tokens"] * encoder.merge
-        costs.append(memory_plan.page_flops(config, tokens, page["html_tokens"] + 1, patches))
-    return costs
+    counted = pages.select_columns(["html_tokens", "image_tokens"])
+    return page_costs.flops_of_pages(encoder.family.shape(config), counted, encoder.question_tokens)
 
 
 NOT_FINITE = "the {} not finite at step {}, which was left out; lower --learning_rate"
@@ -813,11 +928,12 @@ def run(argv: list[str]) -> None:
         settings.hub_repo = on_main(lambda: check_hub_access(settings.hub_repo, settings.private_repo))
     base = on_each_machine(lambda: fetch_base(settings), Path.is_dir)
     processor = load_processor(base, settings)
-    encoder = PageEncoder(processor, settings.prompt)
+    encoder = PageEncoder(processor, settings.prompt, family_of(load_config(base, settings)))
     pages = prepare_pages(settings, args, encoder, processor)
     if settings.show_supervision:
         first = pages.training[0]
-        ids, labels = encoder.encode(first["html"], first["image_tokens"])
+        (picture,) = encoder.family.pictures(processor, [use.open_screenshot(first["screenshot"])])
+        ids, labels = encoder.encode(first["html"], picture.ids)
         return say(colour_supervision(ids, labels, processor.tokenizer, encoder.image_token_id))
     fine_tune(resolved, args, base, processor, encoder, pages)
 

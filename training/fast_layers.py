@@ -19,8 +19,6 @@ from training import zero3
 from training.attention import attend
 from training.loss import cross_entropy, supervised_loss
 
-ARCHITECTURES = ("qwen2_5_vl",)  # whose modules are known here; others train their own way, with padded rows
-
 # -----------------------------------------------------------------------------
 # Element-wise: the model's own formulas, each of which eager torch runs as five to ten passes over memory
 
@@ -370,7 +368,7 @@ def packed_forward(
 
 
 def install(model, fuse: bool) -> None:
-    """Let `model` (of ARCHITECTURES, not wrapped) take batches of `pack`, by faster ways to the same numbers."""
+    """Let `model` (Qwen2.5-VL, not wrapped) take batches of `pack`, by faster ways to the same numbers."""
     import torch
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as own
 
