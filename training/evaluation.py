@@ -33,8 +33,7 @@ from scoring.renders import BrowserMissing, Renderer
 from scoring.statistics import means, scores_line, summarise
 from scoring.validity import looping, same_html, validity
 from training import zero3
-from training.errors import PipelineError
-from training.packing import is_out_of_memory
+from training.errors import PipelineError, is_out_of_memory
 from training.processes import gather, rank, say, say_from_here, world_size
 from training.progress import release_memory
 
