@@ -67,6 +67,7 @@ from training.errors import (
 from training.evaluation import Rendering, announce, keep_outputs, parts_of, score_held_out, write_held_out
 from training.families import Family, Picture, family_of, trains_fast
 from training.final_folder import final_tensors, load_weights, save_final
+from training.model_card import derived_licence, write_model_card
 from training.packing import image_geometry, pack
 from training.page_order import PageSampler, write_page_order
 from training.processes import (
@@ -87,7 +88,7 @@ from training.processes import (
 )
 from training.progress import Meter, draw_loss, log_line, memory_is_tight, release_memory, say_memory
 from training.prompt_and_mask import IGNORED, PageEncoder, colour_supervision, count_tokens
-from training.publishing import check_hub_access, derived_licence, push_final_folder, write_model_card
+from training.publishing import check_hub_access, push_final_folder
 from training.results import Results
 from training.stopping import StopRequest
 

@@ -35,7 +35,7 @@ from conftest import (
 
 import holo1_dom_finetune as pipeline
 from scoring import renders
-from training import publishing
+from training.errors import UploadError
 from training.page_order import PageSampler
 
 # With plain SGD and a learning rate of 1, what one step changes is the gradient.
@@ -126,7 +126,7 @@ import os, sys
 sys.path.insert(0, {root!r})
 import torch
 import holo1_dom_finetune as pipeline
-from training import publishing
+from training.errors import UploadError
 from training import memory_plan
 
 def choose(args, settings, *unused):
@@ -303,7 +303,7 @@ POISON = """
 import os, sys
 sys.path.insert(0, {root!r})
 import holo1_dom_finetune as pipeline
-from training import publishing
+from training.errors import UploadError
 
 load = pipeline.load_model
 
@@ -390,7 +390,7 @@ def test_exit_codes_are_those_of_the_design():
         pipeline.NotFiniteError("x"): 82,
         MemoryError(): 83,
         pipeline.StoppedError("x"): 85,
-        publishing.UploadError("x"): 86,
+        UploadError("x"): 86,
         KeyError("x"): 1,
     }
     assert {pipeline.exit_code(error): code for error, code in errors.items()} == {
