@@ -31,10 +31,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageChops
 
+from scoring import metrics
+
 # -----------------------------------------------------------------------------
 # What is shown
 
-SCORES = ("overall", "block", "text", "position", "color", "ssim", "tree_bleu")
 FLAGS = ("valid", "truncated", "looping", "exact")
 
 
@@ -54,7 +55,7 @@ class PageResult:
     """One page as it was and as the model wrote it. Pictures are (H, W, 3) uint8 or the path of a picture file."""
 
     name: str
-    scores: dict[str, float | bool | None]  # SCORES in 0..1, FLAGS, and others; None is not measured
+    scores: dict[str, float | bool | None]  # metrics of the table, FLAGS, and others; None is not measured
     reference: np.ndarray | Path | None
     written: np.ndarray | Path | None  # None when it could not be rendered
     html: str
@@ -62,7 +63,7 @@ class PageResult:
     matched: list[tuple[Box, Box]]  # (in the reference, in the written page)
     missing: list[Box]  # in the reference only
     invented: list[Box]  # in the written page only
-    failure: str | None = None  # why there is no render; then every one of SCORES is 0
+    failure: str | None = None  # why there is no render; then every metric is the worst
     causes: tuple[str, ...] = ()
 
 
@@ -80,7 +81,7 @@ class Row:
     size: int = 0
 
     def value(self, score: str) -> float | None:
-        return 0.0 if self.failure is not None else self.values.get(score)
+        return worst(score) if self.failure is not None else self.values.get(score)
 
 
 def is_flag(value: Any) -> bool:
@@ -91,6 +92,16 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.number) and not is_flag(value) and math.isfinite(value)
 
 
+def worst(score: str) -> float:
+    """What a failed page gets."""
+    return metrics.entry(score).worst if score in metrics.names() else 0.0
+
+
+def failures_as(scores: Iterable[str]) -> str:
+    values = {worst(score) for score in scores}
+    return f"failures as {values.pop():g}" if len(values) == 1 else "failures as the worst"
+
+
 def in_range(value: float) -> float:
     """SSIM may lie below 0, and a sum of floats a hair above 1."""
     return min(1.0, max(0.0, float(value)))
@@ -99,7 +110,7 @@ def in_range(value: float) -> float:
 def row_of(page: PageResult, number: int) -> Row:
     """The page's numbers; `number` counts from 1 in the order in which pages came."""
     numbers = {name: value for name, value in page.scores.items() if is_number(value)}
-    values = {name: in_range(value) if name in SCORES else float(value) for name, value in numbers.items()}
+    values = {name: in_range(value) if name in metrics.names() else float(value) for name, value in numbers.items()}
     flags = {name: bool(value) for name, value in page.scores.items() if is_flag(value)}
     failure = None if page.failure is None else page.failure[: MAX_REASON + 1]
     return Row(number, page.name, values, flags, failure, page.causes)
@@ -125,7 +136,11 @@ def shown(name: str) -> str:
 
 
 def words(name: str) -> str:
-    return safe(name.replace("_", " "))
+    """A score's label, marked where lower is better."""
+    if name not in metrics.names():
+        return safe(name.replace("_", " "))
+    metric = metrics.entry(name)
+    return safe(metric.label if metric.better == "higher" else f"{metric.label} ↓")
 
 
 def plural(count: int, noun: str) -> str:
@@ -319,16 +334,16 @@ def _bar(value: float) -> str:
 
 
 def _scores(page: PageResult) -> str:
-    """Each score as a number with a bar; what is no score in a line below. A failed page has 0 in all of SCORES."""
-    failed = page.failure is not None
-    known = [name for name in SCORES if name in page.scores or (failed and name == "overall")]
+    """Each score as a number with a bar; what is no score in a line below. A failed page has the worst of each."""
+    failed, table = page.failure is not None, [metric.name for metric in metrics.choosing_first()]
+    known = [name for name in table if name in page.scores or (failed and name == metrics.CHOOSING)]
     cells, others = [], []
-    for name in known + [name for name in page.scores if name not in (*SCORES, *FLAGS)]:
-        value = 0.0 if failed and name in SCORES else page.scores.get(name)
+    for name in known + [name for name in page.scores if name not in (*table, *FLAGS)]:
+        value = worst(name) if failed and name in table else page.scores.get(name)
         share = isinstance(value, float | np.floating) and 0 <= value <= 1  # not a count, even of 1
-        if is_number(value) and (name in SCORES or share):
+        if is_number(value) and (name in table or share):
             cells.append(f"<div><dt>{words(name)}</dt><dd>{number(value, 2)}</dd>{_bar(in_range(value))}</div>")
-        elif name in SCORES:
+        elif name in table:
             cells.append(f"<div><dt>{words(name)}</dt><dd>{number(value)}</dd></div>")
         else:
             others.append(f"{words(name)} {number(value, 2)}")
@@ -363,7 +378,7 @@ def card(page: PageResult, row: Row) -> str:
     """One page as an <article>; what sorting and filters need stands in its data- attributes."""
     name = shown(page.name)
     figures, tall = _figures(page)
-    scores = {score: row.value(score) for score in (SCORES if row.failure is not None else row.values)}
+    scores = {score: row.value(score) for score in (metrics.names() if row.failure is not None else row.values)}
     failed = " data-failed" if row.failure is not None else ""
     reason = f'<p class="failure"><b>Not rendered:</b> {safe(row.failure, MAX_REASON)}</p>' if failed else ""
     readout = '<p class="readout needs-js" aria-live="polite">Point at a box to read its text.</p>'
@@ -394,11 +409,11 @@ class Mean:
 
 
 def mean_of(rows: Sequence[Row], score: str) -> Mean:
-    """The mean with each failure as 0, and the mean of the rendered pages alone."""
+    """The mean with each failure as the worst, and the mean of the rendered pages alone."""
     values = [row.values[score] for row in rows if row.failure is None and score in row.values]
     failures = sum(row.failure is not None for row in rows)
     total = math.fsum(values)
-    everything = total / (len(values) + failures) if len(values) + failures else None
+    everything = (total + failures * worst(score)) / (len(values) + failures) if len(values) + failures else None
     return Mean(everything, total / len(values) if values else None, len(values))
 
 
@@ -409,23 +424,25 @@ def share_of(rows: Sequence[Row], flag: str) -> tuple[int, int]:
 
 
 def scores_of(rows: Sequence[Row]) -> list[str]:
-    """SCORES that a page has, in their order; then other numbers that look like scores: in 0..1, not all whole."""
+    """Metrics that a page has, the one that chooses first, then in the table's order; then other numbers that look like
+    scores: in 0..1, not all whole."""
     found: dict[str, list[float]] = {}
     for row in rows:
         for name, value in row.values.items():
             found.setdefault(name, []).append(value)
         if row.failure is not None:
-            found.setdefault("overall", [])
-    others = [name for name in found if name not in SCORES and all(0 <= value <= 1 for value in found[name])]
-    return [name for name in SCORES if name in found] + [name for name in others if any(v % 1 for v in found[name])]
+            found.setdefault(metrics.CHOOSING, [])
+    table = [metric.name for metric in metrics.choosing_first()]
+    others = [name for name in found if name not in table and all(0 <= value <= 1 for value in found[name])]
+    return [name for name in table if name in found] + [name for name in others if any(v % 1 for v in found[name])]
 
 
 def _tiles(rows: Sequence[Row]) -> str:
     failures = sum(row.failure is not None for row in rows)
     tiles = [("pages", f"{len(rows):,}", ""), ("failures", f"{failures:,}", percent(failures, len(rows)))]
-    overall = mean_of(rows, "overall")
-    if overall.with_failures is not None:
-        tiles.insert(1, ("overall", number(overall.with_failures), "failures as 0"))
+    choosing = mean_of(rows, metrics.CHOOSING)
+    if choosing.with_failures is not None:
+        tiles.insert(1, (words(metrics.CHOOSING), number(choosing.with_failures), failures_as([metrics.CHOOSING])))
     for flag in FLAGS:
         have, known = share_of(rows, flag)
         if known and any(flag in row.flags for row in rows):
@@ -445,7 +462,9 @@ def _means(rows: Sequence[Row]) -> str:
         )
     if not lines:
         return "<p>No score was measured.</p>"
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("score", "failures as 0", "without them", "rendered"))
+    head = "".join(
+        f'<th scope="col">{name}</th>' for name in ("score", failures_as(scores_of(rows)), "without them", "rendered")
+    )
     return (
         f'<table class="means"><caption>Mean scores</caption><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table>"
@@ -460,7 +479,7 @@ def _failures(rows: Sequence[Row]) -> str:
         f'<li><a href="#page-{row.number}"><bdi>{shown(row.name)}</bdi></a> <span>{safe(row.failure)}</span></li>'
         for row in failed
     )
-    summary = f"{plural(len(failed), 'failure')}, each counted as 0"
+    summary = f"{plural(len(failed), 'failure')}, each counted as {worst(metrics.CHOOSING):g}"
     state = " open" if len(failed) <= 8 else ""
     return f'<details{state}><summary>{summary}</summary><ul class="failures">{items}</ul></details>'
 
@@ -504,7 +523,7 @@ def _edges(place: int) -> str:
 
 
 def histogram(rows: Sequence[Row], score: str) -> str:
-    """How many pages lie in each tenth of a score; failures stand apart at the foot of the first bar."""
+    """How many pages lie in each tenth of a score; failures stand apart at the foot of the worst bar."""
     counts = Counter(bin_of(value) for value in (row.value(score) for row in rows) if value is not None)
     failed, most = sum(row.failure is not None for row in rows), max(counts.values())
     bars, labels, buttons = [], [], []
@@ -519,7 +538,8 @@ def histogram(rows: Sequence[Row], score: str) -> str:
             f' aria-label="{text}" title="{text}"{"" if count else " disabled"}></button>'
         )
     tall = 100 * failed / most
-    foot = f'<rect class="failed" x="0.6" y="{100 - tall:.1f}" width="8.8" height="{tall:.1f}"/>' if failed else ""
+    left = f"{10 * bin_of(worst(score)) + 0.6:.1f}"
+    foot = f'<rect class="failed" x="{left}" y="{100 - tall:.1f}" width="8.8" height="{tall:.1f}"/>' if failed else ""
     whole = ", ".join(f"{_edges(place)}: {counts[place]}" for place in range(BINS) if counts[place])
     mean = f"mean {number(mean_of(rows, score).with_failures)}"
     label = f"Pages with {words(score)} {whole}"
@@ -581,7 +601,7 @@ def intervals(metrics: dict[str, dict]) -> str:
     )
     axis += f'<text class="tick" x="{middle}" y="{bottom + 14}">0</text>'
     size = f'viewBox="0 0 {left + 2 * half + 44} {bottom + 20}"'
-    label = "Difference with its interval for each score; right of 0 is better after training"
+    label = "Difference with its interval for each score; right of 0 is higher after training"
     return f'<svg class="intervals" {size} role="img" aria-label="{label}">{axis}{"".join(lines)}</svg>'
 
 
@@ -666,7 +686,9 @@ def _tools(scores: Sequence[str]) -> str:
         f'<button type="button" data-order="{order}" aria-pressed="{str(order == "worst").lower()}">{text}</button>'
         for order, text in (("worst", "Worst first"), ("best", "Best first"), ("name", "By name"))
     )
-    options = "".join(f'<option value="{safe(name)}">{words(name)}</option>' for name in scores)
+    options = "".join(
+        f'<option value="{safe(name)}" data-worst="{worst(name):g}">{words(name)}</option>' for name in scores
+    )
     legend = "".join(
         f'<label title="{meaning}"><input type="checkbox" id="show-{kind}" checked autocomplete="off">'
         f'<svg viewBox="0 0 26 16" aria-hidden="true"><rect class="{kind}" x="2" y="2" width="22" height="12"/></svg>'
@@ -687,12 +709,14 @@ def _tools(scores: Sequence[str]) -> str:
 
 
 def worst_first(rows: Sequence[Row]) -> list[Row]:
-    """By the first score there is, usually overall: failures, then the lowest, then pages without it."""
-    score = next(iter(scores_of(rows)), "overall")
+    """By the first score there is, which is the metric that chooses: failures, then the worst, then pages without it.
+    Not by `overall`: a wholly different page may reach 0.6 there by a few lucky matches."""
+    score = next(iter(scores_of(rows)), metrics.CHOOSING)
 
     def key(row: Row) -> tuple:
         value = row.value(score)
-        return value is None, value or 0.0, row.failure is None, row.name, row.number
+        distance = 0.0 if value is None else abs(value - worst(score))
+        return value is None, distance, row.failure is None, row.name, row.number
 
     return sorted(rows, key=key)
 
@@ -706,8 +730,8 @@ def write_report(
 ) -> None:
     """Writes the report to `path`, whole or not at all. Pages are taken one by one and none is kept.
 
-    `facts` is a small table at the top; `comparison` is what `comparison_section` takes. Scores of a page that failed
-    count as 0. A picture that cannot be read is said on its card. What `pages` raises goes through, and the old file
+    `facts` is a small table at the top; `comparison` is what `comparison_section` takes. A page that failed has the
+    worst scores. A picture that cannot be read is said on its card. What `pages` raises goes through, and the old file
     stays.
     """
     path = Path(path)
