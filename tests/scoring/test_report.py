@@ -6,11 +6,13 @@ import hashlib
 import os
 import re
 import time
+import tracemalloc
 import weakref
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pytest
 from conftest import need_browser
@@ -386,6 +388,28 @@ def test_pages_are_taken_one_by_one_and_none_is_kept(tmp_path):
 
     write_report(tmp_path / "report.html", "Title", pages(), {})
     assert most == 0 and len(alive) == 30
+
+
+def test_a_report_larger_than_memory_allows_is_written_piece_by_piece(tmp_path):
+    pages = (
+        result(f"page {place}", html=f"{place}" * 150_000, reference=None, written=None) for place in range(10, 110)
+    )
+    written(tmp_path, [result("warm")])
+    tracemalloc.start()
+    write_report(tmp_path / "large.html", "Title", pages, {})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (tmp_path / "large.html").stat().st_size > 20_000_000 > 4 * peak
+
+
+def test_nothing_but_markup_of_the_templates_passes_unescaped():
+    show = page_report.templates().from_string
+    assert show("{{ text }}").render(text="<b>&\x00'") == "&lt;b&gt;&amp;␀&#39;"
+    assert show("{{ text | cut(3) }}").render(text="<<<<<") == "&lt;&lt;…"
+    with pytest.raises(TypeError, match="a template shows"):
+        show("{{ page.values }}").render(page={"values": 1})
+    with pytest.raises(jinja2.UndefinedError):
+        show("{{ page.absent }}").render(page={})
 
 
 def test_what_the_pages_raise_goes_through_and_the_old_file_stays(tmp_path):
