@@ -82,25 +82,23 @@ class Row:
     size: int = 0
 
     def value(self, score: str) -> float | None:
+        """The worst for a page that failed; None where it was not measured."""
         return worst(score) if self.failure is not None else self.values.get(score)
 
 
 def is_flag(value: Any) -> bool:
+    """Yes or no, Python's or numpy's."""
     return isinstance(value, bool | np.bool_)
 
 
 def is_number(value: Any) -> bool:
+    """A finite number that is no flag."""
     return isinstance(value, int | float | np.number) and not is_flag(value) and math.isfinite(value)
 
 
 def worst(score: str) -> float:
     """What a failed page gets."""
     return metrics.entry(score).worst if score in metrics.names() else 0.0
-
-
-def failures_as(scores: Iterable[str]) -> str:
-    values = {worst(score) for score in scores}
-    return f"failures as {values.pop():g}" if len(values) == 1 else "failures as the worst"
 
 
 def in_range(value: float) -> float:
@@ -134,11 +132,13 @@ def printable(value: Any) -> Any:
 
 
 def cut(text: Any, limit: int = MAX_LABEL) -> str:
+    """At most `limit` characters; what is cut ends in an ellipsis. Escaping is the templates'."""
     text = str(text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def page_name(name: str) -> str:
+    """Something to click on in any case."""
     return cut(name if name.strip() else "(no name)")
 
 
@@ -167,6 +167,7 @@ def number(value: Any, digits: int = 3, sign: str = "") -> str:
 
 
 def p_value(value: Any) -> str:
+    """Below what 10,000 draws can tell, no digits."""
     return "< 0.001" if is_number(value) and value < 0.001 else number(value)
 
 
@@ -186,6 +187,8 @@ AMPLIFIED = 3  # so that a faint shift of colour can be seen
 
 @dataclass(frozen=True)
 class Picture:
+    """A page's picture, shrunk, and how much of the page it shows."""
+
     image: Image.Image
     page_width: int  # pixels, before shrinking
     page_height: int
@@ -362,6 +365,8 @@ def figures_of(page: PageResult) -> tuple[list[Figure], int]:
 
 @dataclass(frozen=True)
 class ScoreShown:
+    """A score on a card."""
+
     name: str
     text: str
     share: float | None  # of the bar; None without one
@@ -495,6 +500,8 @@ def scores_of(rows: Sequence[Row]) -> list[str]:
 
 @dataclass(frozen=True)
 class Tile:
+    """A large number at the top."""
+
     name: str
     value: str
     note: str
@@ -505,7 +512,8 @@ def tiles_of(rows: Sequence[Row]) -> list[Tile]:
     tiles = [Tile("pages", f"{len(rows):,}", ""), Tile("failures", f"{failures:,}", percent(failures, len(rows)))]
     choosing = mean_of(rows, metrics.CHOOSING).with_failures
     if choosing is not None:
-        tiles.insert(1, Tile(label(metrics.CHOOSING), number(choosing), failures_as([metrics.CHOOSING])))
+        note = f"failures as {worst(metrics.CHOOSING):g}"
+        tiles.insert(1, Tile(label(metrics.CHOOSING), number(choosing), note))
     for flag in FLAGS:
         have, known = share_of(rows, flag)
         if known and any(flag in row.flags for row in rows):
@@ -520,7 +528,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "tiles": tiles_of(rows),
         "means": {name: mean_of(rows, name) for name in scores},
-        "failures_as": failures_as(scores),
+        "failures_as": f"failures as {metrics.worst_words(scores)}",
         "causes": [(cut(cause), count) for cause, count in causes.most_common(40)],
         "failed": [row for row in rows if row.failure is not None],
         "worst": f"{worst(metrics.CHOOSING):g}",
@@ -554,6 +562,8 @@ class Bin:
 
 @dataclass(frozen=True)
 class Histogram:
+    """The distribution of a score; `text` says it to who does not see it."""
+
     name: str
     text: str
     mean: float | None  # failures as the worst
@@ -598,6 +608,8 @@ class Interval:
 
 @dataclass(frozen=True)
 class Intervals:
+    """The picture of all differences, in pixels; `zero` is where no difference lies."""
+
     width: int
     height: int
     zero: int
