@@ -497,6 +497,10 @@ def focused(page, what: str = "id") -> str:
     return page.evaluate(f"document.activeElement.{what}")
 
 
+def script(name: str) -> str:
+    return Path(__file__).with_name(f"{name}.js").read_text(encoding="utf-8")
+
+
 WORST = ["broken", "page 3", "page 1", "page 4", "page 0", "page 2", "unmeasured"]
 
 
@@ -633,25 +637,7 @@ def test_every_text_has_enough_contrast(show, report, scheme):
     page = show(report, color_scheme=scheme)
     page.get_by_role("button", name="likeness 0.3 to 0.4: 2 pages").click()
     page.get_by_role("button", name="Show all").click()
-    weak = page.evaluate("""() => {
-      const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
-      const rgba = (color) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
-        return [...canvas.getImageData(0, 0, 1, 1).data]; };
-      const light = (color) => rgba(color).slice(0, 3).map((v) => v / 255)
-        .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-        .reduce((sum, v, place) => sum + v * [0.2126, 0.7152, 0.0722][place], 0);
-      const behind = (node) => { while (node && rgba(getComputedStyle(node).backgroundColor)[3] < 255)
-        node = node.parentElement; return node ? getComputedStyle(node).backgroundColor : "white"; };
-      const weak = [];
-      for (const node of document.querySelectorAll("body *")) {
-        const text = [...node.childNodes].map((part) => part.nodeType === 3 ? part.data : "").join("").trim();
-        if (!text || node.matches("script, noscript, title, option") || !node.checkVisibility()) continue;
-        const style = getComputedStyle(node), drawn = node.matches("svg text") ? style.fill : style.color;
-        const [low, high] = [light(drawn), light(behind(node))].sort((a, b) => a - b);
-        if ((high + 0.05) / (low + 0.05) < 4.5) weak.push(text.slice(0, 40) + " " + drawn);
-      }
-      return weak;
-    }""")
+    weak = page.evaluate(script("weak_contrast"))
     assert weak == []
 
 
@@ -704,15 +690,7 @@ def test_a_box_that_scrolled_under_the_mouse_is_read_once_the_mouse_moves(show, 
     x, y = place["x"] + place["width"] / 2, 400
     page.evaluate("scrollBy(0, 300)")
     page.mouse.move(x, y)
-    # The page scrolls until the box lies under the resting mouse: cards laid out on the way move it once more.
-    page.wait_for_function(
-        """([box, x, y]) => {
-          const place = box.getBoundingClientRect();
-          scrollBy(0, place.top + place.height / 2 - y);
-          return document.elementFromPoint(x, y) === box;
-        }""",
-        arg=[box, x, y],
-    )
+    page.wait_for_function(script("scroll_under_mouse"), arg=[box, x, y])
     page.mouse.move(x + 1, y)
     page.wait_for_function("(box) => box.matches('.lit')", arg=box)
     card = page.locator(".card", has=page.locator("rect.lit")).first
