@@ -148,6 +148,14 @@ def tiny_base(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def exact_base(tmp_path_factory) -> Path:
+    """A base in fp32, so that saving rounds nothing away."""
+    import torch
+
+    return make_base(tmp_path_factory.mktemp("exact"), dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
 def pages_folder(tmp_path_factory) -> Path:
     return make_pages(tmp_path_factory.mktemp("pages"), 24)
 
@@ -176,6 +184,9 @@ PLAIN_JSON = {
         "contiguous_gradients": True,
     },
 }
+# What --micro_batch auto chooses on GPUs that are large enough: weights are gathered once per step, on one GPU never.
+WHOLE = {"stage3_param_persistence_threshold": 10**11, "stage3_max_live_parameters": 10**11}
+GATHERED = {**PLAIN_JSON, "zero_optimization": {**PLAIN_JSON["zero_optimization"], **WHOLE}}
 
 
 def free_port() -> int:

@@ -27,6 +27,7 @@ import run_deepspeed_training as wrapper
 import use_model_from_hub as use
 from training import settings as training_settings
 from training.dataset import KNOWN_DATASETS
+from training.evaluation import score_held_out
 
 README = ROOT / "README_DeepSpeed.md"
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in (README, ROOT / "README.md")}
@@ -342,7 +343,7 @@ def test_every_measure_is_one_that_the_evaluation_writes(tiny_base):
     told = {word for name in rows("Evaluation") for word in name.replace("`", "").split(", ")} - {"Measure", "---"}
     page = {"name": "a", "html": "<p>a</p>", "html_tokens": 1}
     row = {"html": "<p>a</p>", "raw": "<p>a</p>", "cut_off": False, "tokens": 1, "seconds": 1.0}
-    assert told <= training.score_held_out([row], [page]).keys()
+    assert told <= score_held_out([row], [page]).keys()
 
 
 def test_every_output_is_named_as_the_code_names_it():

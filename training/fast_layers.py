@@ -15,10 +15,9 @@ import types
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
+from training import zero3
 from training.attention import attend
 from training.loss import cross_entropy, supervised_loss
-
-ARCHITECTURES = ("qwen2_5_vl",)  # whose modules are known here; others train their own way, with padded rows
 
 # -----------------------------------------------------------------------------
 # Element-wise: the model's own formulas, each of which eager torch runs as five to ten passes over memory
@@ -369,7 +368,7 @@ def packed_forward(
 
 
 def install(model, fuse: bool) -> None:
-    """Let `model` (of ARCHITECTURES, not wrapped) take batches of `pack`, by faster ways to the same numbers."""
+    """Let `model` (Qwen2.5-VL, not wrapped) take batches of `pack`, by faster ways to the same numbers."""
     import torch
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as own
 
@@ -411,11 +410,8 @@ def align_vision_mlp(model, multiple: int = 32) -> int:
     silu(0) x 0 = 0, and so are all their gradients. What is saved has to be cut to the base's shapes again.
     """
     import torch
-    from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 
-    sharded, width = is_deepspeed_zero3_enabled(), 0
-    if sharded:
-        import deepspeed
+    width = 0
     for block in model.model.visual.blocks:
         for name in ("gate_proj", "up_proj", "down_proj"):
             old = getattr(block.mlp, name)
@@ -425,13 +421,9 @@ def align_vision_mlp(model, multiple: int = 32) -> int:
             if shape == [old.out_features, old.in_features]:
                 return width
             options = {"bias": old.bias is not None, "dtype": old.weight.dtype, "device": old.weight.device}
-            if sharded:
-                with deepspeed.zero.Init(config_dict_or_path=deepspeed_config()):
-                    new = torch.nn.Linear(shape[1], shape[0], **options)
-                whole = deepspeed.zero.GatheredParameters([*old.parameters(), *new.parameters()], modifier_rank=0)
-            else:
-                new, whole = torch.nn.Linear(shape[1], shape[0], **options), torch.no_grad()
-            with whole, torch.no_grad():
+            with zero3.sharded_from_birth():
+                new = torch.nn.Linear(shape[1], shape[0], **options)
+            with zero3.gathered([*old.parameters(), *new.parameters()], writer=0), torch.no_grad():
                 for part, narrow in old.named_parameters():
                     wide = getattr(new, part)
                     wide.zero_()[tuple(map(slice, narrow.shape))] = narrow

@@ -104,12 +104,25 @@ def forget_renamings(model) -> None:
 # Whole weights, and torch's own functions
 
 
-def gathered(parameters: list):
-    """(all ranks) Whole parameters inside, whether ZeRO-3 has sharded them or not."""
+def sharded_from_birth() -> contextlib.AbstractContextManager:
+    """(all ranks) Modules made inside are sharded at once where ZeRO-3 is on."""
+    if not is_on():
+        return contextlib.nullcontext()
+    import deepspeed
+    from transformers.integrations.deepspeed import deepspeed_config
+
+    return deepspeed.zero.Init(config_dict_or_path=deepspeed_config())
+
+
+def gathered(parameters: list, writer: int | None = None) -> contextlib.AbstractContextManager:
+    """(all ranks) Whole parameters inside, whether ZeRO-3 has sharded them or not.
+
+    What rank `writer` makes of them is what every rank has afterwards; without a writer they are only read.
+    """
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters(parameters)
+        return deepspeed.zero.GatheredParameters(parameters, modifier_rank=writer)
     return contextlib.nullcontext()
 
 
