@@ -6,16 +6,18 @@ import subprocess
 import sys
 import time
 
+import datasets
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, need_browser
 from PIL import Image
 from small_site import write_site
 
 import make_pages as mp
-from making.page_settings import Settings, SettingsError
+from making.page_settings import Settings
 from scoring import renders
-from training.dataset import read_rows, screenshot_size
+from training.dataset import KNOWN_DATASETS, DatasetSource, read_pages, screenshot_size
+from training.errors import SettingsError
 
 PAGE = "<!DOCTYPE html>\n<html><head><title>t</title></head><body><p>words</p></body></html>"
 
@@ -66,12 +68,27 @@ def test_main_says_what_is_wrong_and_exits_2(tmp_path, capsys, monkeypatch):
     assert "error: no Chromium here: install one" in capsys.readouterr().err
 
 
+def test_what_is_known_of_a_dataset_is_said_and_holds_where_nothing_is_typed(tmp_path, monkeypatch, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"talk": [PAGE]}) + "\n")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def missing(*arguments):
+        raise renders.BrowserMissing("no Chromium here")
+
+    monkeypatch.setattr(mp, "Renderer", missing)
+    entry = DatasetSource(html_column="talk.0", note="one page alone")
+    monkeypatch.setitem(KNOWN_DATASETS, str(rows), entry)
+    flags = [str(rows), "--out", str(tmp_path / "out")]
+    assert mp.main(flags) == 2
+    assert capsys.readouterr().err == f"{rows}: one page alone\nerror: no Chromium here\n"  # its column was found
+    assert mp.main([*flags, "--html_column", "code"]) == 2
+    assert "no column code; there are: talk" in capsys.readouterr().err
+
+
 @pytest.fixture
 def browser():
-    try:
-        renders.find_chromium()
-    except renders.BrowserMissing as error:
-        pytest.skip(str(error))
+    need_browser()
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +117,9 @@ def test_the_command_line_is_interrupted_carried_on_and_its_folder_loads(browser
     assert [row["page"] for row in rows] == ["index.html", "long.html", "pre.html"]
     after = {row["page"]: (out / row["file_name"]).stat().st_mtime_ns for row in rows}
     assert before.items() <= after.items()
-    loaded = {name: html for name, picture, html in read_rows(str(out), None, "train", "image", "text", 0)}
+    loaded = {name: html for name, picture, html in read_pages(str(out), DatasetSource(), 0)}
     assert loaded == {row["file_name"]: row["text"] for row in rows}
-    for name, picture, _ in read_rows(str(out), None, "train", "image", "text", 0):
+    for name, picture, _ in read_pages(str(out), DatasetSource(), 0):
         width, height = screenshot_size(picture)
         assert (width, height) == next((row["width"], row["height"]) for row in rows if row["file_name"] == name)
     summary = json.loads((out / "summary.json").read_text())

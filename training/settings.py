@@ -50,8 +50,12 @@ class PageSettings:
     dataset_config: str | None = setting(None, "Configuration of the dataset (default: v0.1 for WebSight).")
     dataset_split: str | None = setting(None, "Split of the dataset (default: train).")
     dataset_revision: str | None = setting(None, "Branch, tag or commit of the dataset on the Hub.")
-    image_column: str | None = setting(None, "Column of the screenshots (default: known sets by name, else image).")
-    html_column: str | None = setting(None, "Column of the HTML (default: known sets by name, else text).")
+    image_column: str | None = setting(
+        None, "Column of the screenshots, or a path, as images.0 (default: known sets by name, else image)."
+    )
+    html_column: str | None = setting(
+        None, "Column of the HTML, or a path, as messages.1.content (default: known sets by name, else text)."
+    )
     clean: str = setting(
         "comments,scripts,tracking,base64", "What is removed from the HTML, by commas; none leaves it as it is."
     )
@@ -424,7 +428,8 @@ def check_settings(resolved: Resolved) -> None:
         problems.append(f"--deepspeed: zero_optimization.stage is {steps!r}; 0, 1, 2 or 3")
     try:
         cleaning_steps(settings.clean)
-        resolve_dataset(settings.dataset)
+        if note := resolve_dataset(settings.dataset).note:
+            resolved.notes.append(f"{settings.dataset}: {note}")
     except SettingsError as error:
         problems.append(str(error))
     if problems:

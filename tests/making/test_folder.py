@@ -62,7 +62,7 @@ def test_a_folder_is_carried_on_and_only_changed_pages_are_made_again(tmp_path, 
         made.clear()
         settings = Settings(**changes)
         folder = Folder(tmp_path / "out", settings.digest())
-        pages = list(find_pages(str(site), "text", None, "train"))
+        pages = list(find_pages(str(site)))
         report = write_pages(pages, settings, folder, SimpleNamespace())
         folder.finish(report, report.summary())
         return sorted(made), report

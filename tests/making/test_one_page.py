@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import SHARED
+from conftest import SHARED, need_browser
 from small_site import write_site
 
 from making.drops import PageDropped
@@ -65,10 +65,7 @@ def site(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def renderer():
-    try:
-        renders.find_chromium()
-    except renders.BrowserMissing as error:
-        pytest.skip(str(error))
+    need_browser()
     with renders.Renderer(2, 60.0) as renderer:
         yield renderer
 

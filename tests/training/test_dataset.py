@@ -13,7 +13,17 @@ import pytest
 from conftest import SHARED
 
 from training import dataset
-from training.dataset import KNOWN_DATASETS, BadPage, load_pages, load_pages_from_disk, resolve_dataset, screenshot_size
+from training.dataset import (
+    KNOWN_DATASETS,
+    BadPage,
+    DatasetSource,
+    Row,
+    known_dataset,
+    load_pages,
+    load_pages_from_disk,
+    resolve_dataset,
+    screenshot_size,
+)
 from training.errors import DataError, SettingsError
 
 WORDS = "river stone amber cloud maple ember lake north garden silver piano coral meadow lantern harbour".split()
@@ -124,6 +134,115 @@ def test_loading_again_leaves_pages_that_are_in_use_alone(tmp_path):
     before = list(first)
     load(folder, tmp_path / "out", seed=1)
     assert list(first) == before
+
+
+def write_metadata(folder: Path, rows: list[dict]) -> Path:
+    folder.mkdir()
+    for number in range(len(rows)):
+        (folder / f"p{number}.png").write_bytes(picture(number))
+        (folder / f"other{number}.png").write_bytes(picture(100 + number))
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("columns", "typed", "taken"),
+    [
+        (["file_name"], None, "file_name"),  # imagefolder's convention
+        (["file_name"], "image", "file_name"),  # what it becomes by that convention
+        (["image"], "image", "image"),
+        (["image"], None, "image"),
+        (["file_name", "image"], None, "file_name"),
+        (["file_name", "image"], "image", "image"),
+        (["image", "file_name"], "file_name", "file_name"),
+        (["shot", "file_name"], "shot", "shot"),
+    ],
+)
+def test_the_picture_of_a_folder_is_the_column_that_was_asked_for(tmp_path, columns, typed, taken):
+    names = [dict(zip(columns, (f"p{n}.png", f"other{n}.png"))) for n in range(6)]
+    folder = write_metadata(tmp_path / "in", [{**row, "text": page_html(n)} for n, row in enumerate(names)])
+    training, held_out, report = load(folder, tmp_path / "out", image_column=typed, eval_pages=1)
+    assert report.kept == 6
+    wanted = {row[taken]: (folder / row[taken]).read_bytes() for row in names}
+    assert {page["name"]: page["screenshot"] for page in [*training, *held_out]} == wanted
+
+
+def answered_page(row: Row) -> tuple[object, object]:
+    """What a new contributor writes: the last answer of a conversation, and the first picture of a list."""
+    return row["images"][0], [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"][-1]
+
+
+def write_talks(folder: Path, pages: list[tuple[str, bytes, str]], kind: str) -> Path:
+    """Screenshots in a list, HTML in a conversation: as JSONL that names files, or as parquet that holds pictures."""
+    import datasets
+
+    folder.mkdir()
+    talks = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": html}] for _, _, html in pages]
+    if kind == "jsonl":
+        for name, data, _ in pages:
+            (folder / name).write_bytes(data)
+        rows = [{"images": [name], "messages": talk} for (name, _, _), talk in zip(pages, talks)]
+        (folder / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return folder / "talks.jsonl"
+    turn = {"role": datasets.Value("string"), "content": datasets.Value("string")}
+    features = datasets.Features(images=datasets.List(datasets.Image()), messages=datasets.List(turn))
+    images = [[{"bytes": data, "path": None}] for _, data, _ in pages]
+    table = datasets.Dataset.from_dict({"images": images, "messages": talks}, features=features)
+    table.to_parquet(folder / "talks.parquet")
+    return folder / "talks.parquet"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", pytest.param("parquet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("asked", ["entry with a function", "entry with paths", "command line"])
+def test_a_screenshot_in_a_list_and_html_in_a_conversation_arrive(tmp_path, monkeypatch, kind, asked):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    pages = good_pages(12)
+    pages[3] = ("p003.png", pages[3][1][:500], pages[3][2])  # a broken picture ends no stream, however deep it is
+    file = write_talks(tmp_path / "in", pages, kind)
+    paths = {"image_column": "images.0", "html_column": "messages.1.content"}
+    if asked == "entry with a function":
+        monkeypatch.setitem(KNOWN_DATASETS, str(file), DatasetSource(page_of=answered_page))
+    elif asked == "entry with paths":
+        monkeypatch.setitem(KNOWN_DATASETS, str(file), DatasetSource(**paths))
+    changes = paths if asked == "command line" else {}
+    training, held_out, report = load(file, tmp_path / "out", eval_pages=2, max_bad_share=0.1, **changes)
+    assert str(report) == "102 asked, 1 unreadable, 11 kept; the dataset ended after 12 pages"
+    kept = [(page["screenshot"], page["html"]) for page in [*training, *held_out]]
+    assert sorted(kept) == sorted((data, html) for place, (_, data, html) in enumerate(pages) if place != 3)
+
+
+def test_rows_for_which_a_function_or_a_path_fails_are_counted_as_broken(tmp_path, monkeypatch):
+    rows = [{"images": [f"p{n}.png"], "messages": [{"role": "assistant", "content": page_html(n)}]} for n in range(9)]
+    rows[2]["messages"] = []
+    rows[5] = {"images": [], "messages": rows[5]["messages"]}
+    folder = write_metadata(tmp_path / "in", rows)
+    monkeypatch.setitem(KNOWN_DATASETS, str(folder), DatasetSource(page_of=answered_page))
+    _, _, report = load(folder, tmp_path / "out", max_bad_share=0.5, eval_pages=1)
+    assert (report.kept, dict(report.dropped)) == (7, {"unreadable": 2})
+    assert all("answered_page: IndexError" in said for said in report.broken)
+    columns = {"image_column": "images.0", "html_column": "messages.-1.content"}
+    _, _, report = load(folder, tmp_path / "out", max_bad_share=0.5, eval_pages=1, **columns)
+    assert (report.kept, dict(report.dropped)) == (7, {"unreadable": 2})
+    assert {said.partition(": ")[2] for said in report.broken} == {
+        "no images.0 in this row)",
+        "no messages.-1.content in this row)",
+    }
+
+
+def test_an_entry_of_a_hub_dataset_is_not_taken_for_a_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert known_dataset("HuggingFaceM4/WebSight").config == "v0.1"
+    Path("HuggingFaceM4/WebSight").mkdir(parents=True)
+    assert known_dataset("HuggingFaceM4/WebSight") == DatasetSource()
+    assert known_dataset("salt-nlp/design2code-hf").refused and known_dataset("some/thing") == DatasetSource()
+
+
+def test_a_typed_column_beats_the_function_of_an_entry(monkeypatch):
+    monkeypatch.setitem(KNOWN_DATASETS, "some/talks", DatasetSource(page_of=answered_page, split="test"))
+    found = resolve_dataset("some/talks", html_column="code", image_column=None)
+    assert (found.page_of, found.image_column, found.html_column, found.split) == (None, "image", "code", "test")
 
 
 # datasets 5.2 sleeps 5 s at the end of each parquet stream.
@@ -284,8 +403,8 @@ def test_every_broken_page_is_found_and_no_other(tmp_path):
     training, held_out, report = load(folder, tmp_path / "out", max_bad_share=0.5)
     found = dropped(tmp_path / "out")
     lines = [name for name in found if name.startswith("metadata.jsonl, byte ")]
-    assert [found.pop(name) for name in lines] == ["unreadable"] * 3
-    assert found == {name: reason for name, _, _, reason in bad} | {"None": "unreadable"}
+    assert [found.pop(name) for name in lines] == ["unreadable"] * 4
+    assert found == {name: reason for name, _, _, reason in bad}
     assert sorted(page["name"] for page in [*training, *held_out]) == [name for name, _, _ in good_pages(40)]
     assert str(report) == (
         "104 asked, 17 unreadable, 2 too large, 7 outside the folder, 5 empty, 40 kept; "
@@ -414,7 +533,7 @@ def anonymous_mib() -> float:
 def test_pages_are_stored_on_disk_and_not_in_memory(tmp_path, monkeypatch):
     shot = picture(0, size=(400, 300))
     rows = ((f"p{n}", shot + n.to_bytes(4, "big"), page_html(n)) for n in range(3_000))
-    monkeypatch.setattr(dataset, "read_rows", lambda *args: rows)
+    monkeypatch.setattr(dataset, "read_pages", lambda *args: rows)
     load("any/name", tmp_path, num_samples=100, eval_pages=50)  # what is imported and allocated once
     before = anonymous_mib()
     training, _, _ = load("any/name", tmp_path, num_samples=2_700, eval_pages=50)
