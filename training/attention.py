@@ -21,7 +21,8 @@ from functools import lru_cache
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-SHORT = 128  # the longest segments, windows of the vision tower, for which torch's kernel is faster than flash-attn 4
+# The longest segments, windows of the vision tower, for which torch's kernel is faster than flash-attn 4.
+SHORT = 128
 
 
 def attend(
@@ -63,7 +64,9 @@ def flash_4(
     """flash-attn 4, for Hopper and Blackwell."""
     from flash_attn.cute import flash_attn_varlen_func
 
-    width = query.shape[-1]  # 80 is made 96 with zeros: as it is, beta 36 gives wrong gradients of the queries
+    # 80, the vision tower's, is made 96 with zeros, for a fifth more work: as it is, beta 36 gives wrong gradients of
+    # the queries, and right values.
+    width = query.shape[-1]
     if width % 32:
         query, key, value = (pad(part, (0, -width % 32)) for part in (query, key, value))
     lengths = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": longest, "max_seqlen_k": longest}
@@ -106,7 +109,8 @@ def varlen(
     if causal:
         # torch 2.14 asks for a window, an earlier one whether it is causal.
         options |= {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    if "enable_gqa" in known:  # torch 2.11 has no such word and takes fewer keys without it
+    # torch 2.11 has no such word and takes fewer keys without it.
+    if "enable_gqa" in known:
         options["enable_gqa"] = key.shape[1] != query.shape[1]
     return varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
 
@@ -178,6 +182,7 @@ def attention_kernel(device: str, half: bool) -> str:
 def importable(module: str) -> bool:
     """Whether `module` has its function for packed segments. flash-attn 4 lives in a folder of flash-attn 2's package,
     which may itself be missing; both may be built for another torch or driver, and fail in any way."""
+    # A broken package must cost a kernel, not the training: it is said which one is used (`attention_words`).
     try:
         return hasattr(importlib.import_module(module), "flash_attn_varlen_func")
     except Exception:
@@ -227,11 +232,13 @@ def agrees(
             found = run(kernel)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # a beta that is compiled as it is used
+        # A beta that is compiled as it is used may raise anything; the training goes on without it.
+        except Exception as error:
             warnings.warn(f"{kernel} fails for {shapes}, {other} is used there: {error}", stacklevel=2)
             return False
     errors = [((a - b).float().norm() / b.float().norm()).item() for a, b in zip(found, wanted)]
-    if all(error < 0.02 for error in errors):  # rounding: some 0.003 in bf16; what is no number is not below it
+    # Rounding alone: some 0.003 in bf16. What is no number is not below the limit either.
+    if all(error < 0.02 for error in errors):
         return True
     shown = ", ".join(f"{error:.2g}" for error in errors)
     warnings.warn(
