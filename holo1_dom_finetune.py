@@ -8,7 +8,7 @@
     python holo1_dom_finetune.py --help
 
 One page travels through this file from top to bottom: dataset, prompt and mask, batch, step, checkpoint, HTML, score,
-card, Hub. Sections: Model, Memory, Training, Saving, Evaluation, Main; the rooms of training/ and
+card, Hub. Sections: Model, Memory, Collate, Training, Saving, Evaluation, Main; the rooms of training/ and
 scoring/ stand beside it. (all ranks) marks what every process must call together.
 """
 
@@ -28,7 +28,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
 from pathlib import Path
 
 from training.settings import (
@@ -44,29 +43,35 @@ from training.settings import (
 if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
     parse(sys.argv[1:])  # answers and ends here: torch, and all that needs it, takes seconds to load
 
+import torch
+from datasets import Dataset
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin, TrainingArguments
+
 import use_model_from_hub as use
-from training import attention, fast_layers, memory_plan, zero3
-from training import dataset as page_data
+from scoring.metrics import CHOOSING
+from training import attention, fast_layers, memory_plan, page_costs, zero3
 from training.base_model import BaseTensor, base_tensors, empty_model, fetch_base, load_config
+from training.best_weights import BestWeights
 from training.checkpoints import keep_earlier_checkpoints, newest_checkpoint
-from training.errors import DataError, NotFiniteError, PipelineError, SettingsError, StoppedError
-from training.final_folder import final_tensors, load_weights, save_final
-from training.packing import (
-    CHUNK_DEEPSPEED,
-    CHUNK_FALLBACK,
-    PageCollator,
-    PageEncoder,
-    colour_supervision,
-    count_tokens,
+from training.dataset import dataset_revision, load_pages, load_pages_from_disk, resolve_dataset
+from training.errors import (
+    DataError,
+    NotFiniteError,
+    PipelineError,
+    SettingsError,
+    StoppedError,
     is_out_of_memory,
 )
+from training.evaluation import Rendering, announce, keep_outputs, parts_of, score_held_out, write_held_out
+from training.families import Family, Picture, family_of, trains_fast
+from training.final_folder import final_tensors, load_weights, save_final
+from training.packing import image_geometry, pack
 from training.page_order import PageSampler
 from training.processes import (
     agree,
     agreed_port,
     all_ranks_arrive,
     emergency_group,
-    gather,
     least,
     on_each_machine,
     on_main,
@@ -77,7 +82,9 @@ from training.processes import (
     world_size,
 )
 from training.progress import Meter, draw_loss, log_line, memory_is_tight, release_memory, say_memory
+from training.prompt_and_mask import IGNORED, PageEncoder, colour_supervision, count_tokens
 from training.publishing import check_hub_access, derived_licence, push_final_folder, write_model_card
+from training.results import Results
 from training.stopping import StopRequest
 
 HERE = Path(__file__).resolve().parent
@@ -95,15 +102,17 @@ def load_processor(base: Path, settings: PageSettings):
         processor = AutoProcessor.from_pretrained(base, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError) as error:
         raise SettingsError(f"--base_model {settings.base_model} has no processor that loads: {error}") from error
-    use.limit_pixels(processor, use.Recipe.min_pixels, settings.max_pixels)
+    family = family_of(load_config(base, settings))
+    family.limit_pixels(processor, use.Recipe.min_pixels, settings.max_pixels)
     return processor
 
 
 def load_model(base: Path, settings: PageSettings, args):
     """(all ranks) The model to train. Under ZeRO-3 every rank holds its part from the first moment."""
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
+    config = load_config(base, settings)
+    family = family_of(config)
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     # Without DeepSpeed's fp32 master weights, full fine-tuning in bf16 would round small updates away.
     frozen_base = settings.lora or settings.quantize == "4bit"
@@ -112,18 +121,17 @@ def load_model(base: Path, settings: PageSettings, args):
         "trust_remote_code": settings.trust_remote_code,
     }
     if settings.quantize == "4bit":
-        options |= {"quantization_config": quantization_config(half), "device_map": {"": args.device}}
+        options |= {"quantization_config": quantization_config(half, family), "device_map": {"": args.device}}
     if settings.random_weights:
         torch.manual_seed(args.seed)  # every rank the same weights
-        config = AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code)
         model = AutoModelForImageTextToText.from_config(config, **options)
     else:
         model = AutoModelForImageTextToText.from_pretrained(base, **options)
     if zero3.is_on():
         zero3.check_sharded(model)
         zero3.forget_renamings(model)
-    for parameter in vision_tower(model).parameters() if settings.freeze_vision else ():
-        parameter.requires_grad_(False)
+    for part in family.vision_modules(model) if settings.freeze_vision else ():
+        part.requires_grad_(False)
     if trains_fast(model.config, settings):
         make_fast(model, settings, args, zero3.is_on())
     if frozen_base:
@@ -134,18 +142,8 @@ def load_model(base: Path, settings: PageSettings, args):
     return model
 
 
-def vision_tower(model):
-    return model.model.visual
-
-
-def trains_fast(config, settings: PageSettings) -> bool:
-    return settings.fast and config.model_type in fast_layers.ARCHITECTURES
-
-
 def make_fast(model, settings: PageSettings, args, sharded: bool) -> None:
     """(all ranks) Everything of training/fast_layers.py, and a line that says what runs and what could not."""
-    import torch
-
     obstacle = fast_layers.can_fuse() if settings.fuse == "auto" else ""
     fuse = settings.fuse == "yes" or (settings.fuse == "auto" and not obstacle)
     if fuse:
@@ -161,7 +159,7 @@ def make_fast(model, settings: PageSettings, args, sharded: bool) -> None:
     say(f"fast path: pages packed, attention by {kernel}, element-wise parts {fused}, vision MLP {width:,} wide")
 
 
-def quantization_config(compute_dtype):
+def quantization_config(compute_dtype, family: Family):
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -170,20 +168,19 @@ def quantization_config(compute_dtype):
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
         # Reading small print is what the vision tower is for, and it is a sixth of the weights: it stays whole.
-        llm_int8_skip_modules=["lm_head", "model.visual"],  # "visual" alone matches nothing (5.23)
+        llm_int8_skip_modules=["lm_head", *family.vision],
     )
 
 
 def add_adapters(model, settings: PageSettings, seed: int):
-    """LoRA on the language model's own projections; by leaf name alone the vision tower's would match, too.
+    """LoRA on the language model's own projections.
 
     Adapters begin at random, the same ones in every run and on every rank with this seed.
     """
-    import torch
     from peft import LoraConfig, get_peft_model
 
-    projections = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-    config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=projections)
+    wanted = family_of(model.config).adapters
+    config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=wanted)
     # The first layer's input has to need a gradient: else DeepSpeed, told of a layer's gradients by torch's hook on the
     # whole layer, would be told before there are any.
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
@@ -196,18 +193,20 @@ def print_plan(base: Path, resolved: Resolved) -> None:
     settings, config = resolved.settings, load_config(base, resolved.settings)
     sizes = [math.prod(tensor.shape) for tensor in base_tensors(base, settings).values()]
     pages = resolved.training["per_device_train_batch_size"] * resolved.training["gradient_accumulation_steps"]
-    tokens = (settings.max_pixels // 28**2, settings.max_html_tokens + 1)
+    tokens = (family_of(config).most_image_tokens(config, settings.max_pixels), settings.max_html_tokens + 1)
     say(f"{settings.base_model}: {sum(sizes) / 1e9:.2f} B parameters; {pages} pages per step and GPU, each of at most ")
     say(
         f"{tokens[0]:,} image tokens and {tokens[1]:,} of HTML; GiB on each GPU under {resolved.training['deepspeed']}:"
     )
 
     def longest(count: int) -> memory_plan.Load:
-        return memory_plan.Load(count * (sum(tokens) + 40), count * tokens[0] * 4, count * tokens[1])
+        return memory_plan.Load(
+            count * (sum(tokens) + 40), count * tokens[0] * family_of(config).shape(config).per_token, count * tokens[1]
+        )
 
     way = training_way(resolved.training, settings, resolved.deepspeed, fused=True)
     bucket, whole = zero3.bucket_size(resolved.deepspeed), zero3.may_be_whole(resolved.deepspeed, config)
-    say(memory_plan.table(config, longest, way, pages, bucket, whole, (24, 40, 80, 140)))
+    say(memory_plan.table(family_of(config).shape(config), longest, way, pages, bucket, whole, (24, 40, 80, 140)))
     copy = 2 * sum(sizes) / 2**30
     say(f"before and after training a copy that writes pages takes {copy:.1f} GiB more, when activations take none")
 
@@ -236,26 +235,27 @@ def choose_micro_batch(args, settings: PageSettings, config, pages, encoder: Pag
 
     Sets them in `args` and in DeepSpeed's configuration; pages per step stay the same. `Fit` proves the choice.
     """
-    import torch
-
     if args.device.type != "cuda" or not trains_fast(config, settings):
         return None
     deepspeed = args.hf_deepspeed_config.config if args.deepspeed else None
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     way = training_way({"per_device_train_batch_size": args.per_device_train_batch_size}, settings, deepspeed, True)
-    bucket, loads = zero3.bucket_size(deepspeed), longest_loads(pages, encoder, per_step)
+    bucket, loads = (
+        zero3.bucket_size(deepspeed),
+        longest_loads(pages, encoder, per_step, encoder.family.shape(config).per_token),
+    )
     shares = memory_plan.SHARES if settings.checkpoint_share is None else [settings.checkpoint_share]
-    costs = page_costs(config, pages, encoder)
-    tflops = memory_plan.peak_tflops(torch.cuda.get_device_name(args.device)) or 0.0
+    costs = costs_of(config, pages, encoder)
+    tflops = page_costs.peak_tflops(torch.cuda.get_device_name(args.device)) or 0.0
     limit, tflops = least([memory_limit(args.device), tflops])  # ranks that chose differently would wait for ever
-    seconds = memory_plan.page_seconds(sum(costs) / len(costs), tflops or None)
-    weights, whole = sum(memory_plan.weights_of(config)), zero3.may_be_whole(deepspeed, config)
+    seconds = page_costs.page_seconds(sum(costs) / len(costs), tflops or None)
+    weights, whole = sum(page_costs.weights_of(encoder.family.shape(config))), zero3.may_be_whole(deepspeed, config)
     ways = memory_plan.candidates(way, per_step, seconds, weights, shares, whole)
     if settings.micro_batch != "auto":
         ways = [way for way in ways if way.micro_batch == args.per_device_train_batch_size]
 
     def plan_of(way: memory_plan.Way) -> memory_plan.Plan:
-        return memory_plan.estimate(config, loads[way.micro_batch - 1], way, bucket)
+        return memory_plan.estimate(encoder.family.shape(config), loads[way.micro_batch - 1], way, bucket)
 
     plan = memory_plan.choose(ways, plan_of, limit)
     if plan is None:  # the plan may err: tried, with a warning, rather than refused
@@ -284,15 +284,13 @@ def whole_words(way: memory_plan.Way) -> str:
 
 def memory_limit(device) -> float:
     """GiB of a GPU that may be planned for, of the share that torch may use of it (PYTORCH_CUDA_ALLOC_CONF)."""
-    import torch
-
     total = torch.cuda.get_device_properties(device).total_memory
     return memory_plan.MEMORY_SHARE * torch.cuda.get_per_process_memory_fraction(device) * total / 2**30
 
 
-def longest_loads(pages, encoder: PageEncoder, most: int) -> list[memory_plan.Load]:
+def longest_loads(pages, encoder: PageEncoder, most: int, merge: int) -> list[memory_plan.Load]:
     """The longest possible batch of 1, 2, ... `most` pages: no order of the pages makes a longer one."""
-    question = len(encoder.before) + len(encoder.after)
+    question = encoder.question_tokens
     sizes = sorted(
         (
             (question + page["image_tokens"] + page["html_tokens"] + 1, page["image_tokens"], page["html_tokens"] + 1)
@@ -303,7 +301,7 @@ def longest_loads(pages, encoder: PageEncoder, most: int) -> list[memory_plan.Lo
     loads, sums = [], (0, 0, 0)
     for number in range(most):
         sums = tuple(map(sum, zip(sums, sizes[number % len(sizes)])))
-        loads.append(memory_plan.Load(sums[0], sums[1] * encoder.merge, sums[2]))
+        loads.append(memory_plan.Load(sums[0], sums[1] * merge, sums[2]))
     return loads
 
 
@@ -313,7 +311,8 @@ def compare_with_plan(trainer, plan: memory_plan.Plan) -> None:
     if peak and hasattr(trainer, "heaviest"):
         load = memory_plan.Load(*trainer.heaviest)
         bucket = zero3.bucket_size(trainer.args.hf_deepspeed_config.config if trainer.args.deepspeed else None)
-        planned = memory_plan.estimate(trainer.model.config, load, plan.way, bucket).total
+        config = trainer.model.config
+        planned = memory_plan.estimate(family_of(config).shape(config), load, plan.way, bucket).total
         say(f"peak: {peak:.1f} GiB measured, {planned:.1f} planned for the heaviest batch, {planned / peak - 1:+.1%}")
 
 
@@ -326,8 +325,6 @@ class Fit:
 
     def __call__(self, trainer, collate: PageCollator, pages, held_out) -> None:
         """(all ranks) Raises OutOfMemoryError, or starts anew with half as many pages where auto chose them."""
-        import torch
-
         if trainer.args.activation_checkpointing:
             checkpoint_some_layers(trainer.model, self.share)
         if collate.packed and zero3.is_on():
@@ -349,9 +346,7 @@ class Fit:
             return trainer.model_wrapped(**trainer._prepare_inputs(batch)).loss
 
     def prove(self, trainer, collate: PageCollator, pages) -> None:
-        import torch
-
-        costs = page_costs(trainer.model.config, pages, collate.encoder)
+        costs = costs_of(trainer.model.config, pages, collate.encoder)
         longest = sorted(range(len(pages)), key=lambda place: -costs[place])
         chosen = [pages[longest[number % len(pages)]] for number in range(self.plan.way.micro_batch)]
         start, failure = time.monotonic(), None
@@ -382,8 +377,6 @@ class Fit:
 
     def start_anew(self, args, failure: Exception | None) -> None:
         """(all ranks) In the same processes, with half as many pages at once: DeepSpeed cannot go on after this."""
-        import torch
-
         size = self.plan.way.micro_batch
         if size == 1 or "--micro_batch" in sys.argv:
             raise failure or torch.OutOfMemoryError("out of memory on another GPU")
@@ -410,14 +403,133 @@ def checkpoint_some_layers(model, share: float) -> None:
 
 
 # -----------------------------------------------------------------------------
+# Collate
+
+CHUNK_DEEPSPEED, CHUNK_FALLBACK = 16, 4  # screenshots decoded and processed at once
+
+
+class PageCollator:
+    """Pages to a batch, tolerant of full memory and of broken pictures, never of a missing one.
+
+    Screenshots are decoded and processed `chunk` at a time; when memory runs out the chunk is halved, down to one, and
+    doubled again after success. A page that cannot be read is replaced by another of the same dataset: ZeRO-3 waits
+    for ever for a rank whose batch is shorter or has no picture. Replacements are noted in `notes_file`.
+    """
+
+    def __init__(
+        self,
+        processor,
+        encoder: PageEncoder,
+        pages,
+        chunk: int,
+        notes_file: Path | None = None,
+        config=None,
+        packed: bool = False,
+        dtype=None,
+    ):
+        self.processor, self.encoder, self.pages, self.notes_file = processor, encoder, pages, notes_file
+        self.chunk = self.largest_chunk = chunk
+        self.config = config  # of the model, to count its operations; None: not counted
+        self.packed = packed  # into one row; else padded rows, as every model takes them
+        self.dtype = dtype  # of the pixels, which halves what travels to the GPU; None: as the processor makes them
+
+    def __call__(self, pages: list[dict]) -> dict:
+        """Returns what the family makes of the screenshots and what `pad` or `pack` adds."""
+
+        kept, pictures = [], []
+        while len(kept) < len(pages):
+            chunk_pages, chunk_pictures = self.process(pages[len(kept) : len(kept) + self.chunk])
+            kept += chunk_pages
+            pictures += chunk_pictures
+        rows = [self.encoder.encode(page["html"], picture.ids) for page, picture in zip(kept, pictures)]
+        batch = self.encoder.family.join(pictures)
+        if self.config is not None:
+            sizes = zip(rows, (picture.patches for picture in pictures))
+            batch["flops"] = sum(self.flops(labels, patches) for (_, labels), patches in sizes)
+        if not self.packed:
+            return batch | self.pad(rows)
+        if self.dtype is not None:
+            batch["pixel_values"] = batch["pixel_values"].to(self.dtype)
+        grids = batch["image_grid_thw"]
+        sizes = (grids[:, 1:] // self.config.vision_config.spatial_merge_size).tolist()
+        batch |= pack(rows, sizes, len(self.encoder.before), IGNORED)
+        return batch | image_geometry(self.config)(grids)
+
+    def flops(self, labels: list[int], patches: int) -> float:
+        shape = self.encoder.family.shape(self.config)
+        return page_costs.page_flops(shape, len(labels), len(labels) - labels.count(IGNORED), patches)
+
+    def pad(self, rows: list[tuple[list[int], list[int]]]) -> dict:
+        """`input_ids`, `labels`, `attention_mask` and, where the family needs them, `mm_token_type_ids`, all (B, T)."""
+        longest = max(len(ids) for ids, _ in rows)
+        token = self.processor.tokenizer.pad_token_id
+        input_ids = torch.tensor([ids + [token] * (longest - len(ids)) for ids, _ in rows])
+        lengths = torch.tensor([len(ids) for ids, _ in rows])
+        batch = {
+            "input_ids": input_ids,
+            "labels": torch.tensor([row + [IGNORED] * (longest - len(row)) for _, row in rows]),
+            "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
+        }
+        if self.encoder.family.token_types:
+            batch["mm_token_type_ids"] = (input_ids == self.encoder.image_token_id).long()
+        return batch
+
+    def process(self, pages: list[dict]) -> tuple[list[dict], list[Picture]]:
+        """As many of `pages` as fit into memory, at least one: (pages, the `Picture` of each)."""
+        replaced, wanted = 0, pages[0]
+        while True:
+            pages = pages[: self.chunk]
+            try:
+                done = self.decode_and_process(pages)
+            except Exception as error:
+                if not is_out_of_memory(error) or replaced == 8:  # eight different pages: the machine is too small
+                    raise
+                if self.chunk == 1:
+                    pages = [self.replacement(wanted, "out of memory even alone", replaced)]
+                    replaced += 1
+                    continue
+                self.chunk = max(1, min(self.chunk, len(pages)) // 2)
+                print(f"collate: memory ran out, going on with {self.chunk} screenshots at once", flush=True)
+            else:
+                self.chunk = min(self.largest_chunk, self.chunk * 2)
+                return done
+
+    def decode_and_process(self, pages: list[dict]) -> tuple[list[dict], list[Picture]]:
+        kept, screenshots = [], []
+        for wanted in pages:
+            page = wanted
+            for tries in range(len(self.pages) + 1):
+                try:
+                    screenshots.append(use.open_screenshot(page["screenshot"]))
+                    break
+                except ValueError as error:
+                    page = self.replacement(wanted, str(error), tries)
+            else:
+                raise DataError("no page of the dataset can be read any more")
+            kept.append(page)
+        return kept, self.encoder.family.pictures(self.processor, screenshots)
+
+    def replacement(self, page: dict, reason: str, tries: int = 0) -> dict:
+        """A page that depends on the broken one's name alone, so that every run replaces alike."""
+        digest = hashlib.sha256(page["name"].encode()).digest()
+        spare = self.pages[(int.from_bytes(digest[:8], "big") + tries) % len(self.pages)]
+        note = {"page": page["name"], "reason": reason, "replaced_by": spare["name"]}
+        print(f"collate: {json.dumps(note)}", flush=True)
+        if self.notes_file:
+            with self.notes_file.open("a", encoding="utf-8") as notes:
+                notes.write(json.dumps(note) + "\n")
+        return spare
+
+
+# -----------------------------------------------------------------------------
 # Training
 
 
-def trainer_class(meter: Meter, collate: PageCollator, judge: Judge, costs: list[float]) -> type:
+def trainer_class(meter: Meter, collate: PageCollator, evaluator: Evaluator, costs: list[float]) -> type:
     """The HF Trainer with an exact token mean, steps of equal cost, a line per step, and the base's shapes on disk."""
     from transformers import Trainer  # here, so that --help need not load torch
 
-    plan = judge.plan
+    plan = evaluator.tensors
 
     class PageTrainer(Trainer):
         def _get_train_sampler(self, train_dataset=None):
@@ -465,24 +577,23 @@ def trainer_class(meter: Meter, collate: PageCollator, judge: Judge, costs: list
         def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
             if hasattr(self.model, "peft_config"):
                 return super()._load_from_checkpoint(resume_from_checkpoint, model)
-            load_weights(self.model if model is None else model, Path(resume_from_checkpoint), judge.settings)
+            load_weights(self.model if model is None else model, Path(resume_from_checkpoint), evaluator.settings)
 
     if collate.config is None or not collate.packed:
         del PageTrainer._get_num_items_in_batch
     return PageTrainer
 
 
-def make_trainer(args, model, collate: PageCollator, pages, stop: StopRequest, judge: Judge, fit: Fit, save):
+def make_trainer(args, model, collate: PageCollator, pages, stop: StopRequest, evaluator: Evaluator, fit: Fit, save):
     """The Trainer and what happens at the end of each of its steps."""
-    import torch
     from transformers import TrainerCallback
     from transformers.trainer_callback import PrinterCallback
 
-    every = judge.settings.eval_every
+    every = evaluator.settings.eval_every
 
     class Steps(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            fit(trainer, collate, pages, judge.pages)
+            fit(trainer, collate, pages, evaluator.pages)
             release_memory()
             gc.freeze()  # what is there by now stays; looking through it again costs 0.3 s each time
             meter.__init__()
@@ -504,10 +615,10 @@ def make_trainer(args, model, collate: PageCollator, pages, stop: StopRequest, j
                 stop.signal = stop.signal or signal.SIGTERM
             elif every and state.global_step % every == 0 and state.global_step < state.max_steps:
                 with meter.pause():
-                    control.should_training_stop |= judge.step(state.global_step, save)
+                    control.should_training_stop |= evaluator.step(state.global_step, save)
 
-    meter, costs = Meter(), page_costs(model.config, pages, collate.encoder)
-    trainer = trainer_class(meter, collate, judge, costs)(
+    meter, costs = Meter(), costs_of(model.config, pages, collate.encoder)
+    trainer = trainer_class(meter, collate, evaluator, costs)(
         model=model,
         args=args,
         data_collator=collate,
@@ -528,15 +639,10 @@ def make_trainer(args, model, collate: PageCollator, pages, stop: StopRequest, j
     return trainer
 
 
-def page_costs(config, pages, encoder: PageEncoder) -> list[float]:
+def costs_of(config, pages, encoder: PageEncoder) -> list[float]:
     """Floating-point operations of each page, from its counted tokens alone."""
-    counted, question = pages.select_columns(["html_tokens", "image_tokens"]), len(encoder.before) + len(encoder.after)
-    costs = []
-    for page in counted:
-        tokens = question + page["image_tokens"] + page["html_tokens"] + 1
-        patches = page["image_tokens"] * encoder.merge
-        costs.append(memory_plan.page_flops(config, tokens, page["html_tokens"] + 1, patches))
-    return costs
+    counted = pages.select_columns(["html_tokens", "image_tokens"])
+    return page_costs.flops_of_pages(encoder.family.shape(config), counted, encoder.question_tokens)
 
 
 NOT_FINITE = "the {} not finite at step {}, which was left out; lower --learning_rate"
@@ -575,14 +681,13 @@ def train(trainer, settings: PageSettings, stop: StopRequest, save: Callable[[Pa
 # Evaluation
 
 
-def evaluation_model(model, plan: dict[str, BaseTensor], base: Path, settings: PageSettings, device):
+def evaluation_model(
+    model: PreTrainedModel, tensors: dict[str, BaseTensor], base: Path, settings: PageSettings, device: torch.device
+) -> PreTrainedModel:
     """(all ranks) A whole copy on each rank, of the very tensors that saving would write, as users will load it.
 
     `generate` on sharded weights gathers all of them again for every token; a copy gathers once (7 GiB for 3B).
     """
-    import torch
-    from transformers import GenerationConfig
-
     dtype = use.best_dtype(device.type)
     # Made on the CPU, as a user's model is: the rotary frequencies, computed on a GPU, differ in the last bit.
     copy = empty_model(base, "cpu", dtype, settings.trust_remote_code).to(device)
@@ -590,176 +695,73 @@ def evaluation_model(model, plan: dict[str, BaseTensor], base: Path, settings: P
         copy.generation_config = GenerationConfig.from_pretrained(base)
     slots = dict(copy.state_dict())
     with torch.no_grad():
-        for _, tensor, value in final_tensors(model, plan):
+        for _, tensor, value in final_tensors(model, tensors):
             slots[tensor.name].copy_(value)
     return copy.eval()
 
 
-def write_held_out(model, processor, pages, recipe: use.Recipe, batch: int) -> list[dict]:
-    """(all ranks) Each rank writes its share of the held-out pages; every rank gets all of them, in order."""
-    # Pages of like length together: a batch is written until its longest page ends.
-    order = sorted(range(len(pages)), key=lambda place: -len(pages[place]["html"]))
-    rows, mine, start = [], order[rank() :: world_size()], time.monotonic()
-    while mine:
-        places = mine[:batch]
-        screenshots = [use.open_screenshot(pages[place]["screenshot"]) for place in places]
-        try:
-            with zero3.plain_linear():
-                written = use.write_pages(model, processor, screenshots, recipe)
-        except Exception as error:
-            if not is_out_of_memory(error) or batch == 1:
-                raise
-            batch = max(1, batch // 2)
-            print(f"evaluation: memory ran out, going on with {batch} pages at once", flush=True)
-            release_memory()
-            continue
-        mine = mine[len(places) :]
-        rows += [{"place": place, **asdict(page)} for place, page in zip(places, written)]
-        say(f"  {len(rows)} of {len(rows) + len(mine)} pages written")
-    seconds = time.monotonic() - start
-    shares = gather((rows, seconds))
-    slowest = max(seconds for _, seconds in shares)
-    rows = sorted((row for rows, _ in shares for row in rows), key=lambda row: row["place"])
-    return [{**row, "seconds": slowest} for row in rows]
+class Evaluator:
+    """Judges the weights as they are now: `evaluate("after")` writes, renders, scores, keeps and says."""
 
-
-def score_held_out(rows: list[dict], pages) -> dict:
-    """Shares over all pages, and each page's own outcome. `shuffled_exact` compares each answer with the next page's
-    reference, as if the screenshots had been shuffled: a model that does not look at them scores as high there.
-    Greedy answers depend on the screenshot alone, so the same answers serve."""
-    from scoring.statistics import summarise
-    from scoring.validity import looping, same_html, validity
-
-    scored = []
-    for row, page in zip(rows, pages):
-        found = validity(row["html"])
-        scored.append(
-            {
-                "page": page["name"],
-                "valid": found.valid and not row["cut_off"],
-                "reason": "cut off" if row["cut_off"] else found.reason,
-                "truncated": row["cut_off"],
-                "looping": looping(row["raw"]),
-                "exact": same_html(row["html"], page["html"]),
-                "tokens": row["tokens"],
-                "reference_tokens": page["html_tokens"],
-            }
-        )
-    turned = [pages[(place + 1) % len(pages)]["html"] for place in range(len(pages))]
-    shuffled = sum(same_html(row["html"], html) for row, html in zip(rows, turned)) / len(rows)
-    tokens, seconds = sum(row["tokens"] for row in rows), max(row["seconds"] for row in rows)
-    summary = summarise(scored) | {
-        "shuffled_exact": shuffled if len(rows) > 1 else None,
-        "tokens": tokens,
-        "tokens_per_second": tokens / seconds,
-        "mean_tokens": tokens / len(rows),
-        "mean_reference_tokens": sum(page["html_tokens"] for page in pages) / len(rows),
-    }
-    return {**summary, "pages": scored}
-
-
-def keep_outputs(rows: list[dict], pages, folder: Path, name: str) -> None:
-    """(main process only) One folder per page: what was shown, what was wanted, what was written."""
-    for number, (row, page) in enumerate(zip(rows, pages), start=1):
-        place = folder / f"page-{number:04d}"
-        place.mkdir(parents=True, exist_ok=True)
-        use.open_screenshot(page["screenshot"]).save(place / "screenshot.png")
-        (place / "reference.html").write_text(page["html"], encoding="utf-8")
-        (place / f"{name}.html").write_text(row["html"], encoding="utf-8")
-        if row["raw"] != row["html"]:
-            (place / f"{name}.raw.txt").write_text(row["raw"], encoding="utf-8")
-
-
-def announce(label: str, result: dict) -> str:
-    def share(name: str) -> str:
-        return "-" if result[name] is None else f"{100 * result[name]:.1f} %"
-
-    return (
-        f"{label}: {result['n']} held-out pages: exact {share('exact')}, valid {share('valid')}, "
-        f"truncated {share('truncated')}, looping {share('looping')}, exact with the screenshots shuffled "
-        f"{share('shuffled_exact')}; {result['mean_tokens']:.0f} tokens a page (references "
-        f"{result['mean_reference_tokens']:.0f}), {result['tokens_per_second']:.0f} tokens/s" + rendered_words(result)
-    )
-
-
-def rendered_words(result: dict) -> str:
-    if "likeness" not in result:
-        return ""
-    parts = ", ".join(f"{name} {result[name]:.3f}" for name in ("likeness", "block", "text", "position", "color"))
-    return f"; rendered, {result['failures']} failures as 0: {parts}"
-
-
-def rehearse(model, collate: PageCollator, processor, pages, recipe: use.Recipe) -> float:
-    """(all ranks) Two held-out pages through collate, loss and generation: what is broken shows now, not in an hour.
-    Returns the loss."""
-    import torch
-
-    batch = {
-        name: value.to(model.device) if torch.is_tensor(value) else value
-        for name, value in collate(list(pages)).items()
-    }
-    batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
-    with torch.no_grad(), zero3.plain_linear():
-        loss = model(**batch).loss
-    if not loss.isfinite():
-        raise NotFiniteError(f"the loss of two held-out pages is {loss.item()} before training: the base is damaged")
-    short = use.Recipe(**{**asdict(recipe), "max_html_tokens": min(32, recipe.max_html_tokens)})
-    written = write_held_out(model, processor, pages, short, batch=2)
-    tokens = sum(row["tokens"] for row in written)
-    say(f"rehearsal: loss {loss.item():.4f} on two held-out pages, {tokens} tokens written")
-    return loss.item()
-
-
-class Judge:
-    """Evaluation with everything it needs at hand: `judge("after")` writes, renders, scores, keeps and announces."""
-
-    def __init__(self, model, plan, base: Path, settings: PageSettings, args, processor, held_out):
-        self.model, self.plan, self.base, self.settings, self.args = model, plan, base, settings, args
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tensors: dict[str, BaseTensor],
+        base: Path,
+        settings: PageSettings,
+        args: TrainingArguments,
+        processor: ProcessorMixin,
+        held_out: Dataset,
+    ):
+        self.model, self.tensors, self.base, self.settings, self.args = model, tensors, base, settings, args
         self.processor, self.pages = processor, held_out
         names = {item.name for item in fields(use.Recipe)} & {item.name for item in fields(PageSettings)}
         self.recipe = use.Recipe(**{name: getattr(settings, name) for name in names})
-        self.folder = Path(args.output_dir) / "evaluation"
-        self.results: dict[str, dict] = {}
-        self.rows: dict[str, list[dict]] = {}
-        self.unrendered = ""  # why pages cannot be rendered here
-        self.best, self.stale = None, 0  # step and likeness of the best evaluation; evaluations since then
-        if settings.resume:
-            self.recall()
+        self.parts = parts_of(len(held_out), weights_are_chosen=settings.eval_every > 0)
+        output_dir = Path(args.output_dir)
+        self.folder = output_dir / "evaluation"
+        self.rendering = Rendering(self.folder)
+        self.results = Results(self.folder, self.recipe, held_out, self.rendering)
+        self.best = BestWeights(output_dir, settings.early_stopping_patience, resumes=settings.resume)
+        if self.best.step is not None:  # an earlier run, which this one resumes, has found them
+            self.results.add(self.best.label, self.best.result, self.best.rows)
 
-    @property
-    def memory(self) -> Path:
-        """What a resumed run must know of the best weights so far."""
-        return Path(self.args.output_dir) / "best.json"
-
-    def recall(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            known = json.loads(self.memory.read_text(encoding="utf-8"))
-            self.best, self.stale = known["best"], known["stale"]
-            label = f"step {self.best['step']}"
-            self.results[label], self.rows[label] = known["result"], known["rows"]
-
-    def copy(self):
-        return evaluation_model(self.model, self.plan, self.base, self.settings, self.args.device)
+    def copy(self) -> PreTrainedModel:
+        return evaluation_model(self.model, self.tensors, self.base, self.settings, self.args.device)
 
     def rehearse(self, collate: PageCollator) -> float:
-        import torch
-
-        loss = rehearse(
-            self.copy(), collate, self.processor, self.pages.select(range(min(2, len(self.pages)))), self.recipe
-        )
+        """(all ranks) Two held-out pages through collate, loss and generation: what is broken shows now, not in an
+        hour. Returns the loss; raises `NotFiniteError` for one that is no number."""
+        pages, copy = self.pages.select(range(min(2, len(self.pages)))), self.copy()
+        batch = {
+            name: value.to(copy.device) if torch.is_tensor(value) else value
+            for name, value in collate(list(pages)).items()
+        }
+        batch["pixel_values"] = batch["pixel_values"].to(copy.dtype)
+        with torch.no_grad(), zero3.plain_linear():
+            loss = copy(**batch).loss
+        if not loss.isfinite():
+            raise NotFiniteError(
+                f"the loss of two held-out pages is {loss.item()} before training: the base is damaged"
+            )
+        short = replace(self.recipe, max_html_tokens=min(32, self.recipe.max_html_tokens))
+        tokens = sum(row["tokens"] for row in write_held_out(copy, self.processor, pages, short, batch=2))
+        say(f"rehearsal: loss {loss.item():.4f} on two held-out pages, {tokens} tokens written")
+        del copy
         release_memory()  # the copy was the first thing on the GPU; the peaks to come are training's own
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        return loss
+        return loss.item()
 
-    def __call__(self, label: str) -> dict:
+    def evaluate(self, label: str) -> dict:
         """(all ranks) Write every held-out page with the weights as they are now; main process: render and score."""
         copy = self.copy()
-        self.rows[label] = self.write(copy, self.recipe)
-        self.results[label] = result = on_main(lambda: self.score(label))
-        if self.settings.compare_base and (label in ("before", "after") or self.leads(result)):
+        rows = self.write(copy, self.recipe)
+        result = on_main(lambda: self.judge(label, rows))
+        self.results.add(label, result, rows)
+        if self.settings.compare_base and (label in ("before", "after") or self.best.leads(result)):
             # One knob of decoding can be worth more than a training.
-            result["decoding"] = {str(self.recipe.repetition_penalty): result.get("likeness", result["exact"])}
+            result["decoding"] = {str(self.recipe.repetition_penalty): result.get(CHOOSING, result["exact"])}
             for penalty in penalties(self.settings):
                 if str(penalty) not in result["decoding"]:
                     result["decoding"][str(penalty)] = self.try_penalty(penalty, copy, label)
@@ -767,165 +769,44 @@ class Judge:
         release_memory()
         return result
 
-    def write(self, copy, recipe: use.Recipe) -> list[dict]:
+    def write(self, copy: PreTrainedModel, recipe: use.Recipe) -> list[dict]:
         return write_held_out(copy, self.processor, self.pages, recipe, self.args.per_device_eval_batch_size)
 
-    def try_penalty(self, penalty: float, copy, label: str) -> float:
-        """(all ranks) The likeness under another repetition penalty; the exact share where nothing is rendered."""
-        rows = self.write(copy, replace(self.recipe, repetition_penalty=penalty))
-
-        def score() -> float:
-            result = score_held_out(rows, self.pages)
-            self.render(f"{label} {penalty}", rows, result)
-            return result.get("likeness", result["exact"])
-
-        return on_main(score)
-
-    def leads(self, result: dict) -> bool:
-        """Whether it is better than the best so far."""
-        score = result.get("likeness")
-        return score is not None and (self.best is None or score > self.best["likeness"])
-
-    def score(self, label: str) -> dict:
+    def judge(self, label: str, rows: list[dict]) -> dict:
         """(main process only)"""
-        rows = self.rows[label]
-        result = score_held_out(rows, self.pages)
-        self.render(f"{label} {self.recipe.repetition_penalty}", rows, result)
+        result = self.score(label, rows, self.recipe)
         say(announce(label, result))
         if label != "after":  # which may not be the final one
             keep_outputs(rows, self.pages, self.folder, "written_" + label.replace(" ", "_"))
         return result
 
-    def pairs(self, rows: list[dict]) -> list:
-        """Each page in a window for its screenshot."""
-        from scoring.many_pages import Pair, window_of
+    def score(self, label: str, rows: list[dict], recipe: use.Recipe) -> dict:
+        """(main process only)"""
+        scores = self.rendering.score(f"{label} {recipe.repetition_penalty}", rows, self.pages)
+        return score_held_out(rows, list(self.pages), scores, self.parts)
 
-        def pair(row: dict, page: dict):
-            screenshot = use.open_screenshot(page["screenshot"])
-            return Pair(page["name"], page["html"], row["html"], *window_of(*screenshot.size))
-
-        return [pair(row, page) for row, page in zip(rows, self.pages)]
-
-    @cached_property
-    def clip(self):
-        """(main process only) CLIP or None, and why."""
-        from scoring.clip import find_clip
-
-        return find_clip()
-
-    def progress(self, label: str):
-        from scoring.many_pages import Progress
-
-        clip, _ = self.clip
-        folder = self.folder / f"rendered_{label.replace(' ', '_')}"
-        return Progress(folder, pictures=True, clip=clip and clip.name)
-
-    def render(self, label: str, rows: list[dict], result: dict) -> None:
-        """(main process only) Add what the rendered pages score; say so, once, where there is no browser."""
-        from scoring.many_pages import browser_facts, run_pairs
-        from scoring.proof import ScorerError, prove
-        from scoring.renders import BrowserMissing, Renderer
-        from scoring.statistics import means
-
-        if self.unrendered:
-            return
-        try:
-            with Renderer() as renderer:
-                clip, why_not = self.clip
-                prove(renderer, clip=clip)
-                scores = run_pairs(self.pairs(rows), renderer, self.progress(label), clip)
-                result["rendering"] = browser_facts(renderer, clip, why_not)
-        except (BrowserMissing, ScorerError, OSError) as error:
-            self.unrendered = str(error)
-            return say(f"pages are not rendered, so there are no scores of how they look: {error}")
-        for page, score in zip(result["pages"], scores):
-            page |= {name: value for name, value in score.items() if name not in ("page", "valid")}
-        result |= means(scores)
+    def try_penalty(self, penalty: float, copy: PreTrainedModel, label: str) -> float:
+        """(all ranks) What chooses, under another repetition penalty; the exact share where nothing is rendered."""
+        recipe = replace(self.recipe, repetition_penalty=penalty)
+        rows = self.write(copy, recipe)
+        result = on_main(lambda: self.score(label, rows, recipe))
+        return result.get(CHOOSING, result["exact"])
 
     def step(self, number: int, save: Callable[[Path], None]) -> bool:
         """(all ranks) Judge during training and keep the best weights by score. True when patience has run out."""
-        result = self(f"step {number}")
-        if "likeness" not in result:
-            return False
-        if self.leads(result):
-            self.best, self.stale = {"step": number, "likeness": result["likeness"]}, 0
-            save(Path(self.args.output_dir) / "best")
-        else:
-            self.stale += 1
-        if rank() == 0:
-            label = f"step {self.best['step']}"
-            known = {"best": self.best, "stale": self.stale, "result": self.results[label], "rows": self.rows[label]}
-            self.memory.write_text(json.dumps(known) + "\n", encoding="utf-8")
-        say(f"best so far: likeness {self.best['likeness']:.3f} at step {self.best['step']}, kept in output_dir/best")
-        return 0 < self.settings.early_stopping_patience <= self.stale
+        label = f"step {number}"
+        result = self.evaluate(label)
+        return self.best.consider(number, result, self.results.rows[label], save)
 
-    def choose(self, final: Path) -> str:
-        """(main process only) The better of the last weights and the best kept ones becomes the final folder; returns
-        the label of its results."""
-        best, last = Path(self.args.output_dir) / "best", self.results["after"].get("likeness")
-        label = "after"
-        if self.best and last is not None and self.best["likeness"] > last and (best / use.RECIPE_FILE).is_file():
-            say(f"step {self.best['step']} scored {self.best['likeness']:.3f}, the end {last:.3f}: the better is final")
-            chosen = final.with_name(f"{final.name}.chosen")
-            shutil.rmtree(chosen, ignore_errors=True)
-            shutil.copytree(best, chosen)  # may be on another disk
-            shutil.rmtree(final)
-            chosen.rename(final)
-            label = f"step {self.best['step']}"
-        shutil.rmtree(best, ignore_errors=True)
-        self.memory.unlink(missing_ok=True)
-        if label in self.results:
-            self.results["after"] = self.results[label]
-            self.rows["after"] = self.rows[label]
-        return label
-
-    def publish(self, label: str, facts: dict[str, str]) -> None:
-        """(main process only) results.json, and the report that shows every page."""
-        from scoring.many_pages import run_pairs, write_pages_report
-        from scoring.renders import Renderer
-
-        after, before = self.results["after"], self.results.get("before")
-        comparison = compare_results(before, after) if before else None
-        content = {"decoding": asdict(self.recipe), "final": label, "comparison": comparison, **self.results}
-        keep_outputs(self.rows["after"], self.pages, self.folder, "written")
-        (self.folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        if "rendering" in after:
-            names = ("truncated", "looping", "exact")
-            more = {page["page"]: {name: page[name] for name in names} for page in after["pages"]}
-            file, progress = self.folder / "report.html", self.progress(f"{label} {self.recipe.repetition_penalty}")
-            facts = {**facts, "decoding": decoding_words(self.recipe), **after["rendering"]}
-            pairs = self.pairs(self.rows["after"])
-            if any(pair.key not in progress.rows for pair in pairs):  # they were rendered before an interruption
-                with Renderer() as renderer:
-                    run_pairs(pairs, renderer, progress, self.clip[0])
-            write_pages_report(file, "What the model wrote", pairs, progress, facts, more, comparison)
-        for folder in self.folder.glob("rendered_*"):
-            shutil.rmtree(folder, ignore_errors=True)
-        after["comparison"] = comparison
-
-
-def decoding_words(recipe: use.Recipe) -> str:
-    return f"greedy, repetition penalty {recipe.repetition_penalty}, at most {recipe.max_html_tokens:,} tokens"
-
-
-def compare_results(before: dict, after: dict) -> dict:
-    """Base against tuned on the same pages under the same decoding, page by page, and the means under others."""
-    from scoring.metrics import METRICS
-    from scoring.statistics import paired_comparison
-
-    known = before["pages"][0].keys() & after["pages"][0].keys()
-    names = [name for name in (*METRICS, "exact", "valid") if name in known]
-    metrics = {
-        name: paired_comparison(*([float(page[name]) for page in run["pages"]] for run in (before, after)))
-        for name in names
-    }
-    grids = [run.get("decoding", {}) for run in (before, after)]
-    grid = [
-        {"repetition_penalty": float(penalty), "before": grids[0][penalty], "after": grids[1][penalty]}
-        for penalty in grids[0]
-        if penalty in grids[1]
-    ]
-    return {"metrics": metrics, "decoding": grid, "n": len(after["pages"])}
+    def choose(self, final: Path) -> None:
+        """(main process only) The better of the last weights and the best kept ones becomes the final folder."""
+        last = self.results.by_label["after"]
+        if self.best.beats(last):
+            end = last["choosing"][CHOOSING]
+            say(f"{self.best.label} scored {self.best.score:.3f}, the end {end:.3f}: the better is final")
+            self.best.become_final(final)
+            self.results.choose(self.best.label)
+        self.best.forget()
 
 
 # -----------------------------------------------------------------------------
@@ -934,7 +815,6 @@ def compare_results(before: dict, after: dict) -> dict:
 
 def make_arguments(resolved: Resolved):
     """(all ranks) TrainingArguments; the process group begins here, and ZeRO-3 is known before any model loads."""
-    import torch
     from transformers import TrainingArguments
 
     if resolved.deepspeed is not None and "RANK" not in os.environ:  # started plainly, without any launcher
@@ -979,14 +859,14 @@ def prepare_pages(settings: PageSettings, args, encoder: PageEncoder, processor)
     mark = f"prepared-{os.environ.get('HOLO1_RUN_ID', '')}-{time.time_ns()}"  # rank 0's, told to the others below
 
     def prepare() -> tuple[str, str]:
-        report = str(page_data.load_pages(settings, args.output_dir, count, args.seed))
+        report = str(load_pages(settings, args.output_dir, count, args.seed))
         for earlier in (Path(args.output_dir) / "pages").glob("prepared-*"):
             earlier.unlink()
         (Path(args.output_dir) / "pages" / mark).touch()
         return report, mark
 
     report, _ = on_each_machine(prepare, lambda done: (Path(args.output_dir) / "pages" / done[1]).exists())
-    training, held_out = page_data.load_pages_from_disk(args.output_dir)
+    training, held_out = load_pages_from_disk(args.output_dir)
     names = repr([part.select_columns(["name", "html_tokens"]).to_list() for part in (training, held_out)])
     if not same_everywhere(hashlib.sha256(names.encode()).hexdigest()):
         raise DataError("the machines have read different pages; give a --dataset_revision, or a shared --output_dir")
@@ -999,8 +879,6 @@ def gather_facts(settings: PageSettings, args, base: Path) -> dict:
     """What the recipe and the model card say of this run, all of it looked up."""
     import importlib.metadata
 
-    import torch
-
     packages = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "peft", "bitsandbytes")
     versions = {"python": sys.version.split()[0]}
     for package in packages:
@@ -1012,13 +890,13 @@ def gather_facts(settings: PageSettings, args, base: Path) -> dict:
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
     snapshot = base.name if base.parent.name == "snapshots" else settings.base_revision  # the Hub cache names commits
-    source = page_data.resolve_dataset(settings.dataset, config=settings.dataset_config)
+    source = resolve_dataset(settings.dataset, config=settings.dataset_config)
     return {
         "base_model": public_name(settings.base_model),
         "base_revision": snapshot,
         "dataset": public_name(settings.dataset),
         "dataset_config": source.config,
-        "dataset_revision": page_data.dataset_revision(settings.dataset, settings.dataset_revision),
+        "dataset_revision": dataset_revision(settings.dataset, settings.dataset_revision),
         "dataset_licence": source.licence,
         "commit": commit or None,
         "versions": versions,
@@ -1050,28 +928,27 @@ def run(argv: list[str]) -> None:
         settings.hub_repo = on_main(lambda: check_hub_access(settings.hub_repo, settings.private_repo))
     base = on_each_machine(lambda: fetch_base(settings), Path.is_dir)
     processor = load_processor(base, settings)
-    encoder = PageEncoder(processor, settings.prompt)
+    encoder = PageEncoder(processor, settings.prompt, family_of(load_config(base, settings)))
     pages = prepare_pages(settings, args, encoder, processor)
     if settings.show_supervision:
         first = pages.training[0]
-        ids, labels = encoder.encode(first["html"], first["image_tokens"])
+        (picture,) = encoder.family.pictures(processor, [use.open_screenshot(first["screenshot"])])
+        ids, labels = encoder.encode(first["html"], picture.ids)
         return say(colour_supervision(ids, labels, processor.tokenizer, encoder.image_token_id))
     fine_tune(resolved, args, base, processor, encoder, pages)
 
 
 def fine_tune(resolved: Resolved, args, base: Path, processor, encoder: PageEncoder, pages: Pages) -> None:
     """(all ranks) From checked pages to a trained, saved, judged and published model."""
-    import torch
-
     settings, training = resolved.settings, pages.training
     keep_earlier_checkpoints(Path(args.output_dir), resumes=bool(settings.resume or args.resume_from_checkpoint))
     memory = choose_micro_batch(args, settings, load_config(base, settings), training, encoder)
     say_batch(args)
     start = time.monotonic()
-    plan = base_tensors(base, settings)
+    tensors = base_tensors(base, settings)
     model = load_model(base, settings, args)
     say_memory(
-        f"{settings.base_model}: {sum(math.prod(t.shape) for t in plan.values()) / 1e6:,.1f} M parameters", start
+        f"{settings.base_model}: {sum(math.prod(t.shape) for t in tensors.values()) / 1e6:,.1f} M parameters", start
     )
     facts = on_main(lambda: gather_facts(settings, args, base))
     recipe = make_recipe(settings, facts)
@@ -1079,20 +956,20 @@ def fine_tune(resolved: Resolved, args, base: Path, processor, encoder: PageEnco
     notes = Path(args.output_dir) / "replaced_pages.jsonl"
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     packed = trains_fast(model.config, settings)
-    judge = Judge(model, plan, base, settings, args, processor, pages.held_out)
-    plain_loss = judge.rehearse(PageCollator(processor, encoder, training, chunk, notes))
+    evaluator = Evaluator(model, tensors, base, settings, args, processor, pages.held_out)
+    plain_loss = evaluator.rehearse(PageCollator(processor, encoder, training, chunk, notes))
     # Quantised weights give another loss, and so do those that a checkpoint will bring.
     same = packed and settings.quantize == "none" and not settings.resume and not args.resume_from_checkpoint
     fit = Fit(memory, plain_loss if same else None, settings.checkpoint_share)
     collate = PageCollator(processor, encoder, training, chunk, notes, model.config, packed, half)
     if settings.compare_base:
-        judge("before")
+        evaluator.evaluate("before")
 
     def save(folder: Path) -> None:
-        save_final(model, plan, base, processor, recipe, folder)
+        save_final(model, tensors, base, processor, recipe, folder)
 
     stop = StopRequest()
-    trainer = make_trainer(args, model, collate, training, stop, judge, fit, save)
+    trainer = make_trainer(args, model, collate, training, stop, evaluator, fit, save)
     start = time.monotonic()
     result = train(trainer, settings, stop, save)
     seconds = time.monotonic() - start
@@ -1100,10 +977,10 @@ def fine_tune(resolved: Resolved, args, base: Path, processor, encoder: PageEnco
         compare_with_plan(trainer, memory)
     final = Path(use.FINAL_FOLDER)
     save(final)
-    say(f"saved: ./{final} has the base's {len(plan)} tensors, same keys, shapes and dtypes")
+    say(f"saved: ./{final} has the base's {len(tensors)} tensors, same keys, shapes and dtypes")
     if rank() == 0:
         draw_loss(trainer.state.log_history, Path(args.output_dir) / "loss.png")
-    judge("after")
+    evaluator.evaluate("after")
     facts |= {
         "train_loss": result.training_loss,
         "steps": trainer.state.global_step,
@@ -1112,21 +989,22 @@ def fine_tune(resolved: Resolved, args, base: Path, processor, encoder: PageEnco
         "pages_held_out": len(pages.held_out),
         "drops": pages.report,
     }
-    label = on_main(lambda: judge.choose(final))
+    on_main(lambda: evaluator.choose(final))
     shown = {"model": final.name} | {name: facts[name] for name in ("base_model", "dataset", "hardware")}
-    on_main(lambda: judge.publish(label, {**shown, "steps": str(facts["steps"]), "date": time.strftime("%Y-%m-%d")}))
-    on_main(lambda: finish(final, settings, resolved.training, facts, recipe, judge.results))
+    shown |= {"steps": str(facts["steps"]), "date": time.strftime("%Y-%m-%d")}
+    on_main(lambda: evaluator.results.write(shown))
+    on_main(lambda: finish(final, settings, resolved.training, facts, recipe, evaluator.results))
 
 
-def finish(final: Path, settings: PageSettings, training: dict, facts: dict, recipe: dict, results: dict) -> None:
+def finish(final: Path, settings: PageSettings, training: dict, facts: dict, recipe: dict, results: Results) -> None:
     """(main process only) Model card, upload, and a last word."""
     told = {name: training[name] for name in sorted(TRAINING_DEFAULTS) if name not in ("report_to", "disable_tqdm")}
     card = facts | {
         "licence": derived_licence(settings.base_model),
         "settings": told | {"seed": training["seed"], "prompt": settings.prompt, "clean": settings.clean},
         "recipe": recipe,
-        "results": results["after"],
-        "results_before": results.get("before"),
+        "results": results.by_label["after"],
+        "results_before": results.by_label.get("before"),
         "lora": settings.lora or settings.quantize == "4bit",
         "quantization": settings.quantize,
         "repo_id": settings.hub_repo if settings.push_to_hub else None,
@@ -1134,18 +1012,7 @@ def finish(final: Path, settings: PageSettings, training: dict, facts: dict, rec
     write_model_card(final, card)
     (final / "evaluation").mkdir(exist_ok=True)
     shutil.copyfile(Path(training["output_dir"]) / "evaluation" / "results.json", final / "evaluation" / "results.json")
-    if "before" in results:
-        before, after = results["before"], results["after"]
-        say(
-            f"before training {100 * before['exact']:.1f} % of {before['n']} held-out pages were exact; "
-            f"after it {100 * after['exact']:.1f} % are exact and {100 * after['valid']:.1f} % valid; "
-            f"with the screenshots shuffled {100 * (after['shuffled_exact'] or 0):.1f} % are exact"
-        )
-        if found := after["comparison"]["metrics"].get("likeness"):
-            say(
-                f"likeness of the rendered pages: {found['before']:.3f} before, {found['after']:.3f} after; difference "
-                f"{found['difference']:+.3f} (95 % {found['low']:+.3f} to {found['high']:+.3f}, p = {found['p']:.4f})"
-            )
+    results.say_difference()
     report = Path(training["output_dir"]) / "evaluation" / "report.html"
     written = report if report.is_file() else report.parent
     say(f"the pages as written: {written}; the loss: {training['output_dir']}/loss.png")

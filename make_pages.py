@@ -11,7 +11,7 @@ what is invisible or unused dropped where the new render is the same to the pixe
 scoring/renders.py, without a network. A folder that is begun is carried on; dropped.jsonl names each dropped page and
 why.
 
-Sections: Settings, Sources, Local files, Style sheets, Reductions, One page, The folder, Command line.
+The rooms of making/ do the work; this is the command line.
 """
 
 from __future__ import annotations
@@ -29,38 +29,7 @@ from making.page_settings import Settings, SettingsError, check_settings
 from making.sources import find_pages
 from scoring.renders import BrowserMissing, Renderer
 
-# -----------------------------------------------------------------------------
-# Settings
-
 SECONDS_PER_RENDER = 30.0
-
-
-# -----------------------------------------------------------------------------
-# Sources
-
-
-# -----------------------------------------------------------------------------
-# Local files
-
-
-# -----------------------------------------------------------------------------
-# Style sheets
-
-
-# -----------------------------------------------------------------------------
-# Reductions: each is an item of a set, so that a set of them can be tried, halved, and tried again
-
-
-# -----------------------------------------------------------------------------
-# One page
-
-
-# -----------------------------------------------------------------------------
-# The folder
-
-
-# -----------------------------------------------------------------------------
-# Command line
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -19,10 +19,9 @@ from typing import Any
 
 from scoring.clip import CLIP_MODEL, Clip, ClipMissing, find_clip
 from scoring.many_pages import Pair, Progress, browser_facts, pairs_of, read, run_pairs, write_pages_report
-from scoring.metrics import METRICS
 from scoring.proof import ScorerError, prove
 from scoring.renders import BrowserMissing, Renderer
-from scoring.statistics import means, shares
+from scoring.statistics import means, scores_line, shares
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -50,13 +49,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def summary_line(found: Mapping[str, Any]) -> str:
     """Of `means` and `shares`."""
-    metrics = [name for name in (*METRICS, "clip") if name in found]
-    scores = ", ".join(f"{metric} {found[metric]:.3f}" for metric in metrics)
     valid = f"{100 * found['valid']:.1f} % valid"
-    text = f"{found['n']} pages, {valid}, {found['failures']} failures, counted as 0: {scores}"
+    text = f"{found['n']} pages, {valid}, {found['failures']} failures, counted as 0: {scores_line(found)}"
     if found["failures"]:
-        alone = ", ".join(f"{m} {found[m + '_without_failures'] or 0:.3f}" for m in metrics)
-        text += f"; without them: {alone}; failed: {', '.join(map(str, found['failed'][:20]))}"
+        text += f"; without them: {scores_line(found, '_without_failures')}"
+        text += f"; failed: {', '.join(map(str, found['failed'][:20]))}"
     return text
 
 

@@ -110,9 +110,14 @@ def open_screenshot(picture: bytes):
 
 
 def limit_pixels(processor, min_pixels: int, max_pixels: int) -> None:
-    """Set the range of width x height to which the processor resizes every screenshot."""
-    # `size` is the one place that transformers 5 reads; `min_pixels`/`max_pixels` attributes are ignored there.
-    processor.image_processor.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+    """Set the range of width x height to which the processor resizes every screenshot.
+
+    Those that merge patches into tokens (Qwen-VL) take both as areas. Others mean edges by the same words: they keep
+    what was saved with them, which for a model trained by this project are the limits that it was trained under.
+    """
+    if hasattr(processor.image_processor, "merge_size"):
+        # `size` is the one place that transformers 5 reads; `min_pixels`/`max_pixels` attributes are ignored there.
+        processor.image_processor.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
 
 
 # -----------------------------------------------------------------------------
@@ -129,11 +134,16 @@ def ask(processor, prompt: str) -> str:
 
 def encode_questions(processor, screenshots: list, prompt: str):
     """Screenshots (PIL) to model inputs: `input_ids` and `attention_mask` (B, T), padded on the left so that every
-    answer starts at the same column, `pixel_values` (patches, 1176), `image_grid_thw` (B, 3), `mm_token_type_ids`."""
+    answer starts at the same column, and what the processor makes of the pictures, by its own names: of Qwen-VL
+    `pixel_values` (patches, dim), `image_grid_thw` (B, 3) and `mm_token_type_ids` (B, T)."""
     texts = [ask(processor, prompt)] * len(screenshots)
-    # Without mm_token_type_ids the positions silently become one-dimensional (transformers 5.23, Qwen2.5-VL).
-    text_options = {"padding": True, "padding_side": "left", "return_mm_token_type_ids": True}
-    return processor(text=texts, images=screenshots, return_tensors="pt", **text_options)
+    text_options = {"padding": True, "padding_side": "left"}
+    # Without mm_token_type_ids the positions silently become one-dimensional (transformers 5.23, Qwen2.5-VL). Models
+    # that do not know them refuse to write with them, so the processor is asked whether its model takes them.
+    if "mm_token_type_ids" in processor.model_input_names:
+        text_options["return_mm_token_type_ids"] = True
+    # A list for each question: some processors take a flat one for the pictures of a single question.
+    return processor(text=texts, images=[[picture] for picture in screenshots], return_tensors="pt", **text_options)
 
 
 # -----------------------------------------------------------------------------

@@ -28,11 +28,11 @@ WAYS = {
 TURNED = """
 import sys
 sys.path.insert(0, {root!r})
-from training import memory_plan
+from training import page_costs
 import holo1_dom_finetune as training
 
-deal = memory_plan.deal
-memory_plan.deal = lambda costs, bins: deal(costs, bins)[::-1]
+deal = page_costs.deal
+page_costs.deal = lambda costs, bins: deal(costs, bins)[::-1]
 training.leave(training.main(sys.argv[1:]))
 """
 

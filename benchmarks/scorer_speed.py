@@ -73,12 +73,12 @@ def one_pair(blocks: int, renderer) -> dict[str, float]:
     start = time.monotonic()
     renders = list(renderer.map([job_for(reference), job_for(prediction)]))
     rendered = time.monotonic()
-    pages = [page_of(render) for render in renders]
+    pages = list(map(page_of, renders, (reference, prediction)))
     read = time.monotonic()
-    found = compare(*pages, prediction)
+    found = compare(*pages)
     end = time.monotonic()
     parts = {"rendering": rendered - start, "reading": read - rendered, "matching and scores": end - read}
-    return {"blocks": found.blocks_reference, **parts, "seconds": end - start, "overall": found.overall}
+    return {"blocks": found.blocks_reference, **parts, "seconds": end - start, "overall": found["overall"]}
 
 
 def many_pages(folder: Path, renderer) -> dict[str, float]:

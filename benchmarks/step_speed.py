@@ -118,19 +118,20 @@ class Pages:
 
     def __init__(self, args: argparse.Namespace):
         import holo1_dom_finetune as training
-        from training import dataset as page_data
+        from training.dataset import load_pages_from_disk
 
         settings, output = page_settings(args), args.work / OUTPUT
         processor = training.load_processor(args.base_model, settings)
-        encoder = training.PageEncoder(processor, settings.prompt)
+        config = training.load_config(Path(args.base_model), settings)
+        encoder = training.PageEncoder(processor, settings.prompt, training.family_of(config))
         self.arrow = output / "pages" / "train.arrow"
         if not self.arrow.is_file():  # ours was not asked for, or ended early
             training.prepare_pages(settings, SimpleNamespace(output_dir=str(output), seed=42), encoder, processor)
-        table, _ = page_data.load_pages_from_disk(output)
+        table, _ = load_pages_from_disk(output)
         counted = table.select_columns(["name", "html_tokens", "image_tokens"])
         self.names = list(counted["name"])
         self.sizes = [(page["html_tokens"], page["image_tokens"]) for page in counted]
-        self.question, self.merge = len(encoder.before) + len(encoder.after), encoder.merge
+        self.question = encoder.question_tokens
         wanted = args.pages_per_step * args.steps
         if len(self.names) < wanted:
             raise SystemExit(f"{len(self.names)} of {wanted} pages are left: {output / 'dropped_pages.jsonl'} says why")
@@ -143,12 +144,12 @@ class Pages:
         """Useful operations of each step: products and attention forward and backward, nothing recomputed."""
         from transformers import AutoConfig
 
-        from training import memory_plan
+        from training import page_costs
+        from training.families import family_of
 
-        config, costs = AutoConfig.from_pretrained(base), []
-        for html, image in self.sizes:
-            tokens = self.question + image + html + 1  # the end of the turn
-            costs.append(memory_plan.page_flops(config, tokens, html + 1, image * self.merge))
+        config = AutoConfig.from_pretrained(base)
+        counted = ({"html_tokens": html, "image_tokens": image} for html, image in self.sizes)
+        costs = page_costs.flops_of_pages(family_of(config).shape(config), counted, self.question)
         return [sum(costs[page] for page in step) for step in self.steps]
 
     def summary(self) -> dict:
@@ -458,10 +459,10 @@ def main() -> None:
     if args.weights and not list(args.base_model.glob("*.safetensors")):
         subprocess.run([sys.executable, str(HERE / "random_weights.py"), str(args.base_model)], check=True)
 
-    from training import memory_plan
+    from training import page_costs
 
     gpu = gpu_name()
-    env, peak = environment(args.gpus, gpu is not None), memory_plan.peak_tflops(gpu) if gpu else None
+    env, peak = environment(args.gpus, gpu is not None), page_costs.peak_tflops(gpu) if gpu else None
     results = {
         "command": shlex.join([*limits_of_memory(), "python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d"),

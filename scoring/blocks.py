@@ -1,7 +1,7 @@
 """The text blocks of a page: where each text stands and in which colour, found by rendering the page.
 
     with Renderer() as renderer:
-        page = page_of(renderer.render(job_for(html)))
+        page = page_of(renderer.render(job_for(html)), html)
         page.blocks[0].text, page.blocks[0].center, page.image.shape
 
 The page is rendered once as it is, and twice with a colour for each text.
@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -48,13 +47,15 @@ class Block:
 
 @dataclass(frozen=True)
 class Page:
-    """A rendered page: picture (H, W, 3), text blocks, `tag(child, child)` of every element, or why there is none."""
+    """A rendered page: picture (H, W, 3) uint8, text blocks, `tag(child, child)` of every element, the HTML it was
+    rendered from; or why it could not be rendered."""
 
-    image: Any
+    image: np.ndarray | None
     blocks: tuple[Block, ...] = ()
     subtrees: frozenset[str] = frozenset()
     failure: str | None = None
     clipped: bool = False
+    html: str = field(default="", repr=False)
 
 
 def job_for(html: str, width: int = 1280, height: int = 720) -> Job:
@@ -69,16 +70,17 @@ def job_for(html: str, width: int = 1280, height: int = 720) -> Job:
     return Job(html, width, height, tuple(steps))
 
 
-def page_of(render: Render) -> Page:
+def page_of(render: Render, html: str) -> Page:
+    """What a render of `job_for(html)` shows; a page that failed says why."""
     if render.failure is not None:
-        return Page(None, failure=render.failure)
+        return Page(None, failure=render.failure, html=html)
     image, subtrees, *passes = render.values
     found: list[Block] = []
     for texts, first, elements, second in zip(passes[::4], passes[1::4], passes[2::4], passes[3::4]):
         if elements > PALETTE * len(passes) // 4:
-            return Page(None, failure=f"{elements:,} text elements, more than colours")
+            return Page(None, failure=f"{elements:,} text elements, more than colours", html=html)
         found += blocks_of(image, first, second, texts)
-    return Page(image, same_boxes_merged(found), frozenset(subtrees), clipped=render.clipped)
+    return Page(image, same_boxes_merged(found), frozenset(subtrees), clipped=render.clipped, html=html)
 
 
 def blocks_of(image, first, second, texts: Sequence[Sequence]) -> list[Block]:

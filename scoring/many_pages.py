@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from PIL import Image
 
 from scoring.blocks import Block, Page, job_for, page_of
 from scoring.clip import Clip
-from scoring.metrics import METRICS, PageScore, compare
+from scoring.metrics import PageScore, compare, names
 from scoring.renders import Job, Renderer
 from scoring.report import Box, PageResult, write_report
 
@@ -46,7 +47,7 @@ def score_pairs(
     pairs: Iterable[Pair], renderer: Renderer, clip: Clip | None = None
 ) -> Iterator[tuple[Pair, PageScore, Any, Any]]:
     """Of each pair, in order: its score, and the pictures of reference and prediction (None where there is none)."""
-    waiting: list[Pair] = []
+    waiting: deque[Pair] = deque()
 
     def jobs() -> Iterator[Job]:
         for pair in pairs:
@@ -54,12 +55,13 @@ def score_pairs(
             yield job_for(pair.reference, pair.width, pair.height)
             yield job_for(pair.prediction or "", pair.width, pair.height)
 
-    pages = map(page_of, renderer.map(jobs()))
-    for wanted in pages:
-        pair, written = waiting.pop(0), next(pages)
+    renders = renderer.map(jobs())
+    for render in renders:
+        pair = waiting.popleft()
+        wanted, written = page_of(render, pair.reference), page_of(next(renders), pair.prediction or "")
         if pair.prediction is None:
             written = Page(None, failure="there is none")
-        yield pair, compare(wanted, written, pair.prediction or "", clip), wanted.image, written.image
+        yield pair, compare(wanted, written, clip), wanted.image, written.image
 
 
 def window_of(width: int, height: int) -> tuple[int, int]:
@@ -112,7 +114,8 @@ class Progress:
                 row = json.loads(line)
             except ValueError:  # the end of an interrupted run
                 continue
-            if row["pictures"] >= pictures and row["clip"] == clip:
+            asked = {"clip": clip, "metrics": [*names()]}
+            if row["pictures"] >= pictures and {name: row.get(name) for name in asked} == asked:
                 self.rows[row["key"]] = row["score"]
 
     def keep(self, key: str, score: PageScore, images: Sequence[Any]) -> None:
@@ -125,8 +128,8 @@ class Progress:
                 picture = picture.reduce(2) if picture.width > 960 else picture  # twice what the report shows
                 picture.save(self.folder / f"{key}-{name}.png", compress_level=1)
         with (self.folder / "scores.jsonl").open("a", encoding="utf-8") as file:
-            row = {"key": key, "pictures": self.pictures, "clip": self.clip, "score": self.rows[key]}
-            file.write(json.dumps(row) + "\n")
+            asked = {"pictures": self.pictures, "clip": self.clip, "metrics": names()}
+            file.write(json.dumps({"key": key, **asked, "score": self.rows[key]}) + "\n")
 
     def picture(self, key: str, name: str) -> Path | None:
         file = self.folder / f"{key}-{name}.png" if self.folder else None
@@ -180,8 +183,7 @@ def write_pages_report(
         for pair in pairs:
             key = pair.key
             score = score_of(progress.rows[key])
-            known = (*METRICS, "valid", *(["clip"] if score.clip is not None else []))
-            shown = {name: getattr(score, name) for name in known} | dict((more or {}).get(pair.name, {}))
+            shown = {**score.values, "valid": score.valid} | dict((more or {}).get(pair.name, {}))
             yield PageResult(
                 name=pair.name,
                 scores=shown,

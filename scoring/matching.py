@@ -1,6 +1,6 @@
 """Which block of a written page stands for which of the reference: Design2Code's matching (Si et al., NAACL 2025).
 
-    predicted, wanted, pairs = match(prediction.blocks, reference.blocks)
+    matching_of(reference.blocks, prediction.blocks).missing                 # texts that only the reference has
 
 Blocks that read better together are merged first.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -165,3 +166,21 @@ def match(prediction: Sequence[Block], reference: Sequence[Block]) -> tuple[list
     costs = similarity.costs(predicted, wanted)
     pairs = [(predicted[i], wanted[j], -costs[i, j]) for i, j in zip(*assigned(with_context(costs)))]
     return predicted, wanted, [pair for pair in pairs if pair[2] >= ALIKE]
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Blocks as they were matched, neighbours merged: each matched pair with its similarity (0 to 1), and the rest."""
+
+    matched: tuple[tuple[Block, Block], ...]  # (reference, prediction)
+    similarities: tuple[float, ...]
+    missing: tuple[Block, ...]  # of the reference only
+    invented: tuple[Block, ...]  # of the prediction only
+
+
+def matching_of(reference: Sequence[Block], prediction: Sequence[Block]) -> Matching:
+    predicted, wanted, pairs = match(prediction, reference) if prediction and reference else (prediction, reference, [])
+    taken = {id(block) for pair in pairs for block in pair[:2]}
+    missing, invented = (tuple(block for block in blocks if id(block) not in taken) for blocks in (wanted, predicted))
+    matched = tuple((two, one) for one, two, _ in pairs)
+    return Matching(matched, tuple(similarity for *_, similarity in pairs), missing, invented)

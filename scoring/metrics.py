@@ -1,120 +1,107 @@
-"""What is measured of a written page against its reference.
+"""What is measured of a written page: one table of metrics, read by scores, means, console, report, card and choice.
 
-    compare(page_of(first), page_of(second), html).overall
+    compare(page_of(first, reference_html), page_of(second, written_html))["likeness"]
+    names(), entry("ssim").label, is_better(0.8, than=0.7)
 
-The scores are those of Design2Code (Si et al., NAACL 2025), TreeBLEU (Gui et al., WebCode2M, 2025) and SSIM (Wang et
-al., 2004); CLIP's where its weights are at hand.
+A new metric is a function of `Compared` and one line of `METRICS`. The scores are those of Design2Code (Si et al.,
+NAACL 2025), TreeBLEU (Gui et al., WebCode2M, 2025) and SSIM (Wang et al., 2004); CLIP's where its weights are at hand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from scoring.blocks import Block, Page
 from scoring.clip import Clip
-from scoring.matching import match
+from scoring.matching import Matching, matching_of
 from scoring.validity import looping, validity
 
 SSIM_SHRINK = 2  # both sides of the pictures, before SSIM: a quarter of the time, and small type still counts
-METRICS = ("block", "text", "position", "color", "overall", "likeness", "tree_bleu", "ssim")
 MISPLACED, MISCOLOURED, MISSED = 0.9, 0.8, 0.5  # below these a page carries the cause's name
 
-
-@dataclass(frozen=True)
-class PageScore:
-    """All scores are 0 to 1. `overall` is Design2Code's, the mean of the first four and of `clip` where that is known;
-    `likeness` is `block` times the mean of text, position and colour, so that a wrong page with one lucky match cannot
-    look half right."""
-
-    block: float = 0.0
-    text: float = 0.0
-    position: float = 0.0
-    color: float = 0.0
-    overall: float = 0.0
-    likeness: float = 0.0
-    tree_bleu: float = 0.0
-    ssim: float = 0.0
-    clip: float | None = None
-    valid: bool = False
-    blocks_reference: int = 0
-    blocks_prediction: int = 0
-    failure: str | None = None  # why a page could not be rendered; all scores are 0 then
-    causes: tuple[str, ...] = ()
-    matched: tuple[tuple[Block, Block], ...] = field(default=(), repr=False)  # (reference, prediction)
-    missing: tuple[Block, ...] = field(default=(), repr=False)  # of the reference only
-    invented: tuple[Block, ...] = field(default=(), repr=False)  # of the prediction only
-
-    def as_json(self) -> dict[str, Any]:
-        """Without the blocks, and without CLIP's score where there is none."""
-        left_out = ("matched", "missing", "invented", *(["clip"] if self.clip is None else []))
-        return {
-            name: value
-            for name, value in asdict(replace(self, matched=(), missing=(), invented=())).items()
-            if name not in left_out
-        }
+# -----------------------------------------------------------------------------
+# What a metric sees
 
 
-def compare(reference: Page, prediction: Page, html: str, clip: Clip | None = None) -> PageScore:
-    """`html` is the prediction's, for what its picture does not tell."""
-    checked = validity(html)
-    causes = ["cut off"] if html.strip() and not checked.closed else []
-    causes += ["looping"] if looping(html) else []
-    failure = prediction.failure and f"the written page: {prediction.failure}"
-    failure = (reference.failure and f"the reference: {reference.failure}") or failure
-    sizes = {"blocks_reference": len(reference.blocks), "blocks_prediction": len(prediction.blocks)}
-    if failure:
-        lists = {"missing": reference.blocks, "invented": prediction.blocks}
-        lists["clip"] = 0.0 if clip else None
-        return PageScore(valid=checked.valid, failure=failure, causes=("not rendered", *causes), **sizes, **lists)
-    found = block_scores(prediction.blocks, reference.blocks)
-    found["tree_bleu"] = len(reference.subtrees & prediction.subtrees) / max(1, len(reference.subtrees))
-    found["ssim"] = ssim(reference.image, prediction.image)
-    if clip:
-        found["clip"] = clip(reference, prediction)
-        found["overall"] = (4 * found["overall"] + found["clip"]) / 5
-    causes += ["no text to compare"] if not reference.blocks else []
-    causes += ["blank"] if reference.blocks and not prediction.blocks else []
-    causes += ["misplaced"] if found["matched"] and found["position"] < MISPLACED else []
-    causes += ["miscoloured"] if found["matched"] and found["color"] < MISCOLOURED else []
-    causes += ["texts missing"] if prediction.blocks and len(found["missing"]) > MISSED * len(reference.blocks) else []
-    return PageScore(valid=checked.valid, causes=tuple(causes), **sizes, **found)
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """Two rendered pages as metrics see them. What several metrics need is computed once, when the first one asks."""
+
+    reference: Page
+    prediction: Page
+    clip: Clip | None = None
+
+    @cached_property
+    def matching(self) -> Matching:
+        return matching_of(self.reference.blocks, self.prediction.blocks)
+
+    @cached_property
+    def of_blocks(self) -> tuple[float, float, float, float]:
+        """Design2Code's block, text, position and color; without any match all are 0."""
+        return block_scores(self.matching)
+
+    @cached_property
+    def clip_cosine(self) -> float | None:
+        return self.clip(self.reference, self.prediction) if self.clip else None
 
 
-def block_scores(prediction: Sequence[Block], reference: Sequence[Block]) -> dict[str, Any]:
-    """Design2Code's four scores, their mean, and which blocks were matched; without any match all are 0."""
-    predicted, wanted, pairs = match(prediction, reference) if prediction and reference else (prediction, reference, [])
-    taken = {id(block) for pair in pairs for block in pair[:2]}
-    missing, invented = ([block for block in blocks if id(block) not in taken] for blocks in (wanted, predicted))
-    lists = {"missing": tuple(missing), "invented": tuple(invented)}
-    lists["matched"] = tuple((two, one) for one, two, _ in pairs)
-    four = [0.0] * 4
-    if pairs:
-        areas = sum(one.area + two.area for one, two, _ in pairs)
-        offsets = [max(abs(a - b) for a, b in zip(one.center, two.center)) for one, two, _ in pairs]
-        four[0] = areas / (areas + sum(block.area for block in (*missing, *invented)))
-        four[1] = sum(similarity for *_, similarity in pairs) / len(pairs)
-        four[2] = sum(1 - offset for offset in offsets) / len(pairs)
-        four[3] = sum(color_likeness([(one.color, two.color) for one, two, _ in pairs])) / len(pairs)
-    four = [float(value) for value in four]
-    named = dict(zip(("block", "text", "position", "color"), four))
-    return named | {"overall": sum(four) / 4, "likeness": four[0] * sum(four[1:]) / 3} | lists
+# -----------------------------------------------------------------------------
+# The metrics
+
+
+def block_scores(matching: Matching) -> tuple[float, float, float, float]:
+    """(matched texts' share of the area of all texts; of the matched ones: how alike they read, stand, are coloured),
+    by Design2Code's definition."""
+    pairs = matching.matched
+    if not pairs:
+        return 0.0, 0.0, 0.0, 0.0
+    areas = sum(one.area + two.area for one, two in pairs)
+    offsets = [max(abs(a - b) for a, b in zip(one.center, two.center)) for one, two in pairs]
+    four = (
+        areas / (areas + sum(block.area for block in (*matching.missing, *matching.invented))),
+        sum(matching.similarities) / len(pairs),
+        sum(1 - offset for offset in offsets) / len(pairs),
+        sum(color_likeness([(two.color, one.color) for one, two in pairs])) / len(pairs),
+    )
+    return tuple(map(float, four))
 
 
 def color_likeness(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> list[float]:
-    """1 - CIEDE2000 / 100 of pairs of colours (red, green, blue; 0 to 255), at least 0."""
-    from skimage.color import deltaE_ciede2000, rgb2lab
+    """1 - CIEDE2000 / 100 (Sharma et al., 2005) of pairs of colours (red, green, blue; 0 to 255), at least 0."""
+    from skimage.color import deltaE_ciede2000, rgb2lab  # half a second, and scipy with it
 
     one, two = (rgb2lab(np.array(colors, dtype=float).reshape(-1, 1, 3) / 255) for colors in zip(*pairs))
     return np.maximum(0.0, 1 - deltaE_ciede2000(one, two) / 100).ravel().tolist()
 
 
-def ssim(one, two) -> float:
-    """Of the grey pictures' common part, times that part's share of what both cover."""
+def overall(pair: Compared) -> float:
+    """Design2Code's own score: the mean of its four, and of CLIP where that is known."""
+    four = sum(pair.of_blocks) / 4
+    return four if pair.clip_cosine is None else (4 * four + pair.clip_cosine) / 5
+
+
+def likeness(pair: Compared) -> float:
+    """The matched share of the texts, times how alike they are: a wholly different page still reaches 0.6 in `text` and
+    `color` by a few lucky matches, and may not look half right."""
+    block, *alike = pair.of_blocks
+    return block * sum(alike) / 3
+
+
+def tree_bleu(pair: Compared) -> float:
+    """The share of the reference's elements, with its children's names in order, that the written page has, too."""
+    wanted = pair.reference.subtrees
+    return len(wanted & pair.prediction.subtrees) / max(1, len(wanted))
+
+
+def ssim(one: np.ndarray, two: np.ndarray) -> float:
+    """Structural similarity of two pictures (H, W, 3) uint8: of their common part in grey, times that part's share of
+    what both cover."""
     from skimage.metrics import structural_similarity
 
     height, width = (min(sizes) for sizes in zip(one.shape[:2], two.shape[:2]))
@@ -124,3 +111,130 @@ def ssim(one, two) -> float:
     if min(grey[0].shape) < 7:  # smaller than SSIM's window
         return 0.0
     return max(0.0, float(structural_similarity(*grey, data_range=255))) * height * width / covered
+
+
+# -----------------------------------------------------------------------------
+# The table
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score of two pages from 0 to 1; the best of them for a page against itself, which `scoring.proof` checks.
+
+    `function` returns None where it cannot be measured; then the page has no such score. A page that cannot be rendered
+    gets the worst one.
+    """
+
+    name: str  # in JSON and results
+    label: str  # for people
+    function: Callable[[Compared], float | None]
+    better: Literal["higher", "lower"] = "higher"
+    needs_clip: bool = False  # measured only where CLIP's weights are at hand
+    needs_text: bool = False  # the worst for a page without any text
+    falls: tuple[str, str] | None = None  # cases of the proof: worse in the second than in the first
+
+    @property
+    def best(self) -> float:
+        return 1.0 if self.better == "higher" else 0.0
+
+    @property
+    def worst(self) -> float:
+        return 1.0 - self.best
+
+    def is_better(self, new: float, than: float) -> bool:
+        return new > than if self.better == "higher" else new < than
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("block", "block", lambda pair: pair.of_blocks[0], needs_text=True, falls=("2 removed", "6 removed")),
+    Metric("text", "text", lambda pair: pair.of_blocks[1], needs_text=True, falls=("3 shortened", "9 shortened")),
+    Metric("position", "position", lambda pair: pair.of_blocks[2], needs_text=True, falls=("3 moved", "6 moved")),
+    Metric("color", "color", lambda pair: pair.of_blocks[3], needs_text=True, falls=("3 recoloured", "9 recoloured")),
+    Metric("overall", "overall", overall),
+    Metric("likeness", "likeness", likeness, needs_text=True),
+    Metric("tree_bleu", "TreeBLEU", tree_bleu, falls=("2 removed", "another page")),
+    Metric(
+        "ssim", "SSIM", lambda pair: ssim(pair.reference.image, pair.prediction.image), falls=("3 moved", "6 moved")
+    ),
+    Metric("clip", "CLIP", lambda pair: pair.clip_cosine, needs_clip=True),
+)
+CHOOSING = "likeness"  # by this metric the best weights are kept, and the report's worst pages come first
+
+
+def names() -> tuple[str, ...]:
+    return tuple(metric.name for metric in METRICS)
+
+
+def entry(name: str) -> Metric:
+    """Raises KeyError for a name that is not in the table."""
+    return {metric.name: metric for metric in METRICS}[name]
+
+
+def choosing_first() -> tuple[Metric, ...]:
+    """The table with the metric that chooses in front, for who reads only the first."""
+    return tuple(sorted(METRICS, key=lambda metric: metric.name != CHOOSING))
+
+
+def is_better(new: float, than: float) -> bool:
+    """By the metric that chooses."""
+    return entry(CHOOSING).is_better(new, than)
+
+
+# -----------------------------------------------------------------------------
+# A page's scores
+
+
+@dataclass(frozen=True)
+class PageScore:
+    """`score["ssim"]` is one of `values`, which has each metric that was measured, in the table's order."""
+
+    values: Mapping[str, float]
+    valid: bool = False
+    blocks_reference: int = 0
+    blocks_prediction: int = 0
+    failure: str | None = None  # why a page could not be rendered; all scores are the worst then
+    causes: tuple[str, ...] = ()
+    matched: tuple[tuple[Block, Block], ...] = field(default=(), repr=False)  # (reference, prediction)
+    missing: tuple[Block, ...] = field(default=(), repr=False)  # of the reference only
+    invented: tuple[Block, ...] = field(default=(), repr=False)  # of the prediction only
+
+    def __getitem__(self, name: str) -> float:
+        return self.values[name]
+
+    def as_json(self) -> dict[str, Any]:
+        """Without the blocks."""
+        apart = ("values", "matched", "missing", "invented")
+        return {**self.values} | {
+            item.name: getattr(self, item.name) for item in fields(self) if item.name not in apart
+        }
+
+
+def compare(reference: Page, prediction: Page, clip: Clip | None = None) -> PageScore:
+    """Every metric of the table for a page and its reference. A page that failed raises nothing: it is the worst."""
+    checked = validity(prediction.html)
+    causes = ["cut off"] if prediction.html.strip() and not checked.closed else []
+    causes += ["looping"] if looping(prediction.html) else []
+    failure = prediction.failure and f"the written page: {prediction.failure}"
+    failure = (reference.failure and f"the reference: {reference.failure}") or failure
+    sizes = {"blocks_reference": len(reference.blocks), "blocks_prediction": len(prediction.blocks)}
+    if failure:
+        worst = {metric.name: metric.worst for metric in METRICS if clip or not metric.needs_clip}
+        lists = {"missing": reference.blocks, "invented": prediction.blocks}
+        return PageScore(worst, checked.valid, failure=failure, causes=("not rendered", *causes), **sizes, **lists)
+    pair = Compared(reference, prediction, clip)
+    measured = ((metric.name, metric.function(pair)) for metric in METRICS)
+    values = {name: value for name, value in measured if value is not None}
+    lists = {name: getattr(pair.matching, name) for name in ("matched", "missing", "invented")}
+    return PageScore(values, checked.valid, causes=(*causes, *causes_of(pair)), **sizes, **lists)
+
+
+def causes_of(pair: Compared) -> list[str]:
+    """What is most wrong with how a page looks, in a word or two each."""
+    wanted, written, matching = pair.reference.blocks, pair.prediction.blocks, pair.matching
+    _, _, position, color = pair.of_blocks
+    causes = ["no text to compare"] if not wanted else []
+    causes += ["blank"] if wanted and not written else []
+    causes += ["misplaced"] if matching.matched and position < MISPLACED else []
+    causes += ["miscoloured"] if matching.matched and color < MISCOLOURED else []
+    causes += ["texts missing"] if written and len(matching.missing) > MISSED * len(wanted) else []
+    return causes

@@ -2,7 +2,7 @@
 
     with Renderer() as renderer:
         prove(renderer)                                                      # raises ScorerError
-        score(reference_html, prediction_html, renderer).overall
+        score(reference_html, prediction_html, renderer)["overall"]
 
 What is broken in the scorer shows as a score that does not fall where it must, or falls where it may not.
 """
@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from scoring import metrics
 from scoring.blocks import Page, job_for, page_of
 from scoring.clip import Clip
-from scoring.metrics import METRICS, PageScore, compare
+from scoring.metrics import PageScore, compare
 from scoring.renders import Renderer
 
 PROOF = [  # (tag, left, top, colour, text), in pixels of a page of 640 by 480
@@ -70,46 +71,55 @@ def proof_cases() -> dict[str, str]:
 def prove(renderer: Renderer, cases: Mapping[str, str] | None = None, clip: Clip | None = None) -> dict[str, PageScore]:
     """Raise `ScorerError`, naming the case, unless known pages score as they must. Returns their scores."""
     known = dict(cases or proof_cases())
-    html = known["itself"]
-    pages = dict(zip(known, map(page_of, renderer.map(job_for(page, width=640) for page in known.values()))))
-    found = {name: compare(pages["itself"], page, known[name], clip) for name, page in pages.items()}
-    failed = Page(None, failure="on purpose")
-    found["not rendered"] = compare(pages["itself"], failed, html, clip)
-    found["both not rendered"] = compare(failed, failed, html, clip)
-
-    def claim(true: bool, text: str, *names: str) -> None:
-        if not true:
-            seen = "; ".join(f"{name}: {found[name].as_json()}" for name in names)
-            raise ScorerError(f"the scorer is broken: {text}. {seen}")
-
+    renders = renderer.map(job_for(page, width=640) for page in known.values())
+    pages = {name: page_of(render, known[name]) for name, render in zip(known, renders)}
+    found = {name: compare(pages["itself"], page, clip) for name, page in pages.items()}
+    failed = Page(None, failure="on purpose", html=known["itself"])
+    found["not rendered"] = compare(pages["itself"], failed, clip)
+    found["both not rendered"] = compare(failed, failed, clip)
     for name in known:
-        claim(found[name].failure is None, f"{name!r} could not be rendered", name)
-    for metric in (*METRICS, *(["clip"] if clip else [])):
-        value = getattr(found["itself"], metric)
-        claim(abs(value - 1) < 1e-5, f"{metric} of a page against itself is {value}, not 1", "itself")
-        for name in ("not rendered", "both not rendered"):
-            claim(getattr(found[name], metric) == 0, f"{metric} of a failed render is not 0", name)
-    for metric in ("block", "text", "position", "color", "likeness", *([] if clip else ["overall"])):
-        claim(getattr(found["blank"], metric) == 0, f"{metric} of a blank page is not 0", "blank")
-    claim(found["itself"].blocks_reference == len(PROOF), f"{len(PROOF)} texts give another number of blocks", "itself")
-    for metric, few, many in (
-        ("position", "3 moved", "6 moved"),
-        ("color", "3 recoloured", "9 recoloured"),
-        ("text", "3 shortened", "9 shortened"),
-        ("block", "2 removed", "6 removed"),
-        ("tree_bleu", "2 removed", "another page"),
-        ("ssim", "3 moved", "6 moved"),
-    ):
-        values = [getattr(found[name], metric) for name in ("itself", few, many)]
-        claim(
-            values[0] > values[1] > values[2], f"{metric} does not fall from {few!r} to {many!r}: {values}", few, many
-        )
+        claim(found, found[name].failure is None, f"{name!r} could not be rendered", name)
+    blocks = found["itself"].blocks_reference
+    claim(found, blocks == len(PROOF), f"{len(PROOF)} texts give another number of blocks", "itself")
+    for metric in metrics.METRICS:
+        if metric.name in found["itself"].values:  # else it cannot be measured here
+            prove_metric(metric, found)
+    blank = clip or found["blank"]["overall"] == 0  # CLIP finds two white pages alike
+    claim(found, blank, "overall of a blank page is not 0", "blank")
     for name, kept in (("6 moved", ("text", "color")), ("9 recoloured", ("text", "position", "block"))):
         for metric in kept:
-            claim(getattr(found[name], metric) > 0.99, f"{metric} has fallen where only others may: {name!r}", name)
-    claim(found["another page"].likeness < 0.2, "another page looks half right", "another page")
-    claim(found["texts shuffled"].position < 0.9, "position does not see that texts were shuffled", "texts shuffled")
+            claim(found, found[name][metric] > 0.99, f"{metric} has fallen where only others may: {name!r}", name)
+    claim(found, found["another page"]["likeness"] < 0.2, "another page looks half right", "another page")
+    shuffled = "texts shuffled"
+    claim(found, found[shuffled]["position"] < 0.9, "position does not see that texts were shuffled", shuffled)
     return found
+
+
+def prove_metric(metric: metrics.Metric, found: Mapping[str, PageScore]) -> None:
+    """What the table says of a metric must be true of the known pages. Raises `ScorerError`."""
+    name, worst = metric.name, f"{metric.worst:g}"
+    value = found["itself"][name]
+    claim(
+        found,
+        abs(value - metric.best) < 1e-5,
+        f"{name} of a page against itself is {value}, not {metric.best:g}",
+        "itself",
+    )
+    for case in ("not rendered", "both not rendered"):
+        claim(found, found[case][name] == metric.worst, f"{name} of a failed render is not {worst}", case)
+    if metric.needs_text:
+        claim(found, found["blank"][name] == metric.worst, f"{name} of a blank page is not {worst}", "blank")
+    if metric.falls:
+        few, many = metric.falls
+        values = [found[case][name] for case in ("itself", few, many)]
+        falls = all(metric.is_better(one, than=two) for one, two in zip(values, values[1:]))
+        claim(found, falls, f"{name} does not fall from {few!r} to {many!r}: {values}", few, many)
+
+
+def claim(found: Mapping[str, PageScore], true: bool, text: str, *names: str) -> None:
+    if not true:
+        seen = "; ".join(f"{name}: {found[name].as_json()}" for name in names)
+        raise ScorerError(f"the scorer is broken: {text}. {seen}")
 
 
 def score(
@@ -123,5 +133,6 @@ def score(
         with Renderer() as own:
             prove(own, clip=clip)
             return score(reference, prediction, own, width, clip)
-    wanted, written = map(page_of, renderer.map([job_for(reference, width), job_for(prediction, width)]))
-    return compare(wanted, written, prediction, clip)
+    renders = renderer.map([job_for(html, width) for html in (reference, prediction)])
+    wanted, written = map(page_of, renders, (reference, prediction))
+    return compare(wanted, written, clip)

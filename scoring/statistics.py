@@ -9,12 +9,12 @@ A page that could not be rendered counts as 0, and is counted.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from scoring.metrics import METRICS
+from scoring import metrics
 
 
 def summarise(pages: Sequence[Mapping[str, Any]]) -> dict[str, float | int | None]:
@@ -48,15 +48,31 @@ def paired_comparison(before: Sequence[float], after: Sequence[float], draws: in
 
 
 def means(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """n, failures, and the mean of each metric: failures as 0, and (`..._without_failures`) without them."""
+    """n, failures, and the mean of each metric: failures as the worst, and (`..._without_failures`) without them.
+
+    `scores` are `PageScore.as_json` of each page, with its name as `page`. A mean of nothing is None.
+    """
     failed = [row for row in scores if row.get("failure")]
     found: dict[str, Any] = {"n": len(scores), "failures": len(failed), "failed": [row.get("page") for row in failed]}
     rendered = [row for row in scores if not row.get("failure")]
-    for metric in (*METRICS, *(["clip"] if any("clip" in row for row in scores) else [])):
-        found[metric] = sum(row[metric] for row in scores) / len(scores) if scores else None
-        alone = sum(row[metric] for row in rendered) / len(rendered) if rendered else None
-        found[f"{metric}_without_failures"] = alone
+    for metric in metrics.METRICS:
+        if metric.needs_clip and not any(metric.name in row for row in scores):
+            continue
+        found[metric.name] = mean_of(row[metric.name] for row in scores if metric.name in row)
+        alone = mean_of(row[metric.name] for row in rendered if metric.name in row)
+        found[f"{metric.name}_without_failures"] = alone
     return found
+
+
+def mean_of(values: Iterable[float]) -> float | None:
+    known = list(values)
+    return sum(known) / len(known) if known else None
+
+
+def scores_line(found: Mapping[str, Any], suffix: str = "") -> str:
+    """`means` for the console: each metric that was measured by its label, in the table's order."""
+    known = [(metric.label, found[metric.name + suffix]) for metric in metrics.METRICS if metric.name in found]
+    return ", ".join(f"{label} {'-' if value is None else f'{value:.3f}'}" for label, value in known)
 
 
 def shares(scores: Sequence[Mapping[str, Any]]) -> dict[str, float]:

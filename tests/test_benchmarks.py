@@ -8,7 +8,8 @@ import sys
 import pytest
 from conftest import ROOT, make_base, make_tokenizer, output, run_script, weights
 
-from training import dataset as page_data
+from training.cleaning import CLEANING_STEPS, clean_html
+from training.dataset import screenshot_size
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import make_pages_like_real
@@ -16,7 +17,8 @@ import make_shapes
 import random_weights
 import step_speed
 
-from training import memory_plan
+from training import page_costs
+from training.families import family_of
 
 SIZES = json.loads(make_pages_like_real.SIZES.read_text())
 
@@ -47,7 +49,7 @@ def test_a_page_has_the_wanted_tokens_and_nothing_to_clean(wanted):
     pages = [make_pages_like_real.make_html(random.Random(seed), wanted, count) for seed in (0, 1)]
     assert all(0.98 * wanted <= count(page) <= wanted for page in pages)
     assert pages[0] != pages[1]
-    assert [page_data.clean_html(page, page_data.CLEANING_STEPS).strip() for page in pages] == pages
+    assert [clean_html(page, CLEANING_STEPS).strip() for page in pages] == pages
 
 
 def test_a_page_shorter_than_any_is_refused():
@@ -59,7 +61,7 @@ def test_written_pages_are_a_dataset_of_different_pages(tmp_path):
     tokens = make_pages_like_real.write_pages(tmp_path, [[320, 200, 400], [320, 640, 500]], count, seed=0)
     rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
     pictures = [(tmp_path / row["file_name"]).read_bytes() for row in rows]
-    assert [page_data.screenshot_size(picture) for picture in pictures] == [(320, 200), (320, 640)]
+    assert [screenshot_size(picture) for picture in pictures] == [(320, 200), (320, 640)]
     assert [count(row["text"]) for row in rows] == tokens
 
 
@@ -85,30 +87,30 @@ def test_random_weights_have_a_published_checkpoints_keys_and_leave_the_rest_alo
 
 
 @pytest.fixture(scope="module")
-def config():
+def shape():
     class Tokenizer:
         @staticmethod
         def convert_tokens_to_ids(name: str) -> int:
             return 151_643 + len(name)
 
-    return make_shapes.make_config("3b", Tokenizer)
+    return family_of("qwen2_5_vl").shape(make_shapes.make_config("3b", Tokenizer))
 
 
-def test_the_operations_of_a_page_are_those_of_the_published_formula(config):
+def test_the_operations_of_a_page_are_those_of_the_published_formula(shape):
     tokens, supervised, patches = 2_900, 1_500, 5_000
     formula = 6 * (2.775e9 * tokens + 3.11e8 * supervised) + 6 * 0.63e9 * patches + 12 * 36 * 2048 * tokens**2 / 2
     vision_attention = 12 * 1280 * patches * (4 * patches + 28 * 64)
-    flops = memory_plan.page_flops(config, tokens, supervised, patches)
+    flops = page_costs.page_flops(shape, tokens, supervised, patches)
     # The rest is the merger, which the short formula leaves out.
     assert flops == pytest.approx(formula + vision_attention, rel=0.005)
 
 
-def test_pages_per_second_and_mfu_fit_the_published_rows(config):
+def test_pages_per_second_and_mfu_fit_the_published_rows(shape):
     """4.35 pages/s were 36.0 % and 5.05 pages/s 41.7 % of 989 TFLOP/s: 82 TFLOP a page. How long those pages were is
     not published; screenshots at the limit (1,280 tokens) and answers of about 1,800 tokens cost as much."""
     rows = [0.360 * 989e12 / 4.35, 0.417 * 989e12 / 5.05]
     assert rows == pytest.approx([81.75e12] * 2, rel=0.002)
-    costs = [memory_plan.page_flops(config, answer + 1_320, answer, 5_120) for answer in (1_500, 2_100)]
+    costs = [page_costs.page_flops(shape, answer + 1_320, answer, 5_120) for answer in (1_500, 2_100)]
     assert costs[0] < rows[1] < costs[1]
 
 

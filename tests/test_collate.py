@@ -2,6 +2,7 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ from conftest import make_processor, page_html
 
 import holo1_dom_finetune as pipeline
 import use_model_from_hub as use
+from training.families import family_of
+
+QWEN = family_of("qwen2_5_vl")
 
 
 def png(width: int, height: int, colour: str) -> bytes:
@@ -36,11 +40,16 @@ def pages():
 
 
 def make_collate(processor, pages, chunk=4, notes=None):
-    return pipeline.PageCollator(processor, pipeline.PageEncoder(processor, "write"), pages, chunk, notes)
+    return pipeline.PageCollator(processor, pipeline.PageEncoder(processor, "write", QWEN), pages, chunk, notes)
 
 
 def same(first: dict, second: dict) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def with_image_processor(processor, image_processor):
+    known = {name: getattr(processor, name) for name in ("tokenizer", "image_token_id")}
+    return SimpleNamespace(image_processor=image_processor, **known)
 
 
 def limited(collate, limit: int, error: Exception):
@@ -56,9 +65,7 @@ def limited(collate, limit: int, error: Exception):
                 raise error
             return real(images=images, **options)
 
-    collate.processor = type(
-        "Processor", (), {"image_processor": Limited(), "tokenizer": collate.processor.tokenizer}
-    )()
+    collate.processor = with_image_processor(collate.processor, Limited())
     return sizes
 
 
@@ -118,7 +125,7 @@ def test_a_page_too_large_for_memory_is_replaced(processor, pages, tmp_path):
                 raise failures.pop()
             return real(images=images, **options)
 
-    collate.processor = type("P", (), {"image_processor": FailsTwice(), "tokenizer": collate.processor.tokenizer})()
+    collate.processor = with_image_processor(collate.processor, FailsTwice())
     assert collate(pages[:1])["image_grid_thw"].shape[0] == 1
     assert [json.loads(line)["reason"] for line in notes.read_text().splitlines()] == ["out of memory even alone"] * 2
 

@@ -16,6 +16,7 @@ from conftest import (
     GATHERED,
     MAIN,
     PLAIN_JSON,
+    PROGRAMS,
     ROOT,
     free_port,
     make_base,
@@ -455,38 +456,22 @@ def test_adapters_learn_the_same_where_every_layer_is_kept(exact_base, pages_fol
     assert max((learned["plain"][key] - change).abs().max() for key, change in learned["ZeRO-3"].items()) <= 1e-5
 
 
-SCORES = """
-import json, os, sys
-sys.path.insert(0, {root!r})
-import holo1_dom_finetune as pipeline
-
-score = pipeline.Judge.score
-known = json.loads(os.environ["PLANNED"])
-
-def planned(self, label):
-    return score(self, label) | {{"likeness": known[label]}}
-
-pipeline.Judge.score = planned
-if os.environ.get("UNRENDERED"):
-    pipeline.Judge.render = lambda *unused: None
-pipeline.leave(pipeline.main(sys.argv[1:]))
-"""
+PLANNED = str(PROGRAMS / "planned_scores.py")
 
 
 @pytest.mark.slow
 def test_the_best_weights_by_score_become_the_final_folder(tiny_base, pages_folder, tmp_path):
     """What pages score is planned here; all else is real: training stops early and step 1 wins over the end."""
-    script = tmp_path / "planned.py"
-    script.write_text(SCORES.format(root=str(ROOT)))
     step = {"learning_rate": 1e-2, "gradient_accumulation_steps": 1, "lr_scheduler_type": "constant", "warmup_steps": 0}
     flags = small_run(tiny_base, pages_folder, max_steps=5, eval_every=1, early_stopping_patience=1, **step)
     planned = {"PLANNED": json.dumps({"step 1": 0.5, "step 2": 0.4, "after": 0.1}), "UNRENDERED": "1"}
-    done = start_zero_3(flags, tmp_path, processes=2, script=str(script), env=planned)
+    done = start_zero_3(flags, tmp_path, processes=2, script=PLANNED, env=planned)
     assert done.returncode == 0, output(done)
     assert re.findall(r"^step (\d/5)", done.stdout, re.MULTILINE) == ["1/5", "2/5"]
     assert "step 1 scored 0.500, the end 0.100: the better is final" in done.stdout
     results = json.loads((tmp_path / "holo1_dom_finetune_output" / "evaluation" / "results.json").read_text())
     assert results["final"] == "step 1" and results["after"]["likeness"] == 0.5
+    assert results["last"]["likeness"] == 0.1, "what the end had reached stays known"
     assert not (tmp_path / "holo1_dom_finetune_output" / "best").exists()
     final = weights(tmp_path / "holo1_dom_finetune_final")
     once = tmp_path / "once"
@@ -497,20 +482,32 @@ def test_the_best_weights_by_score_become_the_final_folder(tiny_base, pages_fold
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_out_of_memory_while_judging_leaves_an_emergency_checkpoint(processes, tiny_base, pages_folder, tmp_path):
+    """Only one rank's memory runs out; the others hear of it, and all save the weights of the same step."""
+    flags = small_run(tiny_base, pages_folder, max_steps=3, eval_every=2, gradient_accumulation_steps=1)
+    planned = {"PLANNED": "{}", "UNRENDERED": "1", "OUT_OF_MEMORY": "step 2"}
+    done = start_torchrun(flags, tmp_path, processes=processes, script=PLANNED, env=planned)
+    assert "emergency checkpoint: ./holo1_dom_finetune_checkpoint" in done.stdout, output(done)
+    assert "Out of memory" in done.stderr and done.returncode != 0
+    saved = weights(tmp_path / "holo1_dom_finetune_checkpoint")
+    assert saved.keys() == weights(tiny_base).keys()
+    assert any(not torch.equal(saved[name], value) for name, value in weights(tiny_base).items()), "untrained"
+
+
+@pytest.mark.slow
 def test_a_resumed_run_knows_the_best_weights_and_what_they_wrote(tiny_base, pages_folder, tmp_path):
     """Step 1 is the best; step 3 is judged once without a plan, which ends that run."""
-    script = tmp_path / "planned.py"
-    script.write_text(SCORES.format(root=str(ROOT)))
     step = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     flags = small_run(tiny_base, pages_folder, eval_every=1, compare_base=True, **step)
     planned = {"before": 0.0, "step 1": 0.5, "step 2": 0.4}
-    done = run_script(str(script), *flags, cwd=tmp_path, env={"PLANNED": json.dumps(planned)})
+    done = run_script(PLANNED, *flags, cwd=tmp_path, env={"PLANNED": json.dumps(planned)})
     assert done.returncode == 1 and "KeyError: 'step 3'" in done.stderr, output(done)
     planned |= {"step 3": 0.3, "after": 0.1}
     evaluation = tmp_path / "holo1_dom_finetune_output" / "evaluation"
     for folder in evaluation.glob("rendered_step_1*"):  # then they are rendered again
         shutil.rmtree(folder)
-    done = run_script(str(script), *flags, "--resume", cwd=tmp_path, env={"PLANNED": json.dumps(planned)})
+    done = run_script(PLANNED, *flags, "--resume", cwd=tmp_path, env={"PLANNED": json.dumps(planned)})
     assert done.returncode == 0, output(done)
     assert "step 1 scored 0.500, the end 0.100: the better is final" in done.stdout
     results = json.loads((evaluation / "results.json").read_text())

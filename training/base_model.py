@@ -20,9 +20,9 @@ from transformers.initialization import no_init_weights
 
 from training import zero3
 from training.errors import SettingsError
+from training.families import family_of
 from training.settings import PageSettings
 
-MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl")  # as config.json names them
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # of weights: safetensors' name, torch's name
 
 
@@ -80,11 +80,7 @@ def read_safetensors(folder: Path) -> dict[str, tuple[tuple[int, ...], str, Path
 
 def base_tensors(base: Path, settings: PageSettings) -> dict[str, BaseTensor]:
     """What the base checkpoint holds, by its own key; from the architecture where it has no weights."""
-    kind = AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code).model_type
-    if kind not in MODEL_TYPES:
-        raise SettingsError(
-            f"--base_model {settings.base_model} is a {kind}; {' or '.join(MODEL_TYPES)} can be trained"
-        )
+    family_of(load_config(base, settings))  # refuses what nobody has written a family for
     model = empty_model(base, "meta", torch.bfloat16, settings.trust_remote_code)
     names = dict(model.state_dict())
     found = read_safetensors(base)

@@ -53,3 +53,14 @@ class UploadError(PipelineError):
     """Trained and saved, but not uploaded."""
 
     code = 86
+
+
+# What allocators say when they fail; pillow and numpy raise MemoryError, torch on a CPU a plain RuntimeError.
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, the machine's or a GPU's. Torch's own error is known by its name: no torch here."""
+    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and any(text in str(error).lower() for text in OUT_OF_MEMORY)

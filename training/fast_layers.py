@@ -29,7 +29,7 @@ from training.loss import cross_entropy, supervised_loss
 
 # -----------------------------------------------------------------------------
 # Architectures: the one place that says what is known of each. Another one needs a function like `qwen2_5_vl`, forwards
-# for those of its modules that differ, and its line in ARCHITECTURES
+# for those of its modules that differ, its line in ARCHITECTURES, and `fast` in its file under training/families/
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,14 @@ def qwen2_5_vl() -> Architecture:
     )
 
 
-# By the `model_type` of config.json; others train their own way, with padded rows.
+# By the `model_type` of config.json, those whose family says `fast`; others train their own way, with padded rows.
 ARCHITECTURES = {"qwen2_5_vl": qwen2_5_vl}
 # mlp_forward's own activation, by the names that torch and transformers give it.
 SILU = ("SiLU", "SiLUActivation")
 
 
 def architecture_of(model: torch.nn.Module) -> Architecture:
-    """Raises KeyError for a model whose `model_type` is not in ARCHITECTURES: ask before."""
+    """Raises KeyError for a model whose `model_type` is not in ARCHITECTURES: ask families.trains_fast before."""
     return ARCHITECTURES[model.config.model_type]()
 
 

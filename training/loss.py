@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from training.memory_plan import LOSS_ROWS
+from training.page_costs import LOSS_ROWS
 
 Entropy = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # as `cross_entropy` below
 

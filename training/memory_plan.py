@@ -1,10 +1,10 @@
-"""How much time and memory pages cost a GPU, from the architecture alone, and how many can go through at once.
+"""How much memory pages take on a GPU, from the architecture alone, and how many can go through at once.
 
-    plan = estimate(config, Load(tokens=21_000, patches=20_000, supervised=16_000), Way(processes=4))
+    plan = estimate(shape, Load(tokens=21_000, patches=20_000, supervised=16_000), Way(processes=4))
     plan.parts, plan.total                          # GiB on each GPU: weights, gradients, optimizer, activations, ...
     choose(candidates(Way(), 8, 0.2, 4e9), plan_of, limit_gib)      # the fastest way that fits
 
-Sections: What is planned, Cost, Estimate, Choice, Table.
+Sections: What is planned, Estimate, Choice, Table.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from training.page_costs import LOSS_ROWS, Shape, Tower, page_flops, page_seconds, weights_of
+
 GIB = 2**30
-# Rows of logits that exist at once: 0.6 GiB in bf16 for 151,936 words. It stands here, where --plan needs no torch; the
-# loss reads it from here.
-LOSS_ROWS = 2_048
 
 # -----------------------------------------------------------------------------
 # What is planned
@@ -59,62 +58,6 @@ class Plan:
 
 
 # -----------------------------------------------------------------------------
-# Cost
-
-# Dense bf16 TFLOP/s by NVIDIA's datasheets; the first name that the device's own contains.
-PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165}
-PEAK_TFLOPS |= {"B200": 2250}
-
-
-def peak_tflops(device: str) -> float | None:
-    """What the device can do at most; None where it is not known."""
-    return next((tflops for name, tflops in PEAK_TFLOPS.items() if name in device), None)
-
-
-def page_flops(config, tokens: int, supervised: int, patches: int) -> float:
-    """Floating-point operations that one page needs, forward and backward: products and attention, nothing recomputed.
-
-    6 per weight and token, as Kaplan et al. 2020 count, the head for supervised tokens only; causal attention half.
-    """
-    text, vision = config.get_text_config(), config.vision_config
-    language, head, tower, merger = parameters(config)
-    attention = 12 * text.num_hidden_layers * text.hidden_size * tokens**2 / 2
-    whole = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))  # Qwen3-VL has no windows
-    window = (getattr(vision, "window_size", 0) // vision.patch_size) ** 2
-    seen = whole * patches + (vision.depth - whole) * min(window, patches)
-    merged = merger * patches / vision.spatial_merge_size**2
-    products = 6 * (language * tokens + head * supervised + tower * patches + merged)
-    return products + attention + 12 * vision.hidden_size * patches * seen
-
-
-def parameters(config) -> tuple[int, int, int, int]:
-    """Weights that multiply: (language layers, head, vision blocks, merger)."""
-    text, vision = config.get_text_config(), config.vision_config
-    narrow = text.hidden_size * text.num_key_value_heads // text.num_attention_heads
-    layer = 2 * text.hidden_size * (text.hidden_size + narrow) + 3 * text.hidden_size * text.intermediate_size
-    block = 4 * vision.hidden_size**2 + 3 * vision.hidden_size * vision.intermediate_size
-    wide = vision.hidden_size * vision.spatial_merge_size**2
-    patch = 3 * vision.temporal_patch_size * vision.patch_size**2 * vision.hidden_size
-    head = text.hidden_size * text.vocab_size
-    return layer * text.num_hidden_layers, head, block * vision.depth + patch, wide * (wide + vision.out_hidden_size)
-
-
-def deal(costs: Sequence[float], bins: int) -> list[list[int]]:
-    """Places 0..len(costs)-1 in `bins` groups of equal size (one more in some, if they do not divide) and cost.
-
-    The dearest first, each to the cheapest group with room (LPT, Graham 1969); groups come back dearest first.
-    """
-    groups: list[list[int]] = [[] for _ in range(bins)]
-    sums = [0.0] * bins
-    room = [len(costs) // bins + (place < len(costs) % bins) for place in range(bins)]
-    for place in sorted(range(len(costs)), key=lambda place: (-costs[place], place)):
-        chosen = min((group for group in range(bins) if len(groups[group]) < room[group]), key=lambda g: (sums[g], g))
-        groups[chosen].append(place)
-        sums[chosen] += costs[place]
-    return [groups[group] for group in sorted(range(bins), key=lambda group: (-sums[group], group))]
-
-
-# -----------------------------------------------------------------------------
 # Estimate
 
 LIVE_WEIGHTS = 1_000_000_000  # gathered at once at most: DeepSpeed's stage3_max_live_parameters
@@ -123,16 +66,9 @@ ADAPTER_SHARE = 0.01  # of the weights; rank 16 on 3B is 0.8 %
 MEMORY_SHARE = 0.93  # of a GPU that is planned for: the rest is the driver's, NCCL's, and the allocator's gaps
 
 
-def weights_of(config) -> tuple[int, int, int]:
-    """Weights of (language layers and norms, vision tower and merger, embedding and head)."""
-    language, head, tower, merger = parameters(config)
-    tied = getattr(config, "tie_word_embeddings", False) or config.get_text_config().tie_word_embeddings
-    return language, tower + merger, head if tied else 2 * head
-
-
-def estimate(config, load: Load, way: Way, bucket: int = 0) -> Plan:
+def estimate(shape: Shape, load: Load, way: Way, bucket: int = 0) -> Plan:
     """GiB on each GPU at the worst moment of a step. Within a tenth of what was measured (benchmarks/README.md)."""
-    language, vision, embedding = weights_of(config)
+    language, vision, embedding = weights_of(shape)
     total, shared = language + vision + embedding, way.processes if way.sharded else 1
     learning = ADAPTER_SHARE * total if way.adapters else total - (vision if way.frozen_vision else 0)
     if not way.sharded:  # fp32 weights and their half-precision copies, which autocast keeps for the backward pass
@@ -145,41 +81,38 @@ def estimate(config, load: Load, way: Way, bucket: int = 0) -> Plan:
         if way.offload:
             parts |= {"weights": 0.0, "gradients": 0.0, "optimizer": 0.0}  # they leave as they come
     parts["buckets"] = 2 * BUCKETS * bucket * way.sharded
-    parts["activations"] = activations(config, load, way)
-    parts["head"] = head(config, load, way)
+    parts["activations"] = activations(shape, load, way)
+    parts["head"] = head(shape, load, way)
     return Plan(way, {name: size / GIB for name, size in parts.items()})
 
 
-def layer_bytes(hidden: int, narrow: int, intermediate: int, adapters: bool) -> float:
+def layer_bytes(tower: Tower, adapters: bool) -> float:
     """Bytes per token that one layer keeps for its backward pass: the residual stream before and after attention,
     query, key, value, what attention made of them, gate and up; with adapters what was normed and gated, too."""
-    kept = 2 * (4 * hidden + 2 * narrow + 2 * intermediate)
-    return kept + 2 * (2 * hidden + intermediate) * adapters
+    kept = 2 * (2 * tower.hidden + 2 * tower.queries + 2 * tower.keys + 2 * tower.intermediate)
+    return kept + 2 * (2 * tower.hidden + tower.intermediate) * adapters
 
 
-def activations(config, load: Load, way: Way) -> float:
-    text, vision = config.get_text_config(), config.vision_config
-    narrow = text.hidden_size * text.num_key_value_heads // text.num_attention_heads
-    per_token = layer_bytes(text.hidden_size, narrow, text.intermediate_size, way.adapters)
-    per_patch = layer_bytes(vision.hidden_size, vision.hidden_size, vision.intermediate_size, way.adapters)
+def activations(shape: Shape, load: Load, way: Way) -> float:
+    """Bytes that all layers keep, of those that are recomputed only their inputs and one layer at a time."""
+    text, vision = shape.language, shape.vision
 
-    def tower(layers: int, count: int, kept: float, hidden: int) -> float:
-        again = math.floor(layers * way.checkpointed)
-        return count * ((layers - again) * kept + again * 2 * hidden + kept * (again > 0))
+    def kept(tower: Tower, count: int) -> float:
+        again, each = math.floor(tower.layers * way.checkpointed), layer_bytes(tower, way.adapters)
+        return count * ((tower.layers - again) * each + again * 2 * tower.hidden + each * (again > 0))
 
-    needed = tower(text.num_hidden_layers, load.tokens, per_token, text.hidden_size)
+    needed = kept(text, load.tokens)
     if not (way.frozen_vision or way.adapters):
-        needed += tower(vision.depth, load.patches, per_patch, vision.hidden_size)
-    pixels = 3 * vision.temporal_patch_size * vision.patch_size**2
-    return needed + load.tokens * 12 * text.hidden_size + load.patches * 2 * (pixels + 2 * vision.hidden_size)
+        needed += kept(vision, load.patches)
+    return needed + load.tokens * 12 * text.hidden + load.patches * 2 * (shape.patch + 2 * vision.hidden)
 
 
-def head(config, load: Load, way: Way) -> float:
-    text = config.get_text_config()
+def head(shape: Shape, load: Load, way: Way) -> float:
+    """Bytes of the logits that exist at once, of the head's gradients, and of the states that they are made of."""
     rows = min(load.supervised, LOSS_ROWS)
-    logits = rows * text.vocab_size * (4 if way.fused else 16)
-    gradients = 0 if way.adapters else 2 * 2 * text.vocab_size * text.hidden_size  # the head's and the embedding's
-    return logits + gradients + load.supervised * 4 * text.hidden_size
+    logits = rows * shape.vocabulary * (4 if way.fused else 16)
+    gradients = 0 if way.adapters else 2 * 2 * shape.vocabulary * shape.language.hidden  # the head's, the embedding's
+    return logits + gradients + load.supervised * 4 * shape.language.hidden
 
 
 # -----------------------------------------------------------------------------
@@ -195,12 +128,6 @@ REWORK = 0.3  # more time when all layers are worked out twice
 HOOKS = 0.05  # more time when one GPU goes through DeepSpeed's hooks and buckets (43.3 instead of 45.5 % MFU)
 FETCH_SECONDS = 5e-11  # for each weight and micro-batch, by layers: 3B on two H200s took 0.19 s more than on one
 GATHER_SECONDS = 2e-11  # for each weight and step, all at once: 2 bytes at 100 GB/s; not measured on several GPUs yet
-USED_SHARE = 0.45  # of a GPU's peak that a step can reach
-
-
-def page_seconds(flops: float, tflops: float | None) -> float:
-    """Seconds that a page of `flops` keeps a GPU of `tflops` (by its datasheet; unknown: an H100's) busy."""
-    return flops / (USED_SHARE * (tflops or 989) * 1e12)
 
 
 def candidates(
@@ -250,7 +177,7 @@ def remedy(way: Way, limit_gib: float) -> str:
 
 
 def table(
-    config,
+    shape: Shape,
     longest: Callable[[int], Load],
     way: Way,
     pages: int,
@@ -260,14 +187,14 @@ def table(
 ) -> str:
     """The plan for 1 to 64 GPUs of several sizes, each with the choice that would be made there."""
     one = longest(1)
-    seconds = page_seconds(page_flops(config, one.tokens, one.supervised, one.patches), None)
+    seconds = page_seconds(page_flops(shape, one.tokens, one.supervised, one.patches), None)
     lines = ["GPUs  of GiB  at once  recomputed  weights  gradients  optimizer  gathered  activations  head   sum"]
     for processes in (1, 2, 4, 8, 16, 32, 64):
         for size in sizes_gib:
             asked = replace(way, processes=processes)
             plan = choose(
-                candidates(asked, pages, seconds, sum(weights_of(config)), whole=whole),
-                lambda one: estimate(config, longest(one.micro_batch), one, bucket),
+                candidates(asked, pages, seconds, sum(weights_of(shape)), whole=whole),
+                lambda one: estimate(shape, longest(one.micro_batch), one, bucket),
                 MEMORY_SHARE * size,
             )
             if plan is None:

@@ -9,8 +9,8 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
+from training import page_costs
 from training.errors import DataError
-from training.memory_plan import deal
 from training.processes import rank, world_size
 
 
@@ -39,7 +39,7 @@ class PageSampler(BatchRebalanceSampler):  # the Trainer deals with its kind, ra
         size = self.micro_batch * self.accumulated * ranks
         for start in range(0, len(order), size):
             pages = order[start : start + size]
-            groups = deal(
+            groups = page_costs.deal(
                 [self.costs[page] for page in pages], math.ceil(len(pages) / self.micro_batch / ranks) * ranks
             )
             yield [[pages[place] for place in group] for group in groups]

@@ -19,9 +19,9 @@ import matplotlib
 import psutil
 import torch
 
-from training.memory_plan import peak_tflops
-from training.packing import IGNORED
+from training.page_costs import peak_tflops
 from training.processes import add_up, say, take_largest, world_size
+from training.prompt_and_mask import IGNORED
 
 
 def say_memory(what: str, start: float) -> None:
@@ -47,12 +47,13 @@ class Meter:
         self.paused += time.monotonic() - start
 
     def count(self, inputs: dict, image_token_id: int) -> None:
-        self.pages += len(inputs["image_grid_thw"])
         self.flops += inputs.pop("flops", 0.0)
         if "targets" in inputs:
+            self.pages += len(inputs["page_bounds"]) - 1
             self.supervised += len(inputs["targets"])
             self.image += len(inputs["image_places"])
         else:
+            self.pages += len(inputs["labels"])
             self.supervised = self.supervised + inputs["labels"].ne(IGNORED).sum()
             self.image = self.image + inputs["input_ids"].eq(image_token_id).sum()
 

@@ -16,9 +16,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import use_model_from_hub as use
-from training import dataset as page_data
 from training.checkpoints import newest_checkpoint
+from training.cleaning import cleaning_steps
+from training.dataset import resolve_dataset
 from training.errors import SettingsError
+from training.families import FAMILIES
 from training.processes import local_world_size, world_size
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -39,7 +41,9 @@ class PageSettings:
     push_to_hub: bool = setting(False, "Push the final folder after training; the right to write is checked before.")
     private_repo: bool = setting(False, "Make the Hub repository private.")
     num_samples: int = setting(1000, "Training pages; the dataset may end earlier.")
-    base_model: str = setting("Hcompany/Holo1-3B", "Hub repository or folder of a Qwen2.5-VL or Qwen3-VL model.")
+    base_model: str = setting(
+        "Hcompany/Holo1-3B", f"Hub repository or folder of a {' or '.join(FAMILIES.values())} model."
+    )
     base_revision: str | None = setting(None, "Branch, tag or commit of the base model on the Hub.")
     trust_remote_code: bool = setting(False, "Run code that the base model's repository brings along.")
     dataset: str = setting("HuggingFaceM4/WebSight", "Hub dataset, or a folder with metadata.jsonl and pictures.")
@@ -419,8 +423,8 @@ def check_settings(resolved: Resolved) -> None:
     if resolved.deepspeed is not None and steps not in (None, 0, 1, 2, 3):
         problems.append(f"--deepspeed: zero_optimization.stage is {steps!r}; 0, 1, 2 or 3")
     try:
-        page_data.cleaning_steps(settings.clean)
-        page_data.resolve_dataset(settings.dataset)
+        cleaning_steps(settings.clean)
+        resolve_dataset(settings.dataset)
     except SettingsError as error:
         problems.append(str(error))
     if problems:

@@ -16,8 +16,8 @@ def test_clip_does_not_see_texts_but_what_is_around_them(renderer, tiny_clip):
     clip = Clip(tiny_clip)
     page = "<!DOCTYPE html><html><body style='background:#fff'><p>{}</p><div style='{}'></div></body></html>"
     shape = "width:600px;height:400px;background:#c33"
-    jobs = [job_for(page.format(*parts)) for parts in (("One", shape), ("Two", shape), ("One", ""))]
-    one, two, empty = map(page_of, renderer.map(jobs))
+    pages = [page.format(*parts) for parts in (("One", shape), ("Two", shape), ("One", ""))]
+    one, two, empty = map(page_of, renderer.map(map(job_for, pages)), pages)
     assert clip(one, one) == pytest.approx(1, abs=1e-6)
     assert clip(one, empty) < clip(one, two)
     assert np.asarray(clip.without_texts(one)).shape == (720, 720, 3)
@@ -36,8 +36,10 @@ def test_clip_is_a_fifth_of_the_mean_and_its_absence_is_said(recorded, tiny_clip
     assert "hf download nobody/nothing" in find_clip("nobody/nothing")[1]
     clip = Clip(tiny_clip)
     found = prove(recorded, clip=clip)["6 moved"]
-    four = [getattr(found, name) for name in ("block", "text", "position", "color")]
-    assert found.overall == pytest.approx((sum(four) + found.clip) / 5) and found.as_json()["clip"] == found.clip
+    four = [found[name] for name in ("block", "text", "position", "color")]
+    assert (
+        found["overall"] == pytest.approx((sum(four) + found["clip"]) / 5) and found.as_json()["clip"] == found["clip"]
+    )
     assert "clip" not in prove(recorded)["6 moved"].as_json()
     rows = [found.as_json() | {"page": "a"}, prove(recorded, clip=clip)["not rendered"].as_json()]
-    assert means(rows)["clip"] == pytest.approx(found.clip / 2)
+    assert means(rows)["clip"] == pytest.approx(found["clip"] / 2)

@@ -10,9 +10,9 @@ def test_pages_are_scored_in_order_and_a_failure_does_not_stop_the_others(render
     pairs = [Pair("same", wide, wide), Pair("none", wide, None), Pair("other", wide, WHITE.format("<p>Bye</p>"))]
     found = [(pair.name, score) for pair, score, *_ in score_pairs(pairs, renderer)]
     assert [name for name, _ in found] == ["same", "none", "other"]
-    assert found[0][1].overall == 1
-    assert found[1][1].failure == "the written page: there is none" and found[1][1].overall == 0
-    assert found[2][1].overall == 0 and found[2][1].missing and found[2][1].invented
+    assert found[0][1]["overall"] == 1
+    assert found[1][1].failure == "the written page: there is none" and found[1][1]["overall"] == 0
+    assert found[2][1]["overall"] == 0 and found[2][1].missing and found[2][1].invented
 
 
 def test_an_interrupted_run_goes_on_where_it_was(renderer, tmp_path):

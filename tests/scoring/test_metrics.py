@@ -2,8 +2,8 @@
 
 import pytest
 
-from scoring.blocks import Block
-from scoring.metrics import block_scores, color_likeness
+from scoring.blocks import Block, Page
+from scoring.metrics import Compared, color_likeness, likeness, overall
 from scoring.proof import score
 
 SOME = [Block(text, 0.1, 0.2 * n, 0.3, 0.1, (0.0, 0.0, 0.0)) for n, text in enumerate(("home", "price", "news"))]
@@ -17,6 +17,7 @@ def test_colours_differ_by_ciede2000():
 
 def test_without_a_match_all_four_are_0(renderer):
     for one, two in (([], []), ([], SOME), (SOME, [])):
-        assert block_scores(one, two)["overall"] == block_scores(one, two)["likeness"] == 0
+        pair = Compared(Page(None, tuple(two)), Page(None, tuple(one)))
+        assert pair.of_blocks == (0, 0, 0, 0) and overall(pair) == likeness(pair) == 0
     nothing = score("<!DOCTYPE html><html><body>No element of texts</body></html>", "", renderer)
-    assert nothing.overall == nothing.likeness == 0 and nothing.causes == ("no text to compare",)
+    assert nothing["overall"] == nothing["likeness"] == 0 and nothing.causes == ("no text to compare",)

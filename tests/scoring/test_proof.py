@@ -12,7 +12,7 @@ from scoring.proof import ScorerError, prove
 
 def test_the_scorer_proves_itself(recorded):
     found = prove(recorded)
-    assert found["itself"].overall == 1 and found["not rendered"].overall == 0
+    assert found["itself"]["overall"] == 1 and found["not rendered"]["overall"] == 0
 
 
 def white_instead_of_failure(compare):
@@ -38,7 +38,7 @@ PLANTED = {  # what is broken: (where, how, what the proof says)
         lambda _: lambda pairs: [1.0] * len(pairs),
         "color does not fall",
     ),
-    "blocks that match nothing are forgotten": ("metrics.match", without_unmatched, "block does not fall"),
+    "blocks that match nothing are forgotten": ("matching.match", without_unmatched, "block does not fall"),
     "texts are alike, whatever they say": (
         "matching.Similarity.cost",
         lambda _: lambda self, text, column: -1.0,

@@ -5,7 +5,7 @@ import random
 import pytest
 
 import page_scores
-from scoring.metrics import METRICS
+from scoring.metrics import names
 from scoring.statistics import means, paired_comparison, shares, summarise
 
 
@@ -23,13 +23,13 @@ def test_a_clear_difference_is_significant_and_none_is_not():
 
 
 def test_failures_count_as_zero_and_are_named():
-    good = {"page": "a", "failure": None, "valid": True, "causes": (), **dict.fromkeys(METRICS, 0.8)}
+    good = {"page": "a", "failure": None, "valid": True, "causes": (), **dict.fromkeys(names(), 0.8)}
     bad = {
         "page": "b",
         "failure": "took over 15 s",
         "valid": False,
         "causes": ("not rendered",),
-        **dict.fromkeys(METRICS, 0.0),
+        **dict.fromkeys(names(), 0.0),
     }
     found = means([good, bad])
     assert (found["n"], found["failures"], found["failed"]) == (2, 1, ["b"])

@@ -8,9 +8,11 @@ import torch
 from conftest import make_config, make_processor, page_html
 
 import holo1_dom_finetune as pipeline
-from training import fast_layers, loss, memory_plan
+from training import fast_layers, loss, memory_plan, page_costs
 from training.base_model import BaseTensor
+from training.families import FAMILIES, family_of, trains_fast
 from training.final_folder import final_tensors
+from training.prompt_and_mask import PageEncoder
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,8 @@ def pages(count: int, seed: int = 0) -> list[dict]:
 
 
 def collate(processor, made, packed=False):
-    encoder, config = pipeline.PageEncoder(processor, "write this page"), make_config(processor.tokenizer)
+    encoder = PageEncoder(processor, "write this page", family_of("qwen2_5_vl"))
+    config = make_config(processor.tokenizer)
     batch = pipeline.PageCollator(processor, encoder, made, 4, config=config, packed=packed)(made)
     assert batch.pop("flops") > 0
     return batch
@@ -144,7 +147,8 @@ def test_a_layer_keeps_what_the_memory_plan_counts(processor, model, tower, monk
             part(hidden * 1, cu_seqlens=None, max_seqlen=rows, position_embeddings=(angles, angles))
     narrow = text.hidden_size // 2 if tower == "language" else width
     inner = part.mlp.gate_proj.out_features
-    planned = 2 * memory_plan.layer_bytes(width, narrow, inner, adapters=False)  # fp32 here, half precision there
+    tower = page_costs.Tower(1, width, width, narrow, inner)
+    planned = 2 * memory_plan.layer_bytes(tower, adapters=False)  # fp32 here, half precision there
     assert sum(kept.values()) / rows == pytest.approx(planned, rel=0.02)
 
 
@@ -191,9 +195,13 @@ def test_the_widened_vision_mlp_is_the_same_function_and_saves_the_same_shapes(p
         assert torch.allclose(model(**batch).logits, twin(**batch).logits, atol=1e-6)
 
 
+def test_a_family_trains_fast_where_its_modules_are_known():
+    assert {name for name in FAMILIES if family_of(name).fast} == set(fast_layers.ARCHITECTURES)
+
+
 def test_other_architectures_and_the_plain_way_are_left_alone(model):
     settings = pipeline.PageSettings()
-    assert pipeline.trains_fast(model.config, settings)
-    assert not pipeline.trains_fast(model.config, pipeline.PageSettings(fast=False))
+    assert trains_fast(model.config, settings)
+    assert not trains_fast(model.config, pipeline.PageSettings(fast=False))
     model.config.model_type = "qwen3_vl"
-    assert not pipeline.trains_fast(model.config, settings)
+    assert not trains_fast(model.config, settings)

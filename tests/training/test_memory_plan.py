@@ -8,7 +8,9 @@ import torch
 from conftest import make_processor
 
 import holo1_dom_finetune as pipeline
-from training import memory_plan, zero3
+from training import memory_plan, page_costs, zero3
+from training.families import family_of
+from training.prompt_and_mask import PageEncoder
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +22,7 @@ def test_pages_are_dealt_out_by_cost():
     rng, dealt, blind = random.Random(0), 0.0, 0.0
     for bins in (2, 3, 8) * 20:
         costs = [rng.lognormvariate(0, 0.8) for _ in range(24)]
-        groups = memory_plan.deal(costs, bins)
+        groups = page_costs.deal(costs, bins)
         assert sorted(place for group in groups for place in group) == list(range(24))
         assert {len(group) for group in groups} == {24 // bins}
         sums = [sum(costs[place] for place in group) for group in groups]
@@ -28,7 +30,7 @@ def test_pages_are_dealt_out_by_cost():
         dealt += max(sums)  # all ranks wait for the dearest group
         blind += max(sum(costs[start::bins]) for start in range(bins))
     assert dealt < 0.85 * blind
-    assert [len(group) for group in memory_plan.deal([1.0] * 7, 3)] == [3, 2, 2]
+    assert [len(group) for group in page_costs.deal([1.0] * 7, 3)] == [3, 2, 2]
 
 
 def shapes_of_3b():
@@ -43,14 +45,14 @@ def shapes_of_3b():
 
 def test_cost_of_a_page_is_the_published_formula():
     """Holo1-3B: 2.775e9 weights in the language layers, 3.11e8 in the head, 0.63e9 in the vision tower."""
-    config = shapes_of_3b()
-    language, head, tower, merger = memory_plan.parameters(config)
+    shape = family_of("qwen2_5_vl").shape(shapes_of_3b())
+    language, head, tower, merger = page_costs.parameters(shape)
     assert (language, head) == (pytest.approx(2.775e9, rel=2e-3), pytest.approx(3.11e8, rel=2e-3))
     assert tower == pytest.approx(0.63e9, rel=0.02) and merger == pytest.approx(3.67e7, rel=0.01)
     tokens, supervised, patches = 2_800, 1_500, 5_000
     products = 6 * (2.775e9 * tokens + 3.11e8 * supervised) + 6 * 0.63e9 * patches
     attention = 12 * 36 * 2048 * tokens**2 / 2 + 12 * 1280 * patches * (4 * patches + 28 * 64)
-    assert memory_plan.page_flops(config, tokens, supervised, patches) == pytest.approx(products + attention, rel=0.02)
+    assert page_costs.page_flops(shape, tokens, supervised, patches) == pytest.approx(products + attention, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,7 @@ def test_weights_are_gathered_once_per_step_where_they_fit(share, threshold, who
         gradient_accumulation_steps=8,
     )
     pages = datasets.Dataset.from_dict({"html_tokens": [2_000] * 20, "image_tokens": [1_200] * 20})
-    encoder = pipeline.PageEncoder(processor, "Write the page.")
+    encoder = PageEncoder(processor, "Write the page.", family_of("qwen2_5_vl"))
     plan = pipeline.choose_micro_batch(args, pipeline.PageSettings(), shapes_of_3b(), pages, encoder)
     assert plan.way.whole == whole
     assert zero[zero3.THRESHOLD] == (10**11 if whole else threshold)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import make_config, make_processor
 
-import holo1_dom_finetune as pipeline
 from training import packing
+from training.families import family_of
+from training.prompt_and_mask import PageEncoder
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_positions_and_geometry_equal_the_models_own_for_200_sizes(processor, mo
     """The model works them out itself in a forward pass; what it worked out is caught and compared."""
     import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl as own
 
-    encoder, rng, caught = pipeline.PageEncoder(processor, "write this page"), random.Random(1), {}
+    encoder, rng, caught = PageEncoder(processor, "write this page", family_of("qwen2_5_vl")), random.Random(1), {}
     for name in ("get_vision_position_ids", "get_vision_attention_seqlens", "get_vision_window_index"):
         real = getattr(own, name)
 
@@ -63,7 +64,7 @@ def test_positions_and_geometry_equal_the_models_own_for_200_sizes(processor, mo
     for _ in range(200):
         rows, columns = rng.randint(2, 40), rng.randint(2, 40)
         grids = torch.tensor([[1, 2 * rows, 2 * columns]])
-        ids, _ = encoder.encode("<p>river</p>", rows * columns)
+        ids, _ = encoder.encode("<p>river</p>", [encoder.image_token_id] * (rows * columns))
         ids = torch.tensor([ids])
         kinds = (ids == encoder.image_token_id).long()
         positions, _ = model.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grids)

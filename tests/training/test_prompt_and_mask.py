@@ -3,8 +3,12 @@
 import pytest
 from conftest import make_processor
 
-import holo1_dom_finetune as pipeline
 import use_model_from_hub as use
+from training import prompt_and_mask
+from training.errors import SettingsError
+from training.families import family_of
+
+QWEN = family_of("qwen2_5_vl")
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +18,7 @@ def processor():
 
 @pytest.fixture(scope="module")
 def encoder(processor):
-    return pipeline.PageEncoder(processor, "write this page")
+    return prompt_and_mask.PageEncoder(processor, "write this page", QWEN)
 
 
 def screenshot(width: int, height: int):
@@ -25,25 +29,25 @@ def screenshot(width: int, height: int):
 
 def test_loss_sees_only_the_answer_and_its_end(encoder, processor):
     html = "<p>river stone</p>"
-    ids, labels = encoder.encode(html, 5)
+    ids, labels = encoder.encode(html, [encoder.image_token_id] * 5)
     answer = processor.tokenizer(html, add_special_tokens=False)["input_ids"]
     end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert [label for label in labels if label != pipeline.IGNORED] == [*answer, end]
-    assert labels == [pipeline.IGNORED] * (len(ids) - len(answer) - 1) + ids[-len(answer) - 1 :]
+    assert [label for label in labels if label != prompt_and_mask.IGNORED] == [*answer, end]
+    assert labels == [prompt_and_mask.IGNORED] * (len(ids) - len(answer) - 1) + ids[-len(answer) - 1 :]
 
 
 @pytest.mark.parametrize("size", [(84, 84), (200, 100), (28, 300), (333, 77)])
 def test_training_asks_the_very_question_that_inference_asks(encoder, processor, size):
     inputs = use.encode_questions(processor, [screenshot(*size)], "write this page")
-    image_tokens = int(inputs["image_grid_thw"].prod()) // 4
+    (picture,) = QWEN.pictures(processor, [screenshot(*size)])
     question = inputs["input_ids"][0].tolist()
-    ids, _ = encoder.encode("<p>x</p>", image_tokens)
+    ids, _ = encoder.encode("<p>x</p>", picture.ids)
     assert ids[: len(question)] == question
 
 
 @pytest.mark.parametrize("size", [(84, 84), (200, 100), (28, 300), (1200, 777), (57, 56)])
 def test_counted_tokens_are_those_of_the_processor(encoder, processor, size):
-    counted = pipeline.count_tokens(encoder, processor)("<b>lake</b>", *size)
+    counted = prompt_and_mask.count_tokens(encoder, processor)("<b>lake</b>", *size)
     grid = processor.image_processor(images=[screenshot(*size)], return_tensors="pt")["image_grid_thw"]
     assert counted == (len(encoder.tokens("<b>lake</b>")), int(grid.prod()) // 4)
 
@@ -59,13 +63,13 @@ def test_a_template_without_an_image_is_refused(processor):
 
     blind = copy.copy(processor)
     blind.chat_template = "{% for message in messages %}{{ message['role'] }}{% endfor %}"
-    with pytest.raises(pipeline.SettingsError, match="0 image tokens"):
-        pipeline.PageEncoder(blind, "write")
+    with pytest.raises(SettingsError, match="0 image tokens"):
+        prompt_and_mask.PageEncoder(blind, "write", QWEN)
 
 
 def test_supervision_is_shown_in_colour(encoder, processor):
-    ids, labels = encoder.encode("<p>river</p>", 7)
-    shown = pipeline.colour_supervision(ids, labels, processor.tokenizer, encoder.image_token_id)
+    ids, labels = encoder.encode("<p>river</p>", [encoder.image_token_id] * 7)
+    shown = prompt_and_mask.colour_supervision(ids, labels, processor.tokenizer, encoder.image_token_id)
     assert "\033[34m[7 image tokens]\033[0m" in shown
     assert shown.endswith("\033[32m<p>river</p><|im_end|>\033[0m")
     assert "\033[90m<|im_start|>user" in shown

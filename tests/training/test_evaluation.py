@@ -9,6 +9,7 @@ from conftest import MAIN, make_pages, run_script
 import holo1_dom_finetune as pipeline
 import use_model_from_hub as use
 from training.base_model import base_tensors
+from training.evaluation import score_held_out, write_held_out
 from training.final_folder import save_final
 
 ROW = {"raw": "", "tokens": 10, "seconds": 2.0, "cut_off": False}
@@ -24,7 +25,7 @@ def rows_and_pages(written: list[str], wanted: list[str], **changes):
 def test_shares_are_counted_over_all_pages():
     wanted = [PAGE.format(word) for word in ("river", "stone", "lake", "maple")]
     written = [wanted[0], wanted[1].replace("\n", "   \n"), "<html><body>open", ""]
-    result = pipeline.score_held_out(*rows_and_pages(written, wanted))
+    result = score_held_out(*rows_and_pages(written, wanted))
     assert (result["n"], result["exact"], result["valid"]) == (4, 0.5, 0.5)
     assert result["shuffled_exact"] == 0
     assert result["tokens_per_second"] == 20
@@ -33,12 +34,12 @@ def test_shares_are_counted_over_all_pages():
 
 def test_a_model_that_ignores_the_screenshot_shows_in_the_shuffled_share():
     same = [PAGE.format("river")] * 3
-    assert pipeline.score_held_out(*rows_and_pages(same, same))["shuffled_exact"] == 1
+    assert score_held_out(*rows_and_pages(same, same))["shuffled_exact"] == 1
 
 
 def test_a_page_that_was_cut_off_is_not_valid():
     page = [PAGE.format("river")]
-    result = pipeline.score_held_out(*rows_and_pages(page, page, cut_off=True))
+    result = score_held_out(*rows_and_pages(page, page, cut_off=True))
     assert (result["valid"], result["truncated"], result["pages"][0]["reason"]) == (0, 1, "cut off")
 
 
@@ -97,7 +98,7 @@ def test_generation_halves_its_batch_when_memory_runs_out(loaded, tmp_path, monk
 
     monkeypatch.setattr(use, "write_pages", limited)
     recipe = use.Recipe(max_html_tokens=4)
-    rows = pipeline.write_held_out(model, processor, datasets.Dataset.from_list(pages), recipe, batch=4)
+    rows = write_held_out(model, processor, datasets.Dataset.from_list(pages), recipe, batch=4)
     assert [row["place"] for row in rows] == [0, 1, 2, 3, 4]
     assert sizes == [4, 2, 1, 1, 1, 1, 1]
 

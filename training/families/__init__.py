@@ -1,0 +1,38 @@
+"""What differs between architectures: one file each, chosen by the `model_type` of config.json, never by a name.
+
+    family = family_of(config)          # or family_of("qwen3_vl"); refuses what it does not know
+
+family.py says what to write for another one.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from training.errors import SettingsError
+from training.families.family import Family, Picture
+
+# Each file of this folder by its model_type, and what people call these models. Another architecture: one line here.
+FAMILIES = {
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen3_vl": "Qwen3-VL",
+}
+
+__all__ = ["FAMILIES", "Family", "Picture", "family_of", "trains_fast"]
+
+
+def family_of(model: object) -> Family:
+    """The family of a configuration, or of a `model_type`. Raises `SettingsError` for one that nobody has written."""
+    model_type = model if isinstance(model, str) else model.model_type
+    if model_type not in FAMILIES:
+        known = " or ".join(f"{title} ({name})" for name, title in FAMILIES.items())
+        raise SettingsError(
+            f"--base_model is a {model_type}; {known} can be trained. Give one of these, or write "
+            f"training/families/{model_type}.py as training/families/family.py says"
+        )
+    return importlib.import_module(f"training.families.{model_type}").FAMILY
+
+
+def trains_fast(config, settings) -> bool:
+    """Whether pages are packed into one row and go through `fast_layers.py`, not padded and the model's own way."""
+    return settings.fast and family_of(config).fast

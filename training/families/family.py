@@ -1,0 +1,98 @@
+"""What differs between architectures, as far as training asks for it.
+
+    family = family_of(model.config)                        # training/families/__init__.py
+    pictures = family.pictures(processor, screenshots)      # one `Picture` each
+    batch = family.join(pictures)                           # what the model takes of them, for the whole batch
+
+No torch at import: `--help`, the checks and `--plan` read families, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from training.errors import PipelineError
+from training.page_costs import Shape
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One screenshot as a model takes it.
+
+    `ids` stand where the chat template has its one image token (with the tokens of rows and columns, where a model
+    marks those), `inputs` are this picture's tensors by the names of the model's forward, `patches` is the number of
+    patches that the vision tower reads.
+    """
+
+    ids: list[int]
+    inputs: dict[str, Tensor]
+    patches: int
+
+
+def repeated_image_ids(processor, features: dict, index: int) -> list[int]:
+    """The ids of picture `index`, by what the processor itself puts into a question (transformers 5.23)."""
+    text = processor.replace_image_token(features, index)
+    return processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def stack(pictures: Sequence[Picture]) -> dict[str, Tensor]:
+    """(B, ...) of each input: for processors whose pictures all have one size."""
+    import torch
+
+    return {name: torch.stack([picture.inputs[name] for picture in pictures]) for name in pictures[0].inputs}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture. To add one, write `training/families/<model_type>.py` with a `FAMILY`, by the `model_type` of
+    its config.json, and name it in `training/families/__init__.py`:
+
+    1. `vision`: the modules of the vision tower and what joins it to the language model, by name. `--freeze_vision`
+       leaves them as they are, and 4-bit quantisation leaves them whole: reading small print is what they are for.
+    2. `adapters`: a regular expression of the modules that LoRA adapts, the language model's own projections. By leaf
+       name alone those of a vision tower would often match, too.
+    3. `limit_pixels(processor, least, most)`: bounds width x height after resizing, in the units of the processor. It
+       is saved with the processor, which is how `use_model_from_hub.py` comes to the same sizes.
+    4. `image_tokens(processor, width, height)`: how many ids a screenshot of that size takes, without decoding it.
+    5. `most_image_tokens(config, most_pixels)`: the most that `limit_pixels` lets through, from the configuration.
+    6. `pictures(processor, screenshots)`: one `Picture` for each. `repeated_image_ids` gives the ids wherever the
+       processor has `replace_image_token`.
+    7. `join(pictures)`: their inputs as those of a batch; `stack` where all have one size.
+    8. `token_types`: whether the model's positions need `mm_token_type_ids` (B, T), 1 on image tokens.
+    9. `shape(config)`: the widths by which costs are counted, a `page_costs.Shape`.
+    10. `fast`: whether `fast_layers.py` knows its modules, and `packing.py` its positions. False is the plain path:
+        padded rows and the model's own forward, which any architecture takes.
+
+    tests/training/test_families.py holds all but the last against the true processor and the true modules of a tiny
+    model; add one there.
+    """
+
+    model_type: str
+    vision: tuple[str, ...]
+    adapters: str
+    limit_pixels: Callable[[object, int, int], None]
+    image_tokens: Callable[[object, int, int], int]
+    most_image_tokens: Callable[[object, int], int]
+    pictures: Callable[[object, list[Image]], list[Picture]]
+    join: Callable[[Sequence[Picture]], dict[str, Tensor]]
+    shape: Callable[[object], Shape]
+    token_types: bool = False
+    fast: bool = False
+
+    def vision_modules(self, model: nn.Module) -> list[nn.Module]:
+        """The modules named in `vision`. Raises `PipelineError` on a name that `model` lacks: quantisation and
+        freezing would pass over it in silence."""
+        known = dict(model.named_modules())
+        missing = [name for name in self.vision if name not in known]
+        if missing:
+            names = ", ".join(missing)
+            raise PipelineError(
+                f"{type(model).__name__} has no {names}: correct training/families/{self.model_type}.py"
+            )
+        return [known[name] for name in self.vision]

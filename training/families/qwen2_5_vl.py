@@ -1,0 +1,89 @@
+"""Qwen2.5-VL, on which Holo1 is built: patches of 14 x 14 pixels, four of which become one token of 28 x 28.
+
+Most layers of its vision tower attend inside windows. Its fast path is training/fast_layers.py. Qwen3-VL's pictures
+are made and joined in the same way, so it takes these functions from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import use_model_from_hub as use
+from training.families.family import Family, Picture
+from training.page_costs import Shape, Tower
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+
+def image_tokens(processor, width: int, height: int) -> int:
+    patches = processor.image_processor.get_number_of_image_patches(height, width, {})
+    return patches // processor.image_processor.merge_size**2
+
+
+def most_image_tokens(config, most_pixels: int) -> int:
+    """The processor resizes to whole tokens and to no more than `most_pixels`."""
+    vision = config.vision_config
+    return most_pixels // (vision.patch_size * vision.spatial_merge_size) ** 2
+
+
+def pictures(processor, screenshots: list[Image]) -> list[Picture]:
+    """`pixel_values` (patches, dim) and `image_grid_thw` (3,), time x height x width in patches, of each screenshot."""
+    features = processor.image_processor(images=screenshots, return_tensors="pt")
+    grids = features["image_grid_thw"]
+    sizes = grids.prod(dim=1).tolist()
+    merged, token = processor.image_processor.merge_size**2, processor.image_token_id
+    return [
+        Picture([token] * (size // merged), {"pixel_values": pixels, "image_grid_thw": grid}, size)
+        for size, pixels, grid in zip(sizes, features["pixel_values"].split(sizes), grids)
+    ]
+
+
+def join(pictures: Sequence[Picture]) -> dict[str, Tensor]:
+    """`pixel_values` (patches of all, dim), since pictures differ in size, and `image_grid_thw` (B, 3)."""
+    import torch
+
+    return {
+        "pixel_values": torch.cat([picture.inputs["pixel_values"] for picture in pictures]),
+        "image_grid_thw": torch.stack([picture.inputs["image_grid_thw"] for picture in pictures]),
+    }
+
+
+def shape(config) -> Shape:
+    text, vision = config.get_text_config(), config.vision_config
+    keys = text.hidden_size * text.num_key_value_heads // text.num_attention_heads
+    merged = vision.hidden_size * vision.spatial_merge_size**2
+    return Shape(
+        language=Tower(text.num_hidden_layers, text.hidden_size, text.hidden_size, keys, text.intermediate_size),
+        vocabulary=text.vocab_size,
+        tied=getattr(config, "tie_word_embeddings", False) or text.tie_word_embeddings,
+        vision=Tower(
+            vision.depth,
+            vision.hidden_size,
+            vision.hidden_size,
+            vision.hidden_size,
+            vision.intermediate_size,
+            windowed=vision.depth - len(vision.fullatt_block_indexes),
+            window=(vision.window_size // vision.patch_size) ** 2,
+        ),
+        patch=3 * vision.temporal_patch_size * vision.patch_size**2,
+        per_token=vision.spatial_merge_size**2,
+        merger=merged * (merged + vision.out_hidden_size),
+    )
+
+
+FAMILY = Family(
+    model_type="qwen2_5_vl",
+    vision=("model.visual",),  # "visual" alone matches nothing (transformers 5.23)
+    adapters=r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
+    limit_pixels=use.limit_pixels,
+    image_tokens=image_tokens,
+    most_image_tokens=most_image_tokens,
+    pictures=pictures,
+    join=join,
+    shape=shape,
+    token_types=True,  # without them positions silently become one-dimensional (transformers 5.23)
+    fast=True,
+)

@@ -1,0 +1,32 @@
+"""Qwen3-VL: patches of 16 x 16 pixels, four of which become one token of 32 x 32.
+
+No windows, an MLP without a gate in the vision tower, heads whose width is no share of the hidden one, and mergers of
+their own for the layers whose states go into the language model deep down (DeepStack). It trains on the plain path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from training.families import qwen2_5_vl
+from training.page_costs import Shape, Tower
+
+
+def shape(config) -> Shape:
+    text, vision = config.get_text_config(), config.vision_config
+    queries, keys = (text.head_dim * heads for heads in (text.num_attention_heads, text.num_key_value_heads))
+    merged = vision.hidden_size * vision.spatial_merge_size**2
+    mergers = 1 + len(vision.deepstack_visual_indexes)
+    width = vision.hidden_size
+    return Shape(
+        language=Tower(text.num_hidden_layers, text.hidden_size, queries, keys, text.intermediate_size),
+        vocabulary=text.vocab_size,
+        tied=getattr(config, "tie_word_embeddings", False) or text.tie_word_embeddings,
+        vision=Tower(vision.depth, width, width, width, vision.intermediate_size, gated=False),
+        patch=3 * vision.temporal_patch_size * vision.patch_size**2,
+        per_token=vision.spatial_merge_size**2,
+        merger=mergers * merged * (merged + vision.out_hidden_size),
+    )
+
+
+FAMILY = replace(qwen2_5_vl.FAMILY, model_type="qwen3_vl", shape=shape, fast=False)

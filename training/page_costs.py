@@ -1,0 +1,120 @@
+"""What a page costs: weights that multiply, floating-point operations, seconds, and steps of equal cost. No memory.
+
+    shape = family_of(config).shape(config)                         # training/families: what the formulas need to know
+    flops = page_flops(shape, tokens=2_800, supervised=1_500, patches=5_000)
+    page_seconds(flops, peak_tflops("NVIDIA H200"))
+    deal(costs, bins=8)             # the pages of a step in groups that take equally long
+
+Imports neither torch nor anything of ours: the numbers that the plan and the layers share stand here, below both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+LOSS_ROWS = 2_048  # rows of logits that exist at once: 0.6 GiB in bf16 for 151,936 words
+
+# Dense bf16 TFLOP/s by NVIDIA's datasheets; the first name that the device's own contains.
+PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165}
+PEAK_TFLOPS |= {"B200": 2250}
+USED_SHARE = 0.45  # of a GPU's peak that a step can reach
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Transformer layers of one kind, by their widths in numbers per token (or patch).
+
+    `queries` and `keys` are those of all heads together; `gated` is an MLP of three products, else of two. `windowed`
+    of the layers attend to no more than `window` tokens, the others to all.
+    """
+
+    layers: int
+    hidden: int
+    queries: int
+    keys: int
+    intermediate: int
+    gated: bool = True
+    windowed: int = 0
+    window: int = 0
+
+    @property
+    def weights(self) -> int:
+        """Weights that multiply, of all layers: neither norms nor biases."""
+        attention = 2 * self.hidden * (self.queries + self.keys)
+        return self.layers * (attention + (3 if self.gated else 2) * self.hidden * self.intermediate)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model as its costs see it. `patch` counts the numbers of one patch of a screenshot, `per_token` the patches
+    that become one image token, `merger` the weights that multiply once for each image token."""
+
+    language: Tower
+    vocabulary: int
+    tied: bool  # the head is the embedding
+    vision: Tower
+    patch: int
+    per_token: int
+    merger: int
+
+
+def peak_tflops(device: str) -> float | None:
+    """Dense bf16 TFLOP/s of a device, by the name that torch gives it; None where it is not known."""
+    return next((tflops for name, tflops in PEAK_TFLOPS.items() if name in device), None)
+
+
+def parameters(shape: Shape) -> tuple[int, int, int, int]:
+    """Weights that multiply: (language layers, head, vision layers with what reads the patches, merger)."""
+    tower = shape.vision.weights + shape.patch * shape.vision.hidden
+    return shape.language.weights, shape.language.hidden * shape.vocabulary, tower, shape.merger
+
+
+def weights_of(shape: Shape) -> tuple[int, int, int]:
+    """Weights of (language layers, vision tower and merger, embedding and head)."""
+    language, head, tower, merger = parameters(shape)
+    return language, tower + merger, head if shape.tied else 2 * head
+
+
+def page_flops(shape: Shape, tokens: int, supervised: int, patches: int) -> float:
+    """Floating-point operations that one page needs, forward and backward: products and attention, nothing recomputed.
+
+    6 per weight and token, as Kaplan et al. 2020 count, the head for supervised tokens only; causal attention half.
+    """
+    text, vision = shape.language, shape.vision
+    language, head, tower, merger = parameters(shape)
+    attention = 12 * text.layers * text.queries * tokens**2 / 2
+    seen = (vision.layers - vision.windowed) * patches + vision.windowed * min(vision.window, patches)
+    merged = merger * patches / shape.per_token
+    products = 6 * (language * tokens + head * supervised + tower * patches + merged)
+    return products + attention + 12 * vision.queries * patches * seen
+
+
+def flops_of_pages(shape: Shape, counted: Iterable[Mapping[str, int]], question: int) -> list[float]:
+    """`page_flops` of pages by their counted `html_tokens` and `image_tokens`; the question has `question` more."""
+    costs = []
+    for page in counted:
+        tokens = question + page["image_tokens"] + page["html_tokens"] + 1
+        patches = page["image_tokens"] * shape.per_token
+        costs.append(page_flops(shape, tokens, page["html_tokens"] + 1, patches))
+    return costs
+
+
+def page_seconds(flops: float, tflops: float | None) -> float:
+    """Seconds that a page of `flops` keeps a GPU of `tflops` (by its datasheet; unknown: an H100's) busy."""
+    return flops / (USED_SHARE * (tflops or 989) * 1e12)
+
+
+def deal(costs: Sequence[float], bins: int) -> list[list[int]]:
+    """Indices 0..len(costs)-1 in `bins` groups of equal size (one more in some, if they do not divide) and cost.
+
+    The dearest first, each to the cheapest group with room (LPT, Graham 1969); groups come back dearest first.
+    """
+    groups: list[list[int]] = [[] for _ in range(bins)]
+    sums = [0.0] * bins
+    room = [len(costs) // bins + (group < len(costs) % bins) for group in range(bins)]
+    for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
+        chosen = min((group for group in range(bins) if len(groups[group]) < room[group]), key=lambda g: (sums[g], g))
+        groups[chosen].append(index)
+        sums[chosen] += costs[index]
+    return [groups[group] for group in sorted(range(bins), key=lambda group: (-sums[group], group))]
