@@ -17,9 +17,13 @@ import inspect
 import warnings
 from collections import defaultdict
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # The longest segments, windows of the vision tower, for which torch's kernel is faster than flash-attn 4.
 SHORT = 128
@@ -160,6 +164,7 @@ def equal_segments_together(
     return result
 
 
+# By the words in which a training says at its start what it uses.
 FLASH_4, FLASH = "flash-attn 4", "flash-attn"
 VARLEN, SEGMENTS = "torch's variable-length kernel", "SDPA, segment by segment"
 KERNELS = {FLASH_4: flash_4, FLASH: flash, VARLEN: varlen, SEGMENTS: segment_by_segment}
@@ -189,7 +194,7 @@ def importable(module: str) -> bool:
         return False
 
 
-def attention_words(config, device: str, dtype: torch.dtype) -> str:
+def attention_words(config: PretrainedConfig, device: str, dtype: torch.dtype) -> str:
     """What takes the segments of a model of `config` in `dtype`; flash-attn 4 is put to the proof here."""
     kernel, text, vision = attention_kernel(device, dtype.itemsize == 2), config.get_text_config(), config.vision_config
     if kernel != FLASH_4:

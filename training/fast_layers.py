@@ -1,7 +1,7 @@
 """What makes a step fast and leaves its result the same.
 
+    align_vision_mlp(model)         # (all ranks) the vision MLPs as wide as tensor cores like
     install(model, fuse=True)       # takes pages packed into one row (packing.pack), each part faster than its own
-    align_vision_mlp(model)         # before that: (all ranks) the vision MLPs as wide as tensor cores like
 
 Nothing here changes what is learned: each part equals the model's own way, which the tests show. Instances get forwards
 of their own, no class of transformers is changed. Sections: Architectures, Element-wise, Modules, Blocks, Model, Vision
@@ -20,12 +20,16 @@ import shutil
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from training import zero3
 from training.attention import attend
 from training.loss import cross_entropy, supervised_loss
+
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # -----------------------------------------------------------------------------
 # Architectures: the one place that says what is known of each. Another one needs a function like `qwen2_5_vl`, forwards
@@ -103,6 +107,7 @@ def install(model: torch.nn.Module, fuse: bool) -> None:
 
 
 def activation_of(module: torch.nn.Module) -> str:
+    """The class of a module's `act_fn`, by name; "NoneType" for a module that has none."""
     return type(getattr(module, "act_fn", None)).__name__
 
 
@@ -167,7 +172,7 @@ class Elementwise:
     """The functions above and the loss's, for one family of shapes (those of a tower), as attributes of their names;
     fused by torch.compile with `fuse`."""
 
-    def __init__(self, fuse: bool):
+    def __init__(self, fuse: bool) -> None:
         for function in (rms_norm, rms_norm_backward, swiglu, swiglu_backward, rotate, cross_entropy):
             name = function.__name__
             if fuse:
@@ -502,8 +507,8 @@ def packed_forward(
     supervised_places: torch.Tensor,
     targets: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
-    **geometry,
-):
+    **geometry: torch.Tensor | int,
+) -> CausalLMOutputWithPast:
     """The loss of one row of packed pages: the sum over its supervised tokens / `num_items_in_batch`, or their mean.
 
     `input_ids` (1, T), `position_ids` (4, 1, T), `pixel_values` (P, pixels of a patch), `image_grid_thw` (pages, 3) in
@@ -514,6 +519,7 @@ def packed_forward(
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     core, vision = self.model, {name.removeprefix("image_"): value for name, value in geometry.items()}
+    # The pictures of all pages go through the tower in one row, too; its windows and pictures are the segments there.
     pictures = core.visual(pixel_values.to(core.visual.dtype), grid_thw=image_grid_thw, **vision).pooler_output
     embedded = core.get_input_embeddings()(input_ids)[0]
     embedded = embedded.index_copy(0, image_places, pictures.to(embedded.dtype))[None]  # (1, T, H)
@@ -554,6 +560,7 @@ def align_vision_mlp(model: torch.nn.Module, multiple: int = 32) -> int:
                 for part, narrow in old.named_parameters():
                     wide = getattr(new, part)
                     wide.zero_()[tuple(map(slice, narrow.shape))] = narrow
+                    # A frozen tower, which was frozen before it came here, stays so.
                     wide.requires_grad_(narrow.requires_grad)
             new.register_load_state_dict_pre_hook(widen)
             setattr(block.mlp, name, new)

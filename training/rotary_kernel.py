@@ -19,6 +19,7 @@ def rotate_row(
     heads: tl.constexpr, half: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """One token: `heads` heads of two halves, in a block of HEADS x HALF, the powers of two that hold them."""
+    # In 64 bits: a row times its stride, of a long pack, may pass 2**31.
     row = tl.program_id(0).to(tl.int64)
     # One program a token: cos and sin, which all heads share, are read once, and no place is found by a division.
     head, column = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]

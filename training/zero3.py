@@ -15,14 +15,20 @@ from __future__ import annotations
 import contextlib
 import os
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from training import memory_plan
 from training.errors import PipelineError
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from transformers import PretrainedConfig
 
 # -----------------------------------------------------------------------------
 # Configuration: what the JSON leaves to us, `deepspeed` being the whole of it, `zero` its block zero_optimization
@@ -39,7 +45,7 @@ def bucket_size(deepspeed: dict | None) -> int:
     return REDUCED_AT_ONCE if asked == "auto" else int(asked)
 
 
-def may_be_whole(deepspeed: dict | None, config) -> tuple[bool, ...]:
+def may_be_whole(deepspeed: dict | None, config: PretrainedConfig) -> tuple[bool, ...]:
     """Whether weights may be gathered once per step, or by layers: both where the threshold is left to us."""
     asked = (deepspeed or {}).get("zero_optimization", {}).get(THRESHOLD, "auto")
     largest = config.get_text_config().vocab_size * config.get_text_config().hidden_size
@@ -169,7 +175,7 @@ def set_leaves(model: torch.nn.Module, classes: Sequence[str]) -> None:
     set_z3_leaf_modules(model, classes)
 
 
-def lean_steps(engine) -> None:
+def lean_steps(engine: DeepSpeedEngine) -> None:
     """(all ranks) Take from a step under ZeRO-3 what a GPU only waits for, or copies to no end.
 
     `engine` is DeepSpeed 0.19.8's; some methods of it and of its optimizer are replaced, on these instances alone:
@@ -231,7 +237,7 @@ def keep_gradient(self, parameter: torch.Tensor) -> None:
 WORTH_A_CALL = 1_000_000
 
 
-def stay_gathered(model: torch.nn.Module, optimizer) -> None:
+def stay_gathered(model: torch.nn.Module, optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
     """Gather all weights before a step's first layer, and release them after it.
 
     On one process they lie where their shards do, and are up to date as soon as those are. Stands for the hooks with
@@ -243,7 +249,8 @@ def stay_gathered(model: torch.nn.Module, optimizer) -> None:
     offload, parameters = optimizer.parameter_offload, list(model.parameters())
     step, release, alone = optimizer.step, optimizer._partition_all_parameters, optimizer.partition_count == 1
 
-    def gather_missing(module, inputs) -> None:  # after a checkpoint, too
+    # Looked for at every forward pass, since a checkpoint releases weights in between, too.
+    def gather_missing(module: torch.nn.Module, inputs: tuple) -> None:
         missing = [parameter for parameter in parameters if parameter.ds_status != ZeroParamStatus.AVAILABLE]
         large = [parameter for parameter in missing if parameter.ds_numel >= WORTH_A_CALL]
         small = [parameter for parameter in missing if parameter.ds_numel < WORTH_A_CALL]
@@ -263,7 +270,7 @@ def stay_gathered(model: torch.nn.Module, optimizer) -> None:
                 parameter.data = parameter.data.new_empty(0)
                 parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
 
-    def lean_step(closure=None) -> None:
+    def lean_step(closure: Callable | None = None) -> None:
         # For checkpoints DeepSpeed still does it its own way.
         optimizer._partition_all_parameters = release_what_is_no_view if alone else release_all
         try:
@@ -281,7 +288,7 @@ def stay_gathered(model: torch.nn.Module, optimizer) -> None:
         optimizer.persistent_parameters = []
 
 
-def step_was_applied(engine) -> bool:
+def step_was_applied(engine: DeepSpeedEngine) -> bool:
     """False after a step that DeepSpeed 0.19.8 left out, on all ranks: the norm of its gradients was no number."""
     # Its reported norm is no help: for a step whose gradients are all NaN it may be 1.0 under bf16.
     return engine.was_step_applied()

@@ -91,7 +91,7 @@ def test_packed_pages_give_the_models_own_loss_and_gradients(processor, model, f
 
 def test_the_fused_functions_need_few_graphs(processor, model, monkeypatch):
     """torch leaves a function as it is, and slow, that would need more than eight. They are counted, and nothing is
-    compiled: some layers are worked out twice, lengths change, gradients are followed or not."""
+    compiled: some layers are recomputed, lengths change, gradients are followed or not."""
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: compiled(function, backend="eager"))
     torch._dynamo.reset()
