@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -45,14 +46,15 @@ if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
 
 import torch
 from datasets import Dataset
-from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin, TrainingArguments
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 import use_model_from_hub as use
 from scoring.metrics import CHOOSING
 from training import attention, fast_layers, memory_plan, page_costs, zero3
 from training.base_model import BaseTensor, base_tensors, empty_model, fetch_base, load_config
 from training.best_weights import BestWeights
-from training.checkpoints import keep_earlier_checkpoints, newest_checkpoint
+from training.checkpoints import keep_earlier_results, newest_checkpoint
 from training.dataset import dataset_revision, load_pages, load_pages_from_disk, resolve_dataset
 from training.errors import (
     DataError,
@@ -66,18 +68,20 @@ from training.evaluation import Rendering, announce, keep_outputs, parts_of, sco
 from training.families import Family, Picture, family_of, trains_fast
 from training.final_folder import final_tensors, load_weights, save_final
 from training.packing import image_geometry, pack
-from training.page_order import PageSampler
+from training.page_order import PageSampler, write_page_order
 from training.processes import (
     agree,
     agreed_port,
     all_ranks_arrive,
     emergency_group,
+    is_main,
     least,
     on_each_machine,
     on_main,
     rank,
     same_everywhere,
     say,
+    say_from_here,
     together,
     world_size,
 )
@@ -525,120 +529,6 @@ class PageCollator:
 # Training
 
 
-def trainer_class(meter: Meter, collate: PageCollator, evaluator: Evaluator, costs: list[float]) -> type:
-    """The HF Trainer with an exact token mean, steps of equal cost, a line per step, and the base's shapes on disk."""
-    from transformers import Trainer  # here, so that --help need not load torch
-
-    plan = evaluator.tensors
-
-    class PageTrainer(Trainer):
-        def _get_train_sampler(self, train_dataset=None):
-            return PageSampler(costs, self.args)
-
-        def get_batch_samples(self, *arguments):
-            start = time.monotonic()
-            batches = super().get_batch_samples(*arguments)
-            meter.waited += time.monotonic() - start
-            return batches
-
-        def _get_num_items_in_batch(self, batch_samples, device):
-            packed = [{"labels": batch["targets"], "shift_labels": batch["targets"]} for batch in batch_samples]
-            return super()._get_num_items_in_batch(packed, device)
-
-        def floating_point_ops(self, inputs):
-            return 0  # counted by page_flops; the Trainer's own count walks through all modules at every micro-batch
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            meter.count(inputs, collate.encoder.image_token_id)
-            if collate.packed:
-                load = (inputs["input_ids"].numel(), len(inputs["pixel_values"]), len(inputs["targets"]))
-                self.heaviest = max(getattr(self, "heaviest", load), load)
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-        def log(self, logs, start_time=None):
-            if "loss" in logs:
-                if not math.isfinite(logs["loss"]):  # the mean over all ranks, which all of them see
-                    raise NotFiniteError(NOT_FINITE.format(f"loss is {logs['loss']},", self.state.global_step))
-                logs |= meter.read(self.args)
-                say(log_line(logs, self.state))
-            super().log(logs, start_time)
-
-        def _save(self, output_dir=None, state_dict=None):
-            # Adapters alone are saved as they are; ranks that write nothing hold placeholders under ZeRO-3.
-            if self.args.should_save and not hasattr(self.model, "peft_config"):
-                shapes = {tensor.name: tensor.shape for tensor in plan.values()}
-                whole = self.model.state_dict() if state_dict is None else state_dict
-                state_dict = {
-                    name: fast_layers.narrowed(value, shapes[name]).contiguous() if name in shapes else value
-                    for name, value in whole.items()
-                }
-            super()._save(output_dir, state_dict=state_dict)
-
-        def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-            if hasattr(self.model, "peft_config"):
-                return super()._load_from_checkpoint(resume_from_checkpoint, model)
-            load_weights(self.model if model is None else model, Path(resume_from_checkpoint), evaluator.settings)
-
-    if collate.config is None or not collate.packed:
-        del PageTrainer._get_num_items_in_batch
-    return PageTrainer
-
-
-def make_trainer(args, model, collate: PageCollator, pages, stop: StopRequest, evaluator: Evaluator, fit: Fit, save):
-    """The Trainer and what happens at the end of each of its steps."""
-    from transformers import TrainerCallback
-    from transformers.trainer_callback import PrinterCallback
-
-    every = evaluator.settings.eval_every
-
-    class Steps(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            fit(trainer, collate, pages, evaluator.pages)
-            release_memory()
-            gc.freeze()  # what is there by now stays; looking through it again costs 0.3 s each time
-            meter.__init__()
-
-        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-            # DDP has averaged them, so every rank sees the same. fp16 overflows now and then; its scaler skips those.
-            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-            if not args.fp16 and not torch.nn.utils.get_total_norm(gradients).isfinite():
-                raise NotFiniteError(NOT_FINITE.format("gradients are", state.global_step + 1))
-
-        def on_step_end(self, args, state, control, **kwargs):
-            meter.steps += 1
-            if args.deepspeed and not args.fp16 and not zero3.step_was_applied(trainer.model_wrapped):
-                raise NotFiniteError(NOT_FINITE.format("gradients are", state.global_step))
-            if world_size() == 1 and not args.deepspeed and memory_is_tight():
-                release_memory()
-            if agree(bool(stop.signal), args.device):
-                control.should_save = control.should_training_stop = True
-                stop.signal = stop.signal or signal.SIGTERM
-            elif every and state.global_step % every == 0 and state.global_step < state.max_steps:
-                with meter.pause():
-                    control.should_training_stop |= evaluator.step(state.global_step, save)
-
-    meter, costs = Meter(), costs_of(model.config, pages, collate.encoder)
-    trainer = trainer_class(meter, collate, evaluator, costs)(
-        model=model,
-        args=args,
-        data_collator=collate,
-        train_dataset=pages,
-        processing_class=collate.processor,  # saved with each checkpoint, which --base_model then takes
-        callbacks=[Steps()],
-    )
-    if rank() == 0:  # which page was trained on in which step of the first epoch
-        steps = enumerate(PageSampler(costs, args).steps(), start=1)
-        names = pages.select_columns(["name"])["name"]
-        lines = ({"step": step, "pages": [names[page] for group in groups for page in group]} for step, groups in steps)
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (Path(args.output_dir) / "page_order.jsonl").write_text(text, encoding="utf-8")
-    trainer.remove_callback(PrinterCallback)  # it prints the dictionary that log_line puts into words
-    # Qwen2.5-VL declares False, and the Trainer would average micro-batch means: an 8-token page as heavy as a
-    # 4,000-token one. Its forward does take num_items_in_batch, so the loss is the mean over all supervised tokens.
-    trainer.model_accepts_loss_kwargs = True
-    return trainer
-
-
 def costs_of(config, pages, encoder: PageEncoder) -> list[float]:
     """Floating-point operations of each page, from its counted tokens alone."""
     counted = pages.select_columns(["html_tokens", "image_tokens"])
@@ -648,7 +538,127 @@ def costs_of(config, pages, encoder: PageEncoder) -> list[float]:
 NOT_FINITE = "the {} not finite at step {}, which was left out; lower --learning_rate"
 
 
-def train(trainer, settings: PageSettings, stop: StopRequest, save: Callable[[Path], None]):
+class PageTrainer(Trainer):
+    """The HF Trainer with an exact token mean, steps of equal cost, a line per step, and the base's shapes on disk.
+
+    `costs` are the operations of each training page, `tensors` what the base checkpoint holds.
+    """
+
+    def __init__(self, costs: list[float], tensors: dict[str, BaseTensor], settings: PageSettings, **options):
+        super().__init__(**options)
+        self.costs, self.settings, self.meter = costs, settings, Meter()
+        self.shapes = {tensor.name: tensor.shape for tensor in tensors.values()}
+        self.heaviest = (0, 0, 0)  # tokens, patches and supervised tokens of the heaviest batch of this rank
+        # Qwen2.5-VL declares False, and the Trainer would average micro-batch means: an 8-token page as heavy as a
+        # 4,000-token one. Its forward does take num_items_in_batch, so the loss is the mean over all supervised tokens.
+        self.model_accepts_loss_kwargs = True
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> PageSampler:
+        return PageSampler(self.costs, self.args)
+
+    def get_batch_samples(self, *arguments):
+        start = time.monotonic()
+        batches = super().get_batch_samples(*arguments)
+        self.meter.waited += time.monotonic() - start
+        return batches
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device):
+        if self.data_collator.packed:  # whose labels are `targets` alone, already shifted
+            batch_samples = [{"labels": b["targets"], "shift_labels": b["targets"]} for b in batch_samples]
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def floating_point_ops(self, inputs: dict) -> int:
+        return 0  # counted by page_flops; the Trainer's own count walks through all modules at every micro-batch
+
+    def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
+        self.meter.count(inputs, self.data_collator.encoder.image_token_id)
+        if self.data_collator.packed:
+            load = (inputs["input_ids"].numel(), len(inputs["pixel_values"]), len(inputs["targets"]))
+            self.heaviest = max(self.heaviest, load)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def log(self, logs: dict, start_time: float | None = None) -> None:
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):  # the mean over all ranks, which all of them see
+                raise NotFiniteError(NOT_FINITE.format(f"loss is {logs['loss']},", self.state.global_step))
+            logs |= self.meter.read(self.args)
+            say(log_line(logs, self.state))
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # Adapters alone are saved as they are; ranks that write nothing hold placeholders under ZeRO-3.
+        if self.args.should_save and not hasattr(self.model, "peft_config"):
+            whole, shapes = self.model.state_dict() if state_dict is None else state_dict, self.shapes
+            state_dict = {
+                name: fast_layers.narrowed(value, shapes[name]).contiguous() if name in shapes else value
+                for name, value in whole.items()
+            }
+        super()._save(output_dir, state_dict=state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
+        if hasattr(self.model, "peft_config"):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_weights(self.model if model is None else model, Path(resume_from_checkpoint), self.settings)
+
+
+class Steps(TrainerCallback):
+    """What happens before the first step and at the end of each: the fit, finite gradients, stopping, judging."""
+
+    def __init__(self, stop: StopRequest, evaluator: Evaluator, fit: Fit, save: Callable[[Path], None]):
+        self.stop, self.evaluator, self.fit, self.save = stop, evaluator, fit, save
+        self.trainer: PageTrainer | None = None  # which has to exist first; `make_trainer` tells
+
+    def on_train_begin(self, args, state, control, **unused) -> None:
+        trainer = self.trainer
+        self.fit(trainer, trainer.data_collator, trainer.train_dataset, self.evaluator.pages)
+        release_memory()
+        gc.freeze()  # what is there by now stays; looking through it again costs 0.3 s each time
+        trainer.meter.reset()
+
+    def on_pre_optimizer_step(self, args, state, control, model, **unused) -> None:
+        # DDP has averaged them, so every rank sees the same. fp16 overflows now and then; its scaler skips those.
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if not args.fp16 and not torch.nn.utils.get_total_norm(gradients).isfinite():
+            raise NotFiniteError(NOT_FINITE.format("gradients are", state.global_step + 1))
+
+    def on_step_end(self, args, state, control, **unused) -> None:
+        every, trainer = self.evaluator.settings.eval_every, self.trainer
+        trainer.meter.steps += 1
+        if args.deepspeed and not args.fp16 and not zero3.step_was_applied(trainer.model_wrapped):
+            raise NotFiniteError(NOT_FINITE.format("gradients are", state.global_step))
+        if world_size() == 1 and not args.deepspeed and memory_is_tight():
+            release_memory()
+        if agree(bool(self.stop.signal), args.device):
+            control.should_save = control.should_training_stop = True
+            self.stop.signal = self.stop.signal or signal.SIGTERM
+        elif every and state.global_step % every == 0 and state.global_step < state.max_steps:
+            with trainer.meter.pause():
+                control.should_training_stop |= self.evaluator.step(state.global_step, self.save)
+
+
+def make_trainer(
+    args: TrainingArguments, model: PreTrainedModel, collate: PageCollator, pages: Dataset, steps: Steps
+) -> PageTrainer:
+    """(all ranks) The Trainer with its steps; the main process notes which page is trained on when."""
+    costs = costs_of(model.config, pages, collate.encoder)
+    steps.trainer = trainer = PageTrainer(
+        costs,
+        steps.evaluator.tensors,
+        steps.evaluator.settings,
+        model=model,
+        args=args,
+        data_collator=collate,
+        train_dataset=pages,
+        processing_class=collate.processor,  # saved with each checkpoint, which --base_model then takes
+        callbacks=[steps],
+    )
+    trainer.remove_callback(PrinterCallback)  # it prints the dictionary that log_line puts into words
+    if is_main():
+        write_page_order(PageSampler(costs, args), pages, Path(args.output_dir) / "page_order.jsonl")
+    return trainer
+
+
+def train(trainer: PageTrainer, settings: PageSettings, stop: StopRequest, save: Callable[[Path], None]):
     """(all ranks) Train; when it fails, leave an emergency checkpoint wherever all ranks can take part."""
     args = trainer.args
     checkpoint = newest_checkpoint(args.output_dir) if settings.resume else args.resume_from_checkpoint
@@ -657,24 +667,31 @@ def train(trainer, settings: PageSettings, stop: StopRequest, save: Callable[[Pa
     emergency_group()
     started = int(Path(checkpoint).name.split("-")[-1]) if checkpoint else 0
     if world_size() > 1:
-        print(f"rank {rank()} of {world_size()} on {args.device}, process {os.getpid()}", flush=True)
+        say_from_here(f"of {world_size()} on {args.device}, process {os.getpid()}")
     try:
         with stop:
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
-        print(f"rank {rank()}: training failed: {type(error).__name__}: {error}", flush=True)
-        trained = trainer.state.global_step > started  # or the weights are only the base's, and not worth keeping
-        if trained and not is_out_of_memory(error) and all_ranks_arrive():
-            save(Path(EMERGENCY_FOLDER))
-            say(f"emergency checkpoint: ./{EMERGENCY_FOLDER} has the weights as they were; --base_model takes it")
+        say_from_here(f"training failed: {type(error).__name__}: {error}")
+        # Before the first step the weights are only the base's, and not worth keeping.
+        if trainer.state.global_step > started and all_ranks_arrive():
+            leave_emergency_checkpoint(error, save)
         raise
     if stop.signal:
         raise StoppedError(f"stopped by a signal at step {trainer.state.global_step}; --resume goes on from there")
     return result
 
 
-# -----------------------------------------------------------------------------
-# Saving
+def leave_emergency_checkpoint(error: Exception, save: Callable[[Path], None]) -> None:
+    """(all ranks) The weights as they are. Where memory ran out, what the failed step still held is let go first."""
+    traceback.clear_frames(error.__traceback__)
+    release_memory()
+    try:
+        save(Path(EMERGENCY_FOLDER))
+    except Exception as second:  # said, and the first failure is raised again by the caller: it is what ends the run
+        say_from_here(f"no emergency checkpoint: {type(second).__name__}: {second}")
+    else:
+        say(f"emergency checkpoint: ./{EMERGENCY_FOLDER} has the weights as they were; --base_model takes it")
 
 
 # -----------------------------------------------------------------------------
@@ -941,7 +958,7 @@ def run(argv: list[str]) -> None:
 def fine_tune(resolved: Resolved, args, base: Path, processor, encoder: PageEncoder, pages: Pages) -> None:
     """(all ranks) From checked pages to a trained, saved, judged and published model."""
     settings, training = resolved.settings, pages.training
-    keep_earlier_checkpoints(Path(args.output_dir), resumes=bool(settings.resume or args.resume_from_checkpoint))
+    keep_earlier_results(Path(args.output_dir), resumes=bool(settings.resume or args.resume_from_checkpoint))
     memory = choose_micro_batch(args, settings, load_config(base, settings), training, encoder)
     say_batch(args)
     start = time.monotonic()
@@ -969,7 +986,7 @@ def fine_tune(resolved: Resolved, args, base: Path, processor, encoder: PageEnco
         save_final(model, tensors, base, processor, recipe, folder)
 
     stop = StopRequest()
-    trainer = make_trainer(args, model, collate, training, stop, evaluator, fit, save)
+    trainer = make_trainer(args, model, collate, training, Steps(stop, evaluator, fit, save))
     start = time.monotonic()
     result = train(trainer, settings, stop, save)
     seconds = time.monotonic() - start
@@ -1051,8 +1068,6 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         code = exit_code(error)
         if code in (1, 83) and not isinstance(error, PipelineError):
-            import traceback
-
             traceback.print_exc()
         hints = {
             81: "\nThe disk is full: free some space, or give another --output_dir.",
