@@ -157,7 +157,7 @@ def make_fast(model, settings: PageSettings, args, sharded: bool) -> None:
     width = fast_layers.align_vision_mlp(model)
     fast_layers.install(model, fuse)
     if sharded:
-        zero3.set_leaves(model, fast_layers.LEAVES)
+        zero3.set_leaves(model, fast_layers.architecture_of(model).leaves)
     fused = "fused" if fuse else f"not fused ({obstacle or 'as asked'})"
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     kernel = attention.attention_words(model.config, args.device.type, dtype)
