@@ -8,7 +8,7 @@ import torch
 from conftest import make_config, make_processor, page_html
 
 import holo1_dom_finetune as pipeline
-from training import fast_layers, loss, memory_plan, page_costs
+from training import fast_layers, loss, memory_fit, memory_plan, page_costs
 from training.base_model import BaseTensor
 from training.families import FAMILIES, family_of, trains_fast
 from training.final_folder import final_tensors
@@ -97,7 +97,7 @@ def test_the_fused_functions_need_few_graphs(processor, model, monkeypatch):
     torch._dynamo.reset()
     twin = fast_twin(model, fuse=True).train()
     twin.gradient_checkpointing_enable({"use_reentrant": False})
-    pipeline.checkpoint_some_layers(twin, 0.5)
+    memory_fit.checkpoint_some_layers(twin, 0.5)
     with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
         for count in (3, 2, 4):
             batch = collate(processor, pages(count, seed=count), packed=True)
