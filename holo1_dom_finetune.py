@@ -14,8 +14,6 @@ scoring/ stand beside it. (all ranks) marks what every process must call togethe
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import gc
 import hashlib
 import json
@@ -23,13 +21,11 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
-from functools import cached_property
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from training.settings import (
@@ -45,39 +41,54 @@ from training.settings import (
 if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
     parse(sys.argv[1:])  # answers and ends here: torch, and all that needs it, takes seconds to load
 
+import torch
+from datasets import Dataset
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
 import use_model_from_hub as use
+from scoring.metrics import CHOOSING
 from training import attention, fast_layers, page_costs, zero3
-from training import dataset as page_data
 from training.base_model import BaseTensor, base_tensors, empty_model, fetch_base, load_config
-from training.checkpoints import keep_earlier_checkpoints, newest_checkpoint
+from training.best_weights import BestWeights
+from training.checkpoints import keep_earlier_results, newest_checkpoint
+from training.dataset import load_pages, load_pages_from_disk
 from training.errors import (
+    HINTS,
     DataError,
     NotFiniteError,
     PipelineError,
     SettingsError,
     StoppedError,
+    exit_code,
     is_out_of_memory,
 )
+from training.evaluation import Rendering, announce, keep_outputs, parts_of, score_held_out, write_held_out
 from training.families import Family, Picture, family_of, trains_fast
 from training.final_folder import final_tensors, load_weights, save_final
 from training.memory_fit import Fit, choose_micro_batch, compare_with_plan, costs_of, print_plan
+from training.model_card import derived_licence, write_model_card
 from training.packing import image_geometry, pack
-from training.page_order import PageSampler
+from training.page_order import PageSampler, write_page_order
 from training.processes import (
     agree,
     all_ranks_arrive,
     emergency_group,
-    gather,
+    is_main,
     on_each_machine,
     on_main,
     rank,
+    report_end,
     same_everywhere,
     say,
+    say_from_here,
     world_size,
 )
 from training.progress import Meter, draw_loss, log_line, memory_is_tight, release_memory, say_memory
 from training.prompt_and_mask import IGNORED, PageEncoder, colour_supervision, count_tokens
-from training.publishing import check_hub_access, derived_licence, push_final_folder, write_model_card
+from training.publishing import check_hub_access, push_final_folder
+from training.recipe import gather_facts, make_recipe
+from training.results import Results
 from training.stopping import StopRequest
 
 HERE = Path(__file__).resolve().parent
@@ -102,9 +113,7 @@ def load_processor(base: Path, settings: PageSettings):
 
 def load_model(base: Path, settings: PageSettings, args):
     """(all ranks) The model to train. Under ZeRO-3 every rank holds its part from the first moment."""
-    import torch
     from transformers import AutoModelForImageTextToText
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     config = load_config(base, settings)
     family = family_of(config)
@@ -122,15 +131,13 @@ def load_model(base: Path, settings: PageSettings, args):
         model = AutoModelForImageTextToText.from_config(config, **options)
     else:
         model = AutoModelForImageTextToText.from_pretrained(base, **options)
-    if is_deepspeed_zero3_enabled():
-        if not all(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-            raise PipelineError("ZeRO-3 is on, yet the weights were not sharded while loading")
-        model._weight_conversions = None  # else saving reverses renamings that never happened (transformers 5.23)
-    for part in family.vision_modules(model):
-        if settings.freeze_vision:
-            part.requires_grad_(False)
+    if zero3.is_on():
+        zero3.check_sharded(model)
+        zero3.forget_renamings(model)
+    for part in family.vision_modules(model) if settings.freeze_vision else ():
+        part.requires_grad_(False)
     if trains_fast(model.config, settings):
-        make_fast(model, settings, args, is_deepspeed_zero3_enabled())
+        make_fast(model, settings, args, zero3.is_on())
     if frozen_base:
         model = add_adapters(model, settings, args.seed)
     model.config.get_text_config().use_cache = (
@@ -141,8 +148,6 @@ def load_model(base: Path, settings: PageSettings, args):
 
 def make_fast(model, settings: PageSettings, args, sharded: bool) -> None:
     """(all ranks) Everything of training/fast_layers.py, and a line that says what runs and what could not."""
-    import torch
-
     obstacle = fast_layers.can_fuse() if settings.fuse == "auto" else ""
     fuse = settings.fuse == "yes" or (settings.fuse == "auto" and not obstacle)
     if fuse:
@@ -151,7 +156,7 @@ def make_fast(model, settings: PageSettings, args, sharded: bool) -> None:
     width = fast_layers.align_vision_mlp(model)
     fast_layers.install(model, fuse)
     if sharded:
-        zero3.set_leaves(model, fast_layers.LEAVES)
+        zero3.set_leaves(model, fast_layers.architecture_of(model).leaves)
     fused = "fused" if fuse else f"not fused ({obstacle or 'as asked'})"
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     kernel = attention.attention_words(model.config, args.device.type, dtype)
@@ -176,7 +181,6 @@ def add_adapters(model, settings: PageSettings, seed: int):
 
     Adapters begin at random, the same ones in every run and on every rank with this seed.
     """
-    import torch
     from peft import LoraConfig, get_peft_model
 
     wanted = family_of(model.config).adapters
@@ -247,8 +251,6 @@ class PageCollator:
 
     def pad(self, rows: list[tuple[list[int], list[int]]]) -> dict:
         """`input_ids`, `labels`, `attention_mask` and, where the family needs them, `mm_token_type_ids`, all (B, T)."""
-        import torch
-
         longest = max(len(ids) for ids, _ in rows)
         token = self.processor.tokenizer.pad_token_id
         input_ids = torch.tensor([ids + [token] * (longest - len(ids)) for ids, _ in rows])
@@ -313,126 +315,130 @@ class PageCollator:
 # Training
 
 
-def trainer_class(meter: Meter, collate: PageCollator, judge: Judge, costs: list[float]) -> type:
-    """The HF Trainer with an exact token mean, steps of equal cost, a line per step, and the base's shapes on disk."""
-    from transformers import Trainer  # here, so that --help need not load torch
-
-    plan = judge.plan
-
-    class PageTrainer(Trainer):
-        def _get_train_sampler(self, train_dataset=None):
-            return PageSampler(costs, self.args)
-
-        def get_batch_samples(self, *arguments):
-            start = time.monotonic()
-            batches = super().get_batch_samples(*arguments)
-            meter.waited += time.monotonic() - start
-            return batches
-
-        def _get_num_items_in_batch(self, batch_samples, device):
-            packed = [{"labels": batch["targets"], "shift_labels": batch["targets"]} for batch in batch_samples]
-            return super()._get_num_items_in_batch(packed, device)
-
-        def floating_point_ops(self, inputs):
-            return 0  # counted by page_flops; the Trainer's own count walks through all modules at every micro-batch
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            meter.count(inputs, collate.encoder.image_token_id)
-            if collate.packed:
-                load = (inputs["input_ids"].numel(), len(inputs["pixel_values"]), len(inputs["targets"]))
-                self.heaviest = max(getattr(self, "heaviest", load), load)
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-        def log(self, logs, start_time=None):
-            if "loss" in logs:
-                if not math.isfinite(logs["loss"]):  # the mean over all ranks, which all of them see
-                    raise NotFiniteError(NOT_FINITE.format(f"loss is {logs['loss']},", self.state.global_step))
-                logs |= meter.read(self.args)
-                say(log_line(logs, self.state))
-            super().log(logs, start_time)
-
-        def _save(self, output_dir=None, state_dict=None):
-            # Adapters alone are saved as they are; ranks that write nothing hold placeholders under ZeRO-3.
-            if self.args.should_save and not hasattr(self.model, "peft_config"):
-                shapes = {tensor.name: tensor.shape for tensor in plan.values()}
-                whole = self.model.state_dict() if state_dict is None else state_dict
-                state_dict = {
-                    name: fast_layers.narrowed(value, shapes[name]).contiguous() if name in shapes else value
-                    for name, value in whole.items()
-                }
-            super()._save(output_dir, state_dict=state_dict)
-
-        def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-            if hasattr(self.model, "peft_config"):
-                return super()._load_from_checkpoint(resume_from_checkpoint, model)
-            load_weights(self.model if model is None else model, Path(resume_from_checkpoint), judge.settings)
-
-    if collate.config is None or not collate.packed:
-        del PageTrainer._get_num_items_in_batch
-    return PageTrainer
+NOT_FINITE = "the {} not finite at step {}, which was left out; lower --learning_rate"
 
 
-def make_trainer(args, model, collate: PageCollator, pages, stop: StopRequest, judge: Judge, fit: Fit, save):
-    """The Trainer and what happens at the end of each of its steps."""
-    import torch
-    from transformers import TrainerCallback
-    from transformers.trainer_callback import PrinterCallback
+class PageTrainer(Trainer):
+    """The HF Trainer with an exact token mean, steps of equal cost, a line per step, and the base's shapes on disk.
 
-    every = judge.settings.eval_every
+    `costs` are the operations of each training page, `tensors` what the base checkpoint holds.
+    """
 
-    class Steps(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            fit(trainer, collate, pages, judge.pages)
+    def __init__(self, costs: list[float], tensors: dict[str, BaseTensor], settings: PageSettings, **options):
+        super().__init__(**options)
+        self.costs, self.settings, self.meter = costs, settings, Meter()
+        self.shapes = {tensor.name: tensor.shape for tensor in tensors.values()}
+        self.heaviest = (0, 0, 0)  # tokens, patches and supervised tokens of the heaviest batch of this rank
+        # Qwen2.5-VL declares False, and the Trainer would average micro-batch means: an 8-token page as heavy as a
+        # 4,000-token one. Its forward does take num_items_in_batch, so the loss is the mean over all supervised tokens.
+        self.model_accepts_loss_kwargs = True
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> PageSampler:
+        return PageSampler(self.costs, self.args)
+
+    def get_batch_samples(self, *arguments):
+        start = time.monotonic()
+        batches = super().get_batch_samples(*arguments)
+        self.meter.waited += time.monotonic() - start
+        return batches
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device):
+        if self.data_collator.packed:  # whose labels are `targets` alone, already shifted
+            batch_samples = [{"labels": b["targets"], "shift_labels": b["targets"]} for b in batch_samples]
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def floating_point_ops(self, inputs: dict) -> int:
+        return 0  # counted by page_flops; the Trainer's own count walks through all modules at every micro-batch
+
+    def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
+        self.meter.count(inputs, self.data_collator.encoder.image_token_id)
+        if self.data_collator.packed:
+            load = (inputs["input_ids"].numel(), len(inputs["pixel_values"]), len(inputs["targets"]))
+            self.heaviest = max(self.heaviest, load)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def log(self, logs: dict, start_time: float | None = None) -> None:
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):  # the mean over all ranks, which all of them see
+                raise NotFiniteError(NOT_FINITE.format(f"loss is {logs['loss']},", self.state.global_step))
+            logs |= self.meter.read(self.args)
+            say(log_line(logs, self.state))
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # Adapters alone are saved as they are; ranks that write nothing hold placeholders under ZeRO-3.
+        if self.args.should_save and not hasattr(self.model, "peft_config"):
+            whole, shapes = self.model.state_dict() if state_dict is None else state_dict, self.shapes
+            state_dict = {
+                name: fast_layers.narrowed(value, shapes[name]).contiguous() if name in shapes else value
+                for name, value in whole.items()
+            }
+        super()._save(output_dir, state_dict=state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
+        if hasattr(self.model, "peft_config"):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_weights(self.model if model is None else model, Path(resume_from_checkpoint), self.settings)
+
+
+class Steps(TrainerCallback):
+    """What happens before the first step and at the end of each: the fit, finite gradients, stopping, judging."""
+
+    def __init__(self, stop: StopRequest, evaluator: Evaluator, fit: Fit, save: Callable[[Path], None]):
+        self.stop, self.evaluator, self.fit, self.save = stop, evaluator, fit, save
+        self.trainer: PageTrainer | None = None  # which has to exist first; `make_trainer` tells
+
+    def on_train_begin(self, args, state, control, **unused) -> None:
+        trainer = self.trainer
+        self.fit(trainer, trainer.data_collator, trainer.train_dataset, self.evaluator.pages)
+        release_memory()
+        gc.freeze()  # what is there by now stays; looking through it again costs 0.3 s each time
+        trainer.meter.reset()
+
+    def on_pre_optimizer_step(self, args, state, control, model, **unused) -> None:
+        # DDP has averaged them, so every rank sees the same. fp16 overflows now and then; its scaler skips those.
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if not args.fp16 and not torch.nn.utils.get_total_norm(gradients).isfinite():
+            raise NotFiniteError(NOT_FINITE.format("gradients are", state.global_step + 1))
+
+    def on_step_end(self, args, state, control, **unused) -> None:
+        every, trainer = self.evaluator.settings.eval_every, self.trainer
+        trainer.meter.steps += 1
+        if args.deepspeed and not args.fp16 and not zero3.step_was_applied(trainer.model_wrapped):
+            raise NotFiniteError(NOT_FINITE.format("gradients are", state.global_step))
+        if world_size() == 1 and not args.deepspeed and memory_is_tight():
             release_memory()
-            gc.freeze()  # what is there by now stays; looking through it again costs 0.3 s each time
-            meter.__init__()
+        if agree(bool(self.stop.signal), args.device):
+            control.should_save = control.should_training_stop = True
+            self.stop.signal = self.stop.signal or signal.SIGTERM
+        elif every and state.global_step % every == 0 and state.global_step < state.max_steps:
+            with trainer.meter.pause():
+                control.should_training_stop |= self.evaluator.step(state.global_step, self.save)
 
-        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-            # DDP has averaged them, so every rank sees the same. fp16 overflows now and then; its scaler skips those.
-            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-            if not args.fp16 and not torch.nn.utils.get_total_norm(gradients).isfinite():
-                raise NotFiniteError(NOT_FINITE.format("gradients are", state.global_step + 1))
 
-        def on_step_end(self, args, state, control, **kwargs):
-            meter.steps += 1
-            # DeepSpeed 0.19.8 leaves a step out, on all ranks, when the norm of its gradients is no number.
-            if args.deepspeed and not args.fp16 and not trainer.model_wrapped.was_step_applied():
-                raise NotFiniteError(NOT_FINITE.format("gradients are", state.global_step))
-            if world_size() == 1 and not args.deepspeed and memory_is_tight():
-                release_memory()
-            if agree(bool(stop.signal), args.device):
-                control.should_save = control.should_training_stop = True
-                stop.signal = stop.signal or signal.SIGTERM
-            elif every and state.global_step % every == 0 and state.global_step < state.max_steps:
-                with meter.pause():
-                    control.should_training_stop |= judge.step(state.global_step, save)
-
-    meter, costs = Meter(), costs_of(model.config, pages, collate.encoder)
-    trainer = trainer_class(meter, collate, judge, costs)(
+def make_trainer(
+    args: TrainingArguments, model: PreTrainedModel, collate: PageCollator, pages: Dataset, steps: Steps
+) -> PageTrainer:
+    """(all ranks) The Trainer with its steps; the main process notes which page is trained on when."""
+    costs = costs_of(model.config, pages, collate.encoder)
+    steps.trainer = trainer = PageTrainer(
+        costs,
+        steps.evaluator.tensors,
+        steps.evaluator.settings,
         model=model,
         args=args,
         data_collator=collate,
         train_dataset=pages,
         processing_class=collate.processor,  # saved with each checkpoint, which --base_model then takes
-        callbacks=[Steps()],
+        callbacks=[steps],
     )
-    if rank() == 0:  # which page was trained on in which step of the first epoch
-        steps = enumerate(PageSampler(costs, args).steps(), start=1)
-        names = pages.select_columns(["name"])["name"]
-        lines = ({"step": step, "pages": [names[page] for group in groups for page in group]} for step, groups in steps)
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (Path(args.output_dir) / "page_order.jsonl").write_text(text, encoding="utf-8")
     trainer.remove_callback(PrinterCallback)  # it prints the dictionary that log_line puts into words
-    # Qwen2.5-VL declares False, and the Trainer would average micro-batch means: an 8-token page as heavy as a
-    # 4,000-token one. Its forward does take num_items_in_batch, so the loss is the mean over all supervised tokens.
-    trainer.model_accepts_loss_kwargs = True
+    if is_main():
+        write_page_order(PageSampler(costs, args), pages, Path(args.output_dir) / "page_order.jsonl")
     return trainer
 
 
-NOT_FINITE = "the {} not finite at step {}, which was left out; lower --learning_rate"
-
-
-def train(trainer, settings: PageSettings, stop: StopRequest, save: Callable[[Path], None]):
+def train(trainer: PageTrainer, settings: PageSettings, stop: StopRequest, save: Callable[[Path], None]):
     """(all ranks) Train; when it fails, leave an emergency checkpoint wherever all ranks can take part."""
     args = trainer.args
     checkpoint = newest_checkpoint(args.output_dir) if settings.resume else args.resume_from_checkpoint
@@ -441,38 +447,44 @@ def train(trainer, settings: PageSettings, stop: StopRequest, save: Callable[[Pa
     emergency_group()
     started = int(Path(checkpoint).name.split("-")[-1]) if checkpoint else 0
     if world_size() > 1:
-        print(f"rank {rank()} of {world_size()} on {args.device}, process {os.getpid()}", flush=True)
+        say_from_here(f"of {world_size()} on {args.device}, process {os.getpid()}")
     try:
         with stop:
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
-        print(f"rank {rank()}: training failed: {type(error).__name__}: {error}", flush=True)
-        trained = trainer.state.global_step > started  # or the weights are only the base's, and not worth keeping
-        if trained and not is_out_of_memory(error) and all_ranks_arrive():
-            save(Path(EMERGENCY_FOLDER))
-            say(f"emergency checkpoint: ./{EMERGENCY_FOLDER} has the weights as they were; --base_model takes it")
+        say_from_here(f"training failed: {type(error).__name__}: {error}")
+        # Before the first step the weights are only the base's, and not worth keeping.
+        if trainer.state.global_step > started and all_ranks_arrive():
+            leave_emergency_checkpoint(error, save)
         raise
     if stop.signal:
         raise StoppedError(f"stopped by a signal at step {trainer.state.global_step}; --resume goes on from there")
     return result
 
 
-# -----------------------------------------------------------------------------
-# Saving
+def leave_emergency_checkpoint(error: Exception, save: Callable[[Path], None]) -> None:
+    """(all ranks) The weights as they are. Where memory ran out, what the failed step still held is let go first."""
+    traceback.clear_frames(error.__traceback__)
+    release_memory()
+    try:
+        save(Path(EMERGENCY_FOLDER))
+    except Exception as second:  # said, and the first failure is raised again by the caller: it is what ends the run
+        say_from_here(f"no emergency checkpoint: {type(second).__name__}: {second}")
+    else:
+        say(f"emergency checkpoint: ./{EMERGENCY_FOLDER} has the weights as they were; --base_model takes it")
 
 
 # -----------------------------------------------------------------------------
 # Evaluation
 
 
-def evaluation_model(model, plan: dict[str, BaseTensor], base: Path, settings: PageSettings, device):
+def evaluation_model(
+    model: PreTrainedModel, tensors: dict[str, BaseTensor], base: Path, settings: PageSettings, device: torch.device
+) -> PreTrainedModel:
     """(all ranks) A whole copy on each rank, of the very tensors that saving would write, as users will load it.
 
     `generate` on sharded weights gathers all of them again for every token; a copy gathers once (7 GiB for 3B).
     """
-    import torch
-    from transformers import GenerationConfig
-
     dtype = use.best_dtype(device.type)
     # Made on the CPU, as a user's model is: the rotary frequencies, computed on a GPU, differ in the last bit.
     copy = empty_model(base, "cpu", dtype, settings.trust_remote_code).to(device)
@@ -480,176 +492,73 @@ def evaluation_model(model, plan: dict[str, BaseTensor], base: Path, settings: P
         copy.generation_config = GenerationConfig.from_pretrained(base)
     slots = dict(copy.state_dict())
     with torch.no_grad():
-        for _, tensor, value in final_tensors(model, plan):
+        for _, tensor, value in final_tensors(model, tensors):
             slots[tensor.name].copy_(value)
     return copy.eval()
 
 
-def write_held_out(model, processor, pages, recipe: use.Recipe, batch: int) -> list[dict]:
-    """(all ranks) Each rank writes its share of the held-out pages; every rank gets all of them, in order."""
-    # Pages of like length together: a batch is written until its longest page ends.
-    order = sorted(range(len(pages)), key=lambda place: -len(pages[place]["html"]))
-    rows, mine, start = [], order[rank() :: world_size()], time.monotonic()
-    while mine:
-        places = mine[:batch]
-        screenshots = [use.open_screenshot(pages[place]["screenshot"]) for place in places]
-        try:
-            with zero3.plain_linear():
-                written = use.write_pages(model, processor, screenshots, recipe)
-        except Exception as error:
-            if not is_out_of_memory(error) or batch == 1:
-                raise
-            batch = max(1, batch // 2)
-            print(f"evaluation: memory ran out, going on with {batch} pages at once", flush=True)
-            release_memory()
-            continue
-        mine = mine[len(places) :]
-        rows += [{"place": place, **asdict(page)} for place, page in zip(places, written)]
-        say(f"  {len(rows)} of {len(rows) + len(mine)} pages written")
-    seconds = time.monotonic() - start
-    shares = gather((rows, seconds))
-    slowest = max(seconds for _, seconds in shares)
-    rows = sorted((row for rows, _ in shares for row in rows), key=lambda row: row["place"])
-    return [{**row, "seconds": slowest} for row in rows]
+class Evaluator:
+    """Judges the weights as they are now: `evaluate("after")` writes, renders, scores, keeps and says."""
 
-
-def score_held_out(rows: list[dict], pages) -> dict:
-    """Shares over all pages, and each page's own outcome. `shuffled_exact` compares each answer with the next page's
-    reference, as if the screenshots had been shuffled: a model that does not look at them scores as high there.
-    Greedy answers depend on the screenshot alone, so the same answers serve."""
-    from scoring.statistics import summarise
-    from scoring.validity import looping, same_html, validity
-
-    scored = []
-    for row, page in zip(rows, pages):
-        found = validity(row["html"])
-        scored.append(
-            {
-                "page": page["name"],
-                "valid": found.valid and not row["cut_off"],
-                "reason": "cut off" if row["cut_off"] else found.reason,
-                "truncated": row["cut_off"],
-                "looping": looping(row["raw"]),
-                "exact": same_html(row["html"], page["html"]),
-                "tokens": row["tokens"],
-                "reference_tokens": page["html_tokens"],
-            }
-        )
-    turned = [pages[(place + 1) % len(pages)]["html"] for place in range(len(pages))]
-    shuffled = sum(same_html(row["html"], html) for row, html in zip(rows, turned)) / len(rows)
-    tokens, seconds = sum(row["tokens"] for row in rows), max(row["seconds"] for row in rows)
-    summary = summarise(scored) | {
-        "shuffled_exact": shuffled if len(rows) > 1 else None,
-        "tokens": tokens,
-        "tokens_per_second": tokens / seconds,
-        "mean_tokens": tokens / len(rows),
-        "mean_reference_tokens": sum(page["html_tokens"] for page in pages) / len(rows),
-    }
-    return {**summary, "pages": scored}
-
-
-def keep_outputs(rows: list[dict], pages, folder: Path, name: str) -> None:
-    """(main process only) One folder per page: what was shown, what was wanted, what was written."""
-    for number, (row, page) in enumerate(zip(rows, pages), start=1):
-        place = folder / f"page-{number:04d}"
-        place.mkdir(parents=True, exist_ok=True)
-        use.open_screenshot(page["screenshot"]).save(place / "screenshot.png")
-        (place / "reference.html").write_text(page["html"], encoding="utf-8")
-        (place / f"{name}.html").write_text(row["html"], encoding="utf-8")
-        if row["raw"] != row["html"]:
-            (place / f"{name}.raw.txt").write_text(row["raw"], encoding="utf-8")
-
-
-def announce(label: str, result: dict) -> str:
-    def share(name: str) -> str:
-        return "-" if result[name] is None else f"{100 * result[name]:.1f} %"
-
-    return (
-        f"{label}: {result['n']} held-out pages: exact {share('exact')}, valid {share('valid')}, "
-        f"truncated {share('truncated')}, looping {share('looping')}, exact with the screenshots shuffled "
-        f"{share('shuffled_exact')}; {result['mean_tokens']:.0f} tokens a page (references "
-        f"{result['mean_reference_tokens']:.0f}), {result['tokens_per_second']:.0f} tokens/s" + rendered_words(result)
-    )
-
-
-def rendered_words(result: dict) -> str:
-    if "likeness" not in result:
-        return ""
-    parts = ", ".join(f"{name} {result[name]:.3f}" for name in ("likeness", "block", "text", "position", "color"))
-    return f"; rendered, {result['failures']} failures as 0: {parts}"
-
-
-def rehearse(model, collate: PageCollator, processor, pages, recipe: use.Recipe) -> float:
-    """(all ranks) Two held-out pages through collate, loss and generation: what is broken shows now, not in an hour.
-    Returns the loss."""
-    import torch
-
-    batch = {
-        name: value.to(model.device) if torch.is_tensor(value) else value
-        for name, value in collate(list(pages)).items()
-    }
-    batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
-    with torch.no_grad(), zero3.plain_linear():
-        loss = model(**batch).loss
-    if not loss.isfinite():
-        raise NotFiniteError(f"the loss of two held-out pages is {loss.item()} before training: the base is damaged")
-    short = use.Recipe(**{**asdict(recipe), "max_html_tokens": min(32, recipe.max_html_tokens)})
-    written = write_held_out(model, processor, pages, short, batch=2)
-    tokens = sum(row["tokens"] for row in written)
-    say(f"rehearsal: loss {loss.item():.4f} on two held-out pages, {tokens} tokens written")
-    return loss.item()
-
-
-class Judge:
-    """Evaluation with everything it needs at hand: `judge("after")` writes, renders, scores, keeps and announces."""
-
-    def __init__(self, model, plan, base: Path, settings: PageSettings, args, processor, held_out):
-        self.model, self.plan, self.base, self.settings, self.args = model, plan, base, settings, args
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tensors: dict[str, BaseTensor],
+        base: Path,
+        settings: PageSettings,
+        args: TrainingArguments,
+        processor: ProcessorMixin,
+        held_out: Dataset,
+    ):
+        self.model, self.tensors, self.base, self.settings, self.args = model, tensors, base, settings, args
         self.processor, self.pages = processor, held_out
         names = {item.name for item in fields(use.Recipe)} & {item.name for item in fields(PageSettings)}
         self.recipe = use.Recipe(**{name: getattr(settings, name) for name in names})
-        self.folder = Path(args.output_dir) / "evaluation"
-        self.results: dict[str, dict] = {}
-        self.rows: dict[str, list[dict]] = {}
-        self.unrendered = ""  # why pages cannot be rendered here
-        self.best, self.stale = None, 0  # step and likeness of the best evaluation; evaluations since then
-        if settings.resume:
-            self.recall()
+        self.parts = parts_of(len(held_out), weights_are_chosen=settings.eval_every > 0)
+        output_dir = Path(args.output_dir)
+        self.folder = output_dir / "evaluation"
+        self.rendering = Rendering(self.folder)
+        self.results = Results(self.folder, self.recipe, held_out, self.rendering)
+        self.best = BestWeights(output_dir, settings.early_stopping_patience, resumes=settings.resume)
+        if self.best.step is not None:  # an earlier run, which this one resumes, has found them
+            self.results.add(self.best.label, self.best.result, self.best.rows)
 
-    @property
-    def memory(self) -> Path:
-        """What a resumed run must know of the best weights so far."""
-        return Path(self.args.output_dir) / "best.json"
-
-    def recall(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            known = json.loads(self.memory.read_text(encoding="utf-8"))
-            self.best, self.stale = known["best"], known["stale"]
-            label = f"step {self.best['step']}"
-            self.results[label], self.rows[label] = known["result"], known["rows"]
-
-    def copy(self):
-        return evaluation_model(self.model, self.plan, self.base, self.settings, self.args.device)
+    def copy(self) -> PreTrainedModel:
+        return evaluation_model(self.model, self.tensors, self.base, self.settings, self.args.device)
 
     def rehearse(self, collate: PageCollator) -> float:
-        import torch
-
-        loss = rehearse(
-            self.copy(), collate, self.processor, self.pages.select(range(min(2, len(self.pages)))), self.recipe
-        )
+        """(all ranks) Two held-out pages through collate, loss and generation: what is broken shows now, not in an
+        hour. Returns the loss; raises `NotFiniteError` for one that is no number."""
+        pages, copy = self.pages.select(range(min(2, len(self.pages)))), self.copy()
+        batch = {
+            name: value.to(copy.device) if torch.is_tensor(value) else value
+            for name, value in collate(list(pages)).items()
+        }
+        batch["pixel_values"] = batch["pixel_values"].to(copy.dtype)
+        with torch.no_grad(), zero3.plain_linear():
+            loss = copy(**batch).loss
+        if not loss.isfinite():
+            raise NotFiniteError(
+                f"the loss of two held-out pages is {loss.item()} before training: the base is damaged"
+            )
+        short = replace(self.recipe, max_html_tokens=min(32, self.recipe.max_html_tokens))
+        tokens = sum(row["tokens"] for row in write_held_out(copy, self.processor, pages, short, batch=2))
+        say(f"rehearsal: loss {loss.item():.4f} on two held-out pages, {tokens} tokens written")
+        del copy
         release_memory()  # the copy was the first thing on the GPU; the peaks to come are training's own
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        return loss
+        return loss.item()
 
-    def __call__(self, label: str) -> dict:
+    def evaluate(self, label: str) -> dict:
         """(all ranks) Write every held-out page with the weights as they are now; main process: render and score."""
         copy = self.copy()
-        self.rows[label] = self.write(copy, self.recipe)
-        self.results[label] = result = on_main(lambda: self.score(label))
-        if self.settings.compare_base and (label in ("before", "after") or self.leads(result)):
+        rows = self.write(copy, self.recipe)
+        result = on_main(lambda: self.judge(label, rows))
+        self.results.add(label, result, rows)
+        if self.settings.compare_base and (label in ("before", "after") or self.best.leads(result)):
             # One knob of decoding can be worth more than a training.
-            result["decoding"] = {str(self.recipe.repetition_penalty): result.get("likeness", result["exact"])}
+            result["decoding"] = {str(self.recipe.repetition_penalty): result.get(CHOOSING, result["exact"])}
             for penalty in penalties(self.settings):
                 if str(penalty) not in result["decoding"]:
                     result["decoding"][str(penalty)] = self.try_penalty(penalty, copy, label)
@@ -657,165 +566,44 @@ class Judge:
         release_memory()
         return result
 
-    def write(self, copy, recipe: use.Recipe) -> list[dict]:
+    def write(self, copy: PreTrainedModel, recipe: use.Recipe) -> list[dict]:
         return write_held_out(copy, self.processor, self.pages, recipe, self.args.per_device_eval_batch_size)
 
-    def try_penalty(self, penalty: float, copy, label: str) -> float:
-        """(all ranks) The likeness under another repetition penalty; the exact share where nothing is rendered."""
-        rows = self.write(copy, replace(self.recipe, repetition_penalty=penalty))
-
-        def score() -> float:
-            result = score_held_out(rows, self.pages)
-            self.render(f"{label} {penalty}", rows, result)
-            return result.get("likeness", result["exact"])
-
-        return on_main(score)
-
-    def leads(self, result: dict) -> bool:
-        """Whether it is better than the best so far."""
-        score = result.get("likeness")
-        return score is not None and (self.best is None or score > self.best["likeness"])
-
-    def score(self, label: str) -> dict:
+    def judge(self, label: str, rows: list[dict]) -> dict:
         """(main process only)"""
-        rows = self.rows[label]
-        result = score_held_out(rows, self.pages)
-        self.render(f"{label} {self.recipe.repetition_penalty}", rows, result)
+        result = self.score(label, rows, self.recipe)
         say(announce(label, result))
         if label != "after":  # which may not be the final one
             keep_outputs(rows, self.pages, self.folder, "written_" + label.replace(" ", "_"))
         return result
 
-    def pairs(self, rows: list[dict]) -> list:
-        """Each page in a window for its screenshot."""
-        from scoring.many_pages import Pair, window_of
+    def score(self, label: str, rows: list[dict], recipe: use.Recipe) -> dict:
+        """(main process only)"""
+        scores = self.rendering.score(f"{label} {recipe.repetition_penalty}", rows, self.pages)
+        return score_held_out(rows, list(self.pages), scores, self.parts)
 
-        def pair(row: dict, page: dict):
-            screenshot = use.open_screenshot(page["screenshot"])
-            return Pair(page["name"], page["html"], row["html"], *window_of(*screenshot.size))
-
-        return [pair(row, page) for row, page in zip(rows, self.pages)]
-
-    @cached_property
-    def clip(self):
-        """(main process only) CLIP or None, and why."""
-        from scoring.clip import find_clip
-
-        return find_clip()
-
-    def progress(self, label: str):
-        from scoring.many_pages import Progress
-
-        clip, _ = self.clip
-        folder = self.folder / f"rendered_{label.replace(' ', '_')}"
-        return Progress(folder, pictures=True, clip=clip and clip.name)
-
-    def render(self, label: str, rows: list[dict], result: dict) -> None:
-        """(main process only) Add what the rendered pages score; say so, once, where there is no browser."""
-        from scoring.many_pages import browser_facts, run_pairs
-        from scoring.proof import ScorerError, prove
-        from scoring.renders import BrowserMissing, Renderer
-        from scoring.statistics import means
-
-        if self.unrendered:
-            return
-        try:
-            with Renderer() as renderer:
-                clip, why_not = self.clip
-                prove(renderer, clip=clip)
-                scores = run_pairs(self.pairs(rows), renderer, self.progress(label), clip)
-                result["rendering"] = browser_facts(renderer, clip, why_not)
-        except (BrowserMissing, ScorerError, OSError) as error:
-            self.unrendered = str(error)
-            return say(f"pages are not rendered, so there are no scores of how they look: {error}")
-        for page, score in zip(result["pages"], scores):
-            page |= {name: value for name, value in score.items() if name not in ("page", "valid")}
-        result |= means(scores)
+    def try_penalty(self, penalty: float, copy: PreTrainedModel, label: str) -> float:
+        """(all ranks) What chooses, under another repetition penalty; the exact share where nothing is rendered."""
+        recipe = replace(self.recipe, repetition_penalty=penalty)
+        rows = self.write(copy, recipe)
+        result = on_main(lambda: self.score(label, rows, recipe))
+        return result.get(CHOOSING, result["exact"])
 
     def step(self, number: int, save: Callable[[Path], None]) -> bool:
         """(all ranks) Judge during training and keep the best weights by score. True when patience has run out."""
-        result = self(f"step {number}")
-        if "likeness" not in result:
-            return False
-        if self.leads(result):
-            self.best, self.stale = {"step": number, "likeness": result["likeness"]}, 0
-            save(Path(self.args.output_dir) / "best")
-        else:
-            self.stale += 1
-        if rank() == 0:
-            label = f"step {self.best['step']}"
-            known = {"best": self.best, "stale": self.stale, "result": self.results[label], "rows": self.rows[label]}
-            self.memory.write_text(json.dumps(known) + "\n", encoding="utf-8")
-        say(f"best so far: likeness {self.best['likeness']:.3f} at step {self.best['step']}, kept in output_dir/best")
-        return 0 < self.settings.early_stopping_patience <= self.stale
+        label = f"step {number}"
+        result = self.evaluate(label)
+        return self.best.consider(number, result, self.results.rows[label], save)
 
-    def choose(self, final: Path) -> str:
-        """(main process only) The better of the last weights and the best kept ones becomes the final folder; returns
-        the label of its results."""
-        best, last = Path(self.args.output_dir) / "best", self.results["after"].get("likeness")
-        label = "after"
-        if self.best and last is not None and self.best["likeness"] > last and (best / use.RECIPE_FILE).is_file():
-            say(f"step {self.best['step']} scored {self.best['likeness']:.3f}, the end {last:.3f}: the better is final")
-            chosen = final.with_name(f"{final.name}.chosen")
-            shutil.rmtree(chosen, ignore_errors=True)
-            shutil.copytree(best, chosen)  # may be on another disk
-            shutil.rmtree(final)
-            chosen.rename(final)
-            label = f"step {self.best['step']}"
-        shutil.rmtree(best, ignore_errors=True)
-        self.memory.unlink(missing_ok=True)
-        if label in self.results:
-            self.results["after"] = self.results[label]
-            self.rows["after"] = self.rows[label]
-        return label
-
-    def publish(self, label: str, facts: dict[str, str]) -> None:
-        """(main process only) results.json, and the report that shows every page."""
-        from scoring.many_pages import run_pairs, write_pages_report
-        from scoring.renders import Renderer
-
-        after, before = self.results["after"], self.results.get("before")
-        comparison = compare_results(before, after) if before else None
-        content = {"decoding": asdict(self.recipe), "final": label, "comparison": comparison, **self.results}
-        keep_outputs(self.rows["after"], self.pages, self.folder, "written")
-        (self.folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        if "rendering" in after:
-            names = ("truncated", "looping", "exact")
-            more = {page["page"]: {name: page[name] for name in names} for page in after["pages"]}
-            file, progress = self.folder / "report.html", self.progress(f"{label} {self.recipe.repetition_penalty}")
-            facts = {**facts, "decoding": decoding_words(self.recipe), **after["rendering"]}
-            pairs = self.pairs(self.rows["after"])
-            if any(pair.key not in progress.rows for pair in pairs):  # they were rendered before an interruption
-                with Renderer() as renderer:
-                    run_pairs(pairs, renderer, progress, self.clip[0])
-            write_pages_report(file, "What the model wrote", pairs, progress, facts, more, comparison)
-        for folder in self.folder.glob("rendered_*"):
-            shutil.rmtree(folder, ignore_errors=True)
-        after["comparison"] = comparison
-
-
-def decoding_words(recipe: use.Recipe) -> str:
-    return f"greedy, repetition penalty {recipe.repetition_penalty}, at most {recipe.max_html_tokens:,} tokens"
-
-
-def compare_results(before: dict, after: dict) -> dict:
-    """Base against tuned on the same pages under the same decoding, page by page, and the means under others."""
-    from scoring import metrics as table
-    from scoring.statistics import paired_comparison
-
-    known = before["pages"][0].keys() & after["pages"][0].keys()
-    names = [name for name in (*table.names(), "exact", "valid") if name in known]
-    metrics = {
-        name: paired_comparison(*([float(page[name]) for page in run["pages"]] for run in (before, after)))
-        for name in names
-    }
-    grids = [run.get("decoding", {}) for run in (before, after)]
-    grid = [
-        {"repetition_penalty": float(penalty), "before": grids[0][penalty], "after": grids[1][penalty]}
-        for penalty in grids[0]
-        if penalty in grids[1]
-    ]
-    return {"metrics": metrics, "decoding": grid, "n": len(after["pages"])}
+    def choose(self, final: Path) -> None:
+        """(main process only) The better of the last weights and the best kept ones becomes the final folder."""
+        last = self.results.by_label["after"]
+        if self.best.beats(last):
+            end = last["choosing"][CHOOSING]
+            say(f"{self.best.label} scored {self.best.score:.3f}, the end {end:.3f}: the better is final")
+            self.best.become_final(final)
+            self.results.choose(self.best.label)
+        self.best.forget()
 
 
 # -----------------------------------------------------------------------------
@@ -824,8 +612,6 @@ def compare_results(before: dict, after: dict) -> dict:
 
 def make_arguments(resolved: Resolved):
     """(all ranks) TrainingArguments; the process group begins here, and ZeRO-3 is known before any model loads."""
-    import torch
-    from accelerate import PartialState
     from transformers import TrainingArguments
 
     if resolved.deepspeed is not None and "RANK" not in os.environ:  # started plainly, without any launcher
@@ -833,14 +619,7 @@ def make_arguments(resolved: Resolved):
         os.environ.update({name: os.environ.get(name, value) for name, value in alone.items()})
     training = {**resolved.training, "deepspeed": resolved.deepspeed}
     if resolved.deepspeed is not None and not torch.cuda.is_available():
-        # accelerate 1.15 gives DeepSpeed no backend on a CPU and then counts one process, whatever the launcher said.
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        # DeepSpeed would compile a sum in shared memory that only inference uses, and leave 66 MiB of /dev/shm behind.
-        import deepspeed.ops
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        PartialState(backend="gloo", timeout=timedelta(seconds=training["ddp_timeout"]))
-        training["accelerator_config"] = {"use_configured_state": True}
+        training |= zero3.begin_on_cpu(training["ddp_timeout"])
     try:
         args = TrainingArguments(**training)
     except ValueError as error:
@@ -877,61 +656,20 @@ def prepare_pages(settings: PageSettings, args, encoder: PageEncoder, processor)
     mark = f"prepared-{os.environ.get('HOLO1_RUN_ID', '')}-{time.time_ns()}"  # rank 0's, told to the others below
 
     def prepare() -> tuple[str, str]:
-        report = str(page_data.load_pages(settings, args.output_dir, count, args.seed))
+        report = str(load_pages(settings, args.output_dir, count, args.seed))
         for earlier in (Path(args.output_dir) / "pages").glob("prepared-*"):
             earlier.unlink()
         (Path(args.output_dir) / "pages" / mark).touch()
         return report, mark
 
     report, _ = on_each_machine(prepare, lambda done: (Path(args.output_dir) / "pages" / done[1]).exists())
-    training, held_out = page_data.load_pages_from_disk(args.output_dir)
+    training, held_out = load_pages_from_disk(args.output_dir)
     names = repr([part.select_columns(["name", "html_tokens"]).to_list() for part in (training, held_out)])
     if not same_everywhere(hashlib.sha256(names.encode()).hexdigest()):
         raise DataError("the machines have read different pages; give a --dataset_revision, or a shared --output_dir")
     say(report)
     say_memory(f"{len(training):,} training and {len(held_out):,} held-out pages", start)
     return Pages(training, held_out, report)
-
-
-def gather_facts(settings: PageSettings, args, base: Path) -> dict:
-    """What the recipe and the model card say of this run, all of it looked up."""
-    import importlib.metadata
-
-    import torch
-
-    packages = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "peft", "bitsandbytes")
-    versions = {"python": sys.version.split()[0]}
-    for package in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    commit = ""
-    with contextlib.suppress(OSError):  # no git here
-        command = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    device = torch.cuda.get_device_name() if args.device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
-    snapshot = base.name if base.parent.name == "snapshots" else settings.base_revision  # the Hub cache names commits
-    source = page_data.resolve_dataset(settings.dataset, config=settings.dataset_config)
-    return {
-        "base_model": public_name(settings.base_model),
-        "base_revision": snapshot,
-        "dataset": public_name(settings.dataset),
-        "dataset_config": source.config,
-        "dataset_revision": page_data.dataset_revision(settings.dataset, settings.dataset_revision),
-        "dataset_licence": source.licence,
-        "commit": commit or None,
-        "versions": versions,
-        "hardware": f"{world_size()} x {device}",
-    }
-
-
-def public_name(name: str) -> str:
-    """A Hub name as it is; of a local folder only its last part, since recipe and card are published."""
-    return Path(name).resolve().name if Path(name).exists() else name
-
-
-def make_recipe(settings: PageSettings, facts: dict) -> dict:
-    asked = {item.name: getattr(settings, item.name) for item in fields(use.Recipe) if hasattr(settings, item.name)}
-    return {**asdict(use.Recipe()), **asked, "trust_remote_code": settings.trust_remote_code, **facts}
 
 
 def run(argv: list[str]) -> None:
@@ -962,17 +700,15 @@ def run(argv: list[str]) -> None:
 
 def fine_tune(resolved: Resolved, args, base: Path, processor, encoder: PageEncoder, pages: Pages) -> None:
     """(all ranks) From checked pages to a trained, saved, judged and published model."""
-    import torch
-
     settings, training = resolved.settings, pages.training
-    keep_earlier_checkpoints(Path(args.output_dir), resumes=bool(settings.resume or args.resume_from_checkpoint))
+    keep_earlier_results(Path(args.output_dir), resumes=bool(settings.resume or args.resume_from_checkpoint))
     memory = choose_micro_batch(args, settings, load_config(base, settings), training, encoder)
     say_batch(args)
     start = time.monotonic()
-    plan = base_tensors(base, settings)
+    tensors = base_tensors(base, settings)
     model = load_model(base, settings, args)
     say_memory(
-        f"{settings.base_model}: {sum(math.prod(t.shape) for t in plan.values()) / 1e6:,.1f} M parameters", start
+        f"{settings.base_model}: {sum(math.prod(t.shape) for t in tensors.values()) / 1e6:,.1f} M parameters", start
     )
     facts = on_main(lambda: gather_facts(settings, args, base))
     recipe = make_recipe(settings, facts)
@@ -980,20 +716,20 @@ def fine_tune(resolved: Resolved, args, base: Path, processor, encoder: PageEnco
     notes = Path(args.output_dir) / "replaced_pages.jsonl"
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     packed = trains_fast(model.config, settings)
-    judge = Judge(model, plan, base, settings, args, processor, pages.held_out)
-    plain_loss = judge.rehearse(PageCollator(processor, encoder, training, chunk, notes))
+    evaluator = Evaluator(model, tensors, base, settings, args, processor, pages.held_out)
+    plain_loss = evaluator.rehearse(PageCollator(processor, encoder, training, chunk, notes))
     # Quantised weights give another loss, and so do those that a checkpoint will bring.
     same = packed and settings.quantize == "none" and not settings.resume and not args.resume_from_checkpoint
     fit = Fit(memory, plain_loss if same else None, settings)
     collate = PageCollator(processor, encoder, training, chunk, notes, model.config, packed, half)
     if settings.compare_base:
-        judge("before")
+        evaluator.evaluate("before")
 
     def save(folder: Path) -> None:
-        save_final(model, plan, base, processor, recipe, folder)
+        save_final(model, tensors, base, processor, recipe, folder)
 
     stop = StopRequest()
-    trainer = make_trainer(args, model, collate, training, stop, judge, fit, save)
+    trainer = make_trainer(args, model, collate, training, Steps(stop, evaluator, fit, save))
     start = time.monotonic()
     result = train(trainer, settings, stop, save)
     seconds = time.monotonic() - start
@@ -1001,10 +737,10 @@ def fine_tune(resolved: Resolved, args, base: Path, processor, encoder: PageEnco
         compare_with_plan(trainer, memory)
     final = Path(use.FINAL_FOLDER)
     save(final)
-    say(f"saved: ./{final} has the base's {len(plan)} tensors, same keys, shapes and dtypes")
+    say(f"saved: ./{final} has the base's {len(tensors)} tensors, same keys, shapes and dtypes")
     if rank() == 0:
         draw_loss(trainer.state.log_history, Path(args.output_dir) / "loss.png")
-    judge("after")
+    evaluator.evaluate("after")
     facts |= {
         "train_loss": result.training_loss,
         "steps": trainer.state.global_step,
@@ -1013,21 +749,22 @@ def fine_tune(resolved: Resolved, args, base: Path, processor, encoder: PageEnco
         "pages_held_out": len(pages.held_out),
         "drops": pages.report,
     }
-    label = on_main(lambda: judge.choose(final))
+    on_main(lambda: evaluator.choose(final))
     shown = {"model": final.name} | {name: facts[name] for name in ("base_model", "dataset", "hardware")}
-    on_main(lambda: judge.publish(label, {**shown, "steps": str(facts["steps"]), "date": time.strftime("%Y-%m-%d")}))
-    on_main(lambda: finish(final, settings, resolved.training, facts, recipe, judge.results))
+    shown |= {"steps": str(facts["steps"]), "date": time.strftime("%Y-%m-%d")}
+    on_main(lambda: evaluator.results.write(shown))
+    on_main(lambda: finish(final, settings, resolved.training, facts, recipe, evaluator.results))
 
 
-def finish(final: Path, settings: PageSettings, training: dict, facts: dict, recipe: dict, results: dict) -> None:
+def finish(final: Path, settings: PageSettings, training: dict, facts: dict, recipe: dict, results: Results) -> None:
     """(main process only) Model card, upload, and a last word."""
     told = {name: training[name] for name in sorted(TRAINING_DEFAULTS) if name not in ("report_to", "disable_tqdm")}
     card = facts | {
         "licence": derived_licence(settings.base_model),
         "settings": told | {"seed": training["seed"], "prompt": settings.prompt, "clean": settings.clean},
         "recipe": recipe,
-        "results": results["after"],
-        "results_before": results.get("before"),
+        "results": results.by_label["after"],
+        "results_before": results.by_label.get("before"),
         "lora": settings.lora or settings.quantize == "4bit",
         "quantization": settings.quantize,
         "repo_id": settings.hub_repo if settings.push_to_hub else None,
@@ -1035,42 +772,13 @@ def finish(final: Path, settings: PageSettings, training: dict, facts: dict, rec
     write_model_card(final, card)
     (final / "evaluation").mkdir(exist_ok=True)
     shutil.copyfile(Path(training["output_dir"]) / "evaluation" / "results.json", final / "evaluation" / "results.json")
-    if "before" in results:
-        before, after = results["before"], results["after"]
-        say(
-            f"before training {100 * before['exact']:.1f} % of {before['n']} held-out pages were exact; "
-            f"after it {100 * after['exact']:.1f} % are exact and {100 * after['valid']:.1f} % valid; "
-            f"with the screenshots shuffled {100 * (after['shuffled_exact'] or 0):.1f} % are exact"
-        )
-        if found := after["comparison"]["metrics"].get("likeness"):
-            say(
-                f"likeness of the rendered pages: {found['before']:.3f} before, {found['after']:.3f} after; difference "
-                f"{found['difference']:+.3f} (95 % {found['low']:+.3f} to {found['high']:+.3f}, p = {found['p']:.4f})"
-            )
+    results.say_difference()
     report = Path(training["output_dir"]) / "evaluation" / "report.html"
     written = report if report.is_file() else report.parent
     say(f"the pages as written: {written}; the loss: {training['output_dir']}/loss.png")
     if settings.push_to_hub:
         say(f"uploaded: {push_final_folder(final, settings.hub_repo, settings.private_repo)}")
     say(f"done: python use_model_from_hub.py --image PAGE.png --model ./{final} --output page.html")
-
-
-def exit_code(error: BaseException) -> int:
-    """The exit code that DESIGN's table gives a failure; 1 is a bug, and has its traceback printed."""
-    if isinstance(error, PipelineError):
-        return error.code
-    if is_out_of_memory(error):
-        return 83
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return 81
-    return 1
-
-
-def report_end(code: int) -> None:
-    """Leave this rank's exit code where the wrapper looks for it; the launcher in between loses it."""
-    folder = os.environ.get("HOLO1_STATUS_DIR")
-    if folder and Path(folder).is_dir():
-        (Path(folder) / f"rank-{rank()}").write_text(str(code))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1085,15 +793,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         code = exit_code(error)
         if code in (1, 83) and not isinstance(error, PipelineError):
-            import traceback
-
             traceback.print_exc()
-        hints = {
-            81: "\nThe disk is full: free some space, or give another --output_dir.",
-            83: "\nOut of memory: smaller --micro_batch, --max_pixels or --max_html_tokens, more GPUs, or "
-            "--deepspeed ds_z3_offload.json.",
-        }
-        print(f"error (rank {rank()}): {error}{hints.get(code, '')}", file=sys.stderr, flush=True)
+        print(f"error (rank {rank()}): {error}{HINTS.get(code, '')}", file=sys.stderr, flush=True)
     report_end(code)
     return code
 

@@ -11,7 +11,7 @@ what is invisible or unused dropped where the new render is the same to the pixe
 scoring/renders.py, without a network. A folder that is begun is carried on; dropped.jsonl names each dropped page and
 why.
 
-Sections: Settings, Sources, Local files, Style sheets, Reductions, One page, The folder, Command line.
+The rooms of making/ do the work; this is the command line.
 """
 
 from __future__ import annotations
@@ -25,42 +25,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from making.folder import Folder, write_pages
-from making.page_settings import Settings, SettingsError, check_settings
+from making.page_settings import Settings, check_settings
 from making.sources import find_pages
 from scoring.renders import BrowserMissing, Renderer
-
-# -----------------------------------------------------------------------------
-# Settings
+from training.dataset import known_dataset
+from training.errors import SettingsError
 
 SECONDS_PER_RENDER = 30.0
-
-
-# -----------------------------------------------------------------------------
-# Sources
-
-
-# -----------------------------------------------------------------------------
-# Local files
-
-
-# -----------------------------------------------------------------------------
-# Style sheets
-
-
-# -----------------------------------------------------------------------------
-# Reductions: each is an item of a set, so that a set of them can be tried, halved, and tried again
-
-
-# -----------------------------------------------------------------------------
-# One page
-
-
-# -----------------------------------------------------------------------------
-# The folder
-
-
-# -----------------------------------------------------------------------------
-# Command line
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -82,9 +53,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_html_characters", type=int, help="longer pages are cut")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="with tokenizer.json; lengths are then told in tokens")
     parser.add_argument("--num_samples", type=int, help="pages to take from SOURCE at most; default: all")
-    parser.add_argument("--html_column", default="text", help="of a dataset")
-    parser.add_argument("--dataset_config", help="of a dataset on the Hub")
-    parser.add_argument("--dataset_split", default="train", help="of a dataset")
+    parser.add_argument("--html_column", help="of a dataset; default: known sets by name, else text")
+    parser.add_argument("--dataset_config", help="of a dataset on the Hub; default: known sets by name")
+    parser.add_argument("--dataset_split", help="of a dataset; default: known sets by name, else train")
     parser.add_argument("--pages_at_once", type=int, default=2, help="browsers; one needs a core and 0.4 GB")
     return parser.parse_args(argv)
 
@@ -109,7 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         settings = settings_from(args)
-        pages = find_pages(args.source, args.html_column, args.dataset_config, args.dataset_split)
+        typed = {"config": args.dataset_config, "split": args.dataset_split, "html_column": args.html_column}
+        known = known_dataset(args.source, **typed)
+        if note := known.refused or known.note:
+            print(f"{args.source}: {note}", file=sys.stderr)
+        pages = find_pages(args.source, known)
         pages = itertools.islice(pages, args.num_samples)
         first = list(itertools.islice(pages, 1))  # before anything is written: there may be no such source
         pages = first + list(pages) if Path(args.source).expanduser().exists() else itertools.chain(first, pages)

@@ -82,7 +82,7 @@ def say(message: str) -> None:
 # Screenshot
 
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
-PICTURE_LIMIT = 20_000_000  # pixels; a bomb is refused on its header, before anything is decoded
+MAX_PICTURE_PIXELS = 20_000_000  # a bomb is refused on its header, before anything is decoded
 
 
 def open_screenshot(picture: bytes):
@@ -98,8 +98,8 @@ def open_screenshot(picture: bytes):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own, lower limit follows
             image = Image.open(io.BytesIO(picture), formats=PICTURE_FORMATS)
-        if image.width * image.height > PICTURE_LIMIT:
-            raise ValueError(f"{image.width} x {image.height} pixels, more than {PICTURE_LIMIT:,}")
+        if image.width * image.height > MAX_PICTURE_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PICTURE_PIXELS:,}")
         image.load()
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # pillow's PNG reader raises SyntaxError
         raise ValueError(f"not a readable PNG, JPEG or WebP picture ({error})") from error

@@ -44,12 +44,12 @@ def measure(folder: Path, tokenizer_folder: Path) -> dict:
     from transformers import AutoTokenizer
 
     sys.path.insert(0, str(HERE.parent))
-    from training import dataset as page_data
+    from training.cleaning import CLEANING_STEPS, clean_html
 
     tokenizer, sizes, read = AutoTokenizer.from_pretrained(tokenizer_folder), [], 0
     for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
         row, read = json.loads(line), read + 1
-        html = page_data.clean_html(row["text"], page_data.CLEANING_STEPS).strip()
+        html = clean_html(row["text"], CLEANING_STEPS).strip()
         tokens = len(tokenizer(html, add_special_tokens=False)["input_ids"])
         if tokens <= MOST_TOKENS:
             with Image.open(folder / row["file_name"]) as picture:

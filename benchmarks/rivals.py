@@ -119,54 +119,57 @@ def load_pages(job: Job):
 # Measuring
 
 
+class Measured:
+    """One line a step, for any Trainer; the figures are read when the Trainer itself waits for the loss anyway."""
+
+    waited, start = 0.0, 0.0
+    weighted = tokens = 0.0  # loss x supervised tokens, where the trainer takes the mean of each page
+
+    def get_batch_samples(self, *arguments):
+        start = time.monotonic()
+        self.start = self.start or start
+        batches = super().get_batch_samples(*arguments)
+        self.waited += time.monotonic() - start
+        return batches
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        supervised = inputs["labels"][..., 1:].ne(-100).sum()
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if num_items_in_batch is None:
+            self.weighted = self.weighted + (result[0] if return_outputs else result).detach() * supervised
+        self.tokens = self.tokens + supervised
+        return result
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            import torch
+            import torch.distributed as dist
+
+            seconds = time.monotonic() - self.start
+            sums = torch.tensor([float(self.weighted), float(self.tokens)], device=self.args.device)
+            worst = torch.tensor([peak_gib(), self.waited / seconds], device=self.args.device)
+            dist.all_reduce(sums)
+            dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+            weighted, tokens = sums.tolist()
+            peak, waited = worst.tolist()
+            line = {
+                "step": self.state.global_step,
+                "loss": weighted / tokens if weighted else logs["loss"],  # over tokens, as ours
+                "logged_loss": logs["loss"],
+                "supervised_tokens": tokens,
+                "seconds": seconds,
+                "data_wait_share": waited,
+                "peak_gib": peak,
+            }
+            if dist.get_rank() == 0:
+                print("STEP " + json.dumps(line), flush=True)
+            self.start, self.waited, self.weighted, self.tokens = time.monotonic(), 0.0, 0.0, 0.0
+        super().log(logs, start_time)
+
+
 def measured(trainer_class: type) -> type:
-    """The trainer with one line a step; the figures are read when the Trainer itself waits for the loss anyway."""
-    import torch
-    import torch.distributed as dist
-
-    class Measured(trainer_class):
-        waited, start = 0.0, 0.0
-        weighted = tokens = 0.0  # loss x supervised tokens, where the trainer takes the mean of each page
-
-        def get_batch_samples(self, *arguments):
-            start = time.monotonic()
-            self.start = self.start or start
-            batches = super().get_batch_samples(*arguments)
-            self.waited += time.monotonic() - start
-            return batches
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            supervised = inputs["labels"][..., 1:].ne(-100).sum()
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            if num_items_in_batch is None:
-                self.weighted = self.weighted + (result[0] if return_outputs else result).detach() * supervised
-            self.tokens = self.tokens + supervised
-            return result
-
-        def log(self, logs, start_time=None):
-            if "loss" in logs:
-                seconds = time.monotonic() - self.start
-                sums = torch.tensor([float(self.weighted), float(self.tokens)], device=self.args.device)
-                worst = torch.tensor([peak_gib(), self.waited / seconds], device=self.args.device)
-                dist.all_reduce(sums)
-                dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-                weighted, tokens = sums.tolist()
-                peak, waited = worst.tolist()
-                line = {
-                    "step": self.state.global_step,
-                    "loss": weighted / tokens if weighted else logs["loss"],  # over tokens, as ours
-                    "logged_loss": logs["loss"],
-                    "supervised_tokens": tokens,
-                    "seconds": seconds,
-                    "data_wait_share": waited,
-                    "peak_gib": peak,
-                }
-                if dist.get_rank() == 0:
-                    print("STEP " + json.dumps(line), flush=True)
-                self.start, self.waited, self.weighted, self.tokens = time.monotonic(), 0.0, 0.0, 0.0
-            super().log(logs, start_time)
-
-    return Measured
+    """`trainer_class` with `Measured` before it; made here, because each rival's own class is imported when it runs."""
+    return type("Measured" + trainer_class.__name__, (Measured, trainer_class), {})
 
 
 def peak_gib() -> float:

@@ -118,7 +118,7 @@ class Pages:
 
     def __init__(self, args: argparse.Namespace):
         import holo1_dom_finetune as training
-        from training import dataset as page_data
+        from training.dataset import load_pages_from_disk
 
         settings, output = page_settings(args), args.work / OUTPUT
         processor = training.load_processor(args.base_model, settings)
@@ -127,7 +127,7 @@ class Pages:
         self.arrow = output / "pages" / "train.arrow"
         if not self.arrow.is_file():  # ours was not asked for, or ended early
             training.prepare_pages(settings, SimpleNamespace(output_dir=str(output), seed=42), encoder, processor)
-        table, _ = page_data.load_pages_from_disk(output)
+        table, _ = load_pages_from_disk(output)
         counted = table.select_columns(["name", "html_tokens", "image_tokens"])
         self.names = list(counted["name"])
         self.sizes = [(page["html_tokens"], page["image_tokens"]) for page in counted]

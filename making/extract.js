@@ -1,7 +1,7 @@
 // The page as text, its style sheets taken out of it, in order: a mark stands in each one's place.
 () => {
   const sheets = [], root = document.querySelector("html").cloneNode(true);
-  for (const style of [...root.querySelectorAll("style")]) {
+  for (const style of root.querySelectorAll("style")) {
     const type = style.getAttribute("type");
     if (!style.textContent.trim() || (type && !/^text\/css$/i.test(type.trim()))) { style.remove(); continue; }
     sheets.push([style.textContent, style.getAttribute("media") ?? ""]);

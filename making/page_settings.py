@@ -13,11 +13,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from training.errors import SettingsError
+
 RECIPE = 3  # how pages are made; another number makes every folder anew
-
-
-class SettingsError(Exception):
-    """Arguments that cannot work; the message names the value and the remedy."""
 
 
 @dataclass(frozen=True)

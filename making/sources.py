@@ -1,24 +1,25 @@
 """Which pages there are, and their text.
 
-    for source in find_pages("site/", html_column="text", dataset_config=None, split="train"):
+    for source in find_pages("site/"):
         html = read_html(source)                    # decoded as browsers do; PageDropped where it is no page
 
-A source is a folder of HTML files, one of them, a list of them, or a dataset.
+A source is a folder of HTML files, one of them, a list of them, or a dataset (training/dataset.py reads those).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from making.drops import PageDropped
 from making.local_files import MAX_FILE_BYTES
-from making.page_settings import SettingsError
+from training import dataset
+from training.dataset import FILE_KINDS, BadPage, DatasetSource
+from training.errors import DataError, SettingsError
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,11 @@ class Source:
     html: Any = None
 
 
-def find_pages(source: str, html_column: str, dataset_config: str | None, split: str) -> Iterator[Source]:
-    """Every page of `source`, in an order that stays; SettingsError when there is nothing of the kind."""
+def find_pages(source: str, known: DatasetSource | None = None) -> Iterator[Source]:
+    """Every page of `source`, in an order that stays; SettingsError when there is nothing of the kind.
+
+    `known` says where the HTML of a dataset is; None: what is known of it by its name.
+    """
     path = Path(source).expanduser()
     if path.is_dir() and not (path / "metadata.jsonl").is_file():
         root, seen = path.resolve(), False
@@ -47,7 +51,7 @@ def find_pages(source: str, html_column: str, dataset_config: str | None, split:
     elif path.is_file() and path.suffix.lower() in (".txt", ".lst", ""):
         yield from _listed_pages(path)
     elif path.exists() or (source.count("/") <= 1 and not source.startswith((".", "~", "/"))):
-        yield from _dataset_rows(path, source, html_column, dataset_config, split)
+        yield from _dataset_pages(path, source, known or dataset.known_dataset(source))
     else:
         raise SettingsError(f"{source}: no such file or folder")
 
@@ -63,43 +67,21 @@ def _listed_pages(listing: Path) -> Iterator[Source]:
         yield Source(file.absolute().relative_to(common).as_posix(), file, file.resolve().parent)
 
 
-def _dataset_rows(
-    path: Path, source: str, html_column: str, dataset_config: str | None, split: str
-) -> Iterator[Source]:
-    if (path / "metadata.jsonl").is_file():
-        with open(path / "metadata.jsonl", encoding="utf-8") as lines:
-            rows = (json.loads(line) for line in lines if line.strip())
-            yield from _rows(rows, source, html_column)
-        return
-    import datasets
-
-    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow", ".parquet": "parquet"}
-    wanted: dict[str, Any] = {"path": str(path) if path.exists() else source, "name": dataset_config, "split": split}
-    if path.is_file():
-        if path.suffix not in kinds:
-            raise SettingsError(f"{source}: neither HTML, nor a list (.txt), nor a dataset ({', '.join(kinds)})")
-        wanted = {"path": kinds[path.suffix], "data_files": str(path), "split": "train"}
+def _dataset_pages(path: Path, source: str, known: DatasetSource) -> Iterator[Source]:
+    if path.is_file() and path.suffix not in FILE_KINDS:
+        raise SettingsError(f"{source}: neither HTML, nor a list (.txt), nor a dataset ({', '.join(FILE_KINDS)})")
     try:
-        stream = datasets.load_dataset(**wanted, streaming=True)
-        if html_column in (stream.features or {}):
-            stream = stream.select_columns([html_column])  # the old screenshots stay where they are
-        yield from _rows(iter(stream), source, html_column)
-    except (OSError, ValueError) as error:  # not found, no network, no such config or split
-        raise SettingsError(f"{source} cannot be read: {type(error).__name__}: {error}") from error
-
-
-def _rows(rows: Iterable[Mapping[str, Any]], source: str, html_column: str) -> Iterator[Source]:
-    for number, row in enumerate(rows):
-        if html_column not in row:
-            raise SettingsError(
-                f"{source}: no column {html_column}; there are {', '.join(row)}: --html_column names it"
-            )
-        yield Source(f"row-{number:07d}", html=row[html_column])
+        for number, (_, html) in enumerate(dataset.read_html(source, known)):
+            yield Source(f"row-{number:07d}", html=html)
+    except DataError as error:  # here the source is an argument like any other: exit code 2
+        raise SettingsError(str(error)) from error
 
 
 def read_html(source: Source) -> str:
     """The page's text, decoded as a browser would; PageDropped where that makes no text."""
     if source.path is None:
+        if isinstance(source.html, BadPage):
+            raise PageDropped("unreadable", str(source.html))
         if not isinstance(source.html, str):
             raise PageDropped("unreadable", f"html is no text but {type(source.html).__name__}")
         return _not_empty(source.html)

@@ -165,6 +165,17 @@ def make_qwen3_vl_base(folder: Path) -> Path:
     return folder
 
 
+def shapes_of_3b():
+    """The configuration of Holo1-3B, of which nothing is ever loaded."""
+    from transformers import Qwen2_5_VLConfig
+
+    text = {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16}
+    text |= {"num_key_value_heads": 2, "vocab_size": 151_936}
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048}
+    vision |= {"fullatt_block_indexes": [7, 15, 23, 31], "window_size": 112}
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
+
+
 def make_base(folder: Path, tie: bool = True, weights: bool = True, dtype=None, damage: float | None = None) -> Path:
     import torch
     from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
@@ -210,6 +221,14 @@ def tiny_base(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def exact_base(tmp_path_factory) -> Path:
+    """A base in fp32, so that saving rounds nothing away."""
+    import torch
+
+    return make_base(tmp_path_factory.mktemp("exact"), dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
 def pages_folder(tmp_path_factory) -> Path:
     return make_pages(tmp_path_factory.mktemp("pages"), 24)
 
@@ -238,6 +257,9 @@ PLAIN_JSON = {
         "contiguous_gradients": True,
     },
 }
+# What --micro_batch auto chooses on GPUs that are large enough: weights are gathered once per step, on one GPU never.
+WHOLE = {"stage3_param_persistence_threshold": 10**11, "stage3_max_live_parameters": 10**11}
+GATHERED = {**PLAIN_JSON, "zero_optimization": {**PLAIN_JSON["zero_optimization"], **WHOLE}}
 
 
 def free_port() -> int:

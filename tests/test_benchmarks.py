@@ -8,7 +8,8 @@ import sys
 import pytest
 from conftest import ROOT, make_base, make_tokenizer, output, run_script, weights
 
-from training import dataset as page_data
+from training.cleaning import CLEANING_STEPS, clean_html
+from training.dataset import screenshot_size
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import make_pages_like_real
@@ -48,7 +49,7 @@ def test_a_page_has_the_wanted_tokens_and_nothing_to_clean(wanted):
     pages = [make_pages_like_real.make_html(random.Random(seed), wanted, count) for seed in (0, 1)]
     assert all(0.98 * wanted <= count(page) <= wanted for page in pages)
     assert pages[0] != pages[1]
-    assert [page_data.clean_html(page, page_data.CLEANING_STEPS).strip() for page in pages] == pages
+    assert [clean_html(page, CLEANING_STEPS).strip() for page in pages] == pages
 
 
 def test_a_page_shorter_than_any_is_refused():
@@ -60,7 +61,7 @@ def test_written_pages_are_a_dataset_of_different_pages(tmp_path):
     tokens = make_pages_like_real.write_pages(tmp_path, [[320, 200, 400], [320, 640, 500]], count, seed=0)
     rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
     pictures = [(tmp_path / row["file_name"]).read_bytes() for row in rows]
-    assert [page_data.screenshot_size(picture) for picture in pictures] == [(320, 200), (320, 640)]
+    assert [screenshot_size(picture) for picture in pictures] == [(320, 200), (320, 640)]
     assert [count(row["text"]) for row in rows] == tokens
 
 

@@ -25,8 +25,9 @@ import make_pages
 import page_scores
 import run_deepspeed_training as wrapper
 import use_model_from_hub as use
-from training import dataset as page_data
 from training import settings as training_settings
+from training.dataset import KNOWN_DATASETS
+from training.evaluation import score_held_out
 
 README = ROOT / "README_DeepSpeed.md"
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in (README, ROOT / "README.md")}
@@ -335,14 +336,14 @@ def test_every_exit_code_is_there_with_its_meaning():
 
 def test_every_known_dataset_is_there_with_its_licence_and_whether_it_is_refused():
     told = {name: (row[0], "refused" in row[1]) for name, row in rows("Data sets").items() if "/" in name}
-    assert told == {name: (it.licence, bool(it.refused)) for name, it in page_data.KNOWN_DATASETS.items()}
+    assert told == {name: (it.licence, bool(it.refused)) for name, it in KNOWN_DATASETS.items()}
 
 
 def test_every_measure_is_one_that_the_evaluation_writes(tiny_base):
     told = {word for name in rows("Evaluation") for word in name.replace("`", "").split(", ")} - {"Measure", "---"}
     page = {"name": "a", "html": "<p>a</p>", "html_tokens": 1}
     row = {"html": "<p>a</p>", "raw": "<p>a</p>", "cut_off": False, "tokens": 1, "seconds": 1.0}
-    assert told <= training.score_held_out([row], [page]).keys()
+    assert told <= score_held_out([row], [page]).keys()
 
 
 def test_every_output_is_named_as_the_code_names_it():
@@ -432,7 +433,7 @@ def test_ci_runs_the_readmes_own_test_command():
 
 def test_every_import_is_a_requirement_or_comes_with_one():
     """Names as packages call them; the few that other requirements bring along are named here."""
-    brought = ["fsspec", "pyarrow", "safetensors", "tokenizers", "yaml", "numpy", "scipy"]
+    brought = ["fsspec", "pyarrow", "safetensors", "tokenizers", "yaml", "numpy", "scipy", "markupsafe"]
     names = {re.split(r"[<>=\s]", line)[0] for line in (ROOT / "requirements.txt").open() if line[0] not in "#\n"}
     packages = {
         {"pillow": "PIL", "scikit-image": "skimage", "opencv-python-headless": "cv2"}.get(name, name) for name in names

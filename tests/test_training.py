@@ -1,5 +1,6 @@
 """Training: the exact token mean, clipping, stopping, resuming, failing."""
 
+import copy
 import json
 import os
 import re
@@ -12,13 +13,16 @@ import time
 import pytest
 import torch
 from conftest import (
+    GATHERED,
     MAIN,
     PLAIN_JSON,
     PROGRAMS,
     ROOT,
     free_port,
     make_base,
+    make_config,
     make_pages,
+    make_processor,
     output,
     run_script,
     small_run,
@@ -31,7 +35,7 @@ from conftest import (
 
 import holo1_dom_finetune as pipeline
 from scoring import renders
-from training import publishing
+from training.errors import UploadError
 from training.page_order import PageSampler
 
 # With plain SGD and a learning rate of 1, what one step changes is the gradient.
@@ -43,17 +47,6 @@ SGD = {
     "max_grad_norm": 0,
     "max_steps": 1,
 }
-
-
-# What --micro_batch auto chooses on GPUs that are large enough: weights are gathered once per step, on one GPU never.
-WHOLE = {"stage3_param_persistence_threshold": 10**11, "stage3_max_live_parameters": 10**11}
-GATHERED = {**PLAIN_JSON, "zero_optimization": {**PLAIN_JSON["zero_optimization"], **WHOLE}}
-
-
-@pytest.fixture(scope="module")
-def exact_base(tmp_path_factory):
-    """A base in fp32, so that saving rounds nothing away."""
-    return make_base(tmp_path_factory.mktemp("exact"), dtype=torch.float32)
 
 
 def change(base, final) -> dict:
@@ -250,12 +243,17 @@ def test_a_resumed_run_ends_in_the_same_weights(way, tiny_base, pages_folder, tm
 @pytest.mark.slow
 def test_an_earlier_run_is_neither_resumed_nor_deleted_silently(tiny_base, pages_folder, tmp_path):
     flags = small_run(tiny_base, pages_folder, max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=1)
-    first = start_plain(flags, tmp_path)
+    first = start_plain([*flags, "--eval_pages", "3"], tmp_path)
     assert first.returncode == 0, output(first)
     second = start_plain(flags, tmp_path)
-    assert "step 1/2" in second.stdout and "1 checkpoints of an earlier run now lie in" in second.stdout
-    names = [path.name for path in (tmp_path / "holo1_dom_finetune_output").glob("earlier-*/*")]
-    assert names == ["checkpoint-2"]
+    assert "step 1/2" in second.stdout
+    assert "1 checkpoints and the evaluation of an earlier run now lie in" in second.stdout
+    folder = tmp_path / "holo1_dom_finetune_output"
+    assert {path.name for path in folder.glob("earlier-*/*")} == {"checkpoint-2", "evaluation"}
+    assert len(list(folder.glob("earlier-*/evaluation/page-*"))) == 3
+    assert len(list(folder.glob("evaluation/page-*"))) == 2, (
+        "pages of the earlier run would be scored with the new ones"
+    )
 
 
 @pytest.mark.slow
@@ -279,7 +277,7 @@ POISON = """
 import os, sys
 sys.path.insert(0, {root!r})
 import holo1_dom_finetune as pipeline
-from training import publishing
+from training.errors import UploadError
 
 load = pipeline.load_model
 
@@ -366,22 +364,12 @@ def test_exit_codes_are_those_of_the_design():
         pipeline.NotFiniteError("x"): 82,
         MemoryError(): 83,
         pipeline.StoppedError("x"): 85,
-        publishing.UploadError("x"): 86,
+        UploadError("x"): 86,
         KeyError("x"): 1,
     }
     assert {pipeline.exit_code(error): code for error, code in errors.items()} == {
         code: code for code in errors.values()
     }
-
-
-def test_newest_checkpoint_is_the_newest_complete_one(tmp_path):
-    for step, complete in ((9, True), (10, True), (11, False)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if complete:
-            (folder / "trainer_state.json").write_text("{}")
-    assert pipeline.newest_checkpoint(tmp_path).name == "checkpoint-10"
-    assert pipeline.newest_checkpoint(tmp_path / "nowhere") is None
 
 
 def test_loss_picture_survives_an_empty_history(tmp_path):
@@ -401,56 +389,19 @@ def test_unreadable_pages_end_with_80_before_the_model_loads(tiny_base, tmp_path
     assert time.monotonic() - start < 120
 
 
-LEAN = """
-import os, sys
-sys.path.insert(0, {root!r})
-from training import zero3
-import holo1_dom_finetune as pipeline
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Zero
+def test_adapters_begin_the_same_in_every_run_with_a_seed():
+    from transformers import Qwen2_5_VLForConditionalGeneration
 
-release, calls = Zero._partition_all_parameters, []
-Zero._partition_all_parameters = lambda self: calls.append(1) or release(self)
-lean, whole = zero3.lean_steps, []
-zero3.WORTH_A_CALL = 1_000  # some of the tiny weights are large, then
+    model = Qwen2_5_VLForConditionalGeneration(make_config(make_processor().tokenizer))
 
-def watched(engine):
-    if not {plain}:
-        lean(engine)
-    step = engine.optimizer.step
+    def first(seed: int) -> list:
+        torch.randn(seed + 1)  # whatever happened before
+        twin = pipeline.add_adapters(copy.deepcopy(model), pipeline.PageSettings(lora=True), seed)
+        return [weight for name, weight in twin.named_parameters() if "lora_A" in name]
 
-    def watch(*unused):
-        step()
-        whole.append(sum(weight.numel() for weight in engine.module.parameters()))
-
-    engine.optimizer.step = watch
-
-zero3.lean_steps = watched
-code = pipeline.main(sys.argv[1:])
-if os.environ["RANK"] == "0":  # two ranks may write into one line
-    print(f"released {{len(calls)}} times, whole {{whole}}")
-pipeline.leave(code)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_lean_steps_learn_what_deepspeeds_own_do(processes, exact_base, pages_folder, tmp_path):
-    """On one process whose weights stay gathered they are never released; two hold only their shards between steps."""
-    flags = small_run(exact_base, pages_folder, max_steps=4, learning_rate=1e-2, max_grad_norm=0.1)
-    final, released, whole = {}, {}, {}
-    for plain in (True, False):
-        place = tmp_path / str(plain)
-        place.mkdir()
-        script = place / "lean.py"
-        script.write_text(LEAN.format(root=str(ROOT), plain=plain))
-        done = start_zero_3(flags, place, processes=processes, config=GATHERED, script=str(script))
-        assert done.returncode == 0, output(done)
-        final[plain] = weights(place / "holo1_dom_finetune_final")
-        released[plain], whole[plain] = re.search(r"^released (\d+) times, whole \[(.*)\]$", done.stdout, re.M).groups()
-    assert max((final[True][name] - final[False][name]).abs().max() for name in final[True]) <= 1e-6
-    assert int(released[True]) - int(released[False]) == 4, released  # one for each step
-    assert set(whole[True].split(", ")) != {"0"} and len(whole[True].split(", ")) == 4
-    assert whole[False] == (whole[True] if processes == 1 else "0, 0, 0, 0"), whole
+    assert len(first(7)) == 14, "seven projections in each of two layers"
+    assert all(torch.equal(one, other) for one, other in zip(first(7), first(7)))
+    assert not any(torch.equal(one, other) for one, other in zip(first(7), first(8)))
 
 
 @pytest.mark.slow
@@ -474,38 +425,22 @@ def test_adapters_learn_the_same_where_every_layer_is_kept(exact_base, pages_fol
     assert max((learned["plain"][key] - change).abs().max() for key, change in learned["ZeRO-3"].items()) <= 1e-5
 
 
-SCORES = """
-import json, os, sys
-sys.path.insert(0, {root!r})
-import holo1_dom_finetune as pipeline
-
-score = pipeline.Judge.score
-known = json.loads(os.environ["PLANNED"])
-
-def planned(self, label):
-    return score(self, label) | {{"likeness": known[label]}}
-
-pipeline.Judge.score = planned
-if os.environ.get("UNRENDERED"):
-    pipeline.Judge.render = lambda *unused: None
-pipeline.leave(pipeline.main(sys.argv[1:]))
-"""
+PLANNED = str(PROGRAMS / "planned_scores.py")
 
 
 @pytest.mark.slow
 def test_the_best_weights_by_score_become_the_final_folder(tiny_base, pages_folder, tmp_path):
     """What pages score is planned here; all else is real: training stops early and step 1 wins over the end."""
-    script = tmp_path / "planned.py"
-    script.write_text(SCORES.format(root=str(ROOT)))
     step = {"learning_rate": 1e-2, "gradient_accumulation_steps": 1, "lr_scheduler_type": "constant", "warmup_steps": 0}
     flags = small_run(tiny_base, pages_folder, max_steps=5, eval_every=1, early_stopping_patience=1, **step)
     planned = {"PLANNED": json.dumps({"step 1": 0.5, "step 2": 0.4, "after": 0.1}), "UNRENDERED": "1"}
-    done = start_zero_3(flags, tmp_path, processes=2, script=str(script), env=planned)
+    done = start_zero_3(flags, tmp_path, processes=2, script=PLANNED, env=planned)
     assert done.returncode == 0, output(done)
     assert re.findall(r"^step (\d/5)", done.stdout, re.MULTILINE) == ["1/5", "2/5"]
     assert "step 1 scored 0.500, the end 0.100: the better is final" in done.stdout
     results = json.loads((tmp_path / "holo1_dom_finetune_output" / "evaluation" / "results.json").read_text())
     assert results["final"] == "step 1" and results["after"]["likeness"] == 0.5
+    assert results["last"]["likeness"] == 0.1, "what the end had reached stays known"
     assert not (tmp_path / "holo1_dom_finetune_output" / "best").exists()
     final = weights(tmp_path / "holo1_dom_finetune_final")
     once = tmp_path / "once"
@@ -516,20 +451,32 @@ def test_the_best_weights_by_score_become_the_final_folder(tiny_base, pages_fold
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_out_of_memory_while_judging_leaves_an_emergency_checkpoint(processes, tiny_base, pages_folder, tmp_path):
+    """Only one rank's memory runs out; the others hear of it, and all save the weights of the same step."""
+    flags = small_run(tiny_base, pages_folder, max_steps=3, eval_every=2, gradient_accumulation_steps=1)
+    planned = {"PLANNED": "{}", "UNRENDERED": "1", "OUT_OF_MEMORY": "step 2"}
+    done = start_torchrun(flags, tmp_path, processes=processes, script=PLANNED, env=planned)
+    assert "emergency checkpoint: ./holo1_dom_finetune_checkpoint" in done.stdout, output(done)
+    assert "Out of memory" in done.stderr and done.returncode != 0
+    saved = weights(tmp_path / "holo1_dom_finetune_checkpoint")
+    assert saved.keys() == weights(tiny_base).keys()
+    assert any(not torch.equal(saved[name], value) for name, value in weights(tiny_base).items()), "untrained"
+
+
+@pytest.mark.slow
 def test_a_resumed_run_knows_the_best_weights_and_what_they_wrote(tiny_base, pages_folder, tmp_path):
     """Step 1 is the best; step 3 is judged once without a plan, which ends that run."""
-    script = tmp_path / "planned.py"
-    script.write_text(SCORES.format(root=str(ROOT)))
     step = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     flags = small_run(tiny_base, pages_folder, eval_every=1, compare_base=True, **step)
     planned = {"before": 0.0, "step 1": 0.5, "step 2": 0.4}
-    done = run_script(str(script), *flags, cwd=tmp_path, env={"PLANNED": json.dumps(planned)})
+    done = run_script(PLANNED, *flags, cwd=tmp_path, env={"PLANNED": json.dumps(planned)})
     assert done.returncode == 1 and "KeyError: 'step 3'" in done.stderr, output(done)
     planned |= {"step 3": 0.3, "after": 0.1}
     evaluation = tmp_path / "holo1_dom_finetune_output" / "evaluation"
     for folder in evaluation.glob("rendered_step_1*"):  # then they are rendered again
         shutil.rmtree(folder)
-    done = run_script(str(script), *flags, "--resume", cwd=tmp_path, env={"PLANNED": json.dumps(planned)})
+    done = run_script(PLANNED, *flags, "--resume", cwd=tmp_path, env={"PLANNED": json.dumps(planned)})
     assert done.returncode == 0, output(done)
     assert "step 1 scored 0.500, the end 0.100: the better is final" in done.stdout
     results = json.loads((evaluation / "results.json").read_text())

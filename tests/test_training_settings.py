@@ -208,3 +208,21 @@ def test_help_answers_at_once_without_torch(script):
 
 def test_python_version_is_one_that_is_tested():
     assert sys.version_info >= (3, 10)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "note"),
+    [
+        ("xcodemind/webcode2m", ["xcodemind/webcode2m: half of its pages are longer than 3,844 tokens"]),
+        (
+            "HuggingFaceM4/websight",
+            ["HuggingFaceM4/websight: v0.2 needs the network to look like its screenshots, v0.1"],
+        ),
+        ("some/thing", []),
+    ],
+)
+def test_what_is_known_of_a_dataset_is_said_when_it_is_taken(dataset, note):
+    resolved = pipeline.resolve(["--dataset", dataset])
+    pipeline.check_settings(resolved)
+    said = [one for one in resolved.notes if one.startswith(dataset)]
+    assert len(said) == len(note) and all(one.startswith(start) for one, start in zip(said, note))

@@ -1,4 +1,33 @@
 """The rooms of the training: what holo1_dom_finetune.py needs and is not known for.
 
-A page meets them in this order: settings, dataset, packing, memory_plan, fast_layers, publishing.
+Rooms from top to bottom; each may import those below it, and none above:
+
+    results         results.json, the report that shows every page, the last words
+    best_weights    the best weights of a run, by the metric that chooses
+    evaluation      held-out pages: written, rendered, scored, kept
+    recipe          what a run is made of: the facts of its recipe and its card
+    final_folder    the base's tensors as training has left them: written aside, compared, renamed
+    publishing      the push to the Hub
+    model_card      the model card, by model_card.md beside it
+    memory_fit      the one decision what fits, for --plan and for training, and its proof before step one
+    base_model      the base: its folder, its architecture, every tensor of its checkpoint
+    page_order      which pages are trained on when
+    stopping        how a run is asked to stop
+    packing         pages as one row, and where each picture's patches lie
+    fast_layers     layers that take packed pages, each faster than the model's own way to the same
+    attention       attention inside packed pages, by the kernel that proves right
+    rotary_kernel   rotary positions at the speed of a GPU's memory
+    loss            the loss on supervised tokens alone, in chunks
+    progress        what a run tells of itself: rates, waits, memory, the loss as a picture
+    zero3           all that is known of DeepSpeed's insides
+    memory_plan     how much memory a step takes, and which way to train is fastest among those that fit
+    settings        every setting, how command line and JSON meet, what is refused
+    checkpoints     what a training leaves in its output folder, and what another one finds there
+    dataset         from a dataset to checked and split pages; each known dataset is one entry
+    cleaning        what no screenshot shows goes from the HTML
+    prompt_and_mask what the model is asked, and what the loss sees
+    page_costs      how many operations a page costs
+    processes       who a process is, what it says, and every collective
+    errors          what goes wrong, and the exit code that says so
+    families/       one file for each architecture, by its model_type
 """

@@ -1,15 +1,17 @@
 """From a dataset to checked, cleaned and split pages: every page is kept, or dropped for a reason that is counted.
 
-    train, held_out = load_pages_from_disk(output_dir)          # after load_pages(...) on the main process
+    report = load_pages(settings, output_dir, count_tokens, seed)           # main process; DropReport
+    train, held_out = load_pages_from_disk(output_dir)                      # all ranks
+    for name, html in read_html("USER/NAME", known_dataset("USER/NAME")):   # make_pages.py, which draws the screenshots
 
-The training script calls `load_pages`; nothing here knows of models.
+Another dataset is another entry of KNOWN_DATASETS, here and nowhere else. Nothing here knows of models. Sections:
+What is known of datasets, Reading, Checks of a page, Duplicates, Loading.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import html as entities
 import io
 import itertools
 import json
@@ -19,47 +21,85 @@ import re
 import struct
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from training.cleaning import clean_html, cleaning_steps, visible_text
 from training.errors import DataError, SettingsError
+from use_model_from_hub import MAX_PICTURE_PIXELS, PICTURE_FORMATS
 
-# -------------------------------------------------------------------------------
-# Data
-# -------------------------------------------------------------------------------
+if TYPE_CHECKING:
+    from datasets import Dataset
 
-MAX_SCREENSHOT_PIXELS, MAX_SCREENSHOT_BYTES, MAX_ASPECT_RATIO = 20_000_000, 64 * 2**20, 200
 BROKEN = ("unreadable", "too large", "outside the folder", "empty")  # what --max_bad_share counts
 REASONS = ("too long", *BROKEN, "duplicate", "like a held-out page")
-PAGE_FIELDS = {
-    "name": "string",
-    "screenshot": "binary",
-    "html": "string",
-    "width": "int32",
-    "height": "int32",
-    "html_tokens": "int32",
-    "image_tokens": "int32",
-}
-CountTokens = Callable[[str, int, int], tuple[int, int]]  # (html, width, height) -> (html tokens, image tokens)
+
+
+class BadPage(Exception):
+    """A page that is dropped: `reason` is one of REASONS, the message says more."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+# -----------------------------------------------------------------------------
+# What is known of datasets
+
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """Where pages come from. `licence` None: not known. `refused`: why nobody may train on it."""
+    """What is known of one dataset: an entry of KNOWN_DATASETS.
 
-    config: str | None = None
+    A page is a screenshot (the bytes of a picture, an image cell of `datasets`, or the name of a file inside the
+    dataset) and its html (text). Two columns name them, nested ones by a path with dots, in which lists count from 0,
+    or from -1 at their end. Screenshots in a list and HTML in a conversation are one line:
+
+        "USER/NAME": DatasetSource(image_column="images.0", html_column="messages.1.content", licence="mit"),
+
+    Where a path does not say it, a function of this module takes a row and returns (screenshot, html):
+
+        def answered_page(row: Row) -> tuple[Any, Any]:
+            answers = [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"]
+            return row["images"][0], answers[-1]
+
+        "USER/NAME": DatasetSource(page_of=answered_page, licence="mit"),
+
+    A row for which either fails is dropped as unreadable, and counted by --max_bad_share.
+    """
+
+    config: str | None = None  # of a Hub dataset
     split: str = "train"
     image_column: str = "image"
     html_column: str = "text"
-    licence: str | None = None
-    note: str = ""
-    refused: str = ""
+    page_of: Callable[[Row], tuple[Any, Any]] | None = None  # instead of the columns
+    licence: str | None = None  # as the Hub spells it; None: not known
+    note: str = ""  # said to whoever takes the dataset
+    refused: str = ""  # why nobody may train on it
+
+    def page(self, row: Row) -> tuple[Any, Any]:
+        """(screenshot, html) of a row, as the dataset holds them; BadPage where the row has no such thing."""
+        if self.page_of is None:
+            return cell(row, self.image_column), cell(row, self.html_column)
+        try:
+            screenshot, html = self.page_of(row)
+        except Exception as error:  # whatever a function meets in a stranger's row: the row is counted as broken
+            detail = f"{self.page_of.__name__}: {type(error).__name__}: {error}"
+            raise BadPage("unreadable", detail[:300]) from error
+        return screenshot, html
+
+    def html(self, row: Row) -> Any:
+        """The html alone, for a row whose screenshot nobody needs; BadPage."""
+        return cell(row, self.html_column) if self.page_of is None else self.page(row)[1]
 
 
 _BENCHMARK = "a benchmark, never to be trained on: take HuggingFaceM4/WebSight or xcodemind/webcode2m"
 _WEBCODE2M = DatasetSource(licence="cc-by-4.0", note="half of its pages are longer than 3,844 tokens")
+# A Hub name, in any case, or a local path that starts with . / or ~. README_DeepSpeed.md's table is held against it.
 KNOWN_DATASETS = {
     "HuggingFaceM4/WebSight": DatasetSource(
         "v0.1", licence="cc-by-4.0", note="v0.2 needs the network to look like its screenshots, v0.1 does not"
@@ -74,21 +114,38 @@ KNOWN_DATASETS = {
 }
 
 
-class BadPage(Exception):
-    """A page that is dropped: `reason` is one of REASONS, the message says more."""
+def cell(row: Row, column: str) -> Any:
+    """The value of a column: of that very name, else by a path such as messages.1.content; BadPage where it ends."""
+    if column in row:
+        return row[column]
+    value: Any = row
+    for part in column.split("."):
+        try:
+            value = value[int(part)] if isinstance(value, list | tuple) else value[part]
+        except (LookupError, TypeError, ValueError):
+            raise BadPage("unreadable", f"no {column} in this row") from None
+    return value
 
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
+
+def known_dataset(dataset: str, **typed: str | None) -> DatasetSource:
+    """What is known of `dataset` (a Hub name or a path), the `typed` fields on top: a typed column beats a function."""
+    path = Path(dataset).expanduser()
+    known = {name.lower(): source for name, source in KNOWN_DATASETS.items()}  # the Hub ignores case, too
+    if path.exists() and not dataset.startswith((".", "/", "~")):
+        known = {}  # a folder here that is named as a dataset on the Hub is not that one
+    unknown = DatasetSource(image_column="file_name") if (path / "metadata.jsonl").is_file() else DatasetSource()
+    changes: dict[str, Any] = {name: value for name, value in typed.items() if value}
+    if {"image_column", "html_column"} & changes.keys():
+        changes["page_of"] = None
+    return replace(known.get(dataset.lower(), unknown), **changes)
 
 
 def resolve_dataset(dataset: str, **typed: str | None) -> DatasetSource:
-    """What is known of `dataset`, the `typed` fields on top; SettingsError where it must not be trained on."""
-    known = {name.lower(): source for name, source in KNOWN_DATASETS.items()}  # the Hub ignores case, too
-    source = DatasetSource() if Path(dataset).expanduser().exists() else known.get(dataset.lower(), DatasetSource())
+    """As known_dataset; SettingsError where it must not be trained on."""
+    source = known_dataset(dataset, **typed)
     if source.refused:
         raise SettingsError(f"--dataset {dataset}: {source.refused}")
-    return replace(source, **{name: value for name, value in typed.items() if value})
+    return source
 
 
 def dataset_revision(dataset: str, revision: str | None) -> str | None:
@@ -103,68 +160,131 @@ def dataset_revision(dataset: str, revision: str | None) -> str | None:
         return revision
 
 
-def read_rows(
-    dataset: str,
-    dataset_config: str | None,
-    split: str,
-    image_column: str,
-    html_column: str,
-    seed: int,
-    revision: str | None = None,
+# -----------------------------------------------------------------------------
+# Reading
+
+MAX_PICTURE_BYTES = 64 * 2**20
+FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow", ".parquet": "parquet"}
+
+
+def read_pages(
+    dataset: str, source: DatasetSource, seed: int, revision: str | None = None
 ) -> Iterator[tuple[str, bytes | BadPage, Any]]:
-    """Yields (name, screenshot file or what is wrong with it, html) in an order that `seed` alone decides."""
+    """Yields (name, the screenshot's file or what is wrong with the row, html) in an order that `seed` alone decides.
+
+    DataError where `dataset` cannot be read, or lacks a column.
+    """
+    path = Path(dataset).expanduser()
+    in_folder = (path / "metadata.jsonl").is_file()
+    for name, row in _read_rows(dataset, source, ("image_column", "html_column"), "--dataset", seed, revision):
+        try:
+            screenshot, html = source.page(row) if not isinstance(row, BadPage) else (row, None)
+        except BadPage as bad:
+            screenshot, html = bad, None
+        yield name, _picture(screenshot, path, "" if in_folder else dataset), html
+
+
+def read_html(dataset: str, source: DatasetSource) -> Iterator[tuple[str, Any]]:
+    """Yields (name, html or the BadPage that says why there is none) in the dataset's own order, without reading any
+    screenshot. DataError as read_pages."""
+    for name, row in _read_rows(dataset, source, ("html_column",), "SOURCE"):
+        try:
+            yield name, row if isinstance(row, BadPage) else source.html(row)
+        except BadPage as bad:
+            yield name, bad
+
+
+def _read_rows(
+    dataset: str,
+    source: DatasetSource,
+    needed: Sequence[str],
+    asked_by: str,
+    seed: int | None = None,
+    revision: str | None = None,
+) -> Iterator[tuple[str, Row | BadPage]]:
+    """(name, row) of each row. `needed` are the fields of `source` whose columns are read, `asked_by` what the user
+    typed `dataset` after; `seed` None: in the dataset's own order."""
     import datasets
 
     path = Path(dataset).expanduser()
     if not path.exists() and (dataset.startswith((".", "~", "/")) or dataset.count("/") > 1):
-        raise DataError(f"--dataset {dataset}: no such file or folder")
+        raise DataError(f"{asked_by} {dataset}: no such file or folder")
+    wanted = {} if source.page_of else {name: getattr(source, name) for name in needed}
     try:
-        if (path / "metadata.jsonl").is_file():  # the imagefolder convention, whose image column is a file name
-            yield from _read_folder(path, "file_name" if image_column == "image" else image_column, html_column, seed)
+        if (path / "metadata.jsonl").is_file():
+            yield from _read_folder(path, source, wanted, seed)
             return
-        source: dict[str, Any] = {"path": str(path) if path.exists() else dataset, "name": dataset_config}
+        place: dict[str, Any] = {"path": str(path) if path.exists() else dataset, "name": source.config}
+        place["split"] = source.split
         if path.is_file():
-            kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow"}
-            source, split = {"path": kinds.get(path.suffix, "parquet"), "data_files": str(path)}, "train"
-        stream = datasets.load_dataset(**source, split=split, revision=revision, streaming=True)
-        if isinstance((stream.features or {}).get(image_column), datasets.Image):
-            stream = stream.cast_column(image_column, datasets.Image(decode=False))  # or a broken one ends the stream
-        _check_columns(next(iter(stream), {}), image_column, html_column)
-        # Shards are shuffled, too; the buffer holds undecoded screenshots, some 100 MB.
-        for number, row in enumerate(stream.shuffle(seed=seed, buffer_size=500)):
-            yield f"row-{number:07d}", _screenshot(row[image_column], path, dataset), row[html_column]
+            place = {"path": FILE_KINDS.get(path.suffix, "parquet"), "data_files": str(path), "split": "train"}
+        stream = datasets.load_dataset(**place, revision=revision, streaming=True)
+        if stream.features:
+            stream = stream.decode(False)  # at any depth: a picture stays a file, or a broken one would end the stream
+        first = next(iter(stream), {})
+        _check_columns(first, wanted)
+        if stream.features and wanted:  # what nobody needs is not fetched
+            columns = {column if column in first else column.split(".")[0] for column in wanted.values()}
+            stream = stream.select_columns(sorted(columns))
+        if seed is not None:  # shards are shuffled, too; the buffer holds undecoded screenshots, some 100 MB
+            stream = stream.shuffle(seed=seed, buffer_size=500)
+        for number, row in enumerate(stream):
+            yield f"row-{number:07d}", row
     except (OSError, ValueError) as error:  # not found, no network, no such config or split, damaged parquet
-        raise DataError(f"--dataset {dataset} cannot be read: {type(error).__name__}: {error}") from error
+        raise DataError(f"{asked_by} {dataset} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _read_folder(folder: Path, image_column: str, html_column: str, seed: int) -> Iterator[tuple[str, Any, Any]]:
+def _read_folder(
+    folder: Path, source: DatasetSource, wanted: Mapping[str, str], seed: int | None
+) -> Iterator[tuple[str, Row | BadPage]]:
+    """The lines of metadata.jsonl, each named by its picture's file where that is a name."""
     columns: dict[str, None] = {}
     with open(folder / "metadata.jsonl", "rb") as lines:
         starts = list(itertools.accumulate(map(len, lines), initial=0))[:-1]  # the pages themselves stay on disk
-        for start in random.Random(seed).sample(starts, len(starts)):
+        for start in starts if seed is None else random.Random(seed).sample(starts, len(starts)):
             lines.seek(start)
             if not (line := lines.readline().strip()):
                 continue
+            name = f"metadata.jsonl, byte {start}"
             try:
                 row = json.loads(line)
                 columns |= dict.fromkeys(row.keys())
             except (ValueError, RecursionError, AttributeError) as error:
-                yield f"metadata.jsonl, byte {start}", BadPage("unreadable", f"no JSON object: {error}"), None
+                yield name, BadPage("unreadable", f"no JSON object: {error}")
                 continue
-            yield str(row.get(image_column)), _screenshot(row.get(image_column), folder, ""), row.get(html_column)
-    _check_columns(columns, image_column, html_column)  # last, since one row may lack what the others have
+            row = _with_twin(row)
+            file = row.get("file_name" if source.page_of else source.image_column)
+            yield file if isinstance(file, str) else name, row
+    _check_columns(columns, wanted, _with_twin(columns))  # last, since one row may lack what the others have
 
 
-def _check_columns(columns: Collection[str], image_column: str, html_column: str) -> None:
-    if missing := [column for column in (image_column, html_column) if column not in columns]:
+def _with_twin(row: Row) -> Row:
+    """The imagefolder convention: what `file_name` names is the column `image`. Either name asks for it."""
+    if "file_name" in row:
+        return {"image": row["file_name"], **row}
+    return {"file_name": row["image"], **row} if "image" in row else row
+
+
+def _check_columns(columns: Collection[str], wanted: Mapping[str, str], more: Collection[str] = ()) -> None:
+    """DataError that names the columns there are; `more` may be asked for, too."""
+    known = {*columns, *more}
+    missing = [column for column in wanted.values() if column not in known and column.split(".")[0] not in known]
+    if missing:
+        flags = " and ".join(f"--{name}" for name in wanted)
         raise DataError(
             f"no column {' and '.join(missing)}; there are: {', '.join(columns) or 'none'}. "
-            "--image_column and --html_column name the right ones"
+            f"{flags} {'name the right ones' if len(wanted) > 1 else 'names the right one'}"
         )
 
 
-def _screenshot(value: Any, path: Path, dataset: str) -> bytes | BadPage:
-    """The content of an image cell: bytes, or a file inside the dataset, wherever `..` and links lead."""
+def _picture(value: Any, path: Path, dataset: str) -> bytes | BadPage:
+    """The content of an image cell: bytes, or a file inside the dataset, wherever `..` and links lead.
+
+    `dataset` is the name or path that `datasets` has read, whose cells may hold addresses of its own making; empty
+    where the names are a folder's own.
+    """
+    if isinstance(value, BadPage):
+        return value
     source = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
     folder = path.parent if path.is_file() else path
     if isinstance(source, bytes):
@@ -175,14 +295,30 @@ def _screenshot(value: Any, path: Path, dataset: str) -> bytes | BadPage:
         import fsspec
 
         with fsspec.open(source, "rb") as file:
-            return file.read(MAX_SCREENSHOT_BYTES)
+            return file.read(MAX_PICTURE_BYTES)
     file = (folder / source).resolve()
     if "://" in source or not file.is_relative_to(folder.resolve()) or (not dataset and Path(source).is_absolute()):
         return BadPage("outside the folder", "only files inside the dataset's folder are read")
     if not file.is_file():  # nor a pipe or a device, which would keep us waiting
         return BadPage("unreadable", "no such file")
-    too_large = file.stat().st_size > MAX_SCREENSHOT_BYTES
+    too_large = file.stat().st_size > MAX_PICTURE_BYTES
     return BadPage("too large", f"{file.stat().st_size:,} bytes") if too_large else file.read_bytes()
+
+
+# -----------------------------------------------------------------------------
+# Checks of a page
+
+MAX_ASPECT_RATIO = 200  # Qwen2-VL's processors raise beyond it
+PAGE_FIELDS = {
+    "name": "string",
+    "screenshot": "binary",
+    "html": "string",
+    "width": "int32",
+    "height": "int32",
+    "html_tokens": "int32",
+    "image_tokens": "int32",
+}
+CountTokens = Callable[[str, int, int], tuple[int, int]]  # (html, width, height) -> (html tokens, image tokens)
 
 
 def screenshot_size(data: bytes) -> tuple[int, int]:
@@ -190,9 +326,9 @@ def screenshot_size(data: bytes) -> tuple[int, int]:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as picture:
+        with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as picture:
             width, height = picture.size
-            if width * height > MAX_SCREENSHOT_PIXELS:
+            if width * height > MAX_PICTURE_PIXELS:
                 raise BadPage("too large", f"{width:,} x {height:,} pixels")
             if max(width, height) >= MAX_ASPECT_RATIO * min(width, height):
                 raise BadPage("unreadable", f"{width:,} x {height:,} pixels: a strip that no processor takes")
@@ -206,119 +342,80 @@ def screenshot_size(data: bytes) -> tuple[int, int]:
     return width, height
 
 
-# Every pattern may also end where the text ends, so none fails after a long scan: cleaning takes linear time.
-CLEANING_STEPS = ("comments", "scripts", "tracking", "base64")
-_ATTRIBUTES = r"""((?:=\s*"[^"]*"?|=\s*'[^']*'?|[^>=]+|=)*)(>?)"""
-_MARKUP = re.compile(  # a comment; an element that holds text only: name, attributes, >, content, end; any other tag
-    r"<!--(?:-?>|.*?(?:--!?>|\Z))|<[!?](?!doctype|\[CDATA\[)[^>]*>?|"
-    rf"<(script|style|title|textarea|noscript|iframe|xmp)(?=[\s/>]){_ATTRIBUTES}(.*?)(</\1\s*>|\Z)|"
-    rf"<(/?[a-z][^\s/>]*){_ATTRIBUTES}",
-    re.I | re.S,
-)
-_ATTRIBUTE = re.compile(r"""(?<![\s/])[\s/]*([^\s/=]+)(?:\s*=\s*("[^"]*"|'[^']*'|[^\s"'][^\s]*))?""")
-_CSS = re.compile(  # strings and url(…) first: a /* in them is no comment
-    r""""(?:\\.|[^"\\\n])*"?|'(?:\\.|[^'\\\n])*'?|url\(\s*[^"'()\s][^()]*\)?|/\*.*?(?:\*/|\Z)""", re.I | re.S
-)
-_BLOB = re.compile(  # data:text/… stays: a style sheet or a frame is no picture
-    r"""(url\(\s*)(?:"data:(?!text/)[^"]{90,}"|'data:(?!text/)[^']{90,}'|data:(?!text/)[^()"'\s]{90,}"""
-    r"""|&quot;data:(?!text/)(?:(?!&quot;).){90,}&quot;)(?=\s*\))"""
-    r"""|data:(?!text/)[\w/.;=+-]{0,80};base64,[\w+/=%-]{70,}""",
-    re.I | re.S,
-)
-_TRACKER = re.compile(
-    r"//[\w.-]*(?:google-analytics|googletagmanager|doubleclick|facebook\.com/tr|hotjar|clarity\.ms"
-    r"|scorecardresearch|quantserve|bat\.bing|mc\.yandex|matomo|piwik)",
-    re.I,
-)
-_TRACKING_RELS = {"preconnect", "dns-prefetch", "prefetch", "prerender", "modulepreload", "pingback"}
-_TRACKING_META = re.compile(r"verif|^csrf-|^msvalidate|^fb:|analytics|^x-dns-prefetch", re.I)
-_GONE = "\0"  # stands where something was dropped, until the lines that held nothing else are dropped, too
+def _check_page(
+    name: str, screenshot: bytes | BadPage, html: Any, settings: WantedPages, count_tokens: CountTokens
+) -> dict[str, Any]:
+    """The page as it is stored; BadPage, the cheap reasons first."""
+    if isinstance(screenshot, BadPage):
+        raise screenshot
+    if not isinstance(html, str | None):
+        raise BadPage("unreadable", f"html is no text but {type(html).__name__}")
+    html = clean_html(html or "", cleaning_steps(settings.clean)).strip()
+    if not re.search("<[a-z]", html, re.I):
+        raise BadPage("empty", f"no element in {html[:40]!r}")
+    if html != html.encode(errors="replace").decode():
+        raise BadPage("unreadable", "html holds half a character (a lone surrogate)")
+    width, height = screenshot_size(screenshot)
+    # No page's tokens hold 64 characters on average; one of many megabytes need not be counted.
+    html_tokens, image_tokens = len(html) // 64, 0
+    if html_tokens <= settings.max_html_tokens:
+        html_tokens, image_tokens = count_tokens(html, width, height)
+    if html_tokens > settings.max_html_tokens:
+        raise BadPage("too long", f"{html_tokens:,} tokens of html, {settings.max_html_tokens:,} allowed")
+    return dict(zip(PAGE_FIELDS, (name, screenshot, html, width, height, html_tokens, image_tokens), strict=True))
 
 
-def clean_html(html: str, steps: Collection[str]) -> str:
-    """Drops what no screenshot shows (some of CLEANING_STEPS); the page looks as before, but for its pictures."""
-
-    def cleaned(markup: re.Match[str]) -> str:
-        raw, raw_attributes, raw_close, content, end, name, attributes, close = markup.groups()
-        if not raw and not name:
-            return _GONE if "comments" in steps else markup[0]
-        tag = (raw or name).lower()
-        kept = _clean_attributes(tag, attributes or raw_attributes or "", steps)
-        if kept is None:  # a <script> without an end stays: what follows may be the rest of the page
-            return _GONE if name or end else markup[0]
-        content = _clean_css(content, steps) if tag == "style" else content
-        return f"<{raw}{kept}{raw_close}{content}{end}" if raw else f"<{name}{kept}{close}"
-
-    if not steps:
-        return html
-    html = _MARKUP.sub(cleaned, html.replace(_GONE, ""))
-    html = re.sub(rf"(<pre[^<>]*>){_GONE}+(?=\n)", r"\1\n", html, flags=re.I)  # <pre> swallows one newline
-    parts = re.split(r"(<pre\b.*?(?:</pre|\Z))", html, flags=re.I | re.S)  # where each line counts
-    parts[::2] = [re.sub(rf"\n[ \t]*{_GONE}[ \t{_GONE}]*(?=\r?\n)", "", part) for part in parts[::2]]
-    return "".join(parts).replace(_GONE, "")
-
-
-def _clean_attributes(tag: str, attributes: str, steps: Collection[str]) -> str | None:
-    """The attributes that stay; None when the whole element goes."""
-
-    def cleaned(attribute: re.Match[str]) -> str:
-        key, quoted, text = attribute[1].lower(), attribute[2] or "", attribute[0]
-        value = new = quoted.strip("\"'")
-        if ("scripts" in steps and re.match("on[a-z]{3}", key)) or ("tracking" in steps and key == "ping"):
-            return "" if attributes[attribute.end() : attribute.end() + 1] in ("", *" \t\r\n\f/") else " "
-        if (
-            "scripts" in steps
-            and key in ("href", "src", "action", "formaction", "xlink:href")
-            and (entities.unescape(value[:99]).strip().lower().startswith("javascript:"))
-        ):
-            new = "#"  # a link stays a link
-        elif "base64" in steps and len(value) > 100:
-            picture = key != "srcset" and re.match(r"\s*data:(?!text/)", value, re.I)
-            new = "data:," if picture else _BLOB.sub(r"\1data:,", value)
-        return text if new == value else text.replace(quoted, quoted.replace(value, new))
-
-    if "scripts" in steps and tag in ("script", "noscript"):
-        return None
-    if "tracking" in steps and tag in ("img", "iframe", "link", "meta") and _is_tracking(tag, attributes):
-        return None
-    return _ATTRIBUTE.sub(cleaned, attributes)
-
-
-def _is_tracking(tag: str, attributes: str) -> bool:
-    values = {key.lower(): value.strip("\"'").lower() for key, value in reversed(_ATTRIBUTE.findall(attributes))}
-    if tag == "link":
-        rels = set(values.get("rel", "").split())
-        return bool(rels & _TRACKING_RELS) or ("preload" in rels and values.get("as") != "style")
-    if tag == "meta":
-        return bool(_TRACKING_META.search(values.get("name") or values.get("property") or values.get("http-equiv", "")))
-    style = dict(re.findall(r"(?:^|;)\s*(width|height)\s*:\s*([^;]*)", values.get("style", "")))
-    sizes = {style.get(side, values.get(side, "")).strip().removesuffix("px") for side in ("width", "height")}
-    return sizes <= {"0", "1"} or bool(_TRACKER.search(values.get("src", "")))
-
-
-def _clean_css(css: str, steps: Collection[str]) -> str:
-    def cleaned(token: re.Match[str]) -> str:
-        around = css[max(token.start() - 1, 0) : token.start()], css[token.end() : token.end() + 1]
-        parting = all(side and side not in " \t\r\n{};:," for side in around)  # of two words: 1px/**/2px
-        return token[0] if not token[0].startswith("/*") else "/**/" if parting else ""
-
-    new = _CSS.sub(cleaned, css) if "comments" in steps else css
-    new = _BLOB.sub(r"\1data:,", new) if "base64" in steps else new
-    return css if new == css else re.sub(r"\n[ \t\r]*(?=\n)", "", new)
-
-
-def cleaning_steps(clean: str) -> tuple[str, ...]:
-    """The steps of a setting such as `comments,scripts` or `none`; SettingsError for an unknown one."""
-    steps = tuple(step.strip() for step in clean.split(",") if step.strip() not in ("", "none"))
-    if unknown := [step for step in steps if step not in CLEANING_STEPS]:
-        raise SettingsError(f"--clean {', '.join(unknown)}: there are {', '.join(CLEANING_STEPS)} and none")
-    return steps
+# -----------------------------------------------------------------------------
+# Duplicates
 
 
 def _shingles(html: str) -> set[tuple[str, ...]]:
     """Every three words in a row of the visible text; none under ten words, too few to tell one page from another."""
-    words = re.findall(r"\w+", entities.unescape(_MARKUP.sub(" ", html)).lower())
+    words = re.findall(r"\w+", visible_text(html).lower())
     return set(zip(words, words[1:], words[2:], strict=False)) if len(words) >= 10 else set()
+
+
+def _check_new(
+    page: dict[str, Any],
+    seen: set[bytes],
+    sizes: list[int],
+    pages_with: dict[tuple[str, ...], list[int]],
+    is_held_out: bool,
+) -> None:
+    """BadPage for a duplicate of any page, or a near-duplicate of a held-out one: word 3-shingles with a Jaccard
+    similarity of 0.8 and more (Broder, 1997), found by an index from shingle to held-out pages."""
+    html = re.sub(r"\s+", " ", re.sub(r">\s+<", "><", page["html"]))
+    hashes = {hashlib.sha256(content).digest() for content in (page["screenshot"], html.encode())}
+    if seen & hashes:
+        raise BadPage("duplicate", "the screenshot or the html of an earlier page")
+    shingles = _shingles(html)
+    shared = Counter(other for shingle in shingles for other in pages_with.get(shingle, ()))
+    if not is_held_out and any(both >= 0.8 * (len(shingles) + sizes[other] - both) for other, both in shared.items()):
+        raise BadPage("like a held-out page", "nearly the same text")
+    seen |= hashes
+    for shingle in shingles if is_held_out else ():
+        pages_with[shingle].append(len(sizes))
+    sizes.append(len(shingles))
+
+
+# -----------------------------------------------------------------------------
+# Loading
+
+
+class WantedPages(Protocol):
+    """What load_pages reads of the training's settings (training/settings.py says what each means)."""
+
+    dataset: str
+    dataset_config: str | None
+    dataset_split: str | None
+    dataset_revision: str | None
+    image_column: str | None
+    html_column: str | None
+    clean: str
+    num_samples: int
+    eval_pages: int
+    max_html_tokens: int
+    max_bad_share: float
 
 
 @dataclass
@@ -337,9 +434,12 @@ class DropReport:
         return ", ".join([f"{self.asked:,} asked", *reasons, f"{self.kept:,} kept"]) + self.ending
 
 
-def load_pages(settings: Any, output_dir: str | Path, count_tokens: CountTokens, seed: int) -> DropReport:
-    """(main process only) Reads, cleans, checks and splits the pages, stores them for load_pages_from_disk, and names
-    the dropped ones in dropped_pages.jsonl. DataError when too much is broken or too little is left."""
+def load_pages(settings: WantedPages, output_dir: str | Path, count_tokens: CountTokens, seed: int) -> DropReport:
+    """Reads, cleans, checks and splits the pages, stores them for load_pages_from_disk in `output_dir`/pages, and names
+    the dropped ones in dropped_pages.jsonl. DataError when too much is broken or too little is left.
+
+    (one process of each disk) It holds the index of held-out texts in memory, and no page longer than it is looked at.
+    """
     held_out = settings.eval_pages
     # A dataset smaller than asked is read again for fewer held-out pages: a page is then judged by the final split.
     while (report := _collect_pages(settings, output_dir, count_tokens, seed, held_out)).kept < report.asked:
@@ -360,7 +460,7 @@ def load_pages(settings: Any, output_dir: str | Path, count_tokens: CountTokens,
     return report
 
 
-def load_pages_from_disk(output_dir: str | Path) -> tuple[Any, Any]:
+def load_pages_from_disk(output_dir: str | Path) -> tuple[Dataset, Dataset]:
     """(all ranks) (training, held-out) pages, dicts of PAGE_FIELDS; memory-mapped, so ranks share the memory."""
     import datasets
 
@@ -372,7 +472,7 @@ def load_pages_from_disk(output_dir: str | Path) -> tuple[Any, Any]:
 
 
 def _collect_pages(
-    settings: Any, output_dir: str | Path, count_tokens: CountTokens, seed: int, held_out: int
+    settings: WantedPages, output_dir: str | Path, count_tokens: CountTokens, seed: int, held_out: int
 ) -> DropReport:
     """One reading: the first `held_out` pages that are kept are held out, the next num_samples are trained on."""
     import pyarrow
@@ -385,15 +485,7 @@ def _collect_pages(
         image_column=settings.image_column,
         html_column=settings.html_column,
     )
-    rows = read_rows(
-        settings.dataset,
-        source.config,
-        source.split,
-        source.image_column,
-        source.html_column,
-        seed,
-        settings.dataset_revision,
-    )
+    rows = read_pages(settings.dataset, source, seed, settings.dataset_revision)
     report, seen, sizes, pages_with = DropReport(held_out + settings.num_samples), set(), [], defaultdict(list)
     folder, schema = Path(output_dir) / "pages", pyarrow.schema(list(PAGE_FIELDS.items()))
     folder.mkdir(parents=True, exist_ok=True)
@@ -425,49 +517,3 @@ def _collect_pages(
     for split in ("held_out", "train"):  # renamed only now: another process may still be reading the old file
         os.replace(folder / f"{split}.tmp", folder / f"{split}.arrow")
     return report
-
-
-def _check_page(
-    name: str, screenshot: bytes | BadPage, html: Any, settings: Any, count_tokens: CountTokens
-) -> dict[str, Any]:
-    """The page as it is stored; BadPage, the cheap reasons first."""
-    if isinstance(screenshot, BadPage):
-        raise screenshot
-    if not isinstance(html, str | None):
-        raise BadPage("unreadable", f"html is no text but {type(html).__name__}")
-    html = clean_html(html or "", cleaning_steps(settings.clean)).strip()
-    if not re.search("<[a-z]", html, re.I):
-        raise BadPage("empty", f"no element in {html[:40]!r}")
-    if html != html.encode(errors="replace").decode():
-        raise BadPage("unreadable", "html holds half a character (a lone surrogate)")
-    width, height = screenshot_size(screenshot)
-    # No page's tokens hold 64 characters on average; one of many megabytes need not be counted.
-    html_tokens, image_tokens = len(html) // 64, 0
-    if html_tokens <= settings.max_html_tokens:
-        html_tokens, image_tokens = count_tokens(html, width, height)
-    if html_tokens > settings.max_html_tokens:
-        raise BadPage("too long", f"{html_tokens:,} tokens of html, {settings.max_html_tokens:,} allowed")
-    return dict(zip(PAGE_FIELDS, (name, screenshot, html, width, height, html_tokens, image_tokens), strict=True))
-
-
-def _check_new(
-    page: dict[str, Any],
-    seen: set[bytes],
-    sizes: list[int],
-    pages_with: dict[tuple[str, ...], list[int]],
-    is_held_out: bool,
-) -> None:
-    """BadPage for a duplicate of any page, or a near-duplicate of a held-out one: word 3-shingles with a Jaccard
-    similarity of 0.8 and more (Broder, 1997), found by an index from shingle to held-out pages."""
-    html = re.sub(r"\s+", " ", re.sub(r">\s+<", "><", page["html"]))
-    hashes = {hashlib.sha256(content).digest() for content in (page["screenshot"], html.encode())}
-    if seen & hashes:
-        raise BadPage("duplicate", "the screenshot or the html of an earlier page")
-    shingles = _shingles(html)
-    shared = Counter(other for shingle in shingles for other in pages_with.get(shingle, ()))
-    if not is_held_out and any(both >= 0.8 * (len(shingles) + sizes[other] - both) for other, both in shared.items()):
-        raise BadPage("like a held-out page", "nearly the same text")
-    seen |= hashes
-    for shingle in shingles if is_held_out else ():
-        pages_with[shingle].append(len(sizes))
-    sizes.append(len(shingles))

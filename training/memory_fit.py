@@ -214,7 +214,7 @@ def costs_of(config: PretrainedConfig, pages: Dataset, encoder: PageEncoder) -> 
 def compare_with_plan(trainer: Trainer, plan: MemoryPlan) -> None:
     """(main process only) Say how far the measured peak was from the plan for the heaviest batch of this rank."""
     peak = max((entry["peak_gib"] for entry in trainer.state.log_history if "peak_gib" in entry), default=0.0)
-    if peak and hasattr(trainer, "heaviest"):
+    if peak and any(trainer.heaviest):
         load, config = Load(*trainer.heaviest), trainer.model.config
         bucket = zero3.bucket_size(trainer.args.hf_deepspeed_config.config if trainer.args.deepspeed else None)
         planned = estimate(family_of(config).shape(config), load, plan.way, bucket).total_gib

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
-import matplotlib
 import psutil
 import torch
 
@@ -35,6 +34,9 @@ class Meter:
     """What went through the model since the last log line, on this rank."""
 
     def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
         self.start, self.paused, self.waited = time.monotonic(), 0.0, 0.0
         self.pages = self.supervised = self.image = self.steps = 0
         self.flops = 0.0
@@ -69,7 +71,7 @@ class Meter:
         take_largest(worst)
         pages, supervised, image, tflops = (sums / seconds).tolist()
         peak, waited = worst.tolist()
-        self.__init__()
+        self.reset()
         most = peak_tflops(torch.cuda.get_device_name()) if cuda else None
         return {
             "pages_per_second": pages,
@@ -114,6 +116,8 @@ def log_line(logs: dict, state) -> str:
 
 def draw_loss(history: list[dict], path: Path) -> None:
     """The loss curve as a picture: every step pale, their running mean strong."""
+    import matplotlib  # half a second, and only at the end of a run
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

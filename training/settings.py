@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import use_model_from_hub as use
-from training import dataset as page_data
 from training.checkpoints import newest_checkpoint
+from training.cleaning import cleaning_steps
+from training.dataset import resolve_dataset
 from training.errors import SettingsError
 from training.families import FAMILIES
 from training.processes import local_world_size, world_size
@@ -49,8 +50,12 @@ class PageSettings:
     dataset_config: str | None = setting(None, "Configuration of the dataset (default: v0.1 for WebSight).")
     dataset_split: str | None = setting(None, "Split of the dataset (default: train).")
     dataset_revision: str | None = setting(None, "Branch, tag or commit of the dataset on the Hub.")
-    image_column: str | None = setting(None, "Column of the screenshots (default: known sets by name, else image).")
-    html_column: str | None = setting(None, "Column of the HTML (default: known sets by name, else text).")
+    image_column: str | None = setting(
+        None, "Column of the screenshots, or a path, as images.0 (default: known sets by name, else image)."
+    )
+    html_column: str | None = setting(
+        None, "Column of the HTML, or a path, as messages.1.content (default: known sets by name, else text)."
+    )
     clean: str = setting(
         "comments,scripts,tracking,base64", "What is removed from the HTML, by commas; none leaves it as it is."
     )
@@ -422,8 +427,9 @@ def check_settings(resolved: Resolved) -> None:
     if resolved.deepspeed is not None and steps not in (None, 0, 1, 2, 3):
         problems.append(f"--deepspeed: zero_optimization.stage is {steps!r}; 0, 1, 2 or 3")
     try:
-        page_data.cleaning_steps(settings.clean)
-        page_data.resolve_dataset(settings.dataset)
+        cleaning_steps(settings.clean)
+        if note := resolve_dataset(settings.dataset).note:
+            resolved.notes.append(f"{settings.dataset}: {note}")
     except SettingsError as error:
         problems.append(str(error))
     if problems:

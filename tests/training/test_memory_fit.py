@@ -3,29 +3,23 @@
 import math
 from types import SimpleNamespace
 
+import conftest
 import datasets
 import pytest
 import torch
 from conftest import ROOT, make_processor
 
 import holo1_dom_finetune as pipeline
-from benchmarks import make_shapes
-from training import memory_fit, page_costs
+from training import memory_fit, page_costs, zero3
 from training.families import family_of
 from training.memory_plan import MEMORY_SHARE, Load, MemoryPlan, Way
 from training.prompt_and_mask import PageEncoder
 from training.settings import PageSettings, resolve
 
 
-class Tokenizer:
-    @staticmethod
-    def convert_tokens_to_ids(name: str) -> int:
-        return 151_643 + len(name)
-
-
 @pytest.fixture(scope="module")
 def shapes_of_3b():
-    return make_shapes.make_config("3b", Tokenizer)
+    return conftest.shapes_of_3b()
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +84,11 @@ def test_the_plan_counts_the_image_tokens_of_the_models_own_family(family, token
 # Training decides as the plan does
 
 
-def on_gpus(monkeypatch, gib: float, processes: int) -> None:
+def on_gpus(monkeypatch, gib: float, processes: int, name: str = "NVIDIA H100", share: float = 1.0) -> None:
     """No GPU here, so what torch says of one is given; the decision is real."""
-    cuda = {"get_device_properties": SimpleNamespace(total_memory=gib * 2**30), "get_device_name": "NVIDIA H100"}
-    for name, answer in (cuda | {"get_per_process_memory_fraction": 1.0}).items():
-        monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
+    cuda = {"get_device_properties": SimpleNamespace(total_memory=gib * 2**30), "get_device_name": name}
+    for function, answer in (cuda | {"get_per_process_memory_fraction": share}).items():
+        monkeypatch.setattr(torch.cuda, function, lambda device, answer=answer: answer)
     monkeypatch.setattr(memory_fit, "world_size", lambda: processes)
 
 
@@ -136,6 +130,31 @@ def test_candidates_are_ordered_and_the_first_that_fits_is_chosen(shapes_of_3b):
     tight = memory_fit.decide(scope, load.times, 8e13, 2, roomy.smallest.total_gib)
     assert tight.chosen.total_gib == roomy.smallest.total_gib
     assert memory_fit.decide(scope, load.times, 8e13, 2, 1.0).chosen is None
+
+
+@pytest.mark.parametrize(
+    ("share", "threshold", "whole"), [(1.0, "auto", True), (1.0, 100_000, False), (0.3, "auto", False)]
+)
+def test_weights_are_gathered_once_per_step_where_they_fit(share, threshold, whole, shapes_of_3b, monkeypatch):
+    """Two H200s of which torch may use a share. No GPU here, so what torch says of one is given; the plan is real."""
+    on_gpus(monkeypatch, 140, 2, "NVIDIA H200", share)
+    zero = {"stage": 3, zero3.THRESHOLD: threshold}
+    args = SimpleNamespace(
+        device=torch.device("cuda"),
+        deepspeed="ds_z3.json",
+        hf_deepspeed_config=SimpleNamespace(config={"zero_optimization": zero}),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=8,
+        activation_checkpointing=True,
+    )
+    pages = datasets.Dataset.from_dict({"html_tokens": [2_000] * 20, "image_tokens": [1_200] * 20})
+    encoder = PageEncoder(make_processor(), "Write the page.", family_of("qwen2_5_vl"))
+    plan = memory_fit.choose_micro_batch(args, PageSettings(), shapes_of_3b, pages, encoder)
+    assert plan.way.whole == whole
+    assert zero[zero3.THRESHOLD] == (10**11 if whole else threshold)
+    assert plan.total_gib <= MEMORY_SHARE * share * 140
+    assert plan.parts_gib["gathered"] == pytest.approx(7.0 if whole else 1.86, rel=0.02)
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 8
 
 
 # -----------------------------------------------------------------------------

@@ -2,21 +2,30 @@
 
 import io
 import json
+import multiprocessing
 import os
 import random
-import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import SHARED
 
-from training import dataset as dom
+from training import dataset
+from training.dataset import (
+    KNOWN_DATASETS,
+    BadPage,
+    DatasetSource,
+    Row,
+    known_dataset,
+    load_pages,
+    load_pages_from_disk,
+    resolve_dataset,
+    screenshot_size,
+)
+from training.errors import DataError, SettingsError
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-BLOB = "data:image/png;base64," + "A" * 200
-ALL = ("comments", "scripts", "tracking", "base64")
 WORDS = "river stone amber cloud maple ember lake north garden silver piano coral meadow lantern harbour".split()
 
 
@@ -64,8 +73,8 @@ def load(dataset, output: Path, seed: int = 0, **changes):
         "max_html_tokens": 1000,
     }
     settings |= {"max_bad_share": 0.02, "clean": "comments,scripts,tracking,base64"} | changes
-    report = dom.load_pages(SimpleNamespace(**settings), output, count_tokens, seed)
-    return (*dom.load_pages_from_disk(output), report)
+    report = load_pages(SimpleNamespace(**settings), output, count_tokens, seed)
+    return (*load_pages_from_disk(output), report)
 
 
 def dropped(output: Path) -> dict[str, str]:
@@ -104,18 +113,19 @@ def test_asked_is_enough_when_the_dataset_has_more(tmp_path):
     assert (len(training), len(held_out), str(report)) == (10, 5, "15 asked, 15 kept")
 
 
+def order_of(folder: Path, output: Path, seed: int) -> list[list[str]]:
+    training, held_out, _ = load(folder, output, seed)
+    return [held_out["name"][:], training["name"][:]]
+
+
 def test_the_seed_alone_decides_the_pages_and_their_order(tmp_path):
     folder = write_folder(tmp_path / "in", good_pages(30))
     orders = []
     for number, seed in enumerate((0, 0, 1)):
-        training, held_out, _ = load(folder, tmp_path / f"out{number}", seed)
-        orders.append([held_out["name"][:], training["name"][:]])
+        orders.append(order_of(folder, tmp_path / f"out{number}", seed))
     assert orders[0] == orders[1] != orders[2]
-    code = f"""import sys; from pathlib import Path; sys.path[:0] = {sys.path!r}; import test_page_data
-training, held_out, _ = test_page_data.load({str(folder)!r}, Path({str(tmp_path / "other")!r}))
-print([held_out["name"][:], training["name"][:]])"""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines()[-1] == repr(orders[0])
+    with multiprocessing.get_context("spawn").Pool(1) as another:  # its own hashes, its own random numbers
+        assert another.apply(order_of, (folder, tmp_path / "other", 0)) == orders[0]
 
 
 def test_loading_again_leaves_pages_that_are_in_use_alone(tmp_path):
@@ -124,6 +134,115 @@ def test_loading_again_leaves_pages_that_are_in_use_alone(tmp_path):
     before = list(first)
     load(folder, tmp_path / "out", seed=1)
     assert list(first) == before
+
+
+def write_metadata(folder: Path, rows: list[dict]) -> Path:
+    folder.mkdir()
+    for number in range(len(rows)):
+        (folder / f"p{number}.png").write_bytes(picture(number))
+        (folder / f"other{number}.png").write_bytes(picture(100 + number))
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("columns", "typed", "taken"),
+    [
+        (["file_name"], None, "file_name"),  # imagefolder's convention
+        (["file_name"], "image", "file_name"),  # what it becomes by that convention
+        (["image"], "image", "image"),
+        (["image"], None, "image"),
+        (["file_name", "image"], None, "file_name"),
+        (["file_name", "image"], "image", "image"),
+        (["image", "file_name"], "file_name", "file_name"),
+        (["shot", "file_name"], "shot", "shot"),
+    ],
+)
+def test_the_picture_of_a_folder_is_the_column_that_was_asked_for(tmp_path, columns, typed, taken):
+    names = [dict(zip(columns, (f"p{n}.png", f"other{n}.png"))) for n in range(6)]
+    folder = write_metadata(tmp_path / "in", [{**row, "text": page_html(n)} for n, row in enumerate(names)])
+    training, held_out, report = load(folder, tmp_path / "out", image_column=typed, eval_pages=1)
+    assert report.kept == 6
+    wanted = {row[taken]: (folder / row[taken]).read_bytes() for row in names}
+    assert {page["name"]: page["screenshot"] for page in [*training, *held_out]} == wanted
+
+
+def answered_page(row: Row) -> tuple[object, object]:
+    """What a new contributor writes: the last answer of a conversation, and the first picture of a list."""
+    return row["images"][0], [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"][-1]
+
+
+def write_talks(folder: Path, pages: list[tuple[str, bytes, str]], kind: str) -> Path:
+    """Screenshots in a list, HTML in a conversation: as JSONL that names files, or as parquet that holds pictures."""
+    import datasets
+
+    folder.mkdir()
+    talks = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": html}] for _, _, html in pages]
+    if kind == "jsonl":
+        for name, data, _ in pages:
+            (folder / name).write_bytes(data)
+        rows = [{"images": [name], "messages": talk} for (name, _, _), talk in zip(pages, talks)]
+        (folder / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return folder / "talks.jsonl"
+    turn = {"role": datasets.Value("string"), "content": datasets.Value("string")}
+    features = datasets.Features(images=datasets.List(datasets.Image()), messages=datasets.List(turn))
+    images = [[{"bytes": data, "path": None}] for _, data, _ in pages]
+    table = datasets.Dataset.from_dict({"images": images, "messages": talks}, features=features)
+    table.to_parquet(folder / "talks.parquet")
+    return folder / "talks.parquet"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", pytest.param("parquet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("asked", ["entry with a function", "entry with paths", "command line"])
+def test_a_screenshot_in_a_list_and_html_in_a_conversation_arrive(tmp_path, monkeypatch, kind, asked):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    pages = good_pages(12)
+    pages[3] = ("p003.png", pages[3][1][:500], pages[3][2])  # a broken picture ends no stream, however deep it is
+    file = write_talks(tmp_path / "in", pages, kind)
+    paths = {"image_column": "images.0", "html_column": "messages.1.content"}
+    if asked == "entry with a function":
+        monkeypatch.setitem(KNOWN_DATASETS, str(file), DatasetSource(page_of=answered_page))
+    elif asked == "entry with paths":
+        monkeypatch.setitem(KNOWN_DATASETS, str(file), DatasetSource(**paths))
+    changes = paths if asked == "command line" else {}
+    training, held_out, report = load(file, tmp_path / "out", eval_pages=2, max_bad_share=0.1, **changes)
+    assert str(report) == "102 asked, 1 unreadable, 11 kept; the dataset ended after 12 pages"
+    kept = [(page["screenshot"], page["html"]) for page in [*training, *held_out]]
+    assert sorted(kept) == sorted((data, html) for place, (_, data, html) in enumerate(pages) if place != 3)
+
+
+def test_rows_for_which_a_function_or_a_path_fails_are_counted_as_broken(tmp_path, monkeypatch):
+    rows = [{"images": [f"p{n}.png"], "messages": [{"role": "assistant", "content": page_html(n)}]} for n in range(9)]
+    rows[2]["messages"] = []
+    rows[5] = {"images": [], "messages": rows[5]["messages"]}
+    folder = write_metadata(tmp_path / "in", rows)
+    monkeypatch.setitem(KNOWN_DATASETS, str(folder), DatasetSource(page_of=answered_page))
+    _, _, report = load(folder, tmp_path / "out", max_bad_share=0.5, eval_pages=1)
+    assert (report.kept, dict(report.dropped)) == (7, {"unreadable": 2})
+    assert all("answered_page: IndexError" in said for said in report.broken)
+    columns = {"image_column": "images.0", "html_column": "messages.-1.content"}
+    _, _, report = load(folder, tmp_path / "out", max_bad_share=0.5, eval_pages=1, **columns)
+    assert (report.kept, dict(report.dropped)) == (7, {"unreadable": 2})
+    assert {said.partition(": ")[2] for said in report.broken} == {
+        "no images.0 in this row)",
+        "no messages.-1.content in this row)",
+    }
+
+
+def test_an_entry_of_a_hub_dataset_is_not_taken_for_a_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert known_dataset("HuggingFaceM4/WebSight").config == "v0.1"
+    Path("HuggingFaceM4/WebSight").mkdir(parents=True)
+    assert known_dataset("HuggingFaceM4/WebSight") == DatasetSource()
+    assert known_dataset("salt-nlp/design2code-hf").refused and known_dataset("some/thing") == DatasetSource()
+
+
+def test_a_typed_column_beats_the_function_of_an_entry(monkeypatch):
+    monkeypatch.setitem(KNOWN_DATASETS, "some/talks", DatasetSource(page_of=answered_page, split="test"))
+    found = resolve_dataset("some/talks", html_column="code", image_column=None)
+    assert (found.page_of, found.image_column, found.html_column, found.split) == (None, "image", "code", "test")
 
 
 # datasets 5.2 sleeps 5 s at the end of each parquet stream.
@@ -150,7 +269,7 @@ def test_what_datasets_can_stream_from_a_path(tmp_path, kind, monkeypatch):
         place.write_text("".join(json.dumps({"shot": name, "code": html}) + "\n" for name, _, html in pages))
     elif kind == "no text":
         (tmp_path / "in" / "p.png").write_bytes(pages[0][1])
-        with pytest.raises(dom.DataError, match=r"no column (shot and )?code; there are: image"):
+        with pytest.raises(DataError, match=r"no column (shot and )?code; there are: image"):
             load(tmp_path / "in", tmp_path / "out", html_column="code")
         return
     else:
@@ -178,7 +297,7 @@ def test_a_broken_picture_does_not_end_a_stream(tmp_path):
 
 def test_wrong_columns_are_named_beside_those_that_are_there(tmp_path):
     folder = write_folder(tmp_path / "in", good_pages(6))
-    with pytest.raises(dom.DataError) as error:
+    with pytest.raises(DataError) as error:
         load(folder, tmp_path / "out", html_column="html")
     assert str(error.value).startswith("no column html; there are: file_name, text. --image_column and --html_column")
 
@@ -196,24 +315,24 @@ def test_what_cannot_be_read_is_a_data_error(tmp_path, monkeypatch, dataset, cha
     monkeypatch.chdir(tmp_path)
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1" + bytes(100))
-    with pytest.raises(dom.DataError, match=message.replace(".", r"\.")):
+    with pytest.raises(DataError, match=message.replace(".", r"\.")):
         load(dataset, tmp_path / "out", **changes)
 
 
 @pytest.mark.parametrize("name", ["SALT-NLP/Design2Code-hf", "salt-nlp/design2code-hf", "SALT-NLP/Design2Code-HARD"])
 def test_a_benchmark_is_refused_with_the_remedy(tmp_path, name):
-    with pytest.raises(dom.SettingsError, match="never to be trained on: take HuggingFaceM4/WebSight"):
+    with pytest.raises(SettingsError, match="never to be trained on: take HuggingFaceM4/WebSight"):
         load(name, tmp_path)
 
 
 def test_known_datasets_need_only_their_name_and_the_users_word_wins():
-    found = dom.resolve_dataset("HuggingFaceM4/WebSight")
+    found = resolve_dataset("HuggingFaceM4/WebSight")
     assert (found.config, found.split, found.image_column, found.html_column) == ("v0.1", "train", "image", "text")
-    assert dom.resolve_dataset("HuggingFaceM4/WebSight", config="v0.2", split=None).config == "v0.2"
-    assert dom.resolve_dataset("xcodemind/webcode2m_test").split == "short"
-    assert dom.resolve_dataset("xcodemind/webcode2m_test", split="long").split == "long"
-    assert dom.resolve_dataset("some/thing", html_column="code").html_column == "code"
-    assert {name: source.licence for name, source in dom.KNOWN_DATASETS.items()} == {
+    assert resolve_dataset("HuggingFaceM4/WebSight", config="v0.2", split=None).config == "v0.2"
+    assert resolve_dataset("xcodemind/webcode2m_test").split == "short"
+    assert resolve_dataset("xcodemind/webcode2m_test", split="long").split == "long"
+    assert resolve_dataset("some/thing", html_column="code").html_column == "code"
+    assert {name: source.licence for name, source in KNOWN_DATASETS.items()} == {
         "HuggingFaceM4/WebSight": "cc-by-4.0",
         "xcodemind/webcode2m": "cc-by-4.0",
         "xcodemind/webcode2m_purified": "cc-by-4.0",
@@ -284,8 +403,8 @@ def test_every_broken_page_is_found_and_no_other(tmp_path):
     training, held_out, report = load(folder, tmp_path / "out", max_bad_share=0.5)
     found = dropped(tmp_path / "out")
     lines = [name for name in found if name.startswith("metadata.jsonl, byte ")]
-    assert [found.pop(name) for name in lines] == ["unreadable"] * 3
-    assert found == {name: reason for name, _, _, reason in bad} | {"None": "unreadable"}
+    assert [found.pop(name) for name in lines] == ["unreadable"] * 4
+    assert found == {name: reason for name, _, _, reason in bad}
     assert sorted(page["name"] for page in [*training, *held_out]) == [name for name, _, _ in good_pages(40)]
     assert str(report) == (
         "104 asked, 17 unreadable, 2 too large, 7 outside the folder, 5 empty, 40 kept; "
@@ -296,17 +415,17 @@ def test_every_broken_page_is_found_and_no_other(tmp_path):
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_a_picture_cut_or_spoilt_anywhere_is_told_as_unreadable_or_read(kind):
     whole = picture(1, kind)
-    assert dom.screenshot_size(whole) == (40, 30)
+    assert screenshot_size(whole) == (40, 30)
     rng = random.Random(0)
     for _ in range(150):
-        with pytest.raises(dom.BadPage):
-            dom.screenshot_size(whole[: rng.randrange(len(whole) * 9 // 10)])
+        with pytest.raises(BadPage):
+            screenshot_size(whole[: rng.randrange(len(whole) * 9 // 10)])
         spoilt = bytearray(whole)
         for _ in range(3):
             spoilt[rng.randrange(len(spoilt))] = rng.randrange(256)
         try:
-            dom.screenshot_size(bytes(spoilt))
-        except dom.BadPage as bad:
+            screenshot_size(bytes(spoilt))
+        except BadPage as bad:
             assert bad.reason in ("unreadable", "too large")
 
 
@@ -315,7 +434,7 @@ def test_too_many_broken_pages_are_refused_by_name(tmp_path):
     _, _, report = load(write_folder(tmp_path / "in", pages), tmp_path / "out")
     assert str(report) == "104 asked, 1 unreadable, 49 kept; the dataset ended after 50 pages"  # 2 % are borne
     pages[7] = ("b.png", picture(7), "")
-    with pytest.raises(dom.DataError) as error:
+    with pytest.raises(DataError) as error:
         load(write_folder(tmp_path / "in", pages), tmp_path / "out")
     assert "2 of 50 pages are broken, more than --max_bad_share 0.02: " in str(error.value)
     assert all(part in str(error.value) for part in ("a.png (unreadable: 1 b", "b.png (empty", "dropped_pages.jsonl"))
@@ -341,7 +460,7 @@ def test_a_budget_that_no_page_meets_does_not_read_for_ever(tmp_path):
     folder = write_folder(tmp_path / "in", [("p.png", picture(0), page_html(0))])
     line = (folder / "metadata.jsonl").read_text()
     (folder / "metadata.jsonl").write_text(line * 3000)
-    with pytest.raises(dom.DataError, match="2 asked, 1,020 too long, 0 kept; gave up after 1,020 pages: too few"):
+    with pytest.raises(DataError, match="2 asked, 1,020 too long, 0 kept; gave up after 1,020 pages: too few"):
         load(folder, tmp_path / "out", max_html_tokens=2, num_samples=1, eval_pages=1)
 
 
@@ -378,102 +497,13 @@ def test_too_few_pages_for_a_split(tmp_path, count, expected):
         training, held_out, _ = load(folder, tmp_path / "out")
         assert (len(training), len(held_out)) == (1, 1)
     else:
-        with pytest.raises(dom.DataError, match=expected if count else "no column file_name and text; there are: none"):
+        with pytest.raises(DataError, match=expected if count else "no column file_name and text; there are: none"):
             load(folder, tmp_path / "out")
 
 
 def test_no_held_out_page_is_needed_when_none_is_asked(tmp_path):
     training, held_out, _ = load(write_folder(tmp_path / "in", good_pages(1)), tmp_path / "out", eval_pages=0)
     assert (len(training), len(held_out)) == (1, 0)
-
-
-# -----------------------------------------------------------------------------
-# Cleaning
-
-
-@pytest.mark.parametrize(
-    ("steps", "html", "expected"),
-    [
-        ("comments", "<p>a<!-- b -->c</p><!---->", "<p>ac</p>"),
-        ("comments", "<!--[if IE]><p>x</p><![endif]--><p>a</p><![endif]>", "<p>a</p>"),
-        ("comments", "<div>\n  <!-- a -->\n  <!-- b --> <!-- c -->\n  <p>d</p>\n</div>", "<div>\n  <p>d</p>\n</div>"),
-        ("comments", "<!DOCTYPE html><textarea><!-- a --></textarea>", None),
-        ("comments", "<title><!-- a --></title><xmp><!-- b --></xmp>", None),
-        ("comments", "<pre>a\n<!-- b -->\nc</pre>", "<pre>a\n\nc</pre>"),
-        ("comments", "<pre><!-- b -->\nc</pre>", "<pre>\n\nc</pre>"),
-        ("comments", '<a title="<!-- a -->">b</a>', '<a title="<!-- a -->">b</a>'),
-        ("comments", "<style>\n/* a */\np{color:red/* b */}\n</style>", "<style>\np{color:red}\n</style>"),
-        ("comments", "<style>p{margin:1px/**/2px;content:'/* a */'}</style>", None),
-        ("comments", "<style>p{background:url(//a/*b*/c)}</style>", None),
-        ("comments", "<p>1 < 2 && 3 > 2 <3</p>", None),
-        ("comments", "<p>a<!-- never closed", "<p>a"),
-        ("scripts", "<p>a</p><script>if (a < b) '</p>'</script><noscript><img></noscript>", "<p>a</p>"),
-        ("scripts", '<script type="application/ld+json">{}</script><SCRIPT src=a></SCRIPT >b', "b"),
-        ("scripts", '<a onclick="go()" href="/x" ONLOAD=y class=c>d</a>', '<a href="/x" class=c>d</a>'),
-        ("scripts", '<a onclick="x"class=c>d</a>', "<a class=c>d</a>"),
-        ("scripts", "<a href=' JavaScript:void(0)'>d</a>", "<a href='#'>d</a>"),
-        ("scripts", "<a href=javascript:x>e</a>", "<a href=#>e</a>"),
-        ("scripts", '<a href="java&#115;cript:x">d</a>', '<a href="#">d</a>'),
-        ("scripts", '<p title="javascript: a book" data-on="x" one>d</p>', None),
-        ("scripts", "<p>a</p><script>never closed", None),
-        ("tracking", '<img src="t.gif" width="1" height="1">a<img style="width:0px;height:0" src=b>', "a"),
-        ("tracking", '<img src="//www.facebook.com/tr?id=1">a<img width=1 height=20>', "a<img width=1 height=20>"),
-        ("tracking", '<img width=1 height=1 style="width:100%;height:20px">', None),
-        ("tracking", '<iframe src="https://www.googletagmanager.com/ns.html">a</iframe>b', "b"),
-        ("tracking", '<link rel="dns-prefetch" href="//a"><link rel=icon href="b">', '<link rel=icon href="b">'),
-        ("tracking", '<meta name="google-site-verification" content="a"><meta charset=a>', "<meta charset=a>"),
-        ("tracking", '<meta name="viewport" content="width=device-width"><a ping="/p" href="b">c</a>',
-         '<meta name="viewport" content="width=device-width"><a href="b">c</a>'),
-        ("base64", f'<img alt="a" src="{BLOB}">', '<img alt="a" src="data:,">'),
-        ("base64", f'<img srcset="{BLOB} 2x, b.png 1x">', '<img srcset="data:, 2x, b.png 1x">'),
-        ("base64", f'<p style="background:url({BLOB}) red">', '<p style="background:url(data:,) red">'),
-        ("base64", f'<p style="background:url(&quot;data:image/svg+xml,{"%3C" * 50}&quot;)">',
-         '<p style="background:url(data:,)">'),
-        ("base64", f"<style>a{{src:url('data:font/woff2;base64,{'A' * 200}') format('woff2')}}</style>",
-         "<style>a{src:url(data:,) format('woff2')}</style>"),
-        ("base64", '<img src="data:image/gif;base64,R0lGODlhAQABAAAAACw=">', None),
-        ("base64", f"<p>{BLOB}</p>", None),
-        ("base64", f'<link rel=stylesheet href="data:text/css;base64,{"A" * 200}">', None),
-    ],
-)  # fmt: skip
-def test_each_step_drops_its_own_and_nothing_else(steps, html, expected):
-    expected = html if expected is None else expected
-    assert dom.clean_html(html, (steps,)) == expected
-    assert dom.clean_html(expected, (steps,)) == expected
-    others = tuple(step for step in ALL if step != steps)
-    assert dom.clean_html(html, others) == html or expected == html
-
-
-def test_cleaning_can_be_chosen_and_switched_off():
-    assert dom.cleaning_steps("comments, base64") == ("comments", "base64")
-    assert dom.cleaning_steps("none") == ()
-    assert dom.clean_html("<!-- a --><script></script>\0", ()) == "<!-- a --><script></script>\0"
-    with pytest.raises(dom.SettingsError, match="--clean comment: there are comments, scripts,"):
-        dom.cleaning_steps("comment")
-
-
-def test_real_pages_stay_valid_and_a_second_cleaning_changes_nothing():
-    from page_scores import validity
-
-    files = sorted((SHARED / "pages").glob("*/page.html"))
-    if not files:
-        pytest.skip("no shared/pages beside the repository")
-    for file in files:
-        cleaned = dom.clean_html(file.read_text(encoding="utf-8", errors="replace"), ALL)
-        assert (validity(cleaned).reason, dom.clean_html(cleaned, ALL)) == (None, cleaned)
-        clean = (file.parent / "clean.html").read_text(encoding="utf-8")
-        assert dom.clean_html(clean, ALL) == clean
-
-
-@pytest.mark.parametrize(
-    "bomb",
-    ["<", "<a ", "<!--", '<a b="', "<script>", "<pre>", "<style>url(data:", "<style>/*", '<style>"\\', "\n<!---->"],
-)
-def test_cleaning_takes_linear_time(bomb):
-    start = time.monotonic()
-    dom.clean_html((bomb * 1_000_000)[:1_000_000], ALL)
-    dom.clean_html(bomb[:7] + bomb[7:] * (1_000_000 // max(1, len(bomb[7:]))), ALL)
-    assert time.monotonic() - start < 10  # the square would be hours
 
 
 # -----------------------------------------------------------------------------
@@ -503,7 +533,7 @@ def anonymous_mib() -> float:
 def test_pages_are_stored_on_disk_and_not_in_memory(tmp_path, monkeypatch):
     shot = picture(0, size=(400, 300))
     rows = ((f"p{n}", shot + n.to_bytes(4, "big"), page_html(n)) for n in range(3_000))
-    monkeypatch.setattr(dom, "read_rows", lambda *args: rows)
+    monkeypatch.setattr(dataset, "read_pages", lambda *args: rows)
     load("any/name", tmp_path, num_samples=100, eval_pages=50)  # what is imported and allocated once
     before = anonymous_mib()
     training, _, _ = load("any/name", tmp_path, num_samples=2_700, eval_pages=50)

@@ -1,0 +1,188 @@
+"""The house: commands at the top, trades in folders, imports that only point down, nothing too long to read.
+
+The order of the rooms is the file tree of README_DeepSpeed.md: a file may import what stands below it there.
+"""
+
+import ast
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+MOST_LINES, MOST_FUNCTION_LINES = 900, 60
+FOLDERS = ("making", "training", "scoring")
+# JavaScript or CSS, by what no sentence of ours holds: an arrow function, a declaration, a rule.
+BROWSER_CODE = re.compile(
+    r"=>\s*[{(]|\b(?:const|let|var)\s+\w+\s*=|\bfunction\s*\w*\(|[\w.#\])]\s*\{\s*[\w-]+\s*:[^{}]*;"
+)
+
+
+def tracked(pattern: str) -> list[str]:
+    """Files that a clone has or will have, as git's pattern tells them."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard", pattern]
+    listed = subprocess.run(command, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [name for name in listed.stdout.split("\0") if name and (ROOT / name).exists()]
+
+
+@cache
+def parsed(name: str) -> ast.Module:
+    return ast.parse((ROOT / name).read_text(encoding="utf-8"))
+
+
+def functions(tree: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def ours() -> list[str]:
+    """Our code without its tests."""
+    return [name for name in tracked("*.py") if not name.startswith("tests/")]
+
+
+@pytest.mark.parametrize("pattern", ["*.py", "*.js", "*.css"])
+def test_no_file_is_too_long_to_read(pattern):
+    lines = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in tracked(pattern)}
+    assert lines and not {name: count for name, count in lines.items() if count > MOST_LINES}
+
+
+def test_no_function_is_too_long_to_read():
+    long = {
+        f"{name}:{node.lineno} {node.name}": node.end_lineno - node.lineno + 1
+        for name in tracked("*.py")
+        for node in functions(parsed(name))
+        if node.end_lineno - node.lineno >= MOST_FUNCTION_LINES
+    }
+    assert not long
+
+
+def docstrings(tree: ast.AST) -> set[int]:
+    """The docstring nodes, by id."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    bodies = [node.body for node in ast.walk(tree) if isinstance(node, kinds) and node.body]
+    return {id(body[0].value) for body in bodies if isinstance(body[0], ast.Expr)}
+
+
+def code_in_strings(tree: ast.AST) -> list[int]:
+    """Lines on which a string of more than one line holds JavaScript or CSS."""
+    apart, found = docstrings(tree), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in apart:
+            text = node.value.strip()
+            if "\n" in text and BROWSER_CODE.search(text):
+                found.append(node.lineno)
+    return found
+
+
+def test_browser_code_and_looks_are_files():
+    found = {name: lines for name in ours() if (lines := code_in_strings(parsed(name)))}
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "planted", ["() => {\n  return 1;\n}", "p { color: red;\n}", "const a = 1;\nb()", "function f() {\n}"]
+)
+def test_planted_browser_code_is_found(planted):
+    assert code_in_strings(ast.parse(f"CODE = {planted!r}")) == [1]
+
+
+# -----------------------------------------------------------------------------
+# Imports
+
+
+def order() -> list[str]:
+    """Our files from top to bottom, as the README's tree lists them."""
+    text = (ROOT / "README_DeepSpeed.md").read_text(encoding="utf-8").split("## Files")[1]
+    files, folders = [], [""]
+    for line in re.search(r"```text\n(.*?)```", text, re.S)[1].splitlines():
+        indent, name = re.match(r"(\s*)(\S+)", line).groups()
+        folders = [*folders[: len(indent) // 2 + 1]]
+        if name.endswith("/"):
+            folders.append(folders[-1] + name)
+        files.append(folders[-1] if name.endswith("/") else folders[-1] + name)
+    benchmarks = [name for name in files if name.startswith(("benchmarks/", "demo/"))]  # which stand on all the rest
+    return benchmarks + [name for name in files if name not in benchmarks]
+
+
+def imports(name: str) -> set[str]:
+    """The files of ours that a file imports, anywhere in it."""
+    known = set(ours())
+    found = set()
+    for node in ast.walk(parsed(name)):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for module in modules:
+            path = module.replace(".", "/")
+            found |= {f"{path}.py", f"{path}/__init__.py"} & known
+    return found - {f"{folder}/__init__.py" for folder in FOLDERS}  # which hold a docstring and nothing else
+
+
+def test_every_room_is_in_the_readmes_tree():
+    rooms = {name for name in ours() if name.split("/")[0] in FOLDERS and not name.endswith("__init__.py")}
+    told = order()
+    assert not rooms - set(told), "not in the file tree of README_DeepSpeed.md"
+    assert not {name for name in told if name.startswith(FOLDERS) and not (ROOT / name).exists()}
+
+
+def test_imports_only_point_down_the_readmes_tree():
+    places = {name: place for place, name in enumerate(order())}
+    places |= {f"{folder}__init__.py": place for folder, place in places.items() if folder.endswith("/")}
+    upward = [
+        f"{name} imports {other}"
+        for name in ours()
+        for other in imports(name)
+        if name in places and other in places and places[other] <= places[name]
+    ]
+    assert not upward
+
+
+def test_nothing_is_imported_in_a_circle():
+    needed = {name: imports(name) for name in ours()}
+    for start in needed:
+        seen, waiting = set(), [*needed[start]]
+        while waiting:
+            name = waiting.pop()
+            assert name != start, f"{start} imports itself in the end"
+            if name not in seen:
+                seen.add(name)
+                waiting += needed[name]
+
+
+def test_the_wrapper_needs_the_standard_library_alone_and_using_a_model_nothing_of_ours():
+    assert imports("run_deepspeed_training.py") == {"training/errors.py"}
+    assert imports("training/errors.py") == set()
+    assert imports("use_model_from_hub.py") == set()
+
+
+# -----------------------------------------------------------------------------
+# How the code reads
+
+
+def test_classes_stand_at_module_level():
+    inner = [
+        f"{name}:{node.lineno} {node.name}"
+        for name in ours()
+        for function in functions(parsed(name))
+        for node in ast.walk(function)
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert not inner
+
+
+def test_no_room_is_called_utils():
+    assert not [name for name in tracked("*.py") if Path(name).stem in ("utils", "util", "helpers", "common", "misc")]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folders_first_room_says_what_lives_there(folder):
+    tree = parsed(f"{folder}/__init__.py")
+    assert len(tree.body) == 1 and len(ast.get_docstring(tree)) > 80
+    rooms = {Path(name).stem for name in tracked(f":(glob){folder}/*.py")} - {"__init__"}
+    assert not {room for room in rooms if room not in ast.get_docstring(tree)}

@@ -1,0 +1,173 @@
+"""A segment sees itself alone, and a kernel is believed only where it has given what torch's own gives."""
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from training import attention
+
+
+def test_a_segment_sees_nothing_of_its_neighbours():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 12, 2, 8)
+    bounds = torch.tensor([0, 3, 8, 12])
+    before = attention.attend(query, key, value, bounds, 5, 0.3, causal=False)
+    changed = [tensor.clone() for tensor in (query, key, value)]
+    for tensor in changed:
+        tensor[3:8] += 1
+    after = attention.attend(*changed, bounds, 5, 0.3, causal=False)
+    assert torch.equal(before[:3], after[:3]) and torch.equal(before[8:], after[8:])
+    assert not torch.allclose(before[3:8], after[3:8])
+
+
+def test_attention_with_fewer_keys_is_causal_inside_each_segment():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(10, 4, 8), torch.randn(10, 2, 8), torch.randn(10, 2, 8)
+    done = attention.attend(query, key, value, torch.tensor([0, 4, 10]), 6, 0.3, causal=True)
+    for head in range(4):
+        for start, end in ((0, 4), (4, 10)):
+            for place in range(start, end):
+                scores = query[place, head] @ key[start : place + 1, head // 2].T * 0.3
+                wanted = scores.softmax(-1) @ value[start : place + 1, head // 2]
+                assert torch.allclose(done[place, head], wanted, atol=1e-5)
+
+
+class NoNumber(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, states):
+        return states.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("nan")
+
+
+def altered(part: str):
+    """A kernel of attention that does something wrong with `part`."""
+
+    def kernel(query, key, value, bounds, longest, scale, causal):
+        if part == "gradients only":  # as flash-attn 4 beta 36 does for heads of 80
+            query = query.detach() + 0 * query
+        elif part == "no number":
+            key = NoNumber.apply(key)
+        elif part == "its run":
+            raise TypeError("no such word")
+        done = attention.segment_by_segment(query, key, value, bounds, longest, scale, causal)
+        return done * 1.1 if part == "the values" else done
+
+    return kernel
+
+
+PROOF = (attention.SEGMENTS, (4, 2, 16), torch.float32, True, "cpu")
+
+
+@pytest.mark.parametrize("part", ["nothing", "the values", "gradients only", "no number", "its run"])
+def test_a_kernel_is_believed_only_where_it_gives_the_same(monkeypatch, part):
+    monkeypatch.setitem(attention.KERNELS, part, altered(part))
+    attention.agrees.cache_clear()
+    if part == "nothing":
+        assert attention.agrees(part, *PROOF)
+    else:
+        said = "its run fails .* no such word" if part == "its run" else f"{part} differs from SDPA"
+        with pytest.warns(UserWarning, match=said):
+            assert not attention.agrees(part, *PROOF)
+
+
+def test_a_kernel_may_be_proved_inside_a_layer_that_is_recomputed(monkeypatch):
+    monkeypatch.setitem(attention.KERNELS, "nothing", altered("nothing"))
+    attention.agrees.cache_clear()
+    weight = torch.randn(3, 3, requires_grad=True)
+
+    def layer(hidden):
+        hidden = torch.tanh(hidden @ weight)
+        assert attention.agrees("nothing", *PROOF)
+        return torch.tanh(hidden @ weight)
+
+    hidden = torch.randn(2, 3)
+    (wanted,) = torch.autograd.grad(torch.tanh(torch.tanh(hidden @ weight) @ weight).sum(), weight)
+    done = torch.utils.checkpoint.checkpoint(layer, hidden, use_reentrant=False)
+    (found,) = torch.autograd.grad(done.sum(), weight)
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("longest", "agreeing", "taken"), [(128, True, "VARLEN"), (300, True, "FLASH_4"), (300, False, "VARLEN")]
+)
+def test_flash_attn_4_takes_long_segments_that_it_has_proved(monkeypatch, longest, agreeing, taken):
+    """Its kernel needs a GPU: who is asked is tested here, and what for."""
+    asked = []
+    kernels = {name: lambda *given, name=name: asked.append((name, *given)) for name in attention.KERNELS}
+    monkeypatch.setattr(attention, "KERNELS", kernels)
+    monkeypatch.setattr(attention, "attention_kernel", lambda device, half: attention.FLASH_4)
+    proofs = []
+    monkeypatch.setattr(attention, "agrees", lambda *given: proofs.append(given) or agreeing)
+    query, key, value = torch.zeros(300, 4, 16), torch.zeros(300, 2, 16), torch.ones(300, 2, 16)
+    bounds = torch.tensor([0, 300])
+    attention.attend(query, key, value, bounds, longest, 0.3, True)
+    ((name, *given),) = asked
+    assert name == getattr(attention, taken)
+    assert all(a is b for a, b in zip(given, (query, key, value, bounds, longest, 0.3, True), strict=True))
+    wanted = (attention.FLASH_4, attention.VARLEN, (4, 2, 16), torch.float32, True)
+    assert proofs == ([wanted] if longest > 128 else [])
+
+
+@pytest.mark.parametrize("pair", [True, False], ids=["with sums", "alone"])
+@pytest.mark.parametrize("width", [80, 96])
+def test_heads_of_odd_widths_are_filled_up_for_flash_attn_4(monkeypatch, width, pair):
+    """In place of its kernel, which needs a GPU: SDPA, under its name, with its arguments."""
+
+    def flash_attn_varlen_func(
+        q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal
+    ):
+        assert q.shape[-1] == k.shape[-1] == v.shape[-1] == 96 and cu_seqlens_q is cu_seqlens_k
+        done = attention.segment_by_segment(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale, causal)
+        return (done, None) if pair else done
+
+    module = ModuleType("flash_attn.cute")
+    module.flash_attn_varlen_func = flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", module)
+    torch.manual_seed(0)
+    parts = [torch.randn(7, heads, width, requires_grad=True) for heads in (4, 2, 2)]
+    bounds, found = torch.tensor([0, 3, 7]), []
+    for kernel in (attention.flash_4, attention.segment_by_segment):
+        done = kernel(*parts, bounds, 4, width**-0.5, True)
+        found.append([done, *torch.autograd.grad(done.square().sum(), parts)])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found))
+
+
+@pytest.fixture
+def fresh_kernel_choice():
+    attention.attention_kernel.cache_clear()
+    yield
+    attention.attention_kernel.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_kernel_choice")
+@pytest.mark.parametrize(
+    ("capability", "files", "kernel"),
+    [
+        ((9, 0), ["cute/__init__.py"], "FLASH_4"),  # flash-attn 4 alone: the package itself has no code
+        ((8, 0), ["cute/__init__.py"], "VARLEN"),
+        ((8, 0), ["cute/__init__.py", "__init__.py"], "FLASH"),
+        ((9, 0), ["__init__.py"], "FLASH"),
+        ((9, 0), [], "VARLEN"),
+        ((7, 5), ["__init__.py"], "SEGMENTS"),
+    ],
+)
+def test_the_installed_kernel_is_taken(monkeypatch, tmp_path, capability, files, kernel):
+    """What a GPU says of itself and packages that need one cannot be had here: both are played."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    for file in files:
+        path = tmp_path / "flash_attn" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("def flash_attn_varlen_func(): pass\n", encoding="utf-8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
+    found = attention.attention_kernel("cuda", True)
+    for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
+        sys.modules.pop(name)
+    assert found == getattr(attention, kernel)

@@ -1,0 +1,83 @@
+"""The best weights of a run by the metric that chooses, kept beside the checkpoints until the end decides.
+
+best = BestWeights(output_dir, patience=3, resumes=False)
+stop = best.consider(100, result, rows, save)       # (all ranks) at each evaluation during training
+if best.beats(result_of_the_end): best.become_final(final_folder)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import use_model_from_hub as use
+from scoring.metrics import CHOOSING, is_better
+from training.processes import is_main, say
+
+
+class BestWeights:
+    """`step` and `score` of the best evaluation so far (None: there was none), what it wrote and what that scored, and
+    how many evaluations have come since. `best.json` is what a resumed run knows of it."""
+
+    def __init__(self, output_dir: Path, patience: int, resumes: bool):
+        self.folder, self.notes, self.patience = output_dir / "best", output_dir / "best.json", patience
+        self.step: int | None = None
+        self.score, self.evaluations_since = 0.0, 0
+        self.result: dict[str, Any] = {}
+        self.rows: list[dict[str, Any]] = []
+        if resumes:
+            with contextlib.suppress(FileNotFoundError):
+                known = json.loads(self.notes.read_text(encoding="utf-8"))
+                self.step, self.score = known["step"], known["score"]
+                self.result, self.rows = known["result"], known["rows"]
+                self.evaluations_since = known["evaluations_since"]
+
+    @property
+    def label(self) -> str:
+        return f"step {self.step}"
+
+    def leads(self, result: Mapping[str, Any]) -> bool:
+        """Whether a result is better than the best so far, over the pages that choose."""
+        score = result.get("choosing", {}).get(CHOOSING)
+        return score is not None and (self.step is None or is_better(score, self.score))
+
+    def consider(
+        self, step: int, result: dict[str, Any], rows: Sequence[dict[str, Any]], save: Callable[[Path], None]
+    ) -> bool:
+        """(all ranks) Keep the weights of `step` by `save` if they lead. True when patience has run out."""
+        if "choosing" not in result:  # nothing was rendered
+            return False
+        if self.leads(result):
+            self.step, self.score, self.evaluations_since = step, result["choosing"][CHOOSING], 0
+            self.result, self.rows = result, list(rows)
+            save(self.folder)
+        else:
+            self.evaluations_since += 1
+        if is_main():
+            names = ("step", "score", "evaluations_since", "result", "rows")
+            self.notes.write_text(json.dumps({name: getattr(self, name) for name in names}) + "\n", encoding="utf-8")
+        say(f"best so far: {CHOOSING} {self.score:.3f} at step {self.step}, kept in output_dir/best")
+        return 0 < self.patience <= self.evaluations_since
+
+    def beats(self, last: Mapping[str, Any]) -> bool:
+        """Whether the kept weights are there and better than those of the end."""
+        score = last.get("choosing", {}).get(CHOOSING)
+        kept = self.step is not None and (self.folder / use.RECIPE_FILE).is_file()
+        return kept and score is not None and is_better(self.score, score)
+
+    def become_final(self, final: Path) -> None:
+        """(main process only) Put the kept weights in the final folder's place."""
+        chosen = final.with_name(f"{final.name}.chosen")
+        shutil.rmtree(chosen, ignore_errors=True)
+        shutil.copytree(self.folder, chosen)  # may be on another disk
+        shutil.rmtree(final)
+        chosen.rename(final)
+
+    def forget(self) -> None:
+        """(main process only) The run has ended: its final folder has the weights."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.notes.unlink(missing_ok=True)

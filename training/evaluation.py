@@ -1,0 +1,300 @@
+"""Held-out pages: written by the model, rendered, scored, kept, and told in a line.
+
+    rows = write_held_out(model, processor, pages, recipe, batch=8)         # (all ranks)
+    scores = rendering.score("after", rows, pages)                          # None where there is no browser
+    result = score_held_out(rows, pages, scores, parts_of(len(pages), weights_are_chosen=False))
+    say(announce("after", result))
+
+A row is what was written of one page: {"place", "html", "raw", "tokens", "cut_off", "seconds"}, a page what was wanted:
+{"name", "screenshot", "html", "html_tokens"}.
+
+Sections: Writing, Scoring, Rendering, Keeping, Telling.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel, ProcessorMixin
+
+import use_model_from_hub as use
+from scoring.clip import Clip, find_clip
+from scoring.many_pages import Pair, Progress, browser_facts, run_pairs, window_of, write_pages_report
+from scoring.metrics import CHOOSING
+from scoring.proof import ScorerError, prove
+from scoring.renders import BrowserMissing, Renderer
+from scoring.statistics import means, scores_line, summarise
+from scoring.validity import looping, same_html, validity
+from training import zero3
+from training.errors import PipelineError, is_out_of_memory
+from training.processes import gather, rank, say, say_from_here, world_size
+from training.progress import release_memory
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Row = dict[str, Any]
+
+# -----------------------------------------------------------------------------
+# Writing
+
+
+def write_held_out(
+    model: PreTrainedModel, processor: ProcessorMixin, pages: Dataset, recipe: use.Recipe, batch: int
+) -> list[Row]:
+    """(all ranks) Each rank writes its share of the held-out pages; every rank gets all of them, in order.
+
+    `batch` pages at once, fewer where memory runs out. Raises what writing raised, on every rank, also where only
+    another rank's pages failed: a rank that went on alone would wait for it for ever.
+    """
+    # Pages of like length together: a batch is written until its longest page ends.
+    order = sorted(range(len(pages)), key=lambda place: -len(pages[place]["html"]))
+    start, failure, rows = time.monotonic(), None, []
+    try:
+        rows = write_share(model, processor, pages, recipe, batch, order[rank() :: world_size()])
+    except Exception as error:  # told to the others first, and raised below
+        failure = error
+    shares = gather((rows, time.monotonic() - start, failure and f"{type(failure).__name__}: {failure}"))
+    if failure is not None:
+        raise failure
+    for number, (_, _, words) in enumerate(shares):
+        if words and "OutOfMemory" in words:
+            raise torch.OutOfMemoryError(f"rank {number} ran out of memory while it wrote held-out pages")
+        if words:
+            raise PipelineError(f"rank {number} could not write its held-out pages: {words}")
+    slowest = max(seconds for _, seconds, _ in shares)
+    rows = sorted((row for rows, _, _ in shares for row in rows), key=lambda row: row["place"])
+    return [{**row, "seconds": slowest} for row in rows]
+
+
+def write_share(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    pages: Dataset,
+    recipe: use.Recipe,
+    batch: int,
+    mine: Sequence[int],
+) -> list[Row]:
+    """Write the pages at the indices `mine`, `batch` at once, half as many where memory runs out, down to one."""
+    rows: list[Row] = []
+    while mine:
+        places = mine[:batch]
+        screenshots = [use.open_screenshot(pages[place]["screenshot"]) for place in places]
+        try:
+            with zero3.plain_linear():
+                written = use.write_pages(model, processor, screenshots, recipe)
+        except Exception as error:
+            if not is_out_of_memory(error) or batch == 1:
+                raise
+            batch = max(1, batch // 2)
+            say_from_here(f"evaluation: memory ran out, going on with {batch} pages at once")
+            release_memory()
+            continue
+        mine = mine[len(places) :]
+        rows += [{"place": place, **asdict(page)} for place, page in zip(places, written)]
+        say(f"  {len(rows)} of {len(rows) + len(mine)} pages written")
+    return rows
+
+
+# -----------------------------------------------------------------------------
+# Scoring
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Held-out pages, by index, that choose the best weights, and those that compare them with the base.
+
+    The best of several scores is too good by chance, so that an interval over the very pages which chose it would
+    promise too much. `choosing` is empty where no weights are chosen.
+    """
+
+    choosing: tuple[int, ...]
+    comparing: tuple[int, ...]
+
+    @property
+    def apart(self) -> bool:
+        return not set(self.choosing) & set(self.comparing)
+
+
+def parts_of(count: int, weights_are_chosen: bool) -> Parts:
+    """Every second page chooses, the others compare; a single page has to do both, which the results say."""
+    everything = tuple(range(count))
+    if not weights_are_chosen:
+        return Parts((), everything)
+    return Parts(everything[::2], everything[1::2]) if count > 1 else Parts(everything, everything)
+
+
+def score_held_out(
+    rows: Sequence[Row],
+    pages: Sequence[Mapping[str, Any]],
+    scores: Sequence[Mapping[str, Any]] | None = None,
+    parts: Parts | None = None,
+) -> dict[str, Any]:
+    """Shares and means over the pages that compare, each page's own outcome under "pages", and under "choosing" the
+    metric that chooses the best weights, over the pages that do. `scores` are those of `Rendering.score`."""
+    parts = parts or parts_of(len(rows), weights_are_chosen=False)
+    scored = [text_scores(row, page) for row, page in zip(rows, pages)]
+    for page, score in zip(scored, scores or ()):
+        page |= {name: value for name, value in score.items() if name not in ("page", "valid")}
+    for place in parts.choosing if parts.apart else ():
+        scored[place]["chooses"] = True
+    result = summary(rows, pages, scored, parts.comparing)
+    if scores is not None:
+        result |= means([scores[place] for place in parts.comparing])
+        if parts.choosing:
+            found = means([scores[place] for place in parts.choosing])
+            result["choosing"] = {"n": found["n"], CHOOSING: found[CHOOSING], "apart": parts.apart}
+    return {**result, "pages": scored}
+
+
+def text_scores(row: Row, page: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of a page without rendering it."""
+    found = validity(row["html"])
+    return {
+        "page": page["name"],
+        "valid": found.valid and not row["cut_off"],
+        "reason": "cut off" if row["cut_off"] else found.reason,
+        "truncated": row["cut_off"],
+        "looping": looping(row["raw"]),
+        "exact": same_html(row["html"], page["html"]),
+        "tokens": row["tokens"],
+        "reference_tokens": page["html_tokens"],
+    }
+
+
+def summary(
+    rows: Sequence[Row], pages: Sequence[Mapping[str, Any]], scored: Sequence[dict], part: Sequence[int]
+) -> dict[str, Any]:
+    """Shares over the pages of `part`. `shuffled_exact` compares each answer with the next page's reference, as if the
+    screenshots had been shuffled: a model that does not look at them scores as high there. Greedy answers depend on the
+    screenshot alone, so the same answers serve."""
+    rows, pages, scored = ([values[place] for place in part] for values in (rows, pages, scored))
+    turned = [page["html"] for page in pages[1:] + pages[:1]]
+    shuffled = sum(same_html(row["html"], html) for row, html in zip(rows, turned)) / len(rows)
+    tokens = sum(row["tokens"] for row in rows)
+    return summarise(scored) | {
+        "shuffled_exact": shuffled if len(rows) > 1 else None,
+        "tokens": tokens,
+        "tokens_per_second": tokens / max(row["seconds"] for row in rows),
+        "mean_tokens": tokens / len(rows),
+        "mean_reference_tokens": sum(page["html_tokens"] for page in pages) / len(rows),
+    }
+
+
+# -----------------------------------------------------------------------------
+# Rendering
+
+
+def pairs_of(rows: Sequence[Row], pages: Dataset) -> list[Pair]:
+    """Each page beside what was written of it, in a window for its screenshot."""
+    pairs = []
+    for row, page in zip(rows, pages):
+        size = use.open_screenshot(page["screenshot"]).size
+        pairs.append(Pair(page["name"], page["html"], row["html"], *window_of(*size)))
+    return pairs
+
+
+class Rendering:
+    """(main process only) Renders what was written and scores how it looks; says, once, where that is impossible."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.obstacle = folder, ""  # why pages cannot be rendered here
+        self.facts: dict[str, str] = {}  # of the browser, once it has rendered
+
+    @cached_property
+    def clip(self) -> tuple[Clip | None, str]:
+        """CLIP or None, and why."""
+        return find_clip()
+
+    def progress(self, label: str) -> Progress:
+        clip, _ = self.clip
+        return Progress(self.folder / f"rendered_{label.replace(' ', '_')}", pictures=True, clip=clip and clip.name)
+
+    def score(self, label: str, rows: Sequence[Row], pages: Dataset) -> list[dict[str, Any]] | None:
+        """The scores of each page; None where nothing can be rendered."""
+        if self.obstacle:
+            return None
+        try:
+            with Renderer() as renderer:
+                clip, why_not = self.clip
+                prove(renderer, clip=clip)
+                scores = run_pairs(pairs_of(rows, pages), renderer, self.progress(label), clip)
+                self.facts = browser_facts(renderer, clip, why_not)
+        except (BrowserMissing, ScorerError, OSError) as error:
+            self.obstacle = str(error)
+            say(f"pages are not rendered, so there are no scores of how they look: {error}")
+            return None
+        return scores
+
+    def write_report(
+        self,
+        label: str,
+        rows: Sequence[Row],
+        pages: Dataset,
+        facts: Mapping[str, str],
+        more: Mapping[str, Mapping[str, Any]],
+        comparison: Mapping[str, Any] | None,
+    ) -> None:
+        """report.html of the pages under `label`; pictures that an interruption has lost are rendered again."""
+        pairs, progress = pairs_of(rows, pages), self.progress(label)
+        if any(pair.key not in progress.rows for pair in pairs):
+            with Renderer() as renderer:
+                run_pairs(pairs, renderer, progress, self.clip[0])
+        file = self.folder / "report.html"
+        write_pages_report(file, "What the model wrote", pairs, progress, facts, more, comparison)
+
+    def forget(self) -> None:
+        for folder in self.folder.glob("rendered_*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+# -----------------------------------------------------------------------------
+# Keeping
+
+
+def keep_outputs(rows: Sequence[Row], pages: Dataset, folder: Path, name: str) -> None:
+    """(main process only) One folder per page: what was shown, what was wanted, what was written. Folders of more pages
+    than there are now, left by the run that this one resumes, go: `page_scores.py FOLDER` would score them, too."""
+    for place in folder.glob("page-*"):
+        number = place.name.removeprefix("page-")
+        if number.isdecimal() and int(number) > len(pages):
+            shutil.rmtree(place)
+    for number, (row, page) in enumerate(zip(rows, pages), start=1):
+        place = folder / f"page-{number:04d}"
+        place.mkdir(parents=True, exist_ok=True)
+        use.open_screenshot(page["screenshot"]).save(place / "screenshot.png")
+        (place / "reference.html").write_text(page["html"], encoding="utf-8")
+        (place / f"{name}.html").write_text(row["html"], encoding="utf-8")
+        if row["raw"] != row["html"]:
+            (place / f"{name}.raw.txt").write_text(row["raw"], encoding="utf-8")
+
+
+# -----------------------------------------------------------------------------
+# Telling
+
+
+def announce(label: str, result: Mapping[str, Any]) -> str:
+    """One line of a result for the console; metrics by the table of scoring.metrics."""
+
+    def share(name: str) -> str:
+        return "-" if result[name] is None else f"{100 * result[name]:.1f} %"
+
+    return (
+        f"{label}: {result['n']} held-out pages: exact {share('exact')}, valid {share('valid')}, "
+        f"truncated {share('truncated')}, looping {share('looping')}, exact with the screenshots shuffled "
+        f"{share('shuffled_exact')}; {result['mean_tokens']:.0f} tokens a page (references "
+        f"{result['mean_reference_tokens']:.0f}), {result['tokens_per_second']:.0f} tokens/s" + rendered_words(result)
+    )
+
+
+def rendered_words(result: Mapping[str, Any]) -> str:
+    if "failures" not in result:
+        return ""
+    return f"; rendered, {result['failures']} failures as 0: {scores_line(result)}"

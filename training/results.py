@@ -1,0 +1,102 @@
+"""What a run has reached: results.json, the report that shows every page, and the last words on the console.
+
+    results = Results(folder, recipe, pages, rendering)
+    results.add("before", result, rows)
+    results.write("after", facts)               # (main process only) results.json and report.html
+
+Each entry of `results.by_label` is what `evaluation.score_held_out` returns; "after" is the final folder's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import use_model_from_hub as use
+from scoring import metrics
+from scoring.statistics import paired_comparison
+from training.evaluation import Rendering, Row, keep_outputs
+from training.processes import say
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class Results:
+    """What every evaluation of a run has found, by its label: "before", "step 100", "after"."""
+
+    def __init__(self, folder: Path, recipe: use.Recipe, pages: Dataset, rendering: Rendering):
+        self.folder, self.recipe, self.pages, self.rendering = folder, recipe, pages, rendering
+        self.by_label: dict[str, dict[str, Any]] = {}
+        self.rows: dict[str, list[Row]] = {}
+        self.final = "after"  # the label under which the final folder's weights were judged
+
+    def add(self, label: str, result: dict[str, Any], rows: list[Row]) -> None:
+        self.by_label[label], self.rows[label] = result, rows
+
+    def choose(self, label: str) -> None:
+        """The weights of `label` are final: "after" becomes theirs, and what the end had reached stays as "last"."""
+        self.final = label
+        self.add("last", self.by_label["after"], self.rows["after"])
+        self.add("after", self.by_label[label], self.rows[label])
+
+    def write(self, facts: Mapping[str, str]) -> None:
+        """(main process only) results.json, each page's folder, and report.html where pages were rendered."""
+        after, before = self.by_label["after"], self.by_label.get("before")
+        comparison = compare_results(before, after) if before else None
+        content = {"decoding": asdict(self.recipe), "final": self.final, "comparison": comparison, **self.by_label}
+        keep_outputs(self.rows["after"], self.pages, self.folder, "written")
+        (self.folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if metrics.CHOOSING in after and self.rendering.facts:
+            names = ("truncated", "looping", "exact")
+            more = {page["page"]: {name: page[name] for name in names} for page in after["pages"]}
+            shown = {**facts, "decoding": decoding_words(self.recipe), **self.rendering.facts}
+            label = f"{self.final} {self.recipe.repetition_penalty}"
+            self.rendering.write_report(label, self.rows["after"], self.pages, shown, more, comparison)
+        self.rendering.forget()
+        after["comparison"] = comparison
+
+    def say_difference(self) -> None:
+        """(main process only) What training has changed, where the base was judged, too."""
+        if "before" not in self.by_label:
+            return
+        before, after = self.by_label["before"], self.by_label["after"]
+        say(
+            f"before training {100 * before['exact']:.1f} % of {before['n']} held-out pages were exact; "
+            f"after it {100 * after['exact']:.1f} % are exact and {100 * after['valid']:.1f} % valid; "
+            f"with the screenshots shuffled {100 * (after['shuffled_exact'] or 0):.1f} % are exact"
+        )
+        if found := after["comparison"]["metrics"].get(metrics.CHOOSING):
+            say(
+                f"{metrics.entry(metrics.CHOOSING).label} of the rendered pages: {found['before']:.3f} before, "
+                f"{found['after']:.3f} after; difference {found['difference']:+.3f} "
+                f"(95 % {found['low']:+.3f} to {found['high']:+.3f}, p = {found['p']:.4f})"
+            )
+
+
+def decoding_words(recipe: use.Recipe) -> str:
+    return f"greedy, repetition penalty {recipe.repetition_penalty}, at most {recipe.max_html_tokens:,} tokens"
+
+
+def compare_results(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Base against tuned on the same pages under the same decoding, page by page, and the means under others.
+
+    Over the pages that did not choose the weights. "apart" is False where there was but one page for both.
+    """
+    runs = [[page for page in run["pages"] if not page.get("chooses")] for run in (before, after)]
+    known = runs[0][0].keys() & runs[1][0].keys()
+    names = [name for name in (*metrics.names(), "exact", "valid") if name in known]
+    differences = {
+        name: paired_comparison(*([float(page[name]) for page in pages] for pages in runs)) for name in names
+    }
+    grids = [run.get("decoding", {}) for run in (before, after)]
+    grid = [
+        {"repetition_penalty": float(penalty), "before": grids[0][penalty], "after": grids[1][penalty]}
+        for penalty in grids[0]
+        if penalty in grids[1]
+    ]
+    apart = after.get("choosing", {}).get("apart", True)
+    return {"metrics": differences, "decoding": grid, "n": len(runs[1]), "apart": apart}
