@@ -8,7 +8,7 @@
     python holo1_dom_finetune.py --help
 
 One page travels through this file from top to bottom: dataset, prompt and mask, batch, step, checkpoint, HTML, score,
-card, Hub. Sections: Model, Memory, Collate, Training, Saving, Evaluation, Main; the rooms of training/ and
+card, Hub. Sections: Model, Collate, Training, Saving, Evaluation, Main; the rooms of training/ and
 scoring/ stand beside it. (all ranks) marks what every process must call together.
 """
 
@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -45,14 +46,15 @@ if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
 
 import torch
 from datasets import Dataset
-from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin, TrainingArguments
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 import use_model_from_hub as use
 from scoring.metrics import CHOOSING
-from training import attention, fast_layers, memory_plan, page_costs, zero3
+from training import attention, fast_layers, page_costs, zero3
 from training.base_model import BaseTensor, base_tensors, empty_model, fetch_base, load_config
 from training.best_weights import BestWeights
-from training.checkpoints import keep_earlier_checkpoints, newest_checkpoint
+from training.checkpoints import keep_earlier_results, newest_checkpoint
 from training.dataset import dataset_revision, load_pages, load_pages_from_disk, resolve_dataset
 from training.errors import (
     DataError,
@@ -65,25 +67,26 @@ from training.errors import (
 from training.evaluation import Rendering, announce, keep_outputs, parts_of, score_held_out, write_held_out
 from training.families import Family, Picture, family_of, trains_fast
 from training.final_folder import final_tensors, load_weights, save_final
+from training.memory_fit import Fit, choose_micro_batch, compare_with_plan, costs_of, print_plan
+from training.model_card import derived_licence, write_model_card
 from training.packing import image_geometry, pack
-from training.page_order import PageSampler
+from training.page_order import PageSampler, write_page_order
 from training.processes import (
     agree,
-    agreed_port,
     all_ranks_arrive,
     emergency_group,
-    least,
+    is_main,
     on_each_machine,
     on_main,
     rank,
     same_everywhere,
     say,
-    together,
+    say_from_here,
     world_size,
 )
 from training.progress import Meter, draw_loss, log_line, memory_is_tight, release_memory, say_memory
 from training.prompt_and_mask import IGNORED, PageEncoder, colour_supervision, count_tokens
-from training.publishing import check_hub_access, derived_licence, push_final_folder, write_model_card
+from training.publishing import check_hub_access, push_final_folder
 from training.results import Results
 from training.stopping import StopRequest
 
@@ -152,7 +155,7 @@ def make_fast(model, settings: PageSettings, args, sharded: bool) -> None:
     width = fast_layers.align_vision_mlp(model)
     fast_layers.install(model, fuse)
     if sharded:
-        zero3.set_leaves(model, fast_layers.LEAVES)
+        zero3.set_leaves(model, fast_layers.architecture_of(model).leaves)
     fused = "fused" if fuse else f"not fused ({obstacle or 'as asked'})"
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     kernel = attention.attention_words(model.config, args.device.type, dtype)
@@ -186,220 +189,6 @@ def add_adapters(model, settings: PageSettings, seed: int):
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
     torch.manual_seed(seed)
     return get_peft_model(model, config)
-
-
-def print_plan(base: Path, resolved: Resolved) -> None:
-    """What each part of the memory would take, and what `--micro_batch auto` would choose, without a GPU."""
-    settings, config = resolved.settings, load_config(base, resolved.settings)
-    sizes = [math.prod(tensor.shape) for tensor in base_tensors(base, settings).values()]
-    pages = resolved.training["per_device_train_batch_size"] * resolved.training["gradient_accumulation_steps"]
-    tokens = (family_of(config).most_image_tokens(config, settings.max_pixels), settings.max_html_tokens + 1)
-    say(f"{settings.base_model}: {sum(sizes) / 1e9:.2f} B parameters; {pages} pages per step and GPU, each of at most ")
-    say(
-        f"{tokens[0]:,} image tokens and {tokens[1]:,} of HTML; GiB on each GPU under {resolved.training['deepspeed']}:"
-    )
-
-    def longest(count: int) -> memory_plan.Load:
-        return memory_plan.Load(
-            count * (sum(tokens) + 40), count * tokens[0] * family_of(config).shape(config).per_token, count * tokens[1]
-        )
-
-    way = training_way(resolved.training, settings, resolved.deepspeed, fused=True)
-    bucket, whole = zero3.bucket_size(resolved.deepspeed), zero3.may_be_whole(resolved.deepspeed, config)
-    say(memory_plan.table(family_of(config).shape(config), longest, way, pages, bucket, whole, (24, 40, 80, 140)))
-    copy = 2 * sum(sizes) / 2**30
-    say(f"before and after training a copy that writes pages takes {copy:.1f} GiB more, when activations take none")
-
-
-def training_way(training: dict, settings: PageSettings, deepspeed: dict | None, fused: bool) -> memory_plan.Way:
-    """How these settings train, as the memory plan sees it."""
-    zero = (deepspeed or {}).get("zero_optimization", {})
-    return memory_plan.Way(
-        processes=world_size(),
-        micro_batch=training["per_device_train_batch_size"],
-        sharded=zero.get("stage") == 3,
-        offload=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
-        adapters=settings.lora or settings.quantize == "4bit",
-        four_bit=settings.quantize == "4bit",
-        frozen_vision=settings.freeze_vision,
-        fused=fused,
-    )
-
-
-# -----------------------------------------------------------------------------
-# Memory
-
-
-def choose_micro_batch(args, settings: PageSettings, config, pages, encoder: PageEncoder) -> memory_plan.Plan | None:
-    """(all ranks) As many pages at once, and as few layers worked out twice, as the plan says will fit; None on a CPU.
-
-    Sets them in `args` and in DeepSpeed's configuration; pages per step stay the same. `Fit` proves the choice.
-    """
-    if args.device.type != "cuda" or not trains_fast(config, settings):
-        return None
-    deepspeed = args.hf_deepspeed_config.config if args.deepspeed else None
-    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    way = training_way({"per_device_train_batch_size": args.per_device_train_batch_size}, settings, deepspeed, True)
-    bucket, loads = (
-        zero3.bucket_size(deepspeed),
-        longest_loads(pages, encoder, per_step, encoder.family.shape(config).per_token),
-    )
-    shares = memory_plan.SHARES if settings.checkpoint_share is None else [settings.checkpoint_share]
-    costs = costs_of(config, pages, encoder)
-    tflops = page_costs.peak_tflops(torch.cuda.get_device_name(args.device)) or 0.0
-    limit, tflops = least([memory_limit(args.device), tflops])  # ranks that chose differently would wait for ever
-    seconds = page_costs.page_seconds(sum(costs) / len(costs), tflops or None)
-    weights, whole = sum(page_costs.weights_of(encoder.family.shape(config))), zero3.may_be_whole(deepspeed, config)
-    ways = memory_plan.candidates(way, per_step, seconds, weights, shares, whole)
-    if settings.micro_batch != "auto":
-        ways = [way for way in ways if way.micro_batch == args.per_device_train_batch_size]
-
-    def plan_of(way: memory_plan.Way) -> memory_plan.Plan:
-        return memory_plan.estimate(encoder.family.shape(config), loads[way.micro_batch - 1], way, bucket)
-
-    plan = memory_plan.choose(ways, plan_of, limit)
-    if plan is None:  # the plan may err: tried, with a warning, rather than refused
-        plan = min(map(plan_of, ways), key=lambda plan: plan.total)
-        say(f"the plan says {plan.total:.1f} GiB, which {memory_plan.remedy(way, limit)}; trying all the same")
-    args.per_device_train_batch_size = plan.way.micro_batch
-    args.gradient_accumulation_steps = per_step // plan.way.micro_batch
-    args.activation_checkpointing = plan.way.checkpointed > 0
-    if deepspeed is not None:
-        deepspeed["train_micro_batch_size_per_gpu"] = plan.way.micro_batch
-        deepspeed["gradient_accumulation_steps"] = args.gradient_accumulation_steps
-        zero3.tune_zero(deepspeed.get("zero_optimization", {}), plan.way)
-    parts = ", ".join(f"{name} {size:.1f}" for name, size in plan.parts.items())
-    say(
-        f"micro-batch: {plan.way.micro_batch} pages at once, {plan.way.checkpointed:.0%} of the layers worked out twice"
-        f"{whole_words(plan.way)}; {plan.total:.1f} GiB planned of {limit:.1f} ({parts})"
-    )
-    return plan
-
-
-def whole_words(way: memory_plan.Way) -> str:
-    if not way.whole:
-        return ""
-    return ", weights stay gathered" if way.processes == 1 else ", weights gathered once per step"
-
-
-def memory_limit(device) -> float:
-    """GiB of a GPU that may be planned for, of the share that torch may use of it (PYTORCH_CUDA_ALLOC_CONF)."""
-    total = torch.cuda.get_device_properties(device).total_memory
-    return memory_plan.MEMORY_SHARE * torch.cuda.get_per_process_memory_fraction(device) * total / 2**30
-
-
-def longest_loads(pages, encoder: PageEncoder, most: int, merge: int) -> list[memory_plan.Load]:
-    """The longest possible batch of 1, 2, ... `most` pages: no order of the pages makes a longer one."""
-    question = encoder.question_tokens
-    sizes = sorted(
-        (
-            (question + page["image_tokens"] + page["html_tokens"] + 1, page["image_tokens"], page["html_tokens"] + 1)
-            for page in pages.select_columns(["html_tokens", "image_tokens"])
-        ),
-        reverse=True,
-    )
-    loads, sums = [], (0, 0, 0)
-    for number in range(most):
-        sums = tuple(map(sum, zip(sums, sizes[number % len(sizes)])))
-        loads.append(memory_plan.Load(sums[0], sums[1] * merge, sums[2]))
-    return loads
-
-
-def compare_with_plan(trainer, plan: memory_plan.Plan) -> None:
-    """(main process only) Say how far the measured peak was from the plan for the heaviest batch of this rank."""
-    peak = max((entry["peak_gib"] for entry in trainer.state.log_history if "peak_gib" in entry), default=0.0)
-    if peak and hasattr(trainer, "heaviest"):
-        load = memory_plan.Load(*trainer.heaviest)
-        bucket = zero3.bucket_size(trainer.args.hf_deepspeed_config.config if trainer.args.deepspeed else None)
-        config = trainer.model.config
-        planned = memory_plan.estimate(family_of(config).shape(config), load, plan.way, bucket).total
-        say(f"peak: {peak:.1f} GiB measured, {planned:.1f} planned for the heaviest batch, {planned / peak - 1:+.1%}")
-
-
-class Fit:
-    """Proves before step one that the longest possible batch fits, and that the fast path gives the plain loss."""
-
-    def __init__(self, plan: memory_plan.Plan | None, plain_loss: float | None, share: float | None):
-        self.plan, self.plain_loss = plan, plain_loss
-        self.share = plan.way.checkpointed if plan else 1.0 if share is None else share
-
-    def __call__(self, trainer, collate: PageCollator, pages, held_out) -> None:
-        """(all ranks) Raises OutOfMemoryError, or starts anew with half as many pages where auto chose them."""
-        if trainer.args.activation_checkpointing:
-            checkpoint_some_layers(trainer.model, self.share)
-        if collate.packed and zero3.is_on():
-            zero3.lean_steps(trainer.model_wrapped)
-        if self.plain_loss is not None:
-            with torch.no_grad():
-                loss = self.forward(trainer, collate(list(held_out.select(range(min(2, len(held_out)))))))
-            say(f"fast path: loss {loss.item():.4f} on the two held-out pages, {self.plain_loss:.4f} the plain way")
-            if not abs(loss.item() - self.plain_loss) <= 0.02 * self.plain_loss:
-                raise PipelineError(
-                    f"the fast path's loss is {loss.item()}, the plain one's {self.plain_loss}: use --fast False"
-                )
-        if self.plan:
-            self.prove(trainer, collate, pages)
-
-    def forward(self, trainer, batch: dict):
-        batch.pop("flops", None)
-        with trainer.compute_loss_context_manager():
-            return trainer.model_wrapped(**trainer._prepare_inputs(batch)).loss
-
-    def prove(self, trainer, collate: PageCollator, pages) -> None:
-        costs = costs_of(trainer.model.config, pages, collate.encoder)
-        longest = sorted(range(len(pages)), key=lambda place: -costs[place])
-        chosen = [pages[longest[number % len(pages)]] for number in range(self.plan.way.micro_batch)]
-        start, failure = time.monotonic(), None
-        trainer.model.train()
-        alone = (
-            contextlib.nullcontext() if trainer.args.deepspeed else trainer.accelerator.no_sync(trainer.model_wrapped)
-        )
-        try:
-            # Times zero: gradients of zeros, which change nothing when DeepSpeed adds those of the first step.
-            with alone:
-                loss = self.forward(trainer, collate(chosen)) * 0.0
-                trainer.accelerator.gradient_state._set_sync_gradients(False)
-                trainer.accelerator.backward(loss)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            failure = error
-        if not trainer.args.deepspeed:
-            trainer.model.zero_grad(set_to_none=True)
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        try:
-            failed = together(failure is not None)
-        except RuntimeError as error:  # others wait for us inside a collective, where nobody can call them back
-            raise failure or error from error
-        if failed:
-            self.start_anew(trainer.args, failure)
-        say_memory(f"the longest possible batch of {self.plan.way.micro_batch} pages fits, {peak:.1f} GiB,", start)
-
-    def start_anew(self, args, failure: Exception | None) -> None:
-        """(all ranks) In the same processes, with half as many pages at once: DeepSpeed cannot go on after this."""
-        size = self.plan.way.micro_batch
-        if size == 1 or "--micro_batch" in sys.argv:
-            raise failure or torch.OutOfMemoryError("out of memory on another GPU")
-        say(f"the plan was too bold: starting anew with --micro_batch {size // 2}")
-        sys.stdout.flush()
-        if world_size() > 1:  # at a place of our own: torchrun's still holds the keys of this attempt
-            os.environ["MASTER_PORT"] = str(agreed_port())
-            os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-        again = [*sys.orig_argv[1:], "--micro_batch", str(size // 2), "--checkpoint_share", "1"]
-        os.execv(sys.executable, [sys.executable, *again])
-
-
-def checkpoint_some_layers(model, share: float) -> None:
-    """Of each tower's layers, `share` have their activations worked out twice, spread evenly."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    towers: dict[type, list] = {}
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            towers.setdefault(type(module), []).append(module)
-    for layers in towers.values():
-        for place, layer in enumerate(layers):
-            layer.gradient_checkpointing = math.floor((place + 1) * share) > math.floor(place * share)
 
 
 # -----------------------------------------------------------------------------
@@ -525,130 +314,130 @@ class PageCollator:
 # Training
 
 
-def trainer_class(meter: Meter, collate: PageCollator, evaluator: Evaluator, costs: list[float]) -> type:
-    """The HF Trainer with an exact token mean, steps of equal cost, a line per step, and the base's shapes on disk."""
-    from transformers import Trainer  # here, so that --help need not load torch
-
-    plan = evaluator.tensors
-
-    class PageTrainer(Trainer):
-        def _get_train_sampler(self, train_dataset=None):
-            return PageSampler(costs, self.args)
-
-        def get_batch_samples(self, *arguments):
-            start = time.monotonic()
-            batches = super().get_batch_samples(*arguments)
-            meter.waited += time.monotonic() - start
-            return batches
-
-        def _get_num_items_in_batch(self, batch_samples, device):
-            packed = [{"labels": batch["targets"], "shift_labels": batch["targets"]} for batch in batch_samples]
-            return super()._get_num_items_in_batch(packed, device)
-
-        def floating_point_ops(self, inputs):
-            return 0  # counted by page_flops; the Trainer's own count walks through all modules at every micro-batch
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            meter.count(inputs, collate.encoder.image_token_id)
-            if collate.packed:
-                load = (inputs["input_ids"].numel(), len(inputs["pixel_values"]), len(inputs["targets"]))
-                self.heaviest = max(getattr(self, "heaviest", load), load)
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-        def log(self, logs, start_time=None):
-            if "loss" in logs:
-                if not math.isfinite(logs["loss"]):  # the mean over all ranks, which all of them see
-                    raise NotFiniteError(NOT_FINITE.format(f"loss is {logs['loss']},", self.state.global_step))
-                logs |= meter.read(self.args)
-                say(log_line(logs, self.state))
-            super().log(logs, start_time)
-
-        def _save(self, output_dir=None, state_dict=None):
-            # Adapters alone are saved as they are; ranks that write nothing hold placeholders under ZeRO-3.
-            if self.args.should_save and not hasattr(self.model, "peft_config"):
-                shapes = {tensor.name: tensor.shape for tensor in plan.values()}
-                whole = self.model.state_dict() if state_dict is None else state_dict
-                state_dict = {
-                    name: fast_layers.narrowed(value, shapes[name]).contiguous() if name in shapes else value
-                    for name, value in whole.items()
-                }
-            super()._save(output_dir, state_dict=state_dict)
-
-        def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-            if hasattr(self.model, "peft_config"):
-                return super()._load_from_checkpoint(resume_from_checkpoint, model)
-            load_weights(self.model if model is None else model, Path(resume_from_checkpoint), evaluator.settings)
-
-    if collate.config is None or not collate.packed:
-        del PageTrainer._get_num_items_in_batch
-    return PageTrainer
+NOT_FINITE = "the {} not finite at step {}, which was left out; lower --learning_rate"
 
 
-def make_trainer(args, model, collate: PageCollator, pages, stop: StopRequest, evaluator: Evaluator, fit: Fit, save):
-    """The Trainer and what happens at the end of each of its steps."""
-    from transformers import TrainerCallback
-    from transformers.trainer_callback import PrinterCallback
+class PageTrainer(Trainer):
+    """The HF Trainer with an exact token mean, steps of equal cost, a line per step, and the base's shapes on disk.
 
-    every = evaluator.settings.eval_every
+    `costs` are the operations of each training page, `tensors` what the base checkpoint holds.
+    """
 
-    class Steps(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            fit(trainer, collate, pages, evaluator.pages)
+    def __init__(self, costs: list[float], tensors: dict[str, BaseTensor], settings: PageSettings, **options):
+        super().__init__(**options)
+        self.costs, self.settings, self.meter = costs, settings, Meter()
+        self.shapes = {tensor.name: tensor.shape for tensor in tensors.values()}
+        self.heaviest = (0, 0, 0)  # tokens, patches and supervised tokens of the heaviest batch of this rank
+        # Qwen2.5-VL declares False, and the Trainer would average micro-batch means: an 8-token page as heavy as a
+        # 4,000-token one. Its forward does take num_items_in_batch, so the loss is the mean over all supervised tokens.
+        self.model_accepts_loss_kwargs = True
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> PageSampler:
+        return PageSampler(self.costs, self.args)
+
+    def get_batch_samples(self, *arguments):
+        start = time.monotonic()
+        batches = super().get_batch_samples(*arguments)
+        self.meter.waited += time.monotonic() - start
+        return batches
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device):
+        if self.data_collator.packed:  # whose labels are `targets` alone, already shifted
+            batch_samples = [{"labels": b["targets"], "shift_labels": b["targets"]} for b in batch_samples]
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def floating_point_ops(self, inputs: dict) -> int:
+        return 0  # counted by page_flops; the Trainer's own count walks through all modules at every micro-batch
+
+    def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
+        self.meter.count(inputs, self.data_collator.encoder.image_token_id)
+        if self.data_collator.packed:
+            load = (inputs["input_ids"].numel(), len(inputs["pixel_values"]), len(inputs["targets"]))
+            self.heaviest = max(self.heaviest, load)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def log(self, logs: dict, start_time: float | None = None) -> None:
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):  # the mean over all ranks, which all of them see
+                raise NotFiniteError(NOT_FINITE.format(f"loss is {logs['loss']},", self.state.global_step))
+            logs |= self.meter.read(self.args)
+            say(log_line(logs, self.state))
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # Adapters alone are saved as they are; ranks that write nothing hold placeholders under ZeRO-3.
+        if self.args.should_save and not hasattr(self.model, "peft_config"):
+            whole, shapes = self.model.state_dict() if state_dict is None else state_dict, self.shapes
+            state_dict = {
+                name: fast_layers.narrowed(value, shapes[name]).contiguous() if name in shapes else value
+                for name, value in whole.items()
+            }
+        super()._save(output_dir, state_dict=state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
+        if hasattr(self.model, "peft_config"):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_weights(self.model if model is None else model, Path(resume_from_checkpoint), self.settings)
+
+
+class Steps(TrainerCallback):
+    """What happens before the first step and at the end of each: the fit, finite gradients, stopping, judging."""
+
+    def __init__(self, stop: StopRequest, evaluator: Evaluator, fit: Fit, save: Callable[[Path], None]):
+        self.stop, self.evaluator, self.fit, self.save = stop, evaluator, fit, save
+        self.trainer: PageTrainer | None = None  # which has to exist first; `make_trainer` tells
+
+    def on_train_begin(self, args, state, control, **unused) -> None:
+        trainer = self.trainer
+        self.fit(trainer, trainer.data_collator, trainer.train_dataset, self.evaluator.pages)
+        release_memory()
+        gc.freeze()  # what is there by now stays; looking through it again costs 0.3 s each time
+        trainer.meter.reset()
+
+    def on_pre_optimizer_step(self, args, state, control, model, **unused) -> None:
+        # DDP has averaged them, so every rank sees the same. fp16 overflows now and then; its scaler skips those.
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if not args.fp16 and not torch.nn.utils.get_total_norm(gradients).isfinite():
+            raise NotFiniteError(NOT_FINITE.format("gradients are", state.global_step + 1))
+
+    def on_step_end(self, args, state, control, **unused) -> None:
+        every, trainer = self.evaluator.settings.eval_every, self.trainer
+        trainer.meter.steps += 1
+        if args.deepspeed and not args.fp16 and not zero3.step_was_applied(trainer.model_wrapped):
+            raise NotFiniteError(NOT_FINITE.format("gradients are", state.global_step))
+        if world_size() == 1 and not args.deepspeed and memory_is_tight():
             release_memory()
-            gc.freeze()  # what is there by now stays; looking through it again costs 0.3 s each time
-            meter.__init__()
+        if agree(bool(self.stop.signal), args.device):
+            control.should_save = control.should_training_stop = True
+            self.stop.signal = self.stop.signal or signal.SIGTERM
+        elif every and state.global_step % every == 0 and state.global_step < state.max_steps:
+            with trainer.meter.pause():
+                control.should_training_stop |= self.evaluator.step(state.global_step, self.save)
 
-        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-            # DDP has averaged them, so every rank sees the same. fp16 overflows now and then; its scaler skips those.
-            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-            if not args.fp16 and not torch.nn.utils.get_total_norm(gradients).isfinite():
-                raise NotFiniteError(NOT_FINITE.format("gradients are", state.global_step + 1))
 
-        def on_step_end(self, args, state, control, **kwargs):
-            meter.steps += 1
-            if args.deepspeed and not args.fp16 and not zero3.step_was_applied(trainer.model_wrapped):
-                raise NotFiniteError(NOT_FINITE.format("gradients are", state.global_step))
-            if world_size() == 1 and not args.deepspeed and memory_is_tight():
-                release_memory()
-            if agree(bool(stop.signal), args.device):
-                control.should_save = control.should_training_stop = True
-                stop.signal = stop.signal or signal.SIGTERM
-            elif every and state.global_step % every == 0 and state.global_step < state.max_steps:
-                with meter.pause():
-                    control.should_training_stop |= evaluator.step(state.global_step, save)
-
-    meter, costs = Meter(), costs_of(model.config, pages, collate.encoder)
-    trainer = trainer_class(meter, collate, evaluator, costs)(
+def make_trainer(
+    args: TrainingArguments, model: PreTrainedModel, collate: PageCollator, pages: Dataset, steps: Steps
+) -> PageTrainer:
+    """(all ranks) The Trainer with its steps; the main process notes which page is trained on when."""
+    costs = costs_of(model.config, pages, collate.encoder)
+    steps.trainer = trainer = PageTrainer(
+        costs,
+        steps.evaluator.tensors,
+        steps.evaluator.settings,
         model=model,
         args=args,
         data_collator=collate,
         train_dataset=pages,
         processing_class=collate.processor,  # saved with each checkpoint, which --base_model then takes
-        callbacks=[Steps()],
+        callbacks=[steps],
     )
-    if rank() == 0:  # which page was trained on in which step of the first epoch
-        steps = enumerate(PageSampler(costs, args).steps(), start=1)
-        names = pages.select_columns(["name"])["name"]
-        lines = ({"step": step, "pages": [names[page] for group in groups for page in group]} for step, groups in steps)
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (Path(args.output_dir) / "page_order.jsonl").write_text(text, encoding="utf-8")
     trainer.remove_callback(PrinterCallback)  # it prints the dictionary that log_line puts into words
-    # Qwen2.5-VL declares False, and the Trainer would average micro-batch means: an 8-token page as heavy as a
-    # 4,000-token one. Its forward does take num_items_in_batch, so the loss is the mean over all supervised tokens.
-    trainer.model_accepts_loss_kwargs = True
+    if is_main():
+        write_page_order(PageSampler(costs, args), pages, Path(args.output_dir) / "page_order.jsonl")
     return trainer
 
 
-def costs_of(config, pages, encoder: PageEncoder) -> list[float]:
-    """Floating-point operations of each page, from its counted tokens alone."""
-    counted = pages.select_columns(["html_tokens", "image_tokens"])
-    return page_costs.flops_of_pages(encoder.family.shape(config), counted, encoder.question_tokens)
-
-
-NOT_FINITE = "the {} not finite at step {}, which was left out; lower --learning_rate"
-
-
-def train(trainer, settings: PageSettings, stop: StopRequest, save: Callable[[Path], None]):
+def train(trainer: PageTrainer, settings: PageSettings, stop: StopRequest, save: Callable[[Path], None]):
     """(all ranks) Train; when it fails, leave an emergency checkpoint wherever all ranks can take part."""
     args = trainer.args
     checkpoint = newest_checkpoint(args.output_dir) if settings.resume else args.resume_from_checkpoint
@@ -657,24 +446,31 @@ def train(trainer, settings: PageSettings, stop: StopRequest, save: Callable[[Pa
     emergency_group()
     started = int(Path(checkpoint).name.split("-")[-1]) if checkpoint else 0
     if world_size() > 1:
-        print(f"rank {rank()} of {world_size()} on {args.device}, process {os.getpid()}", flush=True)
+        say_from_here(f"of {world_size()} on {args.device}, process {os.getpid()}")
     try:
         with stop:
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
-        print(f"rank {rank()}: training failed: {type(error).__name__}: {error}", flush=True)
-        trained = trainer.state.global_step > started  # or the weights are only the base's, and not worth keeping
-        if trained and not is_out_of_memory(error) and all_ranks_arrive():
-            save(Path(EMERGENCY_FOLDER))
-            say(f"emergency checkpoint: ./{EMERGENCY_FOLDER} has the weights as they were; --base_model takes it")
+        say_from_here(f"training failed: {type(error).__name__}: {error}")
+        # Before the first step the weights are only the base's, and not worth keeping.
+        if trainer.state.global_step > started and all_ranks_arrive():
+            leave_emergency_checkpoint(error, save)
         raise
     if stop.signal:
         raise StoppedError(f"stopped by a signal at step {trainer.state.global_step}; --resume goes on from there")
     return result
 
 
-# -----------------------------------------------------------------------------
-# Saving
+def leave_emergency_checkpoint(error: Exception, save: Callable[[Path], None]) -> None:
+    """(all ranks) The weights as they are. Where memory ran out, what the failed step still held is let go first."""
+    traceback.clear_frames(error.__traceback__)
+    release_memory()
+    try:
+        save(Path(EMERGENCY_FOLDER))
+    except Exception as second:  # said, and the first failure is raised again by the caller: it is what ends the run
+        say_from_here(f"no emergency checkpoint: {type(second).__name__}: {second}")
+    else:
+        say(f"emergency checkpoint: ./{EMERGENCY_FOLDER} has the weights as they were; --base_model takes it")
 
 
 # -----------------------------------------------------------------------------
@@ -941,7 +737,7 @@ def run(argv: list[str]) -> None:
 def fine_tune(resolved: Resolved, args, base: Path, processor, encoder: PageEncoder, pages: Pages) -> None:
     """(all ranks) From checked pages to a trained, saved, judged and published model."""
     settings, training = resolved.settings, pages.training
-    keep_earlier_checkpoints(Path(args.output_dir), resumes=bool(settings.resume or args.resume_from_checkpoint))
+    keep_earlier_results(Path(args.output_dir), resumes=bool(settings.resume or args.resume_from_checkpoint))
     memory = choose_micro_batch(args, settings, load_config(base, settings), training, encoder)
     say_batch(args)
     start = time.monotonic()
@@ -969,7 +765,7 @@ def fine_tune(resolved: Resolved, args, base: Path, processor, encoder: PageEnco
         save_final(model, tensors, base, processor, recipe, folder)
 
     stop = StopRequest()
-    trainer = make_trainer(args, model, collate, training, stop, evaluator, fit, save)
+    trainer = make_trainer(args, model, collate, training, Steps(stop, evaluator, fit, save))
     start = time.monotonic()
     result = train(trainer, settings, stop, save)
     seconds = time.monotonic() - start
@@ -1051,8 +847,6 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         code = exit_code(error)
         if code in (1, 83) and not isinstance(error, PipelineError):
-            import traceback
-
             traceback.print_exc()
         hints = {
             81: "\nThe disk is full: free some space, or give another --output_dir.",

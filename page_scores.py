@@ -19,12 +19,14 @@ from typing import Any
 
 from scoring.clip import CLIP_MODEL, Clip, ClipMissing, find_clip
 from scoring.many_pages import Pair, Progress, browser_facts, pairs_of, read, run_pairs, write_pages_report
+from scoring.metrics import names, worst_words
 from scoring.proof import ScorerError, prove
 from scoring.renders import BrowserMissing, Renderer
 from scoring.statistics import means, scores_line, shares
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Exits with code 2, saying why, for what cannot work."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -50,7 +52,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def summary_line(found: Mapping[str, Any]) -> str:
     """Of `means` and `shares`."""
     valid = f"{100 * found['valid']:.1f} % valid"
-    text = f"{found['n']} pages, {valid}, {found['failures']} failures, counted as 0: {scores_line(found)}"
+    failures = f"{found['failures']} failures, counted as {worst_words(names())}"
+    text = f"{found['n']} pages, {valid}, {failures}: {scores_line(found)}"
     if found["failures"]:
         text += f"; without them: {scores_line(found, '_without_failures')}"
         text += f"; failed: {', '.join(map(str, found['failed'][:20]))}"
@@ -58,6 +61,7 @@ def summary_line(found: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 1 where the scorer is broken, 2 where pages, browser or CLIP's weights are missing."""
     args = parse(argv)
     single = args.references.is_file()
     pairs = pairs_of(args.references, args.predictions, args.width)

@@ -38,10 +38,12 @@ class Block:
 
     @property
     def area(self) -> float:
+        """In shares of the page's."""
         return self.width * self.height
 
     @property
     def center(self) -> tuple[float, float]:
+        """(x, y) in shares of the page's width and height."""
         return self.x + self.width / 2, self.y + self.height / 2
 
 
@@ -59,7 +61,7 @@ class Page:
 
 
 def job_for(html: str, width: int = 1280, height: int = 720) -> Job:
-    """What is to be rendered of a page so that `page_of` can read it."""
+    """What is to be rendered of a page, in a window of so many CSS pixels, so that `page_of` can read it."""
     tags = len(re.findall(rf"<(?:{'|'.join(TEXT_TAGS)})\b", html, re.IGNORECASE))
     passes = min(MAX_PASSES, max(1, -(-tags // PALETTE)))
     steps = [SHOT, step("subtrees")]
@@ -74,6 +76,7 @@ def page_of(render: Render, html: str) -> Page:
     """What a render of `job_for(html)` shows; a page that failed says why."""
     if render.failure is not None:
         return Page(None, failure=render.failure, html=html)
+    # One picture as it is; then for each pass: the texts, a picture, the number of elements, a shifted picture.
     image, subtrees, *passes = render.values
     found: list[Block] = []
     for texts, first, elements, second in zip(passes[::4], passes[1::4], passes[2::4], passes[3::4]):
@@ -83,21 +86,15 @@ def page_of(render: Render, html: str) -> Page:
     return Page(image, same_boxes_merged(found), frozenset(subtrees), clipped=render.clipped, html=html)
 
 
-def blocks_of(image, first, second, texts: Sequence[Sequence]) -> list[Block]:
-    """Blocks of `texts` (text, red, green, blue) by two renders whose text differs by SHIFT, colours by `image`."""
+def blocks_of(
+    image: np.ndarray, first: np.ndarray, second: np.ndarray, texts: Sequence[tuple[str, int, int, int]]
+) -> list[Block]:
+    """Blocks of `texts` (text, red, green, blue) by two renders whose text differs by SHIFT, colours by `image`.
+
+    All three are (H, W, 3) uint8, and may differ in height and width where recolouring has moved something.
+    """
     height, width = (min(sizes) for sizes in zip(image.shape[:2], first.shape[:2], second.shape[:2]))
-    parts = []
-    for top in range(0, height, BAND):
-        one, two = (part[top : min(top + BAND, height), :width] for part in (first, second))
-        shifted = one + np.uint8(SHIFT)  # bytes: modulo 256
-        near = np.maximum(shifted, two) - np.minimum(shifted, two) <= NEAR_SHIFT
-        rows, columns = np.nonzero(near[..., 0] & near[..., 1] & near[..., 2])
-        parts.append((rows + top, columns, one[rows, columns].astype(np.int16)))
-    rows, columns, colors = map(np.concatenate, zip(*parts))
-    levels = np.rint((colors - LEVELS[0]) / 16).astype(np.int64).clip(0, len(LEVELS) - 1)
-    known = (np.abs(colors - (LEVELS[0] + 16 * levels)) <= NEAR_COLOUR).all(axis=1)
-    rows, columns = rows[known], columns[known]
-    keys = levels[known] @ np.array([len(LEVELS) ** 2, len(LEVELS), 1])
+    rows, columns, keys = coloured_pixels(first[:height, :width], second[:height, :width])
     order = np.argsort(keys, kind="stable")
     known, starts = np.unique(keys[order], return_index=True)
     pixels = dict(zip(known.tolist(), np.split(order, starts[1:])))
@@ -112,6 +109,22 @@ def blocks_of(image, first, second, texts: Sequence[Sequence]) -> list[Block]:
         box += (x.max() - x.min() + 1) / first.shape[1], (y.max() - y.min() + 1) / first.shape[0]
         found.append(Block(text.strip().lower(), *map(float, box), tuple(map(float, mean))))
     return found
+
+
+def coloured_pixels(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(rows, columns, colours as numbers below PALETTE) of the P pixels, (P,) each, that have a colour of the palette
+    in the first render and the shifted one in the second; both (H, W, 3) uint8."""
+    parts = []
+    for top in range(0, len(first), BAND):
+        one, two = first[top : top + BAND], second[top : top + BAND]
+        shifted = one + np.uint8(SHIFT)  # bytes: modulo 256
+        near = np.maximum(shifted, two) - np.minimum(shifted, two) <= NEAR_SHIFT
+        rows, columns = np.nonzero(near[..., 0] & near[..., 1] & near[..., 2])
+        parts.append((rows + top, columns, one[rows, columns].astype(np.int16)))
+    rows, columns, colors = map(np.concatenate, zip(*parts))
+    levels = np.rint((colors - LEVELS[0]) / 16).astype(np.int64).clip(0, len(LEVELS) - 1)
+    known = (np.abs(colors - (LEVELS[0] + 16 * levels)) <= NEAR_COLOUR).all(axis=1)
+    return rows[known], columns[known], levels[known] @ np.array([len(LEVELS) ** 2, len(LEVELS), 1])
 
 
 def same_boxes_merged(blocks: Iterable[Block]) -> tuple[Block, ...]:

@@ -25,8 +25,8 @@ class ClipMissing(RuntimeError):
 class Clip:
     """Cosine of CLIP's features of two pictures, their texts painted over (Telea 2004), squeezed into a square.
 
-    `name` is a folder, or a Hub repository that is in the cache; nothing is fetched. Raises `ClipMissing`. Runs on the
-    CPU, about 0.3 s for a pair.
+    `name` is a folder, or a Hub repository that is in the cache; nothing is fetched. Raises `ClipMissing` where weights
+    or packages are missing. Runs on the CPU, about 0.3 s for a pair.
     """
 
     def __init__(self, name: str = CLIP_MODEL):
@@ -61,6 +61,7 @@ class Clip:
             raise ClipMissing(f"{name} lacks {', '.join(lost[:3])}: another kind of checkpoint?")
 
     def __call__(self, one: Page, two: Page) -> float:
+        """0 to 1; both pages must have been rendered."""
         pictures = [self.without_texts(page) for page in (one, two)]
         inputs = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
         with self.torch.no_grad():
@@ -68,7 +69,8 @@ class Clip:
             features = self.model.visual_projection(pooled)
         return max(0.0, float(self.torch.nn.functional.cosine_similarity(features[0], features[1], dim=0)))
 
-    def without_texts(self, page: Page):
+    def without_texts(self, page: Page) -> Image.Image:
+        """A square picture, as long as the shorter side."""
         height, width = page.image.shape[:2]
         mask = np.zeros((height, width), np.uint8)
         for block in page.blocks:

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from scoring.blocks import Block, Page, job_for, page_of
@@ -39,17 +40,19 @@ class Pair:
 
     @property
     def key(self) -> str:
+        """By what is rendered and not by the name: equal pages are scored once, and a changed one again."""
         content = json.dumps([self.reference, self.prediction, self.width, self.height])
         return hashlib.sha256(content.encode("utf-8", "replace")).hexdigest()
 
 
 def score_pairs(
     pairs: Iterable[Pair], renderer: Renderer, clip: Clip | None = None
-) -> Iterator[tuple[Pair, PageScore, Any, Any]]:
-    """Of each pair, in order: its score, and the pictures of reference and prediction (None where there is none)."""
+) -> Iterator[tuple[Pair, PageScore, np.ndarray | None, np.ndarray | None]]:
+    """Of each pair, in order: its score, and the pictures (H, W, 3) uint8 of reference and prediction, None where there
+    is none. Holds a few pages at a time, and no more."""
     waiting: deque[Pair] = deque()
 
-    def jobs() -> Iterator[Job]:
+    def jobs() -> Iterator[Job]:  # read ahead of the renders that come back
         for pair in pairs:
             waiting.append(pair)
             yield job_for(pair.reference, pair.width, pair.height)
@@ -97,13 +100,18 @@ def pairs_of(references: Path, predictions: Path | None, width: int) -> list[Pai
 
 
 def read(file: Path) -> str:
+    """A page as a browser would take it: UTF-8, and what is none replaced."""
     return file.read_text(encoding="utf-8", errors="replace")
 
 
 class Progress:
-    """Scores and pictures of a run, on disk until it ends: an interrupted one goes on where it was."""
+    """Scores and pictures of a run, on disk until it ends: an interrupted one goes on where it was.
+
+    What was scored by another table of metrics, without pictures or by another CLIP than asked, is scored again.
+    """
 
     def __init__(self, folder: Path | None, pictures: bool, clip: str | None = None):
+        """`folder` None: nothing is kept on disk. `clip` is the name of CLIP's weights."""
         self.folder, self.pictures, self.clip, self.rows = folder, pictures, clip, {}
         if folder is None:
             return
@@ -118,7 +126,8 @@ class Progress:
             if row["pictures"] >= pictures and {name: row.get(name) for name in asked} == asked:
                 self.rows[row["key"]] = row["score"]
 
-    def keep(self, key: str, score: PageScore, images: Sequence[Any]) -> None:
+    def keep(self, key: str, score: PageScore, images: Sequence[np.ndarray | None]) -> None:
+        """`images` are those of the reference and of what was written."""
         self.rows[key] = asdict(score)
         if self.folder is None:
             return
@@ -132,10 +141,12 @@ class Progress:
             file.write(json.dumps({"key": key, **asked, "score": self.rows[key]}) + "\n")
 
     def picture(self, key: str, name: str) -> Path | None:
+        """The kept one of "reference" or "written"."""
         file = self.folder / f"{key}-{name}.png" if self.folder else None
         return file if file and file.is_file() else None
 
     def forget(self) -> None:
+        """Once the run is over and its results are written."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -165,6 +176,29 @@ def score_of(row: Mapping[str, Any]) -> PageScore:
     return PageScore(**{**row, **lists, "causes": tuple(row["causes"])})
 
 
+def box(block: Block) -> Box:
+    """As the report draws it."""
+    return Box(block.x, block.y, block.width, block.height, block.text)
+
+
+def page_result(pair: Pair, progress: Progress, more: Mapping[str, Any]) -> PageResult:
+    """A scored pair as the report shows it; its pictures stay on disk until they are drawn."""
+    score = score_of(progress.rows[pair.key])
+    return PageResult(
+        name=pair.name,
+        scores={**score.values, "valid": score.valid, **more},
+        reference=progress.picture(pair.key, "reference"),
+        written=progress.picture(pair.key, "written"),
+        html=pair.prediction or "",
+        reference_html=pair.reference,
+        matched=[(box(one), box(two)) for one, two in score.matched],
+        missing=[box(block) for block in score.missing],
+        invented=[box(block) for block in score.invented],
+        failure=score.failure,
+        causes=score.causes,
+    )
+
+
 def write_pages_report(
     file: Path,
     title: str,
@@ -174,32 +208,10 @@ def write_pages_report(
     more: Mapping[str, Mapping[str, Any]] | None = None,
     comparison: Mapping[str, Any] | None = None,
 ) -> None:
-    """`more` has further scores of a page by its name, such as `truncated`; they stand beside the others."""
-
-    def box(block: Block) -> Box:
-        return Box(block.x, block.y, block.width, block.height, block.text)
-
-    def results() -> Iterator[PageResult]:
-        for pair in pairs:
-            key = pair.key
-            score = score_of(progress.rows[key])
-            shown = {**score.values, "valid": score.valid} | dict((more or {}).get(pair.name, {}))
-            yield PageResult(
-                name=pair.name,
-                scores=shown,
-                reference=progress.picture(key, "reference"),
-                written=progress.picture(key, "written"),
-                html=pair.prediction or "",
-                reference_html=pair.reference,
-                matched=[(box(one), box(two)) for one, two in score.matched],
-                missing=[box(block) for block in score.missing],
-                invented=[box(block) for block in score.invented],
-                failure=score.failure,
-                causes=score.causes,
-            )
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_report(file, title, results(), dict(facts), comparison)
+    """The report of pairs that `run_pairs` has scored under this progress. `more` has further scores of a page by its
+    name, such as `truncated`; they stand beside the others. `comparison` as in `scoring.report.write_report`."""
+    results = (page_result(pair, progress, (more or {}).get(pair.name, {})) for pair in pairs)
+    write_report(file, title, results, facts, comparison)
 
 
 def browser_facts(renderer: Renderer, clip: Clip | None, why_not: str) -> dict[str, str]:

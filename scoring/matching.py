@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from cydifflib import SequenceMatcher
 
 from scoring.blocks import Block
 
@@ -20,18 +20,18 @@ ALIKE, MERGE_GAIN, CONTEXT = 0.5, 0.05, 0.1  # least similarity of a pair; least
 
 
 class Similarity:
-    """difflib's ratio of two texts, each pair worked out once; with its rule for popular characters."""
+    """difflib's ratio of two texts, each pair computed once, with its rule for popular characters. Costs: negative."""
 
     def __init__(self, swapped: bool = False):
-        from cydifflib import SequenceMatcher
-
-        self.new, self.matchers, self.swapped = SequenceMatcher, {}, swapped
+        self.matchers: dict[str, SequenceMatcher] = {}
+        self.swapped = swapped
         self.known: dict[str, dict[str, float]] = {}
         self.turned = None if swapped else Similarity(swapped=True)  # the ratio depends on which text comes first
 
-    def matcher(self, second: str) -> Any:
+    def matcher(self, second: str) -> SequenceMatcher:
+        """The one for this second text."""
         if second not in self.matchers:
-            self.matchers[second] = self.new(None, "", second)  # what it finds out about its second text, it keeps
+            self.matchers[second] = SequenceMatcher(None, "", second)  # keeps what it finds out about `second`
         return self.matchers[second]
 
     def cost(self, text: str, column: str) -> float:
@@ -44,8 +44,8 @@ class Similarity:
             known[column] = -1.0 if one == two else -matcher.ratio()
         return known[column]
 
-    def costs(self, first: Sequence[Block], second: Sequence[Block]):
-        """(first, second)"""
+    def costs(self, first: Sequence[Block], second: Sequence[Block]) -> np.ndarray:
+        """(first, second) float64"""
         columns = [block.text for block in second]
         rows = [[self.cost(block.text, column) for column in columns] for block in first]
         return np.array(rows, dtype=float).reshape(len(first), len(second))
@@ -56,11 +56,14 @@ class Bound:
 
     For rows at least as many as columns, also after the merge. Any prices of the columns give a lower bound of the new
     total by weak duality of linear programs; the best prices are those of the assignment at hand. A merge that is
-    bounded below `MERGE_GAIN` is not worth working out, and its texts need not even be compared: no ratio is above what
+    bounded below `MERGE_GAIN` is not worth solving, and its texts need not even be compared: no ratio is above what
     the characters that two texts share would allow (difflib's `quick_ratio`).
     """
 
-    def __init__(self, costs, rows, columns, second: Sequence[Block], similarity: Similarity):
+    def __init__(
+        self, costs: np.ndarray, rows: np.ndarray, columns: np.ndarray, second: Sequence[Block], similarity: Similarity
+    ):
+        """`costs` (R, C) with R >= C, and its assignment: `rows` and `columns` (C,)."""
         # Prices as shortest paths from the rows that are left over, along the assigned ones (Bellman-Ford).
         price = np.delete(costs, rows, axis=0).min(axis=0)
         owner = costs[rows[np.argsort(columns)]]
@@ -77,7 +80,8 @@ class Bound:
         self.lengths = np.array([len(column) for column in self.columns])
         self.counts = np.array([self.count(column) for column in self.columns])
 
-    def count(self, text: str):
+    def count(self, text: str) -> np.ndarray:
+        """How often each character of the columns' texts is in this one."""
         return np.bincount([self.places[c] for c in text if c in self.places], minlength=len(self.places))
 
     def rules_out(self, place: int, text: str) -> bool:
@@ -91,13 +95,15 @@ class Bound:
         return all(self.similarity.cost(text, self.columns[n]) - self.price[n] >= least for n in doubtful.tolist())
 
 
-def assigned(costs) -> tuple[Any, Any]:
-    from scipy.optimize import linear_sum_assignment
+def assigned(costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, columns) of the pairs of least total cost, as many as the shorter side has (Crouse 2016)."""
+    from scipy.optimize import linear_sum_assignment  # half a second, which --help need not wait for
 
     return linear_sum_assignment(costs)
 
 
 def merged(one: Block, two: Block) -> Block:
+    """One block of both texts, in the box around both, with their mean colour rounded down."""
     x, y = min(one.x, two.x), min(one.y, two.y)
     width = max(one.x + one.width, two.x + two.width) - x
     height = max(one.y + one.height, two.y + two.height) - y
@@ -119,13 +125,14 @@ def merge_neighbours(first: list[Block], second: Sequence[Block], similarity: Si
     """`first` with those neighbours merged that match `second` better together, the best first."""
     similarity = similarity.turned if turned else similarity
 
-    def solved(costs) -> tuple[Any, Any]:
+    def solved(costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return assigned(costs.T)[::-1] if turned else assigned(costs)
 
     if len(first) < 2:
         return first
     costs, gains = similarity.costs(first, second), []
     current = costs[solved(costs)].tolist()
+    # Most merges gain nothing, and telling so by a bound is many times cheaper than an assignment for each.
     bound = Bound(costs, *solved(costs), second, similarity) if len(first) > len(second) else None
     for place in range(len(first) - 1):
         both = merged(first[place], first[place + 1])
@@ -144,8 +151,8 @@ def merge_neighbours(first: list[Block], second: Sequence[Block], similarity: Si
     return [block for block in first if block is not None]
 
 
-def with_context(costs):
-    """Costs below -ALIKE, lowered by CONTEXT times the sum of the two lowest neighbours."""
+def with_context(costs: np.ndarray) -> np.ndarray:
+    """(R, C): costs below -ALIKE, lowered by CONTEXT times the sum of the two lowest neighbours."""
     adjusted = costs.copy()
     for row, column in zip(*np.nonzero(costs < -ALIKE)):
         near = costs[max(0, row - 1) : row + 2, max(0, column - 1) : column + 2].ravel()
@@ -179,6 +186,7 @@ class Matching:
 
 
 def matching_of(reference: Sequence[Block], prediction: Sequence[Block]) -> Matching:
+    """`match`, or nothing matched where a page has no blocks at all."""
     predicted, wanted, pairs = match(prediction, reference) if prediction and reference else (prediction, reference, [])
     taken = {id(block) for pair in pairs for block in pair[:2]}
     missing, invented = (tuple(block for block in blocks if id(block) not in taken) for blocks in (wanted, predicted))

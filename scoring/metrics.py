@@ -9,7 +9,7 @@ NAACL 2025), TreeBLEU (Gui et al., WebCode2M, 2025) and SSIM (Wang et al., 2004)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
@@ -39,6 +39,7 @@ class Compared:
 
     @cached_property
     def matching(self) -> Matching:
+        """Which text block stands for which: most of the time that scores take."""
         return matching_of(self.reference.blocks, self.prediction.blocks)
 
     @cached_property
@@ -48,6 +49,7 @@ class Compared:
 
     @cached_property
     def clip_cosine(self) -> float | None:
+        """None without CLIP."""
         return self.clip(self.reference, self.prediction) if self.clip else None
 
 
@@ -135,13 +137,16 @@ class Metric:
 
     @property
     def best(self) -> float:
+        """Of a page against itself."""
         return 1.0 if self.better == "higher" else 0.0
 
     @property
     def worst(self) -> float:
+        """Of a page that could not be rendered."""
         return 1.0 - self.best
 
     def is_better(self, new: float, than: float) -> bool:
+        """Equal is not better."""
         return new > than if self.better == "higher" else new < than
 
 
@@ -162,6 +167,7 @@ CHOOSING = "likeness"  # by this metric the best weights are kept, and the repor
 
 
 def names() -> tuple[str, ...]:
+    """Of every metric, in the table's order. Asked for at each use: who keeps them would not see a metric added."""
     return tuple(metric.name for metric in METRICS)
 
 
@@ -173,6 +179,12 @@ def entry(name: str) -> Metric:
 def choosing_first() -> tuple[Metric, ...]:
     """The table with the metric that chooses in front, for who reads only the first."""
     return tuple(sorted(METRICS, key=lambda metric: metric.name != CHOOSING))
+
+
+def worst_words(scores: Iterable[str]) -> str:
+    """What a failed page counts as in these metrics: "0" where that is the worst of all of them."""
+    values = {entry(name).worst if name in names() else 0.0 for name in scores}
+    return f"{values.pop():g}" if len(values) == 1 else "the worst"
 
 
 def is_better(new: float, than: float) -> bool:

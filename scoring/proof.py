@@ -35,7 +35,8 @@ class ScorerError(RuntimeError):
     """The scorer does not score what it should; no number of it can be trusted."""
 
 
-def proof_page(items: Sequence[Sequence]) -> str:
+def proof_page(items: Sequence[tuple[str, int, int, str, str]]) -> str:
+    """`items` as in PROOF."""
     lines = (
         f'<{tag} style="position:absolute;margin:0;left:{left}px;top:{top}px;color:{color}">{text}</{tag}>'
         for tag, left, top, color, text in items
@@ -49,7 +50,7 @@ def proof_cases() -> dict[str, str]:
     turned = [*turned[1:], turned[0]]
     colors = ["#f0e010", "#10e0f0"] * 5
 
-    def changed(count: int, change: Callable[[int, Sequence], Sequence]) -> str:
+    def changed(count: int, change: Callable[[int, tuple], tuple]) -> str:
         return proof_page([change(n, item) if n < count else item for n, item in enumerate(PROOF)])
 
     return {
@@ -117,6 +118,7 @@ def prove_metric(metric: metrics.Metric, found: Mapping[str, PageScore]) -> None
 
 
 def claim(found: Mapping[str, PageScore], true: bool, text: str, *names: str) -> None:
+    """Raises `ScorerError` with the scores of the named cases unless it is true."""
     if not true:
         seen = "; ".join(f"{name}: {found[name].as_json()}" for name in names)
         raise ScorerError(f"the scorer is broken: {text}. {seen}")

@@ -14,6 +14,7 @@ worker, In the parent, Command line.
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import io
 import json
@@ -34,7 +35,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:  # playwright is loaded by the worker, and missed with a remedy
+    from playwright.sync_api import Browser, CDPSession, Route
 
 # -----------------------------------------------------------------------------
 # What is rendered
@@ -59,6 +63,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Render:
+    """What came of a job."""
+
     values: tuple[Any, ...]  # one for each step: an array (H, W, 3) uint8, or the JSON value; () when it failed
     failure: str | None
     clipped: bool
@@ -135,12 +141,14 @@ def find_chromium(asked: str | None = None) -> str | None:
 # In the worker
 
 
-def receive(stream) -> bytes | None:
+def receive(stream: BinaryIO) -> bytes | None:
+    """A frame: its length in 8 bytes, then the content. None at the end of the stream."""
     head = stream.read(8)
     return stream.read(struct.unpack(">Q", head)[0]) if len(head) == 8 else None
 
 
-def send(stream, content: bytes) -> None:
+def send(stream: BinaryIO, content: bytes) -> None:
+    """The frame that `receive` reads."""
     stream.write(struct.pack(">Q", len(content)) + content)
     stream.flush()
 
@@ -187,8 +195,14 @@ def work(chromium: str | None) -> None:
 class Tab:
     """(worker process) A page of a browser, and the job whose HTML is served to it."""
 
-    def __init__(self, browser, job: Job):
-        self.window, self.scripts, self.job, self.address, self.served = size_of(job), job.scripts, job, PLACE, 0
+    def __init__(self, browser: Browser, job: Job):
+        self.window, self.scripts, self.job, self.address, self.served = (
+            (job.width, job.height),
+            job.scripts,
+            job,
+            PLACE,
+            0,
+        )
         self.context = browser.new_context(
             viewport={"width": job.width, "height": job.height},
             locale="en-US",
@@ -208,9 +222,10 @@ class Tab:
 
     def suits(self, job: Job) -> bool:
         """Without scripts a page leaves nothing for the next; scripts get a context of their own."""
-        return size_of(job) == self.window and not self.scripts and not job.scripts
+        return (job.width, job.height) == self.window and not self.scripts and not job.scripts
 
-    def serve(self, route) -> None:
+    def serve(self, route: Route) -> None:
+        """The page itself, once; nothing else gets through."""
         request = route.request
         if request.url == self.address and request.is_navigation_request() and not self.served:
             self.served += 1
@@ -237,11 +252,11 @@ class Tab:
             self.context.close()
 
 
-def size_of(job: Job) -> tuple[int, int]:
-    return job.width, job.height
+def run_steps(session: CDPSession, job: Job, pictures: list[bytes]) -> tuple[list, bool]:
+    """(worker process) The steps' values, None for each picture, which goes into `pictures`; whether one was cut.
 
-
-def run_steps(session, job: Job, pictures: list[bytes]) -> tuple[list, bool]:
+    All in a world of our own, which the page's scripts cannot see. Raises ValueError with what a step threw.
+    """
     frame = session.send("Page.getFrameTree")["frameTree"]["frame"]["id"]
     world = session.send("Page.createIsolatedWorld", {"frameId": frame})["executionContextId"]
 
@@ -267,15 +282,9 @@ def run_steps(session, job: Job, pictures: list[bytes]) -> tuple[list, bool]:
         clipped |= (width, height) != (wide, high)
         clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
         options = {"format": "png", "clip": clip, "captureBeyondViewport": True, "optimizeForSpeed": True}
-        pictures.append(b64(session.send("Page.captureScreenshot", options)["data"]))
+        pictures.append(base64.b64decode(session.send("Page.captureScreenshot", options)["data"]))
         values.append(None)
     return values, clipped
-
-
-def b64(text: str) -> bytes:
-    import base64
-
-    return base64.b64decode(text)
 
 
 # -----------------------------------------------------------------------------
@@ -318,10 +327,11 @@ class Worker:
         content = json.dumps(asdict(job)).encode("utf-8", "replace")
         self.write(struct.pack(">Q", len(content)) + content, deadline)
         answer = json.loads(self.read(deadline))
-        shots = sum(step == SHOT for step in job.steps) if "values" in answer else 0
+        shots = job.steps.count(SHOT) if "values" in answer else 0
         return answer, [self.read(deadline) for _ in range(shots)]
 
     def write(self, content: bytes, deadline: float) -> None:
+        """Raises as `ask` does: who does not read blocks the writer once the pipe is full."""
         stream, left = self.process.stdin.fileno(), memoryview(content)
         while left:
             if not select.select([], [stream], [], max(0.0, deadline - time.monotonic()))[1]:
@@ -334,6 +344,7 @@ class Worker:
                 raise WorkerGone from None
 
     def read(self, deadline: float) -> bytes:
+        """A frame."""
         return self.read_bytes(struct.unpack(">Q", self.read_bytes(8, deadline))[0], deadline)
 
     def read_bytes(self, count: int, deadline: float) -> bytes:
@@ -399,10 +410,11 @@ class Renderer:
     def __enter__(self) -> Renderer:
         return self
 
-    def __exit__(self, *unused) -> None:
+    def __exit__(self, *unused: object) -> None:
         self.close()
 
     def close(self) -> None:
+        """Ends every browser, also those that are at work."""
         with self.lock:
             self.closed = True
         self.pool.shutdown(wait=False, cancel_futures=True)
@@ -415,6 +427,7 @@ class Renderer:
                 worker.kill()
 
     def render(self, job: Job | str) -> Render:
+        """A failure is in the answer, and is not raised."""
         return decoded(self.pool.submit(self._render, Job(job) if isinstance(job, str) else job).result())
 
     def map(self, jobs: Iterable[Job]) -> Iterator[Render]:
@@ -486,6 +499,7 @@ def decoded(render: Render) -> Render:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The exit code: 1 where the page could not be rendered, 2 without a browser."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--worker"]:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us

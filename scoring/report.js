@@ -13,14 +13,17 @@ const byId = (id) => document.getElementById(id);
 const names = new Intl.Collator("en", {numeric: true});
 const state = {order: "worst", bin: null, cause: null};
 
-const valueOf = (card, score) => card.failed ? 0 : card.scores.get(score) ?? null;
+const optionOf = (score) => [...byId("score").options].find((option) => option.value === score);
+const worstOf = (score) => +(optionOf(score)?.dataset.worst ?? 0);
+const valueOf = (card, score) => card.failed ? worstOf(score) : card.scores.get(score) ?? null;
 const binOf = (value) => Math.min(9, Math.floor(value * 10));
 
 function compare(a, b) {
   if (state.order === "name") return names.compare(a.name, b.name) || a.place - b.place;
-  const x = valueOf(a, byId("score").value), y = valueOf(b, byId("score").value);
+  const score = byId("score").value, x = valueOf(a, score), y = valueOf(b, score);
   if (x === null || y === null) return (x === null) - (y === null) || a.place - b.place;
-  return (state.order === "worst" ? x - y : y - x) || a.place - b.place;
+  const near = Math.abs(x - worstOf(score)) - Math.abs(y - worstOf(score));
+  return (state.order === "worst" ? near : -near) || a.place - b.place;
 }
 
 function passes(card) {
@@ -50,7 +53,7 @@ function filter() {
   }
   for (const button of all("[data-cause]")) button.setAttribute("aria-pressed", button.dataset.cause === state.cause);
   const parts = [`${count} of ${cards.length} pages`];
-  if (state.bin) parts.push(`${state.bin.score} ${state.bin.bin / 10} to ${(state.bin.bin + 1) / 10}`);
+  if (state.bin) parts.push(`${optionOf(state.bin.score).text} ${state.bin.bin / 10} to ${(state.bin.bin + 1) / 10}`);
   if (state.cause !== null) parts.push(state.cause);
   byId("status").textContent = parts.join(" · ");
   byId("reset").hidden = count === cards.length;

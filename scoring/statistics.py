@@ -27,7 +27,10 @@ def summarise(pages: Sequence[Mapping[str, Any]]) -> dict[str, float | int | Non
 
 def paired_comparison(before: Sequence[float], after: Sequence[float], draws: int = 10_000, seed: int = 0) -> dict:
     """Two scores of each page: means, their difference with its 95 % bootstrap interval (Efron 1979, percentiles), and
-    `p` by a sign-flip permutation test (Fisher 1935), two-sided: how often chance alone would differ as much."""
+    `p` by a sign-flip permutation test (Fisher 1935), two-sided: how often chance alone would differ as much.
+
+    The same pages in the same order. Raises ValueError where their numbers differ, or for none.
+    """
     one, two = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
     if one.shape != two.shape or not len(one):
         raise ValueError(f"{len(one)} scores before and {len(two)} after: there must be as many, and at least one")
@@ -65,6 +68,7 @@ def means(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def mean_of(values: Iterable[float]) -> float | None:
+    """None of nothing."""
     known = list(values)
     return sum(known) / len(known) if known else None
 

@@ -10,16 +10,18 @@ Valid is what the HTML5 standard reads as a whole document.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
+
+import html5lib
 
 # html5lib's time grows with the square of the depth and of a tag's attributes. Chromium nests 512 elements at most.
 MAX_CHARACTERS, MAX_ATTRIBUTES, MAX_DEPTH = 1_000_000, 500, 512
 UNSEEN = {"script", "style", "template", "noscript", "title", "head"}
 SEEN_WITHOUT_TEXT = {"img", "input", "svg", "video", "audio", "canvas", "iframe", "hr", "textarea", "select", "object"}
 SEEN_WITHOUT_TEXT |= {"embed", "math", "progress", "meter", "button"}
+KIND = html5lib.constants.tokenTypes
 
 
 @dataclass(frozen=True)
@@ -34,37 +36,38 @@ class Validity:
     reason: str | None
 
 
-@lru_cache(maxsize=1)
-def _recording_parser() -> type:
-    import html5lib
+class RecordingTokenizer(html5lib._tokenizer.HTMLTokenizer):
+    """Keeps what stands in the source, which the tree cannot tell from what the parser adds: `starts`, the names of
+    start tags (and "!doctype"), and `last`, the end tag that comes last, if nothing comes after it."""
 
-    kind = html5lib.constants.tokenTypes
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.starts, self.last = set(), None
+        for token in super().__iter__():
+            if len(self.parser.tree.openElements) > MAX_DEPTH:
+                raise ValueError(f"nested deeper than {MAX_DEPTH}")
+            if token["type"] in (KIND["StartTag"], KIND["Doctype"]):
+                self.starts.add("!doctype" if token["type"] == KIND["Doctype"] else token["name"])
+            if token["type"] not in (KIND["SpaceCharacters"], KIND["Comment"], KIND["ParseError"]):
+                self.last = token["name"] if token["type"] == KIND["EndTag"] else None
+            yield token
 
-    class RecordingTokenizer(html5lib._tokenizer.HTMLTokenizer):
-        """Keeps what stands in the source, which the tree cannot tell from what the parser adds."""
+    def attributeNameState(self) -> bool:
+        """Raises ValueError where the tag has too many."""
+        if len(self.currentToken["data"]) > MAX_ATTRIBUTES:
+            raise ValueError(f"a tag of over {MAX_ATTRIBUTES} attributes")
+        return super().attributeNameState()
 
-        def __iter__(self):
-            self.starts, self.last = set(), None
-            for token in super().__iter__():
-                if len(self.parser.tree.openElements) > MAX_DEPTH:
-                    raise ValueError(f"nested deeper than {MAX_DEPTH}")
-                if token["type"] in (kind["StartTag"], kind["Doctype"]):
-                    self.starts.add("!doctype" if token["type"] == kind["Doctype"] else token["name"])
-                if token["type"] not in (kind["SpaceCharacters"], kind["Comment"], kind["ParseError"]):
-                    self.last = token["name"] if token["type"] == kind["EndTag"] else None
-                yield token
 
-        def attributeNameState(self):
-            if len(self.currentToken["data"]) > MAX_ATTRIBUTES:
-                raise ValueError(f"a tag of over {MAX_ATTRIBUTES} attributes")
-            return super().attributeNameState()
+class RecordingParser(html5lib.HTMLParser):
+    """With a `RecordingTokenizer`: html5lib 1.1 takes no tokenizer of one's own, so this is its `_parse` with ours."""
 
-    class RecordingParser(html5lib.HTMLParser):
-        def mainLoop(self):
-            self.tokenizer.__class__ = RecordingTokenizer  # html5lib 1.1 takes no tokenizer of one's own
-            super().mainLoop()
-
-    return RecordingParser
+    def _parse(
+        self, stream: str, innerHTML: bool = False, container: str = "div", scripting: bool = False, **options: Any
+    ) -> None:
+        self.innerHTMLMode, self.container, self.scripting = innerHTML, container, scripting
+        self.tokenizer = RecordingTokenizer(stream, parser=self, **options)
+        self.reset()
+        self.mainLoop()  # parsed anew only where the encoding changes on the way, and a string has none
 
 
 def _left_open(errors: Iterable[tuple[Any, str, dict]]) -> str | None:
@@ -78,6 +81,7 @@ def _left_open(errors: Iterable[tuple[Any, str, dict]]) -> str | None:
 
 
 def _shows_something(element: Any) -> bool:
+    """Whether an element (xml.etree) has text to be seen, or something that is seen without any."""
     waiting = [element]
     while waiting:  # not by recursion: pages may nest deeper than Python's stack
         node = waiting.pop()
@@ -96,11 +100,9 @@ def _shows_something(element: Any) -> bool:
 
 def validity(html: str) -> Validity:
     """Whether `html` is a whole document, read as the HTML5 standard reads it; never raises."""
-    import html5lib
-
     if len(html) > MAX_CHARACTERS:
         return Validity(False, False, False, False, False, f"over {MAX_CHARACTERS:,} characters")
-    parser = _recording_parser()(tree=html5lib.getTreeBuilder("etree"), namespaceHTMLElements=False)
+    parser = RecordingParser(tree=html5lib.getTreeBuilder("etree"), namespaceHTMLElements=False)
     try:
         document = parser.parse(html.encode("utf-8", "replace").decode())
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -122,7 +124,8 @@ def validity(html: str) -> Validity:
 
 
 def looping(html: str) -> bool:
-    """Whether the text ends in one segment of 1 to 200 characters, at least 8 times and 200 characters long."""
+    """Whether the text ends in one segment of 1 to 200 characters, repeated at least 8 times and over at least 200
+    characters. A whole page of equal rows does not: it goes on after them."""
     text = html.rstrip()
     for period in range(1, 201):
         tail = text[-max(200, 8 * period) :]
@@ -136,5 +139,6 @@ def _normalised(html: str) -> str:
 
 
 def same_html(a: str, b: str) -> bool:
-    """Equal once runs of whitespace are one space, and none is left between tags and at the ends."""
+    """Whether two documents are equal once runs of whitespace are one space, and none is left between tags and at the
+    ends."""
     return _normalised(a) == _normalised(b)

@@ -433,7 +433,7 @@ def test_ci_runs_the_readmes_own_test_command():
 
 def test_every_import_is_a_requirement_or_comes_with_one():
     """Names as packages call them; the few that other requirements bring along are named here."""
-    brought = ["fsspec", "pyarrow", "safetensors", "tokenizers", "yaml", "numpy", "scipy"]
+    brought = ["fsspec", "pyarrow", "safetensors", "tokenizers", "yaml", "numpy", "scipy", "markupsafe"]
     names = {re.split(r"[<>=\s]", line)[0] for line in (ROOT / "requirements.txt").open() if line[0] not in "#\n"}
     packages = {
         {"pillow": "PIL", "scikit-image": "skimage", "opencv-python-headless": "cv2"}.get(name, name) for name in names

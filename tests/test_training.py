@@ -35,7 +35,7 @@ from conftest import (
 
 import holo1_dom_finetune as pipeline
 from scoring import renders
-from training import publishing
+from training.errors import UploadError
 from training.page_order import PageSampler
 
 # With plain SGD and a learning rate of 1, what one step changes is the gradient.
@@ -126,7 +126,7 @@ import os, sys
 sys.path.insert(0, {root!r})
 import torch
 import holo1_dom_finetune as pipeline
-from training import publishing
+from training.errors import UploadError
 from training import memory_plan
 
 def choose(args, settings, *unused):
@@ -269,12 +269,17 @@ def test_a_resumed_run_ends_in_the_same_weights(way, tiny_base, pages_folder, tm
 @pytest.mark.slow
 def test_an_earlier_run_is_neither_resumed_nor_deleted_silently(tiny_base, pages_folder, tmp_path):
     flags = small_run(tiny_base, pages_folder, max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=1)
-    first = start_plain(flags, tmp_path)
+    first = start_plain([*flags, "--eval_pages", "3"], tmp_path)
     assert first.returncode == 0, output(first)
     second = start_plain(flags, tmp_path)
-    assert "step 1/2" in second.stdout and "1 checkpoints of an earlier run now lie in" in second.stdout
-    names = [path.name for path in (tmp_path / "holo1_dom_finetune_output").glob("earlier-*/*")]
-    assert names == ["checkpoint-2"]
+    assert "step 1/2" in second.stdout
+    assert "1 checkpoints and the evaluation of an earlier run now lie in" in second.stdout
+    folder = tmp_path / "holo1_dom_finetune_output"
+    assert {path.name for path in folder.glob("earlier-*/*")} == {"checkpoint-2", "evaluation"}
+    assert len(list(folder.glob("earlier-*/evaluation/page-*"))) == 3
+    assert len(list(folder.glob("evaluation/page-*"))) == 2, (
+        "pages of the earlier run would be scored with the new ones"
+    )
 
 
 @pytest.mark.slow
@@ -298,7 +303,7 @@ POISON = """
 import os, sys
 sys.path.insert(0, {root!r})
 import holo1_dom_finetune as pipeline
-from training import publishing
+from training.errors import UploadError
 
 load = pipeline.load_model
 
@@ -385,22 +390,12 @@ def test_exit_codes_are_those_of_the_design():
         pipeline.NotFiniteError("x"): 82,
         MemoryError(): 83,
         pipeline.StoppedError("x"): 85,
-        publishing.UploadError("x"): 86,
+        UploadError("x"): 86,
         KeyError("x"): 1,
     }
     assert {pipeline.exit_code(error): code for error, code in errors.items()} == {
         code: code for code in errors.values()
     }
-
-
-def test_newest_checkpoint_is_the_newest_complete_one(tmp_path):
-    for step, complete in ((9, True), (10, True), (11, False)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if complete:
-            (folder / "trainer_state.json").write_text("{}")
-    assert pipeline.newest_checkpoint(tmp_path).name == "checkpoint-10"
-    assert pipeline.newest_checkpoint(tmp_path / "nowhere") is None
 
 
 def test_loss_picture_survives_an_empty_history(tmp_path):

@@ -17,11 +17,16 @@ import inspect
 import warnings
 from collections import defaultdict
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-SHORT = 128  # the longest segments, windows of the vision tower, for which torch's kernel is faster than flash-attn 4
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# The longest segments, windows of the vision tower, for which torch's kernel is faster than flash-attn 4.
+SHORT = 128
 
 
 def attend(
@@ -63,7 +68,9 @@ def flash_4(
     """flash-attn 4, for Hopper and Blackwell."""
     from flash_attn.cute import flash_attn_varlen_func
 
-    width = query.shape[-1]  # 80 is made 96 with zeros: as it is, beta 36 gives wrong gradients of the queries
+    # 80, the vision tower's, is made 96 with zeros, for a fifth more work: as it is, beta 36 gives wrong gradients of
+    # the queries, and right values.
+    width = query.shape[-1]
     if width % 32:
         query, key, value = (pad(part, (0, -width % 32)) for part in (query, key, value))
     lengths = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": longest, "max_seqlen_k": longest}
@@ -106,7 +113,8 @@ def varlen(
     if causal:
         # torch 2.14 asks for a window, an earlier one whether it is causal.
         options |= {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    if "enable_gqa" in known:  # torch 2.11 has no such word and takes fewer keys without it
+    # torch 2.11 has no such word and takes fewer keys without it.
+    if "enable_gqa" in known:
         options["enable_gqa"] = key.shape[1] != query.shape[1]
     return varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
 
@@ -156,6 +164,7 @@ def equal_segments_together(
     return result
 
 
+# By the words in which a training says at its start what it uses.
 FLASH_4, FLASH = "flash-attn 4", "flash-attn"
 VARLEN, SEGMENTS = "torch's variable-length kernel", "SDPA, segment by segment"
 KERNELS = {FLASH_4: flash_4, FLASH: flash, VARLEN: varlen, SEGMENTS: segment_by_segment}
@@ -178,13 +187,14 @@ def attention_kernel(device: str, half: bool) -> str:
 def importable(module: str) -> bool:
     """Whether `module` has its function for packed segments. flash-attn 4 lives in a folder of flash-attn 2's package,
     which may itself be missing; both may be built for another torch or driver, and fail in any way."""
+    # A broken package must cost a kernel, not the training: it is said which one is used (`attention_words`).
     try:
         return hasattr(importlib.import_module(module), "flash_attn_varlen_func")
     except Exception:
         return False
 
 
-def attention_words(config, device: str, dtype: torch.dtype) -> str:
+def attention_words(config: PretrainedConfig, device: str, dtype: torch.dtype) -> str:
     """What takes the segments of a model of `config` in `dtype`; flash-attn 4 is put to the proof here."""
     kernel, text, vision = attention_kernel(device, dtype.itemsize == 2), config.get_text_config(), config.vision_config
     if kernel != FLASH_4:
@@ -227,11 +237,13 @@ def agrees(
             found = run(kernel)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # a beta that is compiled as it is used
+        # A beta that is compiled as it is used may raise anything; the training goes on without it.
+        except Exception as error:
             warnings.warn(f"{kernel} fails for {shapes}, {other} is used there: {error}", stacklevel=2)
             return False
     errors = [((a - b).float().norm() / b.float().norm()).item() for a, b in zip(found, wanted)]
-    if all(error < 0.02 for error in errors):  # rounding: some 0.003 in bf16; what is no number is not below it
+    # Rounding alone: some 0.003 in bf16. What is no number is not below the limit either.
+    if all(error < 0.02 for error in errors):
         return True
     shown = ", ".join(f"{error:.2g}" for error in errors)
     warnings.warn(

@@ -33,8 +33,7 @@ from scoring.renders import BrowserMissing, Renderer
 from scoring.statistics import means, scores_line, summarise
 from scoring.validity import looping, same_html, validity
 from training import zero3
-from training.errors import PipelineError
-from training.packing import is_out_of_memory
+from training.errors import PipelineError, is_out_of_memory
 from training.processes import gather, rank, say, say_from_here, world_size
 from training.progress import release_memory
 
@@ -261,7 +260,12 @@ class Rendering:
 
 
 def keep_outputs(rows: Sequence[Row], pages: Dataset, folder: Path, name: str) -> None:
-    """(main process only) One folder per page: what was shown, what was wanted, what was written."""
+    """(main process only) One folder per page: what was shown, what was wanted, what was written. Folders of more pages
+    than there are now, left by the run that this one resumes, go: `page_scores.py FOLDER` would score them, too."""
+    for place in folder.glob("page-*"):
+        number = place.name.removeprefix("page-")
+        if number.isdecimal() and int(number) > len(pages):
+            shutil.rmtree(place)
     for number, (row, page) in enumerate(zip(rows, pages), start=1):
         place = folder / f"page-{number:04d}"
         place.mkdir(parents=True, exist_ok=True)

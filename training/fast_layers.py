@@ -1,9 +1,14 @@
 """What makes a step fast and leaves its result the same.
 
+    align_vision_mlp(model)         # (all ranks) the vision MLPs as wide as tensor cores like
     install(model, fuse=True)       # takes pages packed into one row (packing.pack), each part faster than its own
 
-Nothing here changes what is learned: each part equals the model's own way, which the
-tests show. Sections: Element-wise, Modules, Blocks, Model, Vision MLP.
+Nothing here changes what is learned: each part equals the model's own way, which the tests show. Instances get forwards
+of their own, no class of transformers is changed. Sections: Architectures, Element-wise, Modules, Blocks, Model, Vision
+MLP.
+
+Shapes: T language tokens of all pages of a pack, P patches of all their pictures, S either of them; H the width of the
+residual stream, I of the MLP, D of a head; (S, heads, D) as in attention.py, `page_bounds` and `cu_seqlens` its bounds.
 """
 
 from __future__ import annotations
@@ -11,49 +16,137 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import shutil
 import types
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
 
 from training import zero3
 from training.attention import attend
 from training.loss import cross_entropy, supervised_loss
 
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# -----------------------------------------------------------------------------
+# Architectures: the one place that says what is known of each. Another one needs a function like `qwen2_5_vl`, forwards
+# for those of its modules that differ, its line in ARCHITECTURES, and `fast` in its file under training/families/
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What runs instead of transformers' own modules, by their classes.
+
+    `forwards` take the place of one module's forward, `blocks` of a whole layer's (by `layer_forward`), `model` of the
+    model's. A subclass may compute something else, so only the very classes count.
+    """
+
+    forwards: dict[type, Callable]
+    blocks: dict[type, Callable]
+    model: Callable
+
+    @property
+    def leaves(self) -> list[str]:
+        """The classes that ZeRO-3 fetches whole (zero3.set_leaves): its layers."""
+        return [layer.__name__ for layer in self.blocks]
+
+
+def qwen2_5_vl() -> Architecture:
+    """Qwen2.5-VL, on which Holo1 is built (transformers 5.23)."""
+    # Not at the top: transformers' modules take seconds, and an architecture is needed only where it is trained.
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as own
+
+    return Architecture(
+        forwards={
+            own.Qwen2_5_VLRMSNorm: norm_forward,
+            own.Qwen2_5_VLMLP: mlp_forward,
+            own.Qwen2MLP: mlp_forward,
+            own.Qwen2_5_VLAttention: language_attention,
+            own.Qwen2_5_VLVisionAttention: vision_attention,
+            torch.nn.Conv3d: patch_forward,
+        },
+        blocks={own.Qwen2_5_VLDecoderLayer: language_block, own.Qwen2_5_VLVisionBlock: vision_block},
+        model=packed_forward,
+    )
+
+
+# By the `model_type` of config.json, those whose family says `fast`; others train their own way, with padded rows.
+ARCHITECTURES = {"qwen2_5_vl": qwen2_5_vl}
+# mlp_forward's own activation, by the names that torch and transformers give it.
+SILU = ("SiLU", "SiLUActivation")
+
+
+def architecture_of(model: torch.nn.Module) -> Architecture:
+    """Raises KeyError for a model whose `model_type` is not in ARCHITECTURES: ask families.trains_fast before."""
+    return ARCHITECTURES[model.config.model_type]()
+
+
+def install(model: torch.nn.Module, fuse: bool) -> None:
+    """Let `model` (of ARCHITECTURES, not wrapped) take batches of `pack`, by faster ways to the same numbers.
+
+    `fuse` compiles the element-wise parts, where `can_fuse` has nothing against it. A module whose MLP has another
+    activation than silu keeps its own forward.
+    """
+    known = architecture_of(model)
+    # One set of functions for each tower: their shapes differ, and torch compiles a function for few shapes.
+    for part in (model.model.visual, model.model.language_model):
+        fused = Elementwise(fuse)
+        for module in part.modules():
+            if type(module) in known.forwards and activation_of(module) in ("NoneType", *SILU):
+                module.fused = fused
+                module.forward = types.MethodType(known.forwards[type(module)], module)
+            elif type(module) in known.blocks and activation_of(module.mlp) in SILU:
+                module.block = known.blocks[type(module)]
+                module.forward = types.MethodType(layer_forward, module)
+    model.lm_head.fused = fused  # the language model's, which is the second of the two
+    model.lm_head.forward = types.MethodType(head_forward, model.lm_head)
+    model.forward = types.MethodType(known.model, model)
+
+
+def activation_of(module: torch.nn.Module) -> str:
+    """The class of a module's `act_fn`, by name; "NoneType" for a module that has none."""
+    return type(getattr(module, "act_fn", None)).__name__
+
+
 # -----------------------------------------------------------------------------
 # Element-wise: the model's own formulas, each of which eager torch runs as five to ten passes over memory
 
 
-def rms_norm(hidden, weight, epsilon: float):
-    import torch
-
+def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """`hidden` (S, H) over its root mean square, times `weight` (H,) (Zhang and Sennrich 2019); (S, H)."""
     wide = hidden.to(torch.float32)
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
     return weight * wide.to(hidden.dtype)
 
 
-def rms_norm_backward(hidden, weight, epsilon: float, gradient, residual):
-    """Gradients of `rms_norm` for `hidden`, plus `residual`, which went past it, and for `weight`."""
-    import torch
-
+def rms_norm_backward(
+    hidden: torch.Tensor, weight: torch.Tensor, epsilon: float, gradient: torch.Tensor, residual: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of `rms_norm` for `hidden` (S, H), plus `residual` (S, H) or (), which went past it, and for `weight`
+    (H,)."""
     wide = hidden.to(torch.float32)
     inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
     normed, outer = wide * inverse, gradient.float()
     inner = outer * weight.float()
     for_hidden = inverse * (inner - normed * (inner * normed).mean(-1, keepdim=True)) + residual.float()
+    # The norm was rounded before it met the weight, so it is here, too.
     for_weight = (outer * normed.to(hidden.dtype).float()).sum(0)
     return for_hidden.to(hidden.dtype), for_weight.to(weight.dtype)
 
 
-def swiglu(gate, up):
-    import torch
-
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(`gate`) * `up`, all (S, I) (Shazeer 2020)."""
     return torch.nn.functional.silu(gate) * up
 
 
-def swiglu_backward(gate, up, gradient):
-    """Gradients of `swiglu` for `gate` and `up`, and its value once more."""
-    import torch
-
+def swiglu_backward(
+    gate: torch.Tensor, up: torch.Tensor, gradient: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `swiglu` for `gate` and `up`, and its value recomputed, all (S, I): in one pass, for the product of
+    the weight behind it needs that value, and 22 KB a token of 3B need not be kept."""
     sigmoid = torch.sigmoid(gate.float())
     silu = gate.float() * sigmoid
     wide = gradient.float()
@@ -61,11 +154,13 @@ def swiglu_backward(gate, up, gradient):
     return for_gate.to(gate.dtype), (wide * silu).to(up.dtype), silu.to(gate.dtype) * up
 
 
-def rotate(query, key, cos, sin):
-    """Rotary positions; `query`, `key` (S, heads, D), `cos`, `sin` (S, 1, D), whose precision is the product's."""
-    import torch
+def rotate(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary positions (RoPE, Su et al. 2021); `query` (S, heads, D), `key` (S, fewer heads, D), `cos`, `sin`
+    (S, 1, D), whose precision is the product's."""
 
-    def turned(states):
+    def turned(states: torch.Tensor) -> torch.Tensor:
         first, second = states.chunk(2, dim=-1)
         wide, halves = states.to(cos.dtype), torch.cat((-second, first), dim=-1).to(cos.dtype)
         return (wide * cos + halves * sin).to(states.dtype)
@@ -74,11 +169,10 @@ def rotate(query, key, cos, sin):
 
 
 class Elementwise:
-    """The functions above, for one family of shapes, fused by torch.compile where that works and is asked for."""
+    """The functions above and the loss's, for one family of shapes (those of a tower), as attributes of their names;
+    fused by torch.compile with `fuse`."""
 
-    def __init__(self, fuse: bool):
-        import torch
-
+    def __init__(self, fuse: bool) -> None:
         for function in (rms_norm, rms_norm_backward, swiglu, swiglu_backward, rotate, cross_entropy):
             name = function.__name__
             if fuse:
@@ -87,20 +181,20 @@ class Elementwise:
                 function = functools.partial(without_history, torch.compile(function))
             setattr(self, name, function)
         if fuse and torch.cuda.is_available():
+            # Imported here: it needs triton, which a machine without a GPU may lack.
             from training import rotary_kernel
 
+            # Asked at each call: a copy of the model on the CPU has no kernel.
             compiled = self.rotate
             self.rotate = lambda query, *rest: (rotary_kernel.rotate if query.is_cuda else compiled)(query, *rest)
 
 
-def without_history(compiled: Callable, *inputs):
+def without_history(compiled: Callable, *inputs: torch.Tensor | float) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Call `compiled`; where no gradients are followed, with tensors of one kind.
 
-    It would make a graph for parameters and one for their copies in a layer that is worked out twice, for inputs that
-    need gradients and for those that do not, and beyond eight graphs torch leaves a function as it is, and slow.
+    It would make a graph for parameters and one for their copies in a layer that is recomputed, for inputs that need
+    gradients and for those that do not, and beyond eight graphs torch leaves a function as it is, and slow.
     """
-    import torch
-
     if not torch.is_grad_enabled():
         inputs = [part.detach() if isinstance(part, torch.Tensor) else part for part in inputs]
     return compiled(*inputs)
@@ -108,10 +202,7 @@ def without_history(compiled: Callable, *inputs):
 
 def can_fuse() -> str:
     """Why element-wise functions cannot be fused here; empty when they can."""
-    import shutil
-
-    import torch
-
+    # A CPU is for trials and tests, where compiling takes longer than it saves.
     if not torch.cuda.is_available():
         return "no GPU"
     if importlib.util.find_spec("triton") is None:
@@ -125,15 +216,24 @@ def can_fuse() -> str:
 # Modules: forwards that know of packed pages
 
 
-def norm_forward(self, hidden_states):
+def norm_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    """(..., H) to (..., H)."""
     return self.fused.rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
-def mlp_forward(self, hidden_state):
+def mlp_forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
+    """(..., H) to (..., H): a block does without it, but adapters, 4-bit weights and autocast come here."""
     return self.down_proj(self.fused.swiglu(self.gate_proj(hidden_state), self.up_proj(hidden_state)))
 
 
-def language_attention(self, hidden_states, position_embeddings, page_bounds, longest_page, **unused):
+def language_attention(
+    self,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    page_bounds: torch.Tensor,
+    longest_page: int,
+    **unused,
+) -> tuple[torch.Tensor, None]:
     """(1, T, H) to ((1, T, H), None); pages see themselves only, and only what stands before."""
     rows = hidden_states[0]
     parts = [part(rows) for part in (self.q_proj, self.k_proj, self.v_proj)]
@@ -141,37 +241,60 @@ def language_attention(self, hidden_states, position_embeddings, page_bounds, lo
     return self.o_proj(done)[None], None
 
 
-def language_heads(self, parts, position_embeddings, page_bounds, longest_page):
+def language_heads(
+    self,
+    parts: Sequence[torch.Tensor],
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    page_bounds: torch.Tensor,
+    longest_page: int,
+) -> torch.Tensor:
+    """Query, key, value (T, heads x D each) and positions, cos and sin (1, T, D), to (T, heads x D)."""
     query, key, value = (part.view(len(part), -1, self.head_dim) for part in parts)
     cos, sin = (part[0, :, None] for part in position_embeddings)
     query, key = self.fused.rotate(query, key, cos, sin)
+    # A flash kernel takes all three in one precision.
     return attend(query, key, value.to(query.dtype), page_bounds, longest_page, self.scaling, causal=True).flatten(1)
 
 
-def vision_attention(self, hidden_states, cu_seqlens, position_embeddings, max_seqlen, **unused):
+def vision_attention(
+    self,
+    hidden_states: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    max_seqlen: int,
+    **unused,
+) -> torch.Tensor:
     """(P, H) to (P, H); patches see their window or, in some layers, their picture."""
+    # transformers hands each layer the bounds that are its own: those of windows or those of pictures.
     return self.proj(vision_heads(self, self.qkv(hidden_states), cu_seqlens, position_embeddings, max_seqlen))
 
 
-def vision_heads(self, together, cu_seqlens, position_embeddings, max_seqlen):
+def vision_heads(
+    self,
+    together: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    max_seqlen: int,
+) -> torch.Tensor:
+    """Query, key and value `together` (P, 3H), cos and sin (P, D), to (P, H)."""
     parts = together.view(len(together), 3, self.num_heads, -1).unbind(1)
+    # The tower turns in fp32, as transformers does; the language model in the precision of its states.
     cos, sin = (part.float()[:, None] for part in position_embeddings)
     query, key = self.fused.rotate(*parts[:2], cos, sin)
     # A copy of the values lets go of the three together, of which the other two are not needed any more.
     return attend(query, key, parts[2].contiguous(), cu_seqlens, max_seqlen, self.scaling, causal=False).flatten(1)
 
 
-def patch_forward(self, pixels):
-    """The patch embedding's convolution, whose kernel covers each patch exactly once, as the product that it is."""
-    import torch
-
+def patch_forward(self, pixels: torch.Tensor) -> torch.Tensor:
+    """The patch embedding's convolution, whose kernel covers each patch exactly once, as the product that it is:
+    (P, 3, frames, height, width) to (P, H, 1, 1, 1)."""
     done = torch.nn.functional.linear(pixels.flatten(1), self.weight.flatten(1))
     return done[:, :, None, None, None]
 
 
-def head_forward(self, hidden, targets=None):
-    import torch
-
+def head_forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+    """The loss, a scalar, of states `hidden` (L, H) against `targets` (L,); without targets their logits (..., V)."""
+    # Without targets as Linear itself does it: by torch.nn.functional's, which DeepSpeed replaces under ZeRO-3.
     if targets is None:
         return torch.nn.functional.linear(hidden, self.weight)
     return supervised_loss(hidden, self.weight, targets, self.fused.cross_entropy)
@@ -179,10 +302,18 @@ def head_forward(self, hidden, targets=None):
 
 # -----------------------------------------------------------------------------
 # Blocks: a whole layer of plain weights, with bias or residual inside the products, keeping for the backward pass only
-# what is dear to work out again: of 100 KB a token and layer, 61
+# what is dear to recompute: of 100 KB a token and layer, 61 (selective recomputation, Korthikanti et al. 2022)
 
 
-def language_block(self, hidden_states, position_embeddings, page_bounds, longest_page, **unused):
+def language_block(
+    self,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    page_bounds: torch.Tensor,
+    longest_page: int,
+    **unused,
+) -> torch.Tensor:
+    """A layer of the language model, (1, T, H) to (1, T, H)."""
     attention, mlp = self.self_attn, self.mlp
     parts = normed_products(
         hidden_states[0], self.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj
@@ -192,225 +323,226 @@ def language_block(self, hidden_states, position_embeddings, page_bounds, longes
     return add_mlp(rows, self.post_attention_layernorm, mlp)[None]
 
 
-def vision_block(self, hidden_states, cu_seqlens, position_embeddings, max_seqlen, **unused):
+def vision_block(
+    self,
+    hidden_states: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    max_seqlen: int,
+    **unused,
+) -> torch.Tensor:
+    """A layer of the vision tower, (P, H) to (P, H)."""
+    # The tower's weights hold query, key and value together, so they come out of one product.
     (together,) = normed_products(hidden_states, self.norm1, self.attn.qkv)
     done = vision_heads(self.attn, together, cu_seqlens, position_embeddings, max_seqlen)
     return add_mlp(add_product(hidden_states, done, self.attn.proj), self.norm2, self.mlp)
 
 
-def layer_forward(self, hidden_states, *positional, **options):
+def layer_forward(self, hidden_states: torch.Tensor, *positional, **options) -> torch.Tensor:
     """The block of this layer; its own forward where adapters, 4-bit weights or autocast have a way of their own."""
-    import torch
-
+    # Asked at every call: adapters come after `install`, and autocast is a matter of the moment.
     products = (*self.mlp.children(), *(self.self_attn if self.block is language_block else self.attn).children())
     linear = all(type(module) in (torch.nn.Linear, type(self.mlp.act_fn)) for module in products)
     if not linear or positional or torch.is_autocast_enabled(hidden_states.device.type):
         return type(self).forward(self, hidden_states, *positional, **options)
     block = functools.partial(self.block, self, **options)
+    # As transformers' GradientCheckpointingLayer does around a layer's own forward (5.23), with the same function, so
+    # that whatever `gradient_checkpointing_enable` was told holds here, too.
     if self.gradient_checkpointing and self.training:
         return self._gradient_checkpointing_func(block, hidden_states)
     return block(hidden_states)
 
 
-def normed_products(hidden, norm, *linears):
-    """rms_norm(`hidden`) (S, H) times the weights of each of `linears`; what was normed is worked out twice."""
-    return _normed_products().apply(hidden, norm, len(linears), norm.weight, *_flat(linears))
+def normed_products(hidden: torch.Tensor, norm: torch.nn.Module, *linears: torch.nn.Linear) -> tuple[torch.Tensor, ...]:
+    """rms_norm(`hidden`) (S, H) times the weights of each of `linears`, (S, out) each; what was normed is recomputed in
+    the backward pass."""
+    return NormedProducts.apply(hidden, norm, len(linears), norm.weight, *_flat(linears))
 
 
-def add_product(residual, hidden, linear):
-    """`residual` + `linear`(`hidden`), both (S, ...)."""
-    return _add_product().apply(residual, hidden, linear.weight, linear.bias)
+def add_product(residual: torch.Tensor, hidden: torch.Tensor, linear: torch.nn.Linear) -> torch.Tensor:
+    """`residual` (S, H) + `linear`(`hidden`) (S, in); returns (S, H)."""
+    return AddProduct.apply(residual, hidden, linear.weight, linear.bias)
 
 
-def add_mlp(hidden, norm, mlp):
-    """`hidden` + mlp(rms_norm(`hidden`)); what was normed and the gated product are worked out twice."""
-    return _add_mlp().apply(hidden, norm, norm.weight, *_flat((mlp.gate_proj, mlp.up_proj, mlp.down_proj)))
+def add_mlp(hidden: torch.Tensor, norm: torch.nn.Module, mlp: torch.nn.Module) -> torch.Tensor:
+    """`hidden` + mlp(rms_norm(`hidden`)), (S, H); what was normed and the gated product are recomputed in the backward
+    pass, gate and up (S, I) are kept."""
+    return AddMlp.apply(hidden, norm, norm.weight, *_flat((mlp.gate_proj, mlp.up_proj, mlp.down_proj)))
 
 
-def _flat(linears) -> list:
+def _flat(linears: Sequence[torch.nn.Linear]) -> list[torch.Tensor | None]:
+    """Weight and bias of each, one after another, as autograd has to see them to ask for their gradients."""
     return [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
 
 
-# The autograd functions, made once torch is known. Weights are saved as parameters, not as views, so that ZeRO-3 may
-# take their data away and bring it back in between.
+# The autograd functions. Weights are saved as parameters, not as views, so that ZeRO-3 may take their data away and
+# bring it back in between.
 
 
-def _weight_gradients(ctx, place: int, gradient, hidden) -> list:
-    """For the weight at input `place` and the bias after it."""
+def _weight_gradients(ctx, place: int, gradient: torch.Tensor, hidden: torch.Tensor) -> list[torch.Tensor | None]:
+    """For the weight (out, in) at input `place` and the bias (out,) after it, of `gradient` (S, out) and `hidden`
+    (S, in); None for what is frozen, and for the bias that is not there."""
     for_weight = gradient.T @ hidden if ctx.needs_input_grad[place] else None
     # A sum over rows as a product: a GPU takes two thirds of the time.
     for_bias = gradient.T @ gradient.new_ones(len(gradient)) if ctx.needs_input_grad[place + 1] else None
     return [for_weight, for_bias]
 
 
-def _add_linear(residual, hidden, weight, bias):
-    import torch
-
+def _add_linear(
+    residual: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    # One call that adds as it multiplies; with a bias the product is new, so the residual may be added in place.
     if bias is None:
         return torch.addmm(residual, hidden, weight.T)
     return _linear(hidden, weight, bias).add_(residual)
 
 
-def _linear(hidden, weight, bias):
-    import torch
-
-    return torch._C._nn.linear(hidden, weight, bias)  # DeepSpeed puts another one into torch.nn.functional
-
-
-@lru_cache(maxsize=1)
-def _normed_products() -> type:
-    import torch
-
-    class NormedProducts(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, hidden, norm, count, norm_weight, *weights):
-            normed = norm.fused.rms_norm(hidden, norm_weight, norm.variance_epsilon)
-            ctx.save_for_backward(hidden, norm_weight, *weights[::2])
-            ctx.norm = norm
-            return tuple(_linear(normed, weights[2 * n], weights[2 * n + 1]) for n in range(count))
-
-        @staticmethod
-        def backward(ctx, *gradients):
-            hidden, norm_weight, *weights = ctx.saved_tensors
-            fused, epsilon = ctx.norm.fused, ctx.norm.variance_epsilon
-            normed, found = fused.rms_norm(hidden, norm_weight, epsilon), []
-            inner = gradients[0] @ weights[0]
-            for gradient, weight in zip(gradients[1:], weights[1:]):
-                inner = inner.addmm_(gradient, weight)
-            for number, gradient in enumerate(gradients):
-                found += _weight_gradients(ctx, 4 + 2 * number, gradient, normed)
-            nothing = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
-            outer, for_norm = fused.rms_norm_backward(hidden, norm_weight, epsilon, inner, nothing)
-            return outer, None, None, for_norm, *found
-
-    return NormedProducts
+def _linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    # DeepSpeed puts another one into torch.nn.functional, an autograd function inside ours (zero3.plain_linear).
+    return torch._C._nn.linear(hidden, weight, bias)
 
 
-@lru_cache(maxsize=1)
-def _add_product() -> type:
-    import torch
+class NormedProducts(torch.autograd.Function):
+    """`normed_products` for autograd: keeps the residual stream and the weights, (S, H) in all."""
 
-    class AddProduct(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, residual, hidden, weight, bias):
-            ctx.save_for_backward(hidden, weight)
-            return _add_linear(residual, hidden, weight, bias)
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: torch.Tensor,
+        norm: torch.nn.Module,
+        count: int,
+        norm_weight: torch.Tensor,
+        *weights: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
+        normed = norm.fused.rms_norm(hidden, norm_weight, norm.variance_epsilon)
+        ctx.save_for_backward(hidden, norm_weight, *weights[::2])
+        ctx.norm = norm
+        return tuple(_linear(normed, weights[2 * n], weights[2 * n + 1]) for n in range(count))
 
-        @staticmethod
-        def backward(ctx, gradient):
-            hidden, weight = ctx.saved_tensors
-            return gradient, gradient @ weight, *_weight_gradients(ctx, 2, gradient, hidden)
+    @staticmethod
+    def backward(ctx, *gradients: torch.Tensor) -> tuple:
+        hidden, norm_weight, *weights = ctx.saved_tensors
+        fused, epsilon = ctx.norm.fused, ctx.norm.variance_epsilon
+        normed, found = fused.rms_norm(hidden, norm_weight, epsilon), []
+        # Summed up inside the products, which saves a pass over (S, H) for each product after the first.
+        inner = gradients[0] @ weights[0]
+        for gradient, weight in zip(gradients[1:], weights[1:]):
+            inner = inner.addmm_(gradient, weight)
+        for number, gradient in enumerate(gradients):
+            found += _weight_gradients(ctx, 4 + 2 * number, gradient, normed)
+        # Nothing went past the norm here: the residual's own gradient comes from `AddProduct`.
+        nothing = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
+        outer, for_norm = fused.rms_norm_backward(hidden, norm_weight, epsilon, inner, nothing)
+        return outer, None, None, for_norm, *found
 
-    return AddProduct
+
+class AddProduct(torch.autograd.Function):
+    """`add_product` for autograd: the residual's gradient is the one that comes, no copy of it."""
+
+    @staticmethod
+    def forward(
+        ctx, residual: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return _add_linear(residual, hidden, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple:
+        hidden, weight = ctx.saved_tensors
+        return gradient, gradient @ weight, *_weight_gradients(ctx, 2, gradient, hidden)
 
 
-@lru_cache(maxsize=1)
-def _add_mlp() -> type:
-    import torch
+class AddMlp(torch.autograd.Function):
+    """`add_mlp` for autograd: keeps the residual stream, gate and up."""
 
-    class AddMlp(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, hidden, norm, norm_weight, gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias):
-            normed = norm.fused.rms_norm(hidden, norm_weight, norm.variance_epsilon)
-            gate, up = _linear(normed, gate_weight, gate_bias), _linear(normed, up_weight, up_bias)
-            ctx.save_for_backward(hidden, gate, up, norm_weight, gate_weight, up_weight, down_weight)
-            ctx.norm = norm
-            return _add_linear(hidden, norm.fused.swiglu(gate, up), down_weight, down_bias)
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: torch.Tensor,
+        norm: torch.nn.Module,
+        norm_weight: torch.Tensor,
+        gate_weight: torch.Tensor,
+        gate_bias: torch.Tensor | None,
+        up_weight: torch.Tensor,
+        up_bias: torch.Tensor | None,
+        down_weight: torch.Tensor,
+        down_bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        normed = norm.fused.rms_norm(hidden, norm_weight, norm.variance_epsilon)
+        gate, up = _linear(normed, gate_weight, gate_bias), _linear(normed, up_weight, up_bias)
+        ctx.save_for_backward(hidden, gate, up, norm_weight, gate_weight, up_weight, down_weight)
+        ctx.norm = norm
+        return _add_linear(hidden, norm.fused.swiglu(gate, up), down_weight, down_bias)
 
-        @staticmethod
-        def backward(ctx, gradient):
-            hidden, gate, up, norm_weight, gate_weight, up_weight, down_weight = ctx.saved_tensors
-            fused, epsilon = ctx.norm.fused, ctx.norm.variance_epsilon
-            for_gate, for_up, product = fused.swiglu_backward(gate, up, gradient @ down_weight)
-            for_down = _weight_gradients(ctx, 7, gradient, product)
-            del product
-            normed = fused.rms_norm(hidden, norm_weight, epsilon)
-            found = _weight_gradients(ctx, 3, for_gate, normed) + _weight_gradients(ctx, 5, for_up, normed)
-            inner = (for_gate @ gate_weight).addmm_(for_up, up_weight)
-            outer, for_norm = fused.rms_norm_backward(hidden, norm_weight, epsilon, inner, gradient)
-            return outer, None, for_norm, *found, *for_down
-
-    return AddMlp
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple:
+        hidden, gate, up, norm_weight, gate_weight, up_weight, down_weight = ctx.saved_tensors
+        fused, epsilon = ctx.norm.fused, ctx.norm.variance_epsilon
+        for_gate, for_up, product = fused.swiglu_backward(gate, up, gradient @ down_weight)
+        for_down = _weight_gradients(ctx, 7, gradient, product)
+        del product  # before what was normed is recomputed: the two need not stand in memory together
+        normed = fused.rms_norm(hidden, norm_weight, epsilon)
+        found = _weight_gradients(ctx, 3, for_gate, normed) + _weight_gradients(ctx, 5, for_up, normed)
+        inner = (for_gate @ gate_weight).addmm_(for_up, up_weight)
+        outer, for_norm = fused.rms_norm_backward(hidden, norm_weight, epsilon, inner, gradient)
+        return outer, None, for_norm, *found, *for_down
 
 
 # -----------------------------------------------------------------------------
 # Model
 
-NO_MASK = {"full_attention": None, "sliding_attention": None}  # the segments are the mask
+# The segments are the mask. As a dictionary transformers (5.23) takes it for ready-made, and makes none of T x T.
+NO_MASK = {"full_attention": None, "sliding_attention": None}
 
 
 def packed_forward(
     self,
-    input_ids,
-    position_ids,
-    pixel_values,
-    image_grid_thw,
-    image_places,
-    page_bounds,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    pixel_values: torch.Tensor,
+    image_grid_thw: torch.Tensor,
+    image_places: torch.Tensor,
+    page_bounds: torch.Tensor,
     longest_page: int,
-    supervised_places,
-    targets,
-    num_items_in_batch=None,
-    **geometry,
-):
-    """The loss of one row of packed pages: the sum over its supervised tokens / `num_items_in_batch`, or their mean."""
+    supervised_places: torch.Tensor,
+    targets: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    **geometry: torch.Tensor | int,
+) -> CausalLMOutputWithPast:
+    """The loss of one row of packed pages: the sum over its supervised tokens / `num_items_in_batch`, or their mean.
+
+    `input_ids` (1, T), `position_ids` (4, 1, T), `pixel_values` (P, pixels of a patch), `image_grid_thw` (pages, 3) in
+    patches, `image_places` (image tokens,), `page_bounds` (pages + 1), `supervised_places` and `targets` (L,), and what
+    packing.image_geometry has made of the grids. Returns transformers' output with nothing but `loss`.
+    """
+    # Not at the top: transformers is heavy, and the rest of this room does without it.
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     core, vision = self.model, {name.removeprefix("image_"): value for name, value in geometry.items()}
+    # The pictures of all pages go through the tower in one row, too; its windows and pictures are the segments there.
     pictures = core.visual(pixel_values.to(core.visual.dtype), grid_thw=image_grid_thw, **vision).pooler_output
     embedded = core.get_input_embeddings()(input_ids)[0]
     embedded = embedded.index_copy(0, image_places, pictures.to(embedded.dtype))[None]  # (1, T, H)
     pages = {"page_bounds": page_bounds, "longest_page": longest_page}
     options = {"position_ids": position_ids, "attention_mask": NO_MASK, "use_cache": False}
+    # transformers passes words that it does not know down to the layers, which is how the bounds come there.
     hidden = core.language_model(inputs_embeds=embedded, **options, **pages).last_hidden_state
+    # Picked before the head: of 151,936 logits a token, only those that the loss sees are ever computed.
     loss = self.lm_head(hidden[0].index_select(0, supervised_places), targets)
     return CausalLMOutputWithPast(loss=loss / (len(targets) if num_items_in_batch is None else num_items_in_batch))
-
-
-def install(model, fuse: bool) -> None:
-    """Let `model` (Qwen2.5-VL, not wrapped) take batches of `pack`, by faster ways to the same numbers."""
-    import torch
-    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as own
-
-    forwards = {
-        own.Qwen2_5_VLRMSNorm: norm_forward,
-        own.Qwen2_5_VLMLP: mlp_forward,
-        own.Qwen2MLP: mlp_forward,
-        own.Qwen2_5_VLAttention: language_attention,
-        own.Qwen2_5_VLVisionAttention: vision_attention,
-        torch.nn.Conv3d: patch_forward,
-    }
-    blocks = {own.Qwen2_5_VLDecoderLayer: language_block, own.Qwen2_5_VLVisionBlock: vision_block}
-    for part in (model.model.visual, model.model.language_model):
-        fused = Elementwise(fuse)
-        for module in part.modules():
-            if type(module) in forwards and getattr(module, "act_fn", None).__class__.__name__ in ("NoneType", *SILU):
-                module.fused = fused
-                module.forward = types.MethodType(forwards[type(module)], module)
-            elif type(module) in blocks and type(module.mlp.act_fn).__name__ in SILU:
-                module.block = blocks[type(module)]
-                module.forward = types.MethodType(layer_forward, module)
-    model.lm_head.fused = fused
-    model.lm_head.forward = types.MethodType(head_forward, model.lm_head)
-    model.forward = types.MethodType(packed_forward, model)
-
-
-LEAVES = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]  # what ZeRO-3 fetches whole (zero3.set_leaves)
-SILU = ("SiLU", "SiLUActivation")  # mlp_forward's own activation
 
 
 # -----------------------------------------------------------------------------
 # Vision MLP
 
 
-def align_vision_mlp(model, multiple: int = 32) -> int:
+def align_vision_mlp(model: torch.nn.Module, multiple: int = 32) -> int:
     """(all ranks) Widen the vision MLPs with zeros to a multiple of `multiple`; returns the new width.
 
     3,420 is no multiple of 8, so half-precision products fall back to old tensor-core kernels. Zeros stay zeros:
-    silu(0) x 0 = 0, and so are all their gradients. What is saved has to be cut to the base's shapes again.
+    silu(0) x 0 = 0, and so are all their gradients. What is saved has to be cut to the base's shapes again
+    (`narrowed`).
     """
-    import torch
-
     width = 0
     for block in model.model.visual.blocks:
         for name in ("gate_proj", "up_proj", "down_proj"):
@@ -418,6 +550,7 @@ def align_vision_mlp(model, multiple: int = 32) -> int:
             shape = [old.out_features, old.in_features]
             axis = 1 if name == "down_proj" else 0
             width = shape[axis] = math.ceil(shape[axis] / multiple) * multiple
+            # Wide enough already, as all other blocks are, then.
             if shape == [old.out_features, old.in_features]:
                 return width
             options = {"bias": old.bias is not None, "dtype": old.weight.dtype, "device": old.weight.device}
@@ -427,24 +560,25 @@ def align_vision_mlp(model, multiple: int = 32) -> int:
                 for part, narrow in old.named_parameters():
                     wide = getattr(new, part)
                     wide.zero_()[tuple(map(slice, narrow.shape))] = narrow
+                    # A frozen tower, which was frozen before it came here, stays so.
                     wide.requires_grad_(narrow.requires_grad)
             new.register_load_state_dict_pre_hook(widen)
             setattr(block.mlp, name, new)
     return width
 
 
-def widen(module, state: dict, prefix: str, *unused) -> None:
-    """Saved weights have the base's shapes; a checkpoint that is resumed is widened on its way in."""
-    import torch
-
+def widen(module: torch.nn.Module, state: dict[str, torch.Tensor], prefix: str, *unused) -> None:
+    """Saved weights have the base's shapes; a checkpoint that is resumed is widened on its way in: a hook of torch's
+    `load_state_dict`, which changes `state`."""
     for name, parameter in module.named_parameters():
         narrow = state.get(prefix + name)
         if narrow is not None and narrow.dim() == parameter.dim() and narrow.shape != parameter.shape:
+            # `pad` counts from the last dimension, before and after each; zeros are added after.
             missing = [wide - now for wide, now in zip(parameter.shape, narrow.shape)]
             padding = [side for size in reversed(missing) for side in (0, size)]
             state[prefix + name] = torch.nn.functional.pad(narrow, padding)
 
 
-def narrowed(tensor, shape: Sequence[int]):
-    """The part of a widened tensor that the base has."""
+def narrowed(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """The part of a widened tensor that the base has, of the base's `shape`; a view."""
     return tensor[tuple(map(slice, shape))]

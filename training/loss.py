@@ -22,7 +22,8 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Te
     """Sum of the losses of `logits` (L, V) against `targets` (L,), in nats and fp32, and its gradient (L, V) in the
     logits' own precision."""
     wide = logits.float()
-    high = wide.amax(dim=-1, keepdim=True)  # (L, 1); taken off, so that no exponential overflows
+    # (L, 1), taken off so that no exponential overflows.
+    high = wide.amax(dim=-1, keepdim=True)
     exponents = (wide - high).exp()
     total = exponents.sum(dim=-1, keepdim=True)
     loss = (total.log() + high - wide.gather(1, targets[:, None])).sum()
@@ -53,6 +54,7 @@ class SupervisedLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        # Each row of the states gets its gradient once; the head's is a sum over all chunks, so it begins with zeros.
         for_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         loss = hidden.new_zeros((), dtype=torch.float32)
@@ -75,5 +77,6 @@ class SupervisedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, factor: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         gradients = [None if part is None else part.mul_(factor.to(part.dtype)) for part in ctx.gradients]
-        del ctx.gradients  # multiplied in place, so a second backward pass would be wrong: it fails instead
+        # They were multiplied in place, so a second backward pass would be wrong: it fails instead.
+        del ctx.gradients
         return *gradients, None, None

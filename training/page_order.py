@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import TrainingArguments
@@ -12,6 +15,9 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler
 from training import page_costs
 from training.errors import DataError
 from training.processes import rank, world_size
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class PageSampler(BatchRebalanceSampler):  # the Trainer deals with its kind, rank by rank
@@ -51,3 +57,11 @@ class PageSampler(BatchRebalanceSampler):  # the Trainer deals with its kind, ra
     def __len__(self) -> int:
         mine, step = len(self.costs) // world_size(), self.micro_batch * self.accumulated
         return mine // step * self.accumulated + math.ceil(mine % step / self.micro_batch)
+
+
+def write_page_order(sampler: PageSampler, pages: Dataset, file: Path) -> None:
+    """(main process only) Which page is trained on in which step of the first epoch, a line of JSON for each step."""
+    names = pages.select_columns(["name"])["name"]
+    with file.open("w", encoding="utf-8") as lines:
+        for step, groups in enumerate(sampler.steps(), start=1):
+            lines.write(json.dumps({"step": step, "pages": [names[page] for group in groups for page in group]}) + "\n")

@@ -35,6 +35,9 @@ class Meter:
     """What went through the model since the last log line, on this rank."""
 
     def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
         self.start, self.paused, self.waited = time.monotonic(), 0.0, 0.0
         self.pages = self.supervised = self.image = self.steps = 0
         self.flops = 0.0
@@ -69,7 +72,7 @@ class Meter:
         take_largest(worst)
         pages, supervised, image, tflops = (sums / seconds).tolist()
         peak, waited = worst.tolist()
-        self.__init__()
+        self.reset()
         most = peak_tflops(torch.cuda.get_device_name()) if cuda else None
         return {
             "pages_per_second": pages,

@@ -19,6 +19,7 @@ def rotate_row(
     heads: tl.constexpr, half: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """One token: `heads` heads of two halves, in a block of HEADS x HALF, the powers of two that hold them."""
+    # In 64 bits: a row times its stride, of a long pack, may pass 2**31.
     row = tl.program_id(0).to(tl.int64)
     # One program a token: cos and sin, which all heads share, are read once, and no place is found by a division.
     head, column = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
@@ -50,6 +51,7 @@ def turned(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward:
     if states.stride(2) != 1:
         states = states.contiguous()
     length, heads, size = states.shape
+    # A kernel's blocks are powers of two; 80 wastes some lanes, and is bound by memory all the same.
     target = torch.empty(states.shape, dtype=states.dtype, device=states.device)
     blocks = [triton.next_power_of_2(extent) for extent in (heads, size // 2)]
     strides = states.stride(0), states.stride(1), cos.stride(0)
@@ -60,6 +62,8 @@ def turned(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward:
 class Rotary(torch.autograd.Function):
     """`rotate` for autograd; positions learn nothing, so only queries and keys have gradients."""
 
+    # Query and key by one function, so that cos and sin are saved once for both.
+
     @staticmethod
     def forward(
         ctx, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
@@ -69,7 +73,8 @@ class Rotary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients: torch.Tensor) -> tuple:
-        cos, sin = ctx.saved_tensors  # once: in a checkpointed layer they are recomputed for whoever asks
+        # Asked for once: in a checkpointed layer they are recomputed for whoever asks.
+        cos, sin = ctx.saved_tensors
         return *(turned(gradient, cos, sin, backward=True) for gradient in gradients), None, None
 
 

@@ -2,10 +2,12 @@
 
     zero3.bucket_size(deepspeed), zero3.may_be_whole(deepspeed, config)     # what its JSON leaves open
     zero3.tune_zero(deepspeed["zero_optimization"], way)                    # fills that in
-    zero3.set_leaves(model, fast_layers.LEAVES)                             # before DeepSpeed takes the model
+    zero3.set_leaves(model, fast_layers.architecture_of(model).leaves)      # before DeepSpeed takes the model
     zero3.lean_steps(engine)                                                # after that, before the first step
 
-A room about torch: whoever has to answer --help without it imports this inside a function.
+Whatever touches a private name of DeepSpeed, or stands in for one of its functions, stands here and names the version
+that it was read in: 0.19.8. DeepSpeed itself is imported inside the functions, since the plain path does without it.
+Sections: Configuration, Loading, Whole weights, Steps.
 """
 
 from __future__ import annotations
@@ -13,26 +15,37 @@ from __future__ import annotations
 import contextlib
 import os
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
 
 from training import memory_plan
 from training.errors import PipelineError
 
-# -----------------------------------------------------------------------------
-# Configuration
+if TYPE_CHECKING:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from transformers import PretrainedConfig
 
+# -----------------------------------------------------------------------------
+# Configuration: what the JSON leaves to us, `deepspeed` being the whole of it, `zero` its block zero_optimization
+
+# Weights of fewer numbers are not fetched and released, but stay gathered from the start.
 THRESHOLD = "stage3_param_persistence_threshold"
-REDUCED_AT_ONCE = 200_000_000  # weights: transformers' own choice, 4 M for 3B, sends each gradient by itself
+# Weights in one reduction, 0.4 GB: transformers' own choice, 4 M for 3B, sends each gradient by itself.
+REDUCED_AT_ONCE = 200_000_000
 
 
 def bucket_size(deepspeed: dict | None) -> int:
-    """Weights in one of DeepSpeed's buckets; `auto` is left to us (`tune_zero`)."""
+    """Weights in one of DeepSpeed's buckets; `auto` is left to us (`tune_zero`), and so are those of no DeepSpeed."""
     asked = (deepspeed or {}).get("zero_optimization", {}).get("reduce_bucket_size", "auto")
     return REDUCED_AT_ONCE if asked == "auto" else int(asked)
 
 
-def may_be_whole(deepspeed: dict | None, config) -> tuple[bool, ...]:
+def may_be_whole(deepspeed: dict | None, config: PretrainedConfig) -> tuple[bool, ...]:
     """Whether weights may be gathered once per step, or by layers: both where the threshold is left to us."""
     asked = (deepspeed or {}).get("zero_optimization", {}).get(THRESHOLD, "auto")
     largest = config.get_text_config().vocab_size * config.get_text_config().hidden_size
@@ -40,12 +53,17 @@ def may_be_whole(deepspeed: dict | None, config) -> tuple[bool, ...]:
 
 
 def tune_zero(zero: dict, way: memory_plan.Way) -> None:
-    """What DeepSpeed's configuration leaves to us ("auto", or nothing), by measurement (benchmarks/README.md)."""
+    """Fill in what `zero` leaves to us ("auto", or nothing), by measurement (benchmarks/README.md); changes `zero`.
+
+    What the user has typed stays. Has to be done before the Trainer makes DeepSpeed's engine.
+    """
     wanted = {"reduce_bucket_size": REDUCED_AT_ONCE}
     if way.whole:
+        # More than any model has: everything stays gathered, and `lean_steps` says when.
         wanted |= {THRESHOLD: 10**11, "stage3_max_live_parameters": 10**11}
     elif zero.get("stage") == 3:
-        wanted["stage3_prefetch_bucket_size"] = REDUCED_AT_ONCE // 2  # a layer of 3B has 77 M: fetched one ahead
+        # A layer of 3B has 77 M: fetched one ahead.
+        wanted["stage3_prefetch_bucket_size"] = REDUCED_AT_ONCE // 2
     for name, value in wanted.items():
         if zero.get(name, "auto") == "auto":
             zero[name] = value
@@ -63,7 +81,10 @@ def is_on() -> bool:
 
 
 def begin_on_cpu(timeout_seconds: float) -> dict:
-    """(all ranks) Begin the process group of DeepSpeed on a machine without a GPU; what TrainingArguments must know."""
+    """(all ranks) Begin the process group of DeepSpeed on a machine without a GPU.
+
+    Returns what TrainingArguments must be told besides. A collective waits for `timeout_seconds` at most.
+    """
     from accelerate import PartialState
 
     # accelerate 1.15 gives DeepSpeed no backend on a CPU and then counts one process, whatever the launcher said.
@@ -81,6 +102,7 @@ def without_zero3() -> Iterator[None]:
     """Models made inside are whole, although the process trains under ZeRO-3."""
     from transformers.integrations import deepspeed as integration
 
+    # transformers 5.23 asks this reference whether to shard, and has no public way to say no for one model.
     kept = integration._hf_deepspeed_config_weak_ref
     integration._hf_deepspeed_config_weak_ref = None
     try:
@@ -89,23 +111,25 @@ def without_zero3() -> Iterator[None]:
         integration._hf_deepspeed_config_weak_ref = kept
 
 
-def check_sharded(model) -> None:
-    """Raises PipelineError where a model was loaded whole although ZeRO-3 is on."""
+def check_sharded(model: torch.nn.Module) -> None:
+    """Raises `PipelineError` where a model was loaded whole although ZeRO-3 is on: TrainingArguments came too late."""
     if not all(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise PipelineError("ZeRO-3 is on, yet the weights were not sharded while loading")
 
 
-def forget_renamings(model) -> None:
+def forget_renamings(model: torch.nn.Module) -> None:
     """After loading under ZeRO-3: else saving reverses renamings that never happened (transformers 5.23)."""
+    # Its ZeRO-3 loader leaves all that might have been renamed here. Keys would come out as model.model.embed_tokens,
+    # which transformers reads again without a murmur, and nobody else does.
     model._weight_conversions = None
 
 
 # -----------------------------------------------------------------------------
-# Whole weights, and torch's own functions
+# Whole weights, and torch's own linear function
 
 
 def sharded_from_birth() -> contextlib.AbstractContextManager:
-    """(all ranks) Modules made inside are sharded at once where ZeRO-3 is on."""
+    """(all ranks) Modules made inside are sharded at once where ZeRO-3 is on, and whole elsewhere."""
     if not is_on():
         return contextlib.nullcontext()
     import deepspeed
@@ -114,11 +138,12 @@ def sharded_from_birth() -> contextlib.AbstractContextManager:
     return deepspeed.zero.Init(config_dict_or_path=deepspeed_config())
 
 
-def gathered(parameters: list, writer: int | None = None) -> contextlib.AbstractContextManager:
+def gathered(parameters: Sequence[torch.Tensor], writer: int | None = None) -> contextlib.AbstractContextManager:
     """(all ranks) Whole parameters inside, whether ZeRO-3 has sharded them or not.
 
     What rank `writer` makes of them is what every rank has afterwards; without a writer they are only read.
     """
+    # Asked of the tensors, not of the process: what was made in `without_zero3` is whole in a sharded run.
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
         import deepspeed
 
@@ -130,8 +155,6 @@ def gathered(parameters: list, writer: int | None = None) -> contextlib.Abstract
 def plain_linear() -> Iterator[None]:
     """DeepSpeed 0.19.8 puts a linear function of its own into torch, for good, whose bias rounds on its own in bf16.
     Inside, torch's is back: written pages and logits are exactly those of a user who loads the final folder."""
-    import torch
-
     kept = torch.nn.functional.linear
     torch.nn.functional.linear = torch._C._nn.linear
     try:
@@ -144,21 +167,29 @@ def plain_linear() -> Iterator[None]:
 # Steps
 
 
-def set_leaves(model, classes: list[str]) -> None:
-    """Let ZeRO-3 fetch a whole layer at once; hooks on each of its dozen parts cost more than their arithmetic."""
+def set_leaves(model: torch.nn.Module, classes: Sequence[str]) -> None:
+    """Let ZeRO-3 fetch a whole layer, one of `classes`, at once: before DeepSpeed's engine is made."""
+    # Hooks on each of a layer's dozen parts cost more than their arithmetic. The price: a layer is whole at once.
     from deepspeed.utils import set_z3_leaf_modules
 
     set_z3_leaf_modules(model, classes)
 
 
-def lean_steps(engine) -> None:
-    """Take from a step under DeepSpeed 0.19.8's ZeRO-3 what a GPU only waits for, or copies to no end.
+def lean_steps(engine: DeepSpeedEngine) -> None:
+    """(all ranks) Take from a step under ZeRO-3 what a GPU only waits for, or copies to no end.
 
-    Everywhere: walking through all modules to say again that they train, and a widening to fp64 of each gradient for
-    its norm. On one process also the reduction of gradients that nobody else has. Where all weights may stay whole:
-    fetching and releasing them for each module, as they are gathered once per step, on one process never.
+    `engine` is DeepSpeed 0.19.8's; some methods of it and of its optimizer are replaced, on these instances alone:
+
+    - `engine.train`: everywhere, it walks through all modules to say again that they train;
+    - `optimizer.get_grad_norm_direct`: but where the optimizer is offloaded, it widens each gradient to fp64
+      (`gradient_norm`);
+    - `optimizer.reduce_independent_p_g_buckets_and_remove_grads`: on one process, it reduces gradients that nobody else
+      has (`keep_gradient`);
+    - `optimizer.step` and the hooks of all modules: where all weights may stay whole, they are fetched and released for
+      each module; gathered once per step instead, on one process never (`stay_gathered`).
     """
     optimizer = engine.optimizer
+    # Tensor parallelism reduces over a second group, of which nothing below knows.
     if optimizer.model_parallel_group is not None:
         return
     train = engine.train
@@ -172,12 +203,13 @@ def lean_steps(engine) -> None:
         stay_gathered(engine.module, optimizer)
 
 
-def gradient_norm(self, gradients, params, norm_type: float = 2.0):
-    """(all ranks) 2-norm of a group's gradients over all ranks and their shards; -1 for what is not finite."""
-    import torch
-    import torch.distributed as dist
-
+def gradient_norm(
+    self, gradients: Sequence[torch.Tensor], params: Sequence[torch.Tensor], norm_type: float = 2.0
+) -> torch.Tensor:
+    """(all ranks) 2-norm of a group's gradients over all ranks and their shards, a scalar in fp32; -1 for what is not
+    finite, which is DeepSpeed's own sign. Stands for get_grad_norm_direct of its stage 3 optimizer (0.19.8)."""
     assert norm_type == 2.0, norm_type
+    # Each norm in fp32 by one kernel for all; only their squares, few numbers, are summed in fp64.
     norms = torch._foreach_norm(list(gradients), 2.0, dtype=torch.float32)
     square = torch.stack(norms).double().square().sum()
     dist.all_reduce(square, group=self._get_param_partition_group(params[0]))
@@ -185,8 +217,12 @@ def gradient_norm(self, gradients, params, norm_type: float = 2.0):
     return torch.where(norm.isfinite(), norm, -1.0)
 
 
-def keep_gradient(self, parameter) -> None:
-    """Add a gradient to those of the step; DeepSpeed sends it through a bucket and an average over one process."""
+def keep_gradient(self, parameter: torch.Tensor) -> None:
+    """Add a gradient to those of the step; DeepSpeed sends it through a bucket and an average over one process.
+
+    Stands for reduce_independent_p_g_buckets_and_remove_grads of its stage 3 optimizer (0.19.8), on one process.
+    """
+    # A private name of its class, hence the long one: (numbers of the shard,), the gradient's own and padding.
     kept = self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition[parameter.ds_id]
     gradient = parameter.grad.reshape(-1)
     kept = kept.narrow(0, 0, len(gradient))
@@ -197,20 +233,24 @@ def keep_gradient(self, parameter) -> None:
     parameter.grad = None
 
 
-WORTH_A_CALL = 1_000_000  # weights; 2 MB travel in some 10 us by NVLink, about what a call to NCCL takes by itself
+# Weights; 2 MB travel in some 10 us by NVLink, about what a call to NCCL takes by itself.
+WORTH_A_CALL = 1_000_000
 
 
-def stay_gathered(model, optimizer) -> None:
+def stay_gathered(model: torch.nn.Module, optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
     """Gather all weights before a step's first layer, and release them after it.
 
-    On one process they lie where their shards do, and are up to date as soon as those are.
+    On one process they lie where their shards do, and are up to date as soon as those are. Stands for the hooks with
+    which DeepSpeed's DeepSpeedZeRoOffload fetches and releases module by module, and for the release of all weights at
+    the end of its optimizer's step (0.19.8).
     """
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     offload, parameters = optimizer.parameter_offload, list(model.parameters())
     step, release, alone = optimizer.step, optimizer._partition_all_parameters, optimizer.partition_count == 1
 
-    def gather_missing(module, inputs) -> None:  # after a checkpoint, too
+    # Looked for at every forward pass, since a checkpoint releases weights in between, too.
+    def gather_missing(module: torch.nn.Module, inputs: tuple) -> None:
         missing = [parameter for parameter in parameters if parameter.ds_status != ZeroParamStatus.AVAILABLE]
         large = [parameter for parameter in missing if parameter.ds_numel >= WORTH_A_CALL]
         small = [parameter for parameter in missing if parameter.ds_numel < WORTH_A_CALL]
@@ -223,28 +263,32 @@ def stay_gathered(model, optimizer) -> None:
         if any(p.numel() != p.ds_numel or p.data_ptr() != p.ds_tensor.data_ptr() for p in parameters):
             release()
 
+    # All that is left of DeepSpeed's own release, which also asks several registers about each parameter, twice.
     def release_all() -> None:
         for parameter in parameters:
             if parameter.ds_status == ZeroParamStatus.AVAILABLE:
                 parameter.data = parameter.data.new_empty(0)
                 parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
 
-    def lean_step(closure=None) -> None:
-        # for checkpoints DeepSpeed still does it its own way
+    def lean_step(closure: Callable | None = None) -> None:
+        # For checkpoints DeepSpeed still does it its own way.
         optimizer._partition_all_parameters = release_what_is_no_view if alone else release_all
         try:
             step(closure)
         finally:
             optimizer._partition_all_parameters = release
 
+    # A backward pass needs no hook of its own then: what the forward pass has gathered stays until the step.
     for hook in (*offload.forward_hooks, *offload.backward_hooks):
         hook.remove()
     model.register_forward_pre_hook(gather_missing)
     optimizer.step = lean_step
     if not alone:
-        optimizer.persistent_parameters = []  # nor gathered by DeepSpeed, one by one, before anybody needs them
+        # Nor gathered by DeepSpeed, one by one, before anybody needs them.
+        optimizer.persistent_parameters = []
 
 
-def step_was_applied(engine) -> bool:
+def step_was_applied(engine: DeepSpeedEngine) -> bool:
     """False after a step that DeepSpeed 0.19.8 left out, on all ranks: the norm of its gradients was no number."""
+    # Its reported norm is no help: for a step whose gradients are all NaN it may be 1.0 under bf16.
     return engine.was_step_applied()

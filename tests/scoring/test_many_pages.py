@@ -1,5 +1,6 @@
 """Many pages: in order, whatever fails, and after an interruption from where it was."""
 
+from scoring import metrics
 from scoring.many_pages import Pair, Progress, run_pairs, score_pairs
 
 WHITE = "<!DOCTYPE html>\n<html><head><title>t</title></head><body>{}</body></html>\n"
@@ -13,6 +14,14 @@ def test_pages_are_scored_in_order_and_a_failure_does_not_stop_the_others(render
     assert found[0][1]["overall"] == 1
     assert found[1][1].failure == "the written page: there is none" and found[1][1]["overall"] == 0
     assert found[2][1]["overall"] == 0 and found[2][1].missing and found[2][1].invented
+
+
+def test_what_was_scored_by_other_metrics_is_scored_again(renderer, tmp_path, monkeypatch):
+    pair = Pair("one", WHITE.format("<p>One</p>"), WHITE.format("<p>One</p>"))
+    run_pairs([pair], renderer, Progress(tmp_path, pictures=False))
+    assert pair.key in Progress(tmp_path, pictures=False).rows
+    monkeypatch.setattr(metrics, "METRICS", metrics.METRICS[:-1])
+    assert pair.key not in Progress(tmp_path, pictures=False).rows
 
 
 def test_an_interrupted_run_goes_on_where_it_was(renderer, tmp_path):

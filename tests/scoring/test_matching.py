@@ -25,7 +25,7 @@ def blocks(rng: random.Random, count: int) -> list[Block]:
 
 
 def matched_by_definition(first: list[Block], second: list[Block]):
-    """Everything worked out anew at every step, as the definition reads."""
+    """Everything computed anew at every step, as the definition reads."""
 
     def ratio(one, two):
         return difflib.SequenceMatcher(None, one.text, two.text).ratio()

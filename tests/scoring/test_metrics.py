@@ -1,9 +1,14 @@
 """What is measured of two pages."""
 
+import json
+import re
+
 import pytest
 
+import page_scores
+from scoring import metrics
 from scoring.blocks import Block, Page
-from scoring.metrics import Compared, color_likeness, likeness, overall
+from scoring.metrics import Compared, Metric, color_likeness, likeness, overall
 from scoring.proof import score
 
 SOME = [Block(text, 0.1, 0.2 * n, 0.3, 0.1, (0.0, 0.0, 0.0)) for n, text in enumerate(("home", "price", "news"))]
@@ -21,3 +26,74 @@ def test_without_a_match_all_four_are_0(renderer):
         assert pair.of_blocks == (0, 0, 0, 0) and overall(pair) == likeness(pair) == 0
     nothing = score("<!DOCTYPE html><html><body>No element of texts</body></html>", "", renderer)
     assert nothing["overall"] == nothing["likeness"] == 0 and nothing.causes == ("no text to compare",)
+
+
+# -----------------------------------------------------------------------------
+# The table
+
+
+PAGE = "<!DOCTYPE html>\n<html><body>{}</body></html>\n"
+
+
+def excess(pair: Compared) -> float:
+    """The share of the written page's texts that the reference does not have."""
+    return len(pair.matching.invented) / max(1, len(pair.prediction.blocks))
+
+
+@pytest.fixture
+def a_metric_more(monkeypatch) -> None:
+    more = Metric("excess_text", "Excess", excess, better="lower")
+    monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, more))
+
+
+def folders(tmp_path, predictions: dict[str, str]) -> list[str]:
+    for folder in ("references", "predictions"):
+        (tmp_path / folder).mkdir()
+    for name, body in predictions.items():
+        (tmp_path / "references" / f"{name}.html").write_text(PAGE.format("<p>Hello there</p>"))
+        (tmp_path / "predictions" / f"{name}.html").write_text(PAGE.format(body))
+    (tmp_path / "references" / "unwritten.html").write_text(PAGE.format("<p>Hello there</p>"))
+    return [str(tmp_path / "references"), str(tmp_path / "predictions")]
+
+
+def test_a_metric_added_to_the_table_is_in_json_console_and_report(a_metric_more, renderer, tmp_path, capsys):
+    both = folders(tmp_path, {"same": "<p>Hello there</p>", "more": "<p>Hello there</p><p>XYZ</p>"})
+    out = [str(tmp_path / name) for name in ("scores.json", "report.html")]
+    assert page_scores.main([*both, "--json", out[0], "--report", out[1]]) == 0
+    found = json.loads((tmp_path / "scores.json").read_text())
+    rows = {row["page"]: row for row in found["pages"]}
+    assert {name: row["excess_text"] for name, row in rows.items()} == {"same": 0, "more": 0.5, "unwritten": 1}
+    assert found["summary"]["excess_text"] == 0.5 and found["summary"]["excess_text_without_failures"] == 0.25
+    line = capsys.readouterr().err
+    assert "3 pages, 100.0 % valid" not in line and "1 failures, counted as the worst: block " in line
+    assert ", Excess 0.500; without them: " in line and ", Excess 0.250; failed: unwritten" in line
+    report = (tmp_path / "report.html").read_text()
+    assert re.search(r'<th scope="row">Excess ↓</th><td>0.500', report), "its mean"
+    assert '<option value="excess_text" data-worst="1">Excess ↓</option>' in report, "sorting by it"
+    assert "Pages with Excess ↓ 0.0 to 0.1: 1, 0.5 to 0.6: 1, 0.9 to 1.0: 1" in report, "its distribution"
+    assert report.count("<dt>Excess ↓</dt>") == 3, "each page's own"
+
+
+def test_another_metric_may_choose(a_metric_more, renderer, tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "CHOOSING", "excess_text")
+    assert metrics.is_better(0.2, than=0.3) and not metrics.is_better(0.3, than=0.2)
+    assert [metric.name for metric in metrics.choosing_first()][:2] == ["excess_text", "block"]
+    both = folders(tmp_path, {"same": "<p>Hello there</p>", "more": "<p>Hello there</p><p>XYZ</p>", "none": ""})
+    assert page_scores.main([*both, "--report", str(tmp_path / "report.html")]) == 0
+    report = (tmp_path / "report.html").read_text()
+    assert re.findall("<bdi>(.*?)</bdi></a></h3>", report) == ["unwritten", "more", "none", "same"]
+    assert re.findall(r'<dt>(.*?)</dt><dd>(.*?)</dd><dd class="small">(.*?)</dd>', report)[1] == (
+        "Excess ↓", "0.375", "failures as 1")  # fmt: skip
+
+
+def test_a_metric_that_cannot_be_measured_is_left_out(renderer, monkeypatch):
+    monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, Metric("never", "Never", lambda pair: None)))
+    found = score(PAGE.format("<p>A</p>"), PAGE.format("<p>A</p>"), renderer)
+    assert "never" not in found.as_json() and found["likeness"] == 1
+
+
+def test_the_table_is_what_the_command_line_prints(renderer):
+    """Keys and their order are an interface."""
+    found = score(PAGE.format("<p>A</p>"), PAGE.format("<p>A</p>"), renderer).as_json()
+    table = "block text position color overall likeness tree_bleu ssim".split()
+    assert [*found] == [*table, "valid", "blocks_reference", "blocks_prediction", "failure", "causes"]

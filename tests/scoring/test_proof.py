@@ -68,6 +68,13 @@ PLANTED = {  # what is broken: (where, how, what the proof says)
 }
 
 
+def test_a_metric_that_is_not_best_for_a_page_against_itself_stops_it(recorded, monkeypatch):
+    broken = metrics.Metric("broken", "Broken", lambda pair: 0.5, better="lower")
+    monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, broken))
+    with pytest.raises(ScorerError, match=r"broken of a page against itself is 0.5, not 0"):
+        prove(recorded)
+
+
 @pytest.mark.parametrize("name", PLANTED)
 def test_what_is_broken_in_the_scorer_stops_it(name, recorded, monkeypatch):
     where, plant, says = PLANTED[name]

@@ -75,7 +75,7 @@ def test_a_kernel_is_believed_only_where_it_gives_the_same(monkeypatch, part):
             assert not attention.agrees(part, *PROOF)
 
 
-def test_a_kernel_may_be_proved_inside_a_layer_that_is_worked_out_twice(monkeypatch):
+def test_a_kernel_may_be_proved_inside_a_layer_that_is_recomputed(monkeypatch):
     monkeypatch.setitem(attention.KERNELS, "nothing", altered("nothing"))
     attention.agrees.cache_clear()
     weight = torch.randn(3, 3, requires_grad=True)

@@ -8,9 +8,11 @@ from conftest import MAIN, make_pages, run_script
 
 import holo1_dom_finetune as pipeline
 import use_model_from_hub as use
+from scoring.metrics import CHOOSING
 from training.base_model import base_tensors
-from training.evaluation import score_held_out, write_held_out
+from training.evaluation import Parts, keep_outputs, parts_of, score_held_out, write_held_out
 from training.final_folder import save_final
+from training.results import compare_results
 
 ROW = {"raw": "", "tokens": 10, "seconds": 2.0, "cut_off": False}
 PAGE = "<!DOCTYPE html>\n<html><head><title>{0}</title></head><body><p>{0}</p></body></html>"
@@ -125,3 +127,41 @@ def test_supervision_is_shown_without_loading_a_model(tiny_base, pages_folder, t
     done = run_script(MAIN, *small_run(tiny_base, pages_folder, show_supervision=True), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "\033[32m<!DOCTYPE html>" in done.stdout and "rehearsal" not in done.stdout
+
+
+def test_the_pages_that_choose_the_weights_do_not_compare_them():
+    """The best of several evaluations is too good by chance, on the pages that chose it."""
+    wanted = [PAGE.format(word) for word in ("river", "stone", "lake", "maple", "coral")]
+    rows, pages = rows_and_pages([*wanted[:4], "<p>"], wanted)
+    scores = [{"page": str(place), CHOOSING: score} for place, score in enumerate((0.1, 0.9, 0.2, 0.7, 0.6))]
+    parts = parts_of(5, weights_are_chosen=True)
+    assert (parts.choosing, parts.comparing, parts.apart) == ((0, 2, 4), (1, 3), True)
+    result = score_held_out(rows, pages, scores, parts)
+    assert result["n"] == 2 and result["exact"] == 1 and result[CHOOSING] == pytest.approx(0.8)
+    assert result["choosing"] == {"n": 3, CHOOSING: pytest.approx(0.3), "apart": True}
+    comparison = compare_results(result, score_held_out(rows, pages, [{**s, CHOOSING: 0.95} for s in scores], parts))
+    assert comparison["n"] == 2 and comparison["apart"]
+    assert comparison["metrics"][CHOOSING]["before"] == pytest.approx(0.8)
+
+
+def test_a_single_page_that_both_chooses_and_compares_is_told():
+    rows, pages = rows_and_pages([PAGE.format("river")], [PAGE.format("river")])
+    parts = parts_of(1, weights_are_chosen=True)
+    result = score_held_out(rows, pages, [{"page": "0", CHOOSING: 0.5}], parts)
+    assert not parts.apart and result["choosing"] == {"n": 1, CHOOSING: 0.5, "apart": False}
+    assert compare_results(result, result)["apart"] is False
+
+
+def test_without_a_choice_every_page_compares():
+    assert parts_of(3, weights_are_chosen=False) == Parts((), (0, 1, 2))
+
+
+def test_folders_of_pages_that_are_no_more_go(tmp_path, pages_folder):
+    picture = next(pages_folder.glob("*.png")).read_bytes()
+    rows, pages = rows_and_pages(["<p>a</p>", "<p>b</p>"], ["<p>a</p>", "<p>c</p>"])
+    pages = [page | {"screenshot": picture} for page in pages]
+    for name in ("page-0002", "page-0003", "page-notes"):
+        (tmp_path / name).mkdir()
+    keep_outputs(rows, pages, tmp_path, "written")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page-0001", "page-0002", "page-notes"]
+    assert (tmp_path / "page-0002" / "written.html").read_text() == "<p>b</p>"

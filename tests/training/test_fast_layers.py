@@ -8,9 +8,9 @@ import torch
 from conftest import make_config, make_processor, page_html
 
 import holo1_dom_finetune as pipeline
-from training import fast_layers, loss, memory_plan, page_costs
+from training import fast_layers, loss, memory_fit, memory_plan, page_costs
 from training.base_model import BaseTensor
-from training.families import family_of, trains_fast
+from training.families import FAMILIES, family_of, trains_fast
 from training.final_folder import final_tensors
 from training.prompt_and_mask import PageEncoder
 
@@ -91,13 +91,13 @@ def test_packed_pages_give_the_models_own_loss_and_gradients(processor, model, f
 
 def test_the_fused_functions_need_few_graphs(processor, model, monkeypatch):
     """torch leaves a function as it is, and slow, that would need more than eight. They are counted, and nothing is
-    compiled: some layers are worked out twice, lengths change, gradients are followed or not."""
+    compiled: some layers are recomputed, lengths change, gradients are followed or not."""
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: compiled(function, backend="eager"))
     torch._dynamo.reset()
     twin = fast_twin(model, fuse=True).train()
     twin.gradient_checkpointing_enable({"use_reentrant": False})
-    pipeline.checkpoint_some_layers(twin, 0.5)
+    memory_fit.checkpoint_some_layers(twin, 0.5)
     with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
         for count in (3, 2, 4):
             batch = collate(processor, pages(count, seed=count), packed=True)
@@ -193,6 +193,10 @@ def test_the_widened_vision_mlp_is_the_same_function_and_saves_the_same_shapes(p
     twin.load_state_dict(model.state_dict())  # a checkpoint has the base's shapes, and is widened on its way in
     with torch.no_grad():
         assert torch.allclose(model(**batch).logits, twin(**batch).logits, atol=1e-6)
+
+
+def test_a_family_trains_fast_where_its_modules_are_known():
+    assert {name for name in FAMILIES if family_of(name).fast} == set(fast_layers.ARCHITECTURES)
 
 
 def test_other_architectures_and_the_plain_way_are_left_alone(model):

@@ -8,7 +8,7 @@ import torch
 from conftest import make_processor
 
 import holo1_dom_finetune as pipeline
-from training import memory_plan, page_costs, zero3
+from training import memory_fit, memory_plan, page_costs, zero3
 from training.families import family_of
 from training.prompt_and_mask import PageEncoder
 
@@ -65,7 +65,7 @@ def test_weights_are_gathered_once_per_step_where_they_fit(share, threshold, who
     cuda = {"get_device_properties": SimpleNamespace(total_memory=140 * 2**30), "get_device_name": "NVIDIA H200"}
     for name, answer in (cuda | {"get_per_process_memory_fraction": share}).items():
         monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
-    monkeypatch.setattr(pipeline, "world_size", lambda: 2)
+    monkeypatch.setattr(memory_fit, "world_size", lambda: 2)
     zero = {"stage": 3, zero3.THRESHOLD: threshold}
     args = SimpleNamespace(
         device=torch.device("cuda"),
@@ -76,7 +76,7 @@ def test_weights_are_gathered_once_per_step_where_they_fit(share, threshold, who
     )
     pages = datasets.Dataset.from_dict({"html_tokens": [2_000] * 20, "image_tokens": [1_200] * 20})
     encoder = PageEncoder(processor, "Write the page.", family_of("qwen2_5_vl"))
-    plan = pipeline.choose_micro_batch(args, pipeline.PageSettings(), shapes_of_3b(), pages, encoder)
+    plan = memory_fit.choose_micro_batch(args, pipeline.PageSettings(), shapes_of_3b(), pages, encoder)
     assert plan.way.whole == whole
     assert zero[zero3.THRESHOLD] == (10**11 if whole else threshold)
     assert plan.total <= memory_plan.MEMORY_SHARE * share * 140

@@ -46,7 +46,7 @@ def test_a_pack_is_written_out_whole(processor):
 
 
 def test_positions_and_geometry_equal_the_models_own_for_200_sizes(processor, model, monkeypatch):
-    """The model works them out itself in a forward pass; what it worked out is caught and compared."""
+    """The model computes them itself in a forward pass; what it computed is caught and compared."""
     import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl as own
 
     encoder, rng, caught = PageEncoder(processor, "write this page", family_of("qwen2_5_vl")), random.Random(1), {}

@@ -41,7 +41,7 @@ def test_the_kernel_equals_the_formula(rotary_kernel, heads, fewer, size, kind, 
         given = [together.unbind(1)[1], key, cos, sin]
         if function is fast_layers.rotate:
             given = [part.float() for part in given]
-        if checkpointed:  # as a layer that is worked out twice
+        if checkpointed:  # as a layer that is recomputed
             done = torch.utils.checkpoint.checkpoint(function, *given, use_reentrant=False)
         else:
             done = function(*given)

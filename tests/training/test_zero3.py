@@ -7,6 +7,7 @@ import torch
 from conftest import GATHERED, PROGRAMS, output, small_run, start_zero_3, weights
 
 from training import zero3
+from training.errors import PipelineError
 
 
 def test_pages_are_written_with_torchs_own_linear_function(monkeypatch):
@@ -16,6 +17,42 @@ def test_pages_are_written_with_torchs_own_linear_function(monkeypatch):
     with zero3.plain_linear():
         assert torch.nn.functional.linear is torch._C._nn.linear
     assert torch.nn.functional.linear is zero3_linear_wrap
+
+
+def test_deepspeed_has_what_is_replaced_or_asked_by_name():
+    """A release that renames one of these would otherwise go its own, slower way, or stop an hour later."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Zero
+
+    replaced = ["get_grad_norm_direct", "reduce_independent_p_g_buckets_and_remove_grads", "step"]
+    asked = ["_partition_all_parameters", "_get_param_partition_group"]
+    assert [name for name in replaced + asked if not callable(getattr(Zero, name, None))] == []
+    assert callable(DeepSpeedEngine.was_step_applied) and callable(DeepSpeedZeRoOffload.partition_all_parameters)
+
+
+def test_a_model_that_was_loaded_whole_is_refused():
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(PipelineError, match="not sharded while loading"):
+        zero3.check_sharded(model)
+    with zero3.gathered([*model.parameters()], writer=0):  # needs no process group where nothing is sharded
+        assert model.weight.shape == (2, 2)
+    for parameter in model.parameters():
+        parameter.ds_id = 0
+    zero3.check_sharded(model)
+
+
+def test_models_are_whole_inside_and_sharded_again_after():
+    from transformers.integrations import deepspeed as integration
+
+    config = integration.HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    assert zero3.is_on()
+    with pytest.raises(KeyError, match="inside"), zero3.without_zero3():
+        assert not zero3.is_on()
+        raise KeyError("inside")
+    assert zero3.is_on()
+    del config  # known by a weak reference alone
+    assert not zero3.is_on()
 
 
 @pytest.mark.slow

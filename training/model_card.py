@@ -1,0 +1,131 @@
+"""The model card: what a stranger on the Hub needs to know of a final folder, from looked-up facts alone.
+
+    write_model_card(final_folder, facts)           # README.md, from model_card.md beside this room
+
+Sections: Words, Licence, Card.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub as hub
+import jinja2
+import yaml
+
+from scoring import metrics
+
+TEMPLATE = Path(__file__).with_name("model_card.md")
+
+# -----------------------------------------------------------------------------
+# Words
+
+
+def is_hub_id(name: str) -> bool:
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not Path(name).exists()
+
+
+def shown(value: object) -> str:
+    """For cards and messages: one line that holds no token, opens no HTML or table cell, and names no folder."""
+    text = "unknown" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = re.sub(r"\bhf_[A-Za-z0-9]{16,}", "(token)", text.replace(hub.get_token() or "\0", "(token)"))
+    text = re.sub(r"(?<![\w.:/<-])~?/(?:[^\s/'\"]+/)*(?=[^\s/])", "", text)
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "&#124;").replace("`", "'")
+
+
+# -----------------------------------------------------------------------------
+# Licence
+
+# Ids that the Hub knows. Any other licence becomes `other` with a name, or the Hub would refuse the card.
+HUB_LICENCES = "apache-2.0 mit bsd-3-clause cc0-1.0 cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 gemma".split()
+QWEN_RESEARCH = ("other", "qwen-research", "https://huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct/blob/main/LICENSE")
+BASE_LICENCES = dict.fromkeys(("Hcompany/Holo1-3B", "Qwen/Qwen2.5-VL-3B-Instruct"), QWEN_RESEARCH)
+BASE_LICENCES |= dict.fromkeys(("Hcompany/Holo1-7B", "Qwen/Qwen2.5-VL-7B-Instruct"), ("apache-2.0", None, None))
+
+
+def derived_licence(base_model: str, base_licence: str | None = None) -> tuple[str, str | None, str | None]:
+    """license, license_name and license_link for a fine-tune of this base: the base's own, never a looser one."""
+    card = {}
+    try:
+        if (readme := Path(base_model, "README.md")).is_file():
+            card = hub.metadata_load(readme) or {}
+        elif base_model not in BASE_LICENCES and base_licence in (None, "other") and is_hub_id(base_model):
+            card = hub.model_info(base_model, timeout=10).card_data or {}
+    except (hub.errors.HTTPError, OSError, ValueError, yaml.YAMLError):
+        pass  # no network, no such model, a card that does not parse: the licence is not known
+    parents = card.get("base_model") or []
+    parents = [parents] if isinstance(parents, str) else parents
+    if base_model in BASE_LICENCES or any(BASE_LICENCES.get(parent) == QWEN_RESEARCH for parent in parents):
+        return BASE_LICENCES.get(base_model, QWEN_RESEARCH)
+    licence = str(card.get("license") or base_licence or "other").lower()
+    if licence in HUB_LICENCES:
+        return licence, None, None
+    name = card.get("license_name") or (licence if licence != "other" else "unknown, see the base model")
+    page = f"https://huggingface.co/{base_model}" if is_hub_id(base_model) else card.get("license_link", "")
+    return "other", re.sub(r"[^a-z0-9.]+", "-", str(name).lower()).strip("-"), shown(page) if page else None
+
+
+# -----------------------------------------------------------------------------
+# Card
+
+MEASURES = "n valid exact shuffled_exact truncated looping mean_tokens tokens_per_second failures".split()  # of a run
+APART = {"results", "results_before", "base_licence", "licence", "settings", "recipe", "versions"}  # not plain facts
+ASKS = {"by": "asks for credit", "sa": "asks for the same licence", "nc": "forbids commercial use"}  # of cc-by-...
+
+
+def write_model_card(final_folder: Path, facts: Mapping[str, Any]) -> str:
+    """(main process only) Writes README.md from the facts alone and returns it; what is missing is called unknown."""
+    base, data, where = (shown(facts.get(key)) for key in ("base_model", "dataset", "repo_id"))
+    where = where if is_hub_id(where) else f"./{final_folder.name}"
+    known = facts.get("licence")  # looked up before the base's folder lost its path
+    licence, name, link = known or derived_licence(str(facts.get("base_model")), facts.get("base_licence"))
+    head = {"license": licence, "license_name": name, "license_link": link}
+    head |= {"datasets": [data]} if is_hub_id(data) else {}
+    # `finetune` for adapters too: they are merged into whole weights.
+    head |= {"base_model": base, "base_model_relation": "finetune"} if is_hub_id(base) else {}
+    head |= {"pipeline_tag": "image-text-to-text", "library_name": "transformers", "tags": ["screenshot-to-html"]}
+    terms = [shown(facts.get("dataset_licence"))]
+    terms += [text for part, text in ASKS.items() if part in terms[0].lower().split("-")]
+    results = facts.get("results") or {}
+    comparison = results.get("comparison") or {}
+    # No autoescape: this is Markdown, and every value goes through `shown`, which opens no HTML.
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, trim_blocks=True)
+    environment.filters |= {"shown": shown, "signed": "{:+.3f}".format, "p": "{:.4f}".format}
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        head=hub.ModelCardData(**head).to_yaml(),
+        where=where,
+        quoted=shlex.quote(where),
+        base=base,
+        data=data,
+        measures=measured(facts.get("results_before") or {}, results),
+        chooses=metrics.entry(metrics.CHOOSING).label,
+        difference=comparison.get("metrics", {}).get(metrics.CHOOSING),
+        apart=comparison.get("apart", True),
+        facts=told(facts),
+        research=name == "qwen-research",
+        licence=name or licence,
+        link=link or "see there",
+        terms=", ".join(terms),
+    )
+    (final_folder / "README.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def measured(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(label, before, after) of every share of a run and of every metric in the table, the one that chooses first."""
+    table = [metric for metric in metrics.choosing_first() if metric.name in after or not metric.needs_clip]
+    named = [*((name, name) for name in MEASURES), *((metric.name, metric.label) for metric in table)]
+    return [(label, *(run.get(name, "not measured") for run in (before, after))) for name, label in named]
+
+
+def told(facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Each fact of the training with its name, the grouped ones behind the others."""
+    found = [(key, value) for key, value in facts.items() if key not in APART]
+    for group in ("settings", "recipe", "versions"):
+        found += [(f"{group}: {key}", value) for key, value in (facts.get(group) or {}).items() if key not in facts]
+    return found
