@@ -47,7 +47,7 @@ from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin, Trai
 from transformers.trainer_callback import PrinterCallback
 
 import use_model_from_hub as use
-from scoring.metrics import CHOOSING
+from scoring import metrics
 from training import attention, fast_layers, page_costs, zero3
 from training.base_model import BaseTensor, base_tensors, empty_model, fetch_base, load_config
 from training.best_weights import BestWeights
@@ -558,7 +558,7 @@ class Evaluator:
         self.results.add(label, result, rows)
         if self.settings.compare_base and (label in ("before", "after") or self.best.leads(result)):
             # One knob of decoding can be worth more than a training.
-            result["decoding"] = {str(self.recipe.repetition_penalty): result.get(CHOOSING, result["exact"])}
+            result["decoding"] = {str(self.recipe.repetition_penalty): result.get(metrics.CHOOSING, result["exact"])}
             for penalty in penalties(self.settings):
                 if str(penalty) not in result["decoding"]:
                     result["decoding"][str(penalty)] = self.try_penalty(penalty, copy, label)
@@ -587,7 +587,7 @@ class Evaluator:
         recipe = replace(self.recipe, repetition_penalty=penalty)
         rows = self.write(copy, recipe)
         result = on_main(lambda: self.score(label, rows, recipe))
-        return result.get(CHOOSING, result["exact"])
+        return result.get(metrics.CHOOSING, result["exact"])
 
     def step(self, number: int, save: Callable[[Path], None]) -> bool:
         """(all ranks) Judge during training and keep the best weights by score. True when patience has run out."""
@@ -599,7 +599,7 @@ class Evaluator:
         """(main process only) The better of the last weights and the best kept ones becomes the final folder."""
         last = self.results.by_label["after"]
         if self.best.beats(last):
-            end = last["choosing"][CHOOSING]
+            end = last["choosing"][metrics.CHOOSING]
             say(f"{self.best.label} scored {self.best.score:.3f}, the end {end:.3f}: the better is final")
             self.best.become_final(final)
             self.results.choose(self.best.label)
