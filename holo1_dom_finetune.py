@@ -680,7 +680,9 @@ def run(argv: list[str]) -> None:
     check_settings(resolved)
     settings = resolved.settings
     if settings.plan:
-        return print_plan(fetch_base(settings), resolved)
+        base = fetch_base(settings)
+        parameters = sum(math.prod(tensor.shape) for tensor in base_tensors(base, settings).values())
+        return print_plan(resolved, load_config(base, settings), parameters)
     args = make_arguments(resolved)
     if settings.push_to_hub:
         settings.hub_repo = on_main(lambda: check_hub_access(settings.hub_repo, settings.private_repo))
@@ -718,7 +720,7 @@ def fine_tune(resolved: Resolved, args, base: Path, processor, encoder: PageEnco
     plain_loss = evaluator.rehearse(PageCollator(processor, encoder, training, chunk, notes))
     # Quantised weights give another loss, and so do those that a checkpoint will bring.
     same = packed and settings.quantize == "none" and not settings.resume and not args.resume_from_checkpoint
-    fit = Fit(memory, plain_loss if same else None, settings.checkpoint_share)
+    fit = Fit(memory, plain_loss if same else None, settings)
     collate = PageCollator(processor, encoder, training, chunk, notes, model.config, packed, half)
     if settings.compare_base:
         evaluator.evaluate("before")
