@@ -73,3 +73,29 @@ def test_supervision_is_shown_in_colour(encoder, processor):
     assert "\033[34m[7 image tokens]\033[0m" in shown
     assert shown.endswith("\033[32m<p>river</p><|im_end|>\033[0m")
     assert "\033[90m<|im_start|>user" in shown
+
+
+def test_a_blank_that_the_chat_template_puts_before_an_answer_is_part_of_it(processor):
+    """Some ask "Assistant:" and train "Assistant: ...": the blank is supervised, as the base has learned it."""
+    import copy
+
+    blank = copy.copy(processor)
+    start = "{{ message['role'] }}\n"
+    assert start in processor.chat_template
+    blank.chat_template = processor.chat_template.replace(start, "{{ message['role'] }}: ").replace(
+        "<|im_start|>assistant\n", "<|im_start|>assistant:"
+    )
+    encoder = prompt_and_mask.PageEncoder(blank, "write", QWEN)
+    _, labels = encoder.encode("<p>x</p>", [encoder.image_token_id])
+    answer = [label for label in labels if label != prompt_and_mask.IGNORED]
+    assert processor.tokenizer.decode(answer) == " <p>x</p><|im_end|>"
+    assert encoder.html_tokens("<p>x</p>") == len(answer) - 1, "what is counted is what is supervised"
+
+
+def test_a_template_that_trains_another_question_is_refused(processor):
+    import copy
+
+    other = copy.copy(processor)
+    other.chat_template = processor.chat_template.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>")
+    with pytest.raises(SettingsError, match="trains another question than it asks"):
+        prompt_and_mask.PageEncoder(other, "write", QWEN)
