@@ -14,8 +14,6 @@ scoring/ stand beside it. (all ranks) marks what every process must call togethe
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import gc
 import hashlib
 import json
@@ -23,12 +21,11 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from training.settings import (
@@ -50,18 +47,20 @@ from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin, Trai
 from transformers.trainer_callback import PrinterCallback
 
 import use_model_from_hub as use
-from scoring.metrics import CHOOSING
+from scoring import metrics
 from training import attention, fast_layers, page_costs, zero3
 from training.base_model import BaseTensor, base_tensors, empty_model, fetch_base, load_config
 from training.best_weights import BestWeights
 from training.checkpoints import keep_earlier_results, newest_checkpoint
-from training.dataset import dataset_revision, load_pages, load_pages_from_disk, resolve_dataset
+from training.dataset import load_pages, load_pages_from_disk
 from training.errors import (
+    HINTS,
     DataError,
     NotFiniteError,
     PipelineError,
     SettingsError,
     StoppedError,
+    exit_code,
     is_out_of_memory,
 )
 from training.evaluation import Rendering, announce, keep_outputs, parts_of, score_held_out, write_held_out
@@ -79,6 +78,7 @@ from training.processes import (
     on_each_machine,
     on_main,
     rank,
+    report_end,
     same_everywhere,
     say,
     say_from_here,
@@ -87,6 +87,7 @@ from training.processes import (
 from training.progress import Meter, draw_loss, log_line, memory_is_tight, release_memory, say_memory
 from training.prompt_and_mask import IGNORED, PageEncoder, colour_supervision, count_tokens
 from training.publishing import check_hub_access, push_final_folder
+from training.recipe import gather_facts, make_recipe
 from training.results import Results
 from training.stopping import StopRequest
 
@@ -557,7 +558,7 @@ class Evaluator:
         self.results.add(label, result, rows)
         if self.settings.compare_base and (label in ("before", "after") or self.best.leads(result)):
             # One knob of decoding can be worth more than a training.
-            result["decoding"] = {str(self.recipe.repetition_penalty): result.get(CHOOSING, result["exact"])}
+            result["decoding"] = {str(self.recipe.repetition_penalty): result.get(metrics.CHOOSING, result["exact"])}
             for penalty in penalties(self.settings):
                 if str(penalty) not in result["decoding"]:
                     result["decoding"][str(penalty)] = self.try_penalty(penalty, copy, label)
@@ -586,7 +587,7 @@ class Evaluator:
         recipe = replace(self.recipe, repetition_penalty=penalty)
         rows = self.write(copy, recipe)
         result = on_main(lambda: self.score(label, rows, recipe))
-        return result.get(CHOOSING, result["exact"])
+        return result.get(metrics.CHOOSING, result["exact"])
 
     def step(self, number: int, save: Callable[[Path], None]) -> bool:
         """(all ranks) Judge during training and keep the best weights by score. True when patience has run out."""
@@ -598,7 +599,7 @@ class Evaluator:
         """(main process only) The better of the last weights and the best kept ones becomes the final folder."""
         last = self.results.by_label["after"]
         if self.best.beats(last):
-            end = last["choosing"][CHOOSING]
+            end = last["choosing"][metrics.CHOOSING]
             say(f"{self.best.label} scored {self.best.score:.3f}, the end {end:.3f}: the better is final")
             self.best.become_final(final)
             self.results.choose(self.best.label)
@@ -671,45 +672,6 @@ def prepare_pages(settings: PageSettings, args, encoder: PageEncoder, processor)
     return Pages(training, held_out, report)
 
 
-def gather_facts(settings: PageSettings, args, base: Path) -> dict:
-    """What the recipe and the model card say of this run, all of it looked up."""
-    import importlib.metadata
-
-    packages = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "peft", "bitsandbytes")
-    versions = {"python": sys.version.split()[0]}
-    for package in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    commit = ""
-    with contextlib.suppress(OSError):  # no git here
-        command = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    device = torch.cuda.get_device_name() if args.device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
-    snapshot = base.name if base.parent.name == "snapshots" else settings.base_revision  # the Hub cache names commits
-    source = resolve_dataset(settings.dataset, config=settings.dataset_config)
-    return {
-        "base_model": public_name(settings.base_model),
-        "base_revision": snapshot,
-        "dataset": public_name(settings.dataset),
-        "dataset_config": source.config,
-        "dataset_revision": dataset_revision(settings.dataset, settings.dataset_revision),
-        "dataset_licence": source.licence,
-        "commit": commit or None,
-        "versions": versions,
-        "hardware": f"{world_size()} x {device}",
-    }
-
-
-def public_name(name: str) -> str:
-    """A Hub name as it is; of a local folder only its last part, since recipe and card are published."""
-    return Path(name).resolve().name if Path(name).exists() else name
-
-
-def make_recipe(settings: PageSettings, facts: dict) -> dict:
-    asked = {item.name: getattr(settings, item.name) for item in fields(use.Recipe) if hasattr(settings, item.name)}
-    return {**asdict(use.Recipe()), **asked, "trust_remote_code": settings.trust_remote_code, **facts}
-
-
 def run(argv: list[str]) -> None:
     """(all ranks) One page's way from the dataset to the Hub."""
     # Packed rows differ in length from step to step; growing segments instead of gaps between fixed ones.
@@ -718,7 +680,9 @@ def run(argv: list[str]) -> None:
     check_settings(resolved)
     settings = resolved.settings
     if settings.plan:
-        return print_plan(fetch_base(settings), resolved)
+        base = fetch_base(settings)
+        parameters = sum(math.prod(tensor.shape) for tensor in base_tensors(base, settings).values())
+        return print_plan(resolved, load_config(base, settings), parameters)
     args = make_arguments(resolved)
     if settings.push_to_hub:
         settings.hub_repo = on_main(lambda: check_hub_access(settings.hub_repo, settings.private_repo))
@@ -756,7 +720,7 @@ def fine_tune(resolved: Resolved, args, base: Path, processor, encoder: PageEnco
     plain_loss = evaluator.rehearse(PageCollator(processor, encoder, training, chunk, notes))
     # Quantised weights give another loss, and so do those that a checkpoint will bring.
     same = packed and settings.quantize == "none" and not settings.resume and not args.resume_from_checkpoint
-    fit = Fit(memory, plain_loss if same else None, settings.checkpoint_share)
+    fit = Fit(memory, plain_loss if same else None, settings)
     collate = PageCollator(processor, encoder, training, chunk, notes, model.config, packed, half)
     if settings.compare_base:
         evaluator.evaluate("before")
@@ -817,24 +781,6 @@ def finish(final: Path, settings: PageSettings, training: dict, facts: dict, rec
     say(f"done: python use_model_from_hub.py --image PAGE.png --model ./{final} --output page.html")
 
 
-def exit_code(error: BaseException) -> int:
-    """The exit code that DESIGN's table gives a failure; 1 is a bug, and has its traceback printed."""
-    if isinstance(error, PipelineError):
-        return error.code
-    if is_out_of_memory(error):
-        return 83
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return 81
-    return 1
-
-
-def report_end(code: int) -> None:
-    """Leave this rank's exit code where the wrapper looks for it; the launcher in between loses it."""
-    folder = os.environ.get("HOLO1_STATUS_DIR")
-    if folder and Path(folder).is_dir():
-        (Path(folder) / f"rank-{rank()}").write_text(str(code))
-
-
 def main(argv: list[str] | None = None) -> int:
     code = 1
     try:
@@ -848,12 +794,7 @@ def main(argv: list[str] | None = None) -> int:
         code = exit_code(error)
         if code in (1, 83) and not isinstance(error, PipelineError):
             traceback.print_exc()
-        hints = {
-            81: "\nThe disk is full: free some space, or give another --output_dir.",
-            83: "\nOut of memory: smaller --micro_batch, --max_pixels or --max_html_tokens, more GPUs, or "
-            "--deepspeed ds_z3_offload.json.",
-        }
-        print(f"error (rank {rank()}): {error}{hints.get(code, '')}", file=sys.stderr, flush=True)
+        print(f"error (rank {rank()}): {error}{HINTS.get(code, '')}", file=sys.stderr, flush=True)
     report_end(code)
     return code
 

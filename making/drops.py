@@ -1,6 +1,8 @@
 """Why a page was left out.
 
-raise PageDropped("blank", "every pixel has the same colour")
+    raise PageDropped("blank", "every pixel has the same colour")
+
+Whoever makes a page raises it; folder counts it and names the page in dropped.jsonl.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """The dataset on disk, and what became of each page that was asked for.
 
-folder = Folder(Path("pages"), settings.digest())
-report = write_pages(sources, settings, folder, renderer)
-folder.finish(report, report.summary())
+    folder = Folder(Path("pages"), settings.digest())
+    report = write_pages(sources, settings, folder, renderer)
+    folder.finish(report, report.summary())
+
+In it: the screenshots, metadata.jsonl and dropped.jsonl with a line for each page, and summary.json.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ from typing import Any
 from making.drops import REASONS, PageDropped
 from making.local_files import LocalFiles, inline_files
 from making.one_page import encode, make_page
-from making.page_settings import Settings, SettingsError, token_counter
+from making.page_settings import Settings, token_counter
 from making.sources import Source, read_html
 from scoring.renders import Renderer
+from training.errors import SettingsError
 
 RETRIED = ("render", "changing", "duplicate")  # another run may see them otherwise
 

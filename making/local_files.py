@@ -21,7 +21,9 @@ from urllib.parse import unquote, unquote_to_bytes
 
 from making.style_sheets import SizeOf, grey_declarations, grey_sheet, in_style_element
 
-MAX_FILE_BYTES, MAX_CSS_CHARACTERS, MAX_SVG_CHARACTERS, MAX_IMPORTS = 20 * 2**20, 5_000_000, 400, 8
+MAX_FILE_BYTES = 20 * 2**20
+MAX_CSS_CHARACTERS = 5_000_000  # of all style sheets of a page
+MAX_IMPORTS = 8  # style sheets in style sheets; a browser has no such limit, a circle of them no end
 _ATTRIBUTE = re.compile(r"""([^\s"'>/=]+)(?:\s*=\s*("[^"]*"|'[^']*'|[^\s"'>]+))?""")
 _IN_TAG = r"""((?:=\s*"[^"]*"|=\s*'[^']*'|=(?!\s*["'])|[^>=])*)>"""  # no two ways to read a thing: linear time
 _MARKUP = re.compile(  # comments and elements of text first: a tag in them is none
@@ -71,7 +73,7 @@ class LocalFiles:
             imported.append(self._imported(match[1].strip("\"'"), match[2].strip(), folder, above))
             place = match.end()
         text = re.sub(r"^(?:\s|<!--)*@charset[^;]*;", "", text[place:], flags=re.I)
-        return "".join(imported) + grey_sheet(text, lambda url: self._size(url, folder))
+        return "".join(imported) + grey_sheet(text, lambda url: self.size_of(url, folder))
 
     def _imported(self, reference: str, conditions: str, folder: Path | None, above: tuple[Path, ...]) -> str:
         file = self.find(reference, folder, "style sheets")
@@ -95,7 +97,8 @@ class LocalFiles:
             return ""
         return text
 
-    def _size(self, url: str, folder: Path | None) -> tuple[float, float] | None:
+    def size_of(self, url: str, folder: Path | None) -> tuple[float, float] | None:
+        """(width, height) in px of the picture behind a url() of a file in `folder`; None where it is not to be had."""
         if url.lower().startswith("data:"):
             return picture_size(_data(url))
         file = self.find(url, folder, "pictures")
@@ -132,7 +135,7 @@ def inline_files(html: str, folder: Path | None, files: LocalFiles, scripts: boo
         text = markup[0]
         if tag in ("img", "input", "video", "embed") and (source := values.get("src") or values.get("poster")):
             text = _sized_picture(text, source, folder, files)
-        return _grey_style(text, lambda url: files._size(url, folder)) if "url(" in text and not raw else text
+        return _grey_style(text, lambda url: files.size_of(url, folder)) if "url(" in text and not raw else text
 
     html = _MARKUP.sub(replaced, html)
     return html + "".join(late)

@@ -1,7 +1,10 @@
 """One page, from its HTML to the shortest target that renders to the same pixels, and its screenshot.
 
-record, image = make_page("index.html", html, settings, renderer, count)    # PageDropped
-suffix, file = encode(image)
+    record, image = make_page("index.html", html, settings, renderer, count)    # PageDropped
+    suffix, file = encode(image)
+
+Three renders suffice where nothing shows: the page as it came, normalised, and reduced. Pixels decide, so a reduction
+may guess: one that is wrong costs renders, never a target that looks otherwise.
 """
 
 from __future__ import annotations
@@ -11,18 +14,24 @@ import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from making.browser_steps import step
 from making.drops import PageDropped
-from making.local_files import MAX_SVG_CHARACTERS
 from making.page_settings import Settings
-from making.reductions import Draft, compose, draft_of, learn, questions, reductions
+from making.reductions import Draft, compose, draft_of, learn, questions, reducible_items
 from making.style_sheets import GREY
 from scoring.renders import SHOT, Job, Render, Renderer
+from use_model_from_hub import MAX_PICTURE_PIXELS
 
-CHANCE = 0.0011  # of the pixels: what two renders of one page were seen to differ by
-MAX_RENDERS, MAX_CUTS = 16, 4  # renders to find out which reductions stay; attempts to meet a token limit
+CHANCE = 0.0011  # share of the pixels: what two renders of one page were seen to differ by
+MAX_RENDERS = 16  # to find out which reductions stay: what is kept back costs tokens, a render time
+MAX_CUTS = 4  # attempts to meet a token limit
+MAX_SVG_CHARACTERS = 400  # of markup with what it uses; a longer drawing becomes a grey picture
+MAX_TRIED_PICTURES = 200  # whose own rules are tried first; each try makes the browser lay the page out anew
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass
@@ -30,8 +39,8 @@ class Trials:
     """Renders a candidate and holds it against the page as it was; `left` renders may still be made."""
 
     renderer: Renderer
-    window: tuple[int, int]
-    image: Any  # (H, W, 3) uint8
+    window: tuple[int, int]  # width and height, CSS px
+    image: np.ndarray  # (H, W, 3) uint8
     left: int = MAX_RENDERS
     made: int = 0
 
@@ -62,8 +71,8 @@ def rendered(renderer: Renderer, job: Job) -> Render:
     return render
 
 
-def share_of_differing(one: Any, other: Any) -> float:
-    """Of two pictures' pixels; 1 where their sizes differ."""
+def share_of_differing(one: np.ndarray, other: np.ndarray) -> float:
+    """The share, 0 to 1, of pixels in which two pictures (H, W, 3) differ; 1 where their sizes do."""
     if one.shape != other.shape:
         return 1.0
     return float((one != other).any(axis=-1).mean())
@@ -76,7 +85,7 @@ def shortest(draft: Draft, trials: Trials, rematch: Callable[[list[int]], list[i
     that must, too; then kinds, then halves of a kind while renders are left. `rematch` says which selectors match once
     the elements of these numbers are gone.
     """
-    kinds = reductions(draft)
+    kinds = reducible_items(draft)
     everything = set(itertools.chain(*kinds))
     html = compose(draft, everything)
     if trials.same(html):
@@ -105,14 +114,14 @@ def shortest(draft: Draft, trials: Trials, rematch: Callable[[list[int]], list[i
 
 def drawn(
     html: str, settings: Settings, window: tuple[int, int], limit: int, renderer: Renderer
-) -> tuple[str, Any, dict[str, Any]]:
-    """(target, its screenshot, facts) of a self-contained page, cut at `limit` px."""
+) -> tuple[str, np.ndarray, dict[str, Any]]:
+    """(target, its screenshot (H, W, 3) uint8, facts) of a self-contained page, cut at `limit` px; PageDropped."""
     steps = (
         step(
             "normalise",
             scripts=settings.scripts == "run",
             grey=GREY,
-            most_tried=200,
+            most_tried=MAX_TRIED_PICTURES,
             most_svg_characters=MAX_SVG_CHARACTERS,
         ),
         step("cut", limit=limit),
@@ -144,7 +153,7 @@ def drawn(
 
 def make_page(
     name: str, html: str, settings: Settings, renderer: Renderer, count: Callable[[str], int]
-) -> tuple[dict[str, Any], Any]:
+) -> tuple[dict[str, Any], np.ndarray]:
     """(the page's record without its file's name, the screenshot); PageDropped.
 
     A target over the limit is cut higher up, until it fits.
@@ -161,7 +170,7 @@ def make_page(
         limit = int(min(limit, image.shape[0]) * 0.95 * (most - fixed) / max(1, length(target) - fixed))
         if attempt == MAX_CUTS or limit < 50:
             raise PageDropped("too long", f"{length(target):,} with a style sheet of {fixed:,}, {most:,} allowed")
-    if image.shape[0] * image.shape[1] > 20_000_000:
+    if image.shape[0] * image.shape[1] > MAX_PICTURE_PIXELS:  # the training would refuse it
         raise PageDropped("too long", f"{image.shape[1]:,} x {image.shape[0]:,} pixels")
     normalised = facts.pop("normalised")
     lengths = {"characters": len, "tokens": count} if settings.tokenizer else {"characters": len}
@@ -170,8 +179,8 @@ def make_page(
     return record | facts | sizes, image
 
 
-def encode(image: Any) -> tuple[str, bytes]:
-    """(suffix, file) of the smaller of a lossless WebP and a PNG."""
+def encode(image: np.ndarray) -> tuple[str, bytes]:
+    """(suffix, file) of a picture (H, W, 3): the smaller of a lossless WebP and a PNG."""
     from PIL import Image
 
     files, picture = {}, Image.fromarray(image)
@@ -179,7 +188,7 @@ def encode(image: Any) -> tuple[str, bytes]:
         ".png": {"compress_level": 6},
         ".webp": {"lossless": True, "quality": 30, "method": 3},
     }.items():
-        if suffix == ".webp" and max(picture.size) > 16_383:
+        if suffix == ".webp" and max(picture.size) > 16_383:  # px, which is all that WebP can hold
             continue
         file = io.BytesIO()
         picture.save(file, suffix[1:].upper(), **options)

@@ -1,8 +1,10 @@
 """What decides how a page comes out, checked before anything is rendered.
 
-settings = Settings(widths=(1280, 390), tokenizer="holo1_dom_finetune_final")
-check_settings(settings)                        # SettingsError that names every problem
-count = token_counter(settings.tokenizer)
+    settings = Settings(widths=(1280, 390), tokenizer="holo1_dom_finetune_final")
+    check_settings(settings)                        # SettingsError that names every problem
+    count = token_counter(settings.tokenizer)
+
+The command line (make_pages.py) has a flag for each field.
 """
 
 from __future__ import annotations
@@ -31,9 +33,11 @@ class Settings:
     tokenizer: str | None = None  # a folder with tokenizer.json, or that file
 
     def digest(self) -> str:
+        """16 hex digits that stand for these settings and RECIPE in a page's line; equal ones make equal pages."""
         return hashlib.sha256(json.dumps([RECIPE, asdict(self)], sort_keys=True).encode()).hexdigest()[:16]
 
     def width_of(self, name: str) -> int:
+        """CSS px for the page of that name: by a hash, so that it stays whatever other pages there are."""
         return self.widths[int(hashlib.sha256(name.encode()).hexdigest(), 16) % len(self.widths)]
 
 
@@ -58,12 +62,16 @@ def check_settings(settings: Settings) -> None:
 
 
 def tokenizer_file(place: str) -> Path:
+    """The tokenizer.json that `place`, a folder or that file, stands for; it need not exist."""
     path = Path(place).expanduser()
     return path / "tokenizer.json" if path.is_dir() else path
 
 
 def token_counter(place: str | None) -> Callable[[str], int]:
-    """Counts tokens with the tokenizer at `place`; characters without one."""
+    """A function that counts the tokens of a text by the tokenizer at `place`, or its characters where that is None.
+
+    SettingsError where the file cannot be read.
+    """
     if place is None:
         return len
     from tokenizers import Tokenizer

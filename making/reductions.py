@@ -1,10 +1,10 @@
 """What of a page can go. Each reduction is an item of a set, so that many can be tried at once or halved.
 
-    draft = draft_of(extract)                       # of extract.js
-    learn(draft, asked := questions(draft), answer) # of analyse.js
-    compose(draft, dropped=set(reductions(draft)[0]))   # a complete document without those
+    draft = draft_of(extract)                           # what extract.js says
+    learn(draft, asked := questions(draft), answer)     # what analyse.js says
+    compose(draft, dropped=set(reducible_items(draft)[0]))     # a complete document without those
 
-Nothing here says what may go: one_page renders what is left, and compares.
+Nothing here decides: one_page renders what is left, and compares pixels.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from making.style_sheets import (
     write_css,
 )
 
+# ("rule", its number), ("attribute", its name), ("text", what is done to it) or ("element", its number in analyse.js)
 Item = tuple[str, Any]
 _TAG = re.compile(r"""<([a-zA-Z][^\s/>]*)((?:\s+[^\s=>]+(?:="[^"]*")?)*)\s*/?>""")
 _PAIR = re.compile(r"""\s+([^\s=>]+)(?:="([^"]*)")?""")
@@ -65,6 +66,7 @@ class Draft:
 
 
 def draft_of(extract: Mapping[str, Any]) -> Draft:
+    """The page that extract.js has taken apart, each rule of its style sheets numbered."""
     numbers = itertools.count()
 
     def numbered(rules: list[Rule]) -> list[Rule]:
@@ -94,13 +96,14 @@ def questions(draft: Draft) -> dict[str, list]:
 
 
 def learn(draft: Draft, asked: Mapping[str, list], answer: Mapping[str, Any]) -> None:
+    """Puts analyse.js's answer to `asked` into the draft."""
     draft.plain, draft.spaced, draft.elements = answer["plain"], answer["spaced"], answer["dropped"]
     draft.matched = dict(zip(asked["selectors"], answer["after"]))
     draft.media, draft.supports = (dict(zip(asked[name], answer[name])) for name in ("media", "supports"))
     draft.declared = dict(zip(asked["declared"], answer["declared"]))
 
 
-def reductions(draft: Draft) -> list[list[Item]]:
+def reducible_items(draft: Draft) -> list[list[Item]]:
     """Everything that may be dropped, in groups of a kind: what was likely to change nothing comes first."""
     rules = [("rule", rule.number) for rule in every_rule(itertools.chain(*draft.sheets))]
     names = {name.lower() for tag in _TAG.finditer(draft.plain) for name, _ in _PAIR.findall(tag[2])}
@@ -133,8 +136,8 @@ def reduced_rule(rule: Rule, draft: Draft, inner: list[Rule]) -> list[Rule]:
     return [Rule(", ".join(selectors), body, None, rule.number)] if selectors and body.strip() else []
 
 
-def style_sheets(draft: Draft, dropped: Collection[Item]) -> list[str]:
-    """The text of each style sheet."""
+def sheet_texts(draft: Draft, dropped: Collection[Item]) -> list[str]:
+    """The text of each style sheet without what is dropped; as many as the page has, since each has its mark there."""
 
     def reduced(rules: list[Rule]) -> list[Rule]:
         found: list[Rule] = []
@@ -163,7 +166,7 @@ def compose(draft: Draft, dropped: Collection[Item]) -> str:
     if ("text", "spaces") in dropped:
         html = re.sub(r"\n[ \n]+(?=<)", "\n", html) if "<pre" not in html and "<textarea" not in html else html
         html = re.sub(r"\s+(?=</body>)", "", html)
-    sheets = style_sheets(draft, dropped)
+    sheets = sheet_texts(draft, dropped)
     if ("text", "unused names") in dropped:
         styles = " ".join(re.findall(r'\sstyle="([^"]*)"', html))
         sheets = [

@@ -18,10 +18,6 @@ _URL = re.compile(r"""url\(\s*(?:"((?:\\.|[^"\\])*)"|'((?:\\.|[^'\\])*)'|([^"')]
 GREY = "linear-gradient(#ccc,#ccc)"  # a picture in CSS that has no size of its own
 
 
-def in_style_element(css: str) -> str:
-    return re.sub(r"</(?=style)", r"<\\/", css, flags=re.I)
-
-
 _CSS = re.compile(  # comment, string, url, escape; a bracket or the end of a declaration; anything else
     r"""/\*.*?(?:\*/|\Z)|"(?:\\.|[^"\\\n])*"?|'(?:\\.|[^'\\\n])*'?|url\(\s*[^"'()\s][^()]*\)|\\."""
     r"""|[{}()\[\];]|[^{}()\[\];"'\\/u]+|.""",
@@ -35,9 +31,12 @@ UNSEEN_PROPERTY = re.compile(  # no screenshot shows them; the pixels are compar
     r"|(?:-webkit-)?print-color|orphans$|widows$|page-break|caret-color$|-webkit-touch|overscroll|behavior$",
     re.I,
 )
-PRIVATE = re.compile(
+PRIVATE = re.compile(  # characters that only an icon font draws, as escapes or as they are
     r"\\(?:0?[ef][0-9a-f]{3}|f[0-9a-f]{4}|10[0-9a-f]{4})(?![0-9a-f])\s?|[\ue000-\uf8ff\U000f0000-\U0010ffff]", re.I
 )
+
+
+SizeOf = Callable[[str], tuple[float, float] | None]  # a picture's address -> (width, height) in px, where known
 
 
 @dataclass
@@ -129,16 +128,19 @@ def split_selectors(prelude: str) -> list[str]:
     return [*found, text.strip()]
 
 
+def in_style_element(css: str) -> str:
+    """`css` as the text of a <style>, which nothing in it may end."""
+    return re.sub(r"</(?=style)", r"<\\/", css, flags=re.I)
+
+
 def write_css(rules: Iterable[Rule]) -> str:
+    """The rules as text, one a line."""
     return "\n".join(
         f"{rule.prelude};"
         if rule.body is None and rule.rules is None
         else f"{rule.prelude}{{{write_css(rule.rules) if rule.rules is not None else rule.body}}}"
         for rule in rules
     )
-
-
-SizeOf = Callable[[str], "tuple[float, float] | None"]
 
 
 def grey_sheet(css: str, size_of: SizeOf) -> str:
@@ -158,7 +160,7 @@ def grey_sheet(css: str, size_of: SizeOf) -> str:
 
 
 def grey_declarations(body: str, size_of: SizeOf) -> str:
-    """A picture whose size is known keeps it, so that an icon's box is as large as the icon."""
+    """A rule's body with grey for its pictures, each of the size it had where that is known: an icon's box, say."""
     if "{" in body:  # rules in a rule
         return _URL.sub(lambda url: url[0] if (url[1] or url[2] or url[3] or "").startswith("#") else GREY, body)
     kept = []
@@ -182,6 +184,7 @@ def grey_declarations(body: str, size_of: SizeOf) -> str:
 
 
 def every_rule(rules: Iterable[Rule]) -> Iterator[Rule]:
+    """Each rule, those in groups, too, in the order of the sheet."""
     for rule in rules:
         yield rule
         yield from every_rule(rule.rules or [])
@@ -223,6 +226,7 @@ def joined(rules: list[Rule]) -> list[Rule]:
 
 
 def minified(rules: Iterable[Rule]) -> list[Rule]:
+    """The rules without needless white space, neighbours in groups joined."""
     found = []
     for rule in rules:
         prelude = squeeze(rule.prelude, "," if rule.name else ",>")
@@ -236,6 +240,7 @@ def minified(rules: Iterable[Rule]) -> list[Rule]:
 
 
 def short_declarations(body: str) -> str:
+    """A rule's body without needless white space; what is no declaration goes."""
     return ";".join(f"{name}:{squeeze(value)}" for name, value in declarations(body))
 
 

@@ -103,6 +103,68 @@ def make_config(tokenizer, hidden: int = 32, tie: bool = True):
     return config
 
 
+def make_qwen3_vl_processor():
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    size = {"shortest_edge": 64 * 64, "longest_edge": 320 * 320}
+    return Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=size, patch_size=16),
+        tokenizer=make_tokenizer(),
+        video_processor=Qwen3VLVideoProcessor(),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_qwen3_vl_config(tokenizer, hidden: int = 32):
+    """Heads wider than their share of the hidden width, a vision MLP without a gate, one DeepStack layer."""
+    from transformers import Qwen3VLConfig
+
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>") for name in ("image", "video")}
+    for name in ("vision_start", "vision_end"):
+        ids[f"{name}_token_id"] = tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+    text = {
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 2, 2]},
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 60,
+        "num_heads": 2,
+        "out_hidden_size": hidden,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0],
+    }
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    config.dtype = "bfloat16"
+    config.architectures = ["Qwen3VLForConditionalGeneration"]
+    return config
+
+
+def make_qwen3_vl_base(folder: Path) -> Path:
+    import torch
+    from transformers import GenerationConfig, Qwen3VLForConditionalGeneration
+
+    processor = make_qwen3_vl_processor()
+    processor.save_pretrained(folder)
+    torch.manual_seed(0)
+    model = Qwen3VLForConditionalGeneration(make_qwen3_vl_config(processor.tokenizer)).to(torch.bfloat16)
+    ends = {"eos_token_id": processor.tokenizer.eos_token_id, "pad_token_id": processor.tokenizer.pad_token_id}
+    model.generation_config = GenerationConfig(**ends)
+    model.save_pretrained(folder)
+    return folder
+
+
 def make_base(folder: Path, tie: bool = True, weights: bool = True, dtype=None, damage: float | None = None) -> Path:
     import torch
     from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration

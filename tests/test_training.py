@@ -121,42 +121,16 @@ def test_the_fast_path_learns_what_the_plain_one_learns(exact_base, pages_folder
     assert worst < 1e-4, worst
 
 
-START_ANEW = """
-import os, sys
-sys.path.insert(0, {root!r})
-import torch
-import holo1_dom_finetune as pipeline
-from training.errors import UploadError
-from training import memory_plan
-
-def choose(args, settings, *unused):
-    way = memory_plan.Way(processes=2, micro_batch=args.per_device_train_batch_size)
-    return memory_plan.Plan(way, {{"weights": 1.0}})
-
-def forward(self, trainer, batch, real=pipeline.Fit.forward):
-    pages = len(batch["image_grid_thw"])
-    if trainer.model.training and pages > 2 and str(pipeline.rank()) in {failing!r}:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-    return real(self, trainer, batch)
-
-pipeline.choose_micro_batch, pipeline.Fit.forward = choose, forward
-torch.cuda.max_memory_allocated = lambda: 2**30
-pipeline.leave(pipeline.main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("start", "failing"), [(start_torchrun, "1"), (start_deepspeed, "01")])
-def test_a_batch_that_does_not_fit_starts_anew_with_half_as_many_pages(
-    start, failing, exact_base, pages_folder, tmp_path
-):
+def test_a_batch_that_does_not_fit_restarts_with_half_as_many_pages(start, failing, exact_base, pages_folder, tmp_path):
     """Memory runs out in the proof on one of two ranks, or on both (simulated: no GPU here); both begin again."""
-    script = tmp_path / "bold.py"
-    script.write_text(START_ANEW.format(root=str(ROOT), failing=failing))
+    script = str(PROGRAMS / "memory_runs_out.py")
     flags = small_run(exact_base, pages_folder, per_device_train_batch_size=4, gradient_accumulation_steps=1)
-    done = start(flags, tmp_path, script=str(script), processes=2, timeout=120)
+    environment = {"FAILING_RANKS": failing}
+    done = start(flags, tmp_path, script=script, processes=2, timeout=120, env=environment)
     assert done.returncode == 0, output(done)
-    assert "starting anew with --micro_batch 2" in done.stdout
+    assert "restarting with --micro_batch 2" in done.stdout
     assert "4 pages x 1 accumulated x 2 processes = 8 pages per step" in done.stdout
     assert "2 pages x 2 accumulated x 2 processes = 8 pages per step" in done.stdout
     assert "the longest possible batch of 2 pages fits" in done.stdout

@@ -5,6 +5,7 @@ Rooms from top to bottom; each may import those below it, and none above:
     results         results.json, the report that shows every page, the last words
     best_weights    the best weights of a run, by the metric that chooses
     evaluation      held-out pages: written, rendered, scored, kept
+    recipe          what a run is made of: the facts of its recipe and its card
     final_folder    the base's tensors as training has left them: written aside, compared, renamed
     publishing      the push to the Hub
     model_card      the model card, by model_card.md beside it

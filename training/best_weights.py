@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import use_model_from_hub as use
-from scoring.metrics import CHOOSING, is_better
+from scoring import metrics
 from training.processes import is_main, say
 
 
@@ -42,8 +42,8 @@ class BestWeights:
 
     def leads(self, result: Mapping[str, Any]) -> bool:
         """Whether a result is better than the best so far, over the pages that choose."""
-        score = result.get("choosing", {}).get(CHOOSING)
-        return score is not None and (self.step is None or is_better(score, self.score))
+        score = result.get("choosing", {}).get(metrics.CHOOSING)
+        return score is not None and (self.step is None or metrics.is_better(score, self.score))
 
     def consider(
         self, step: int, result: dict[str, Any], rows: Sequence[dict[str, Any]], save: Callable[[Path], None]
@@ -52,7 +52,7 @@ class BestWeights:
         if "choosing" not in result:  # nothing was rendered
             return False
         if self.leads(result):
-            self.step, self.score, self.evaluations_since = step, result["choosing"][CHOOSING], 0
+            self.step, self.score, self.evaluations_since = step, result["choosing"][metrics.CHOOSING], 0
             self.result, self.rows = result, list(rows)
             save(self.folder)
         else:
@@ -60,14 +60,14 @@ class BestWeights:
         if is_main():
             names = ("step", "score", "evaluations_since", "result", "rows")
             self.notes.write_text(json.dumps({name: getattr(self, name) for name in names}) + "\n", encoding="utf-8")
-        say(f"best so far: {CHOOSING} {self.score:.3f} at step {self.step}, kept in output_dir/best")
+        say(f"best so far: {metrics.CHOOSING} {self.score:.3f} at step {self.step}, kept in output_dir/best")
         return 0 < self.patience <= self.evaluations_since
 
     def beats(self, last: Mapping[str, Any]) -> bool:
         """Whether the kept weights are there and better than those of the end."""
-        score = last.get("choosing", {}).get(CHOOSING)
+        score = last.get("choosing", {}).get(metrics.CHOOSING)
         kept = self.step is not None and (self.folder / use.RECIPE_FILE).is_file()
-        return kept and score is not None and is_better(self.score, score)
+        return kept and score is not None and metrics.is_better(self.score, score)
 
     def become_final(self, final: Path) -> None:
         """(main process only) Put the kept weights in the final folder's place."""

@@ -1,7 +1,9 @@
 """Drops from a page's HTML what no screenshot shows; what is left looks as before, but for its pictures.
 
-steps = cleaning_steps("comments,scripts")          # of --clean; SettingsError for an unknown one
-clean_html(html, steps)                             # a second cleaning changes nothing
+    steps = cleaning_steps("comments,scripts")          # of --clean; SettingsError for an unknown one
+    clean_html(html, steps)
+
+A second cleaning changes nothing, and either takes time that grows with the length of the page alone.
 """
 
 from __future__ import annotations
@@ -42,7 +44,11 @@ _GONE = "\0"  # stands where something was dropped, until the lines that held no
 
 
 def clean_html(html: str, steps: Collection[str]) -> str:
-    """Drops what no screenshot shows (some of CLEANING_STEPS); the page looks as before, but for its pictures."""
+    """`html` without what `steps`, some of CLEANING_STEPS, drop; as it was where there are none.
+
+    comments: also those of style sheets. scripts: with <noscript>, on... attributes and javascript: links. tracking:
+    pixels, frames and hints that fetch ahead. base64: long data: URLs that hold no text become empty ones.
+    """
 
     def cleaned(markup: re.Match[str]) -> str:
         raw, raw_attributes, raw_close, content, end, name, attributes, close = markup.groups()

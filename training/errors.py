@@ -4,6 +4,8 @@ raise SettingsError("--num_samples 0: give 1 or more")      # ends the run with 
 MEANINGS[82]                                                # what the wrapper says of a run that ended with 82
 """
 
+import errno
+
 # Each code and what it means, once; README_DeepSpeed.md's table is held against it by a test.
 MEANINGS = {
     0: "done",
@@ -16,6 +18,13 @@ MEANINGS = {
     84: "a rank hangs",
     85: "stopped by a signal, state saved",
     86: "trained and saved, but not uploaded",
+}
+
+
+HINTS = {  # behind the message of a failure that no class of ours names
+    81: "\nThe disk is full: free some space, or give another --output_dir.",
+    83: "\nOut of memory: smaller --micro_batch, --max_pixels or --max_html_tokens, more GPUs, or "
+    "--deepspeed ds_z3_offload.json.",
 }
 
 
@@ -64,3 +73,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
         return True
     return isinstance(error, (RuntimeError, OSError)) and any(text in str(error).lower() for text in OUT_OF_MEMORY)
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of a failure: its class says it, or what it is about; 1 is a bug."""
+    if isinstance(error, PipelineError):
+        return error.code
+    if is_out_of_memory(error):
+        return 83
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return 81
+    return 1

@@ -25,9 +25,9 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 import use_model_from_hub as use
+from scoring import metrics
 from scoring.clip import Clip, find_clip
 from scoring.many_pages import Pair, Progress, browser_facts, run_pairs, window_of, write_pages_report
-from scoring.metrics import CHOOSING
 from scoring.proof import ScorerError, prove
 from scoring.renders import BrowserMissing, Renderer
 from scoring.statistics import means, scores_line, summarise
@@ -150,7 +150,7 @@ def score_held_out(
         result |= means([scores[place] for place in parts.comparing])
         if parts.choosing:
             found = means([scores[place] for place in parts.choosing])
-            result["choosing"] = {"n": found["n"], CHOOSING: found[CHOOSING], "apart": parts.apart}
+            result["choosing"] = {"n": found["n"], metrics.CHOOSING: found[metrics.CHOOSING], "apart": parts.apart}
     return {**result, "pages": scored}
 
 
@@ -297,4 +297,4 @@ def announce(label: str, result: Mapping[str, Any]) -> str:
 def rendered_words(result: Mapping[str, Any]) -> str:
     if "failures" not in result:
         return ""
-    return f"; rendered, {result['failures']} failures as 0: {scores_line(result)}"
+    return f"; rendered, {result['failures']} failures counted as the worst: {scores_line(result)}"

@@ -17,6 +17,7 @@ import os
 import socket
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from training.errors import PipelineError
@@ -74,6 +75,13 @@ def say(message: str) -> None:
 def say_from_here(message: str) -> None:
     """One line on stdout that names this process."""
     print(f"rank {rank()}: {message}", flush=True)
+
+
+def report_end(code: int) -> None:
+    """(any rank) Leave this rank's exit code where the wrapper looks for it; the launcher in between loses it."""
+    folder = os.environ.get("HOLO1_STATUS_DIR")
+    if folder and Path(folder).is_dir():
+        (Path(folder) / f"rank-{rank()}").write_text(str(code))
 
 
 # -----------------------------------------------------------------------------

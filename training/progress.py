@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
-import matplotlib
 import psutil
 import torch
 
@@ -117,6 +116,8 @@ def log_line(logs: dict, state) -> str:
 
 def draw_loss(history: list[dict], path: Path) -> None:
     """The loss curve as a picture: every step pale, their running mean strong."""
+    import matplotlib  # half a second, and only at the end of a run
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

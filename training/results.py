@@ -87,7 +87,7 @@ def compare_results(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict
     Over the pages that did not choose the weights. "apart" is False where there was but one page for both.
     """
     runs = [[page for page in run["pages"] if not page.get("chooses")] for run in (before, after)]
-    known = runs[0][0].keys() & runs[1][0].keys()
+    known = set.intersection(*({*page} for pages in runs for page in pages))  # a metric may have left a page out
     names = [name for name in (*metrics.names(), "exact", "valid") if name in known]
     differences = {
         name: paired_comparison(*([float(page[name]) for page in pages] for pages in runs)) for name in names

@@ -87,7 +87,7 @@ class PageSettings:
         "auto", "Pages that go through at once on each GPU, or auto: as many as fit. Pages per step stay the same."
     )
     checkpoint_share: float | None = setting(
-        None, "Share of the layers whose activations are worked out twice; not set: as few as memory asks for."
+        None, "Share of the layers whose activations are recomputed; not set: as few as memory asks for."
     )
     plan: bool = setting(False, "Print how much memory 1 to 64 GPUs need and what auto would choose, then stop.")
     eval_pages: int = setting(32, "Held-out pages, written by the model after training.")

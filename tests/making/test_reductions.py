@@ -2,7 +2,7 @@
 
 import itertools
 
-from making.reductions import Draft, compose, draft_of, reductions, style_sheets, without_attributes
+from making.reductions import Draft, compose, draft_of, reducible_items, sheet_texts, without_attributes
 
 
 def draft(css: str, html: str = "<html><body></body></html>", **answers) -> Draft:
@@ -15,7 +15,7 @@ def draft(css: str, html: str = "<html><body></body></html>", **answers) -> Draf
 
 def reduced(css: str, **answers) -> str:
     made = draft(css, **answers)
-    return style_sheets(made, set(itertools.chain(*reductions(made))))[0]
+    return sheet_texts(made, set(itertools.chain(*reducible_items(made))))[0]
 
 
 def test_rules_that_match_nothing_and_conditions_that_fail_go():

@@ -97,7 +97,7 @@ def test_the_fused_functions_need_few_graphs(processor, model, monkeypatch):
     torch._dynamo.reset()
     twin = fast_twin(model, fuse=True).train()
     twin.gradient_checkpointing_enable({"use_reentrant": False})
-    memory_fit.checkpoint_some_layers(twin, 0.5)
+    memory_fit.recompute_some_layers(twin, 0.5)
     with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
         for count in (3, 2, 4):
             batch = collate(processor, pages(count, seed=count), packed=True)

@@ -70,6 +70,7 @@ def test_weights_are_gathered_once_per_step_where_they_fit(share, threshold, who
     args = SimpleNamespace(
         device=torch.device("cuda"),
         deepspeed="ds_z3.json",
+        activation_checkpointing=True,
         hf_deepspeed_config=SimpleNamespace(config={"zero_optimization": zero}),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=8,
@@ -79,6 +80,6 @@ def test_weights_are_gathered_once_per_step_where_they_fit(share, threshold, who
     plan = memory_fit.choose_micro_batch(args, pipeline.PageSettings(), shapes_of_3b(), pages, encoder)
     assert plan.way.whole == whole
     assert zero[zero3.THRESHOLD] == (10**11 if whole else threshold)
-    assert plan.total <= memory_plan.MEMORY_SHARE * share * 140
-    assert plan.parts["gathered"] == pytest.approx(7.0 if whole else 1.86, rel=0.02)
+    assert plan.total_gib <= memory_plan.MEMORY_SHARE * share * 140
+    assert plan.parts_gib["gathered"] == pytest.approx(7.0 if whole else 1.86, rel=0.02)
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 8

@@ -151,3 +151,13 @@ def test_the_card_tells_the_difference_and_whether_other_pages_chose(tmp_path: P
     comparison["apart"] = False
     text = write_model_card(tmp_path, FACTS | {"results": FACTS["results"] | {"comparison": comparison}})
     assert "The same pages chose the weights" in text
+
+
+def test_a_metric_added_to_the_table_is_on_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = metrics.Metric("excess_text", "excess text", lambda pair: 0.0, better="lower")
+    monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, more))
+    text = write_model_card(tmp_path, FACTS | {"results": FACTS["results"] | {"excess_text": 0.125}})
+    assert "| excess text | not measured | 0.125 |" in text
+    monkeypatch.setattr(metrics, "CHOOSING", "excess_text")
+    text = write_model_card(tmp_path, FACTS)
+    assert text.index("| excess text |") < text.index("| likeness |"), "the one that chooses comes first"

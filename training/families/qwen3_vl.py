@@ -21,7 +21,7 @@ def shape(config) -> Shape:
     return Shape(
         language=Tower(text.num_hidden_layers, text.hidden_size, queries, keys, text.intermediate_size),
         vocabulary=text.vocab_size,
-        tied=getattr(config, "tie_word_embeddings", False) or text.tie_word_embeddings,
+        tied=config.tie_word_embeddings,  # the text configuration has no such field (transformers 5.23)
         vision=Tower(vision.depth, width, width, width, vision.intermediate_size, gated=False),
         patch=3 * vision.temporal_patch_size * vision.patch_size**2,
         per_token=vision.spatial_merge_size**2,

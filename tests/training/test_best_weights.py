@@ -1,0 +1,57 @@
+"""The best weights: which evaluation leads, what a resumed run knows of it, and what becomes of them at the end."""
+
+import pytest
+
+from scoring import metrics
+from scoring.metrics import Metric
+from training.best_weights import BestWeights
+
+
+def result(score: float, name: str = metrics.CHOOSING) -> dict:
+    return {"choosing": {"n": 2, name: score, "apart": True}}
+
+
+def keep(folder) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "dom_recipe.json").write_text("{}")
+
+
+def test_the_better_evaluation_leads_and_patience_runs_out(tmp_path):
+    best = BestWeights(tmp_path, patience=2, resumes=False)
+    ends, kept_at = [], []
+    for step, score in ((1, 0.5), (2, 0.6), (3, 0.6), (4, 0.1)):
+        ends.append(best.consider(step, result(score), [{"html": str(step)}], keep))
+        kept_at.append(best.step)
+    assert ends == [False, False, False, True] and kept_at == [1, 2, 2, 2]
+    assert (best.step, best.score, best.evaluations_since) == (2, 0.6, 2)
+    again = BestWeights(tmp_path, patience=2, resumes=True)
+    assert (again.step, again.score, again.evaluations_since) == (2, 0.6, 2)
+    assert again.rows == [{"html": "2"}] and again.result == result(0.6)
+    assert BestWeights(tmp_path, patience=2, resumes=False).step is None
+
+
+def test_only_better_weights_that_are_there_replace_those_of_the_end(tmp_path):
+    best, final = BestWeights(tmp_path, patience=0, resumes=False), tmp_path / "final"
+    assert not best.beats(result(0.1)), "there are none"
+    best.consider(1, result(0.5), [], keep)
+    assert best.beats(result(0.4)) and not best.beats(result(0.5)) and not best.beats({"exact": 1.0})
+    final.mkdir()
+    best.become_final(final)
+    assert [path.name for path in final.iterdir()] == ["dom_recipe.json"]
+    best.forget()
+    assert [path.name for path in tmp_path.iterdir()] == ["final"] and not best.beats(result(0.4))
+
+
+def test_an_evaluation_without_a_browser_chooses_nothing(tmp_path):
+    best = BestWeights(tmp_path, patience=1, resumes=False)
+    assert not best.consider(1, {"exact": 0.5}, [], lambda folder: pytest.fail("saved")) and best.step is None
+
+
+def test_a_metric_added_to_the_table_can_choose_and_lower_may_be_better(tmp_path, monkeypatch):
+    more = Metric("excess_text", "excess text", lambda pair: 0.0, better="lower")
+    monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, more))
+    monkeypatch.setattr(metrics, "CHOOSING", "excess_text")
+    best = BestWeights(tmp_path, patience=0, resumes=False)
+    for step, score in ((1, 0.3), (2, 0.2), (3, 0.4)):
+        best.consider(step, result(score, "excess_text"), [], keep)
+    assert best.step == 2 and best.beats(result(0.3, "excess_text")) and not best.beats(result(0.1, "excess_text"))

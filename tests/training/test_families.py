@@ -1,0 +1,169 @@
+"""Families: what each says of its architecture is what the true processor and the true modules do."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import (
+    PROGRAMS,
+    make_config,
+    make_processor,
+    make_qwen3_vl_base,
+    make_qwen3_vl_config,
+    make_qwen3_vl_processor,
+    output,
+    run_script,
+    small_run,
+    start_plain,
+    weights,
+)
+
+import use_model_from_hub as use
+from training.errors import PipelineError, SettingsError
+from training.families import FAMILIES, family_of, trains_fast
+from training.page_costs import parameters
+from training.settings import PageSettings
+
+LIMIT = 1_003_520  # the default --max_pixels
+
+
+def make_model(name: str):
+    """A tiny model of the true architecture on no device, and its processor."""
+    from transformers import AutoModelForImageTextToText
+
+    processor = make_processor() if name == "qwen2_5_vl" else make_qwen3_vl_processor()
+    make = make_config if name == "qwen2_5_vl" else make_qwen3_vl_config
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(make(processor.tokenizer)), processor
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def made(request):
+    model, processor = make_model(request.param)
+    return family_of(request.param), model, processor
+
+
+def screenshot(width: int, height: int):
+    from PIL import Image
+
+    return Image.new("RGB", (width, height), "pink")
+
+
+def test_every_family_is_found_by_its_model_type_and_by_a_configuration(made):
+    family, model, _ = made
+    assert family_of(model.config) is family
+    assert family.model_type == model.config.model_type
+
+
+def test_an_unknown_architecture_is_refused_by_name_with_what_to_do():
+    with pytest.raises(SettingsError, match=r"is a llama; .*qwen2_5_vl.*write training/families/llama\.py as"):
+        family_of("llama")
+
+
+@pytest.mark.parametrize(("name", "pixels"), [("qwen2_5_vl", 28), ("qwen3_vl", 32)])
+@pytest.mark.parametrize("size", [(1280, 784), (2000, 500), (900, 1115), (5000, 3000), (64, 64), (333, 77)])
+def test_image_tokens_are_counted_as_the_processor_makes_them(name, pixels, size):
+    family, (_, processor) = family_of(name), make_model(name)
+    family.limit_pixels(processor, 3_136, LIMIT)
+    (picture,) = family.pictures(processor, [screenshot(*size)])
+    grid = picture.inputs["image_grid_thw"]
+    assert family.image_tokens(processor, *size) == len(picture.ids) == int(grid.prod()) // 4
+    assert picture.patches == int(grid.prod()) == len(picture.inputs["pixel_values"])
+    assert set(picture.ids) == {processor.image_token_id}
+    assert len(picture.ids) * pixels**2 <= LIMIT
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("qwen2_5_vl", 1_280), ("qwen3_vl", 980)])
+def test_the_most_image_tokens_are_reached_and_never_exceeded(name, tokens):
+    family, (model, processor) = family_of(name), make_model(name)
+    family.limit_pixels(processor, 3_136, LIMIT)
+    assert family.most_image_tokens(model.config, LIMIT) == tokens
+    assert family.image_tokens(processor, 1120, 896) == tokens
+    assert max(family.image_tokens(processor, width, 4_000) for width in range(500, 6_000, 37)) <= tokens
+
+
+def test_joined_pictures_are_what_the_processor_makes_of_all_together(made):
+    family, _, processor = made
+    screenshots = [screenshot(84, 112), screenshot(200, 140)]
+    joined = family.join(family.pictures(processor, screenshots))
+    together = processor.image_processor(images=screenshots, return_tensors="pt")
+    assert joined.keys() == set(together)
+    assert all(torch.equal(joined[name], together[name]) for name in joined)
+
+
+def test_the_model_takes_token_types_where_the_family_says_so(made):
+    family, _, processor = made
+    assert family.token_types == ("mm_token_type_ids" in processor.model_input_names)
+
+
+def test_the_vision_tower_is_everything_but_the_language_model_and_the_head(made):
+    family, model, _ = made
+    inside = {name for part in family.vision_modules(model) for name, _ in part.named_parameters()}
+    outside = [name for name, _ in model.named_parameters() if not re.search("language_model|lm_head", name)]
+    assert len(inside) == len(outside) and all(name.startswith(family.vision) for name in outside)
+
+
+def test_a_vision_tower_of_another_name_is_an_error(made):
+    from dataclasses import replace
+
+    family, model, _ = made
+    with pytest.raises(PipelineError, match=r"has no model\.eyes: correct training/families/"):
+        replace(family, vision=("model.eyes",)).vision_modules(model)
+
+
+def test_adapters_go_into_the_language_models_own_projections(made):
+    family, model, _ = made
+    adapted = [name for name, module in model.named_modules() if re.fullmatch(family.adapters, name)]
+    assert len(adapted) == 7 * model.config.get_text_config().num_hidden_layers
+    assert not [name for name in adapted if "visual" in name]
+
+
+def test_costs_count_every_weight_that_multiplies(made):
+    """All but norms, biases, embeddings: those of linear layers and of the convolution that reads the patches."""
+    family, model, _ = made
+    language, head, tower, merger = parameters(family.shape(model.config))
+    counted = {"language": 0, "head": 0, "tower": 0, "merger": 0}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv3d):
+            merging = "merger" if "merger" in name else "tower" if "visual" in name else "language"
+            counted["head" if name == "lm_head" else merging] += module.weight.numel()
+    assert counted == {"language": language, "head": head, "tower": tower, "merger": merger}
+
+
+def test_only_the_families_with_a_fast_path_take_it(made):
+    family, model, _ = made
+    assert trains_fast(model.config, PageSettings()) == (family.model_type == "qwen2_5_vl")
+    assert not trains_fast(model.config, PageSettings(fast=False))
+
+
+def test_families_need_no_torch(tmp_path):
+    done = run_script(str(PROGRAMS / "imports_no_torch.py"), *FAMILIES, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_qwen3_vl_is_trained_saved_and_loaded_again(pages_folder, tmp_path):
+    """The true architecture, two layers deep, through the real main: the plain path, from its base to its pages."""
+    base = make_qwen3_vl_base(tmp_path / "base")
+    rates = {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "warmup_steps": 0, "num_train_epochs": 3}
+    done = start_plain(small_run(base, pages_folder, gradient_accumulation_steps=2, **rates), tmp_path)
+    assert done.returncode == 0, output(done)
+    assert "fast path" not in done.stdout
+    losses = [float(line.split("loss ")[1].split()[0]) for line in done.stdout.splitlines() if line.startswith("step ")]
+    assert losses[-1] < losses[0] - 0.1, losses
+    final = tmp_path / "holo1_dom_finetune_final"
+    before, after = weights(base), weights(final)
+    assert {key: (value.shape, value.dtype) for key, value in after.items()} == {
+        key: (value.shape, value.dtype) for key, value in before.items()
+    }
+    changed = [key for key, value in after.items() if not torch.equal(value, before[key])]
+    assert any("visual" in key for key in changed) and any("language_model" in key for key in changed)
+    loaded = subprocess.run(
+        [sys.executable, str(PROGRAMS / "loads_anywhere.py")], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert loaded.returncode == 0, loaded.stderr
+    model, processor = use.load_model(str(final), use.Recipe(max_pixels=280 * 280))
+    (page,) = use.write_pages(model, processor, [screenshot(200, 140)], use.Recipe(max_html_tokens=4))
+    assert page.tokens <= 4

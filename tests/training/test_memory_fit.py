@@ -1,0 +1,172 @@
+"""What fits: one decision for --plan and for training, and a restart only where nobody typed a batch size."""
+
+import math
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from conftest import ROOT, make_processor
+
+import holo1_dom_finetune as pipeline
+from benchmarks import make_shapes
+from training import memory_fit, page_costs
+from training.families import family_of
+from training.memory_plan import MEMORY_SHARE, Load, MemoryPlan, Way
+from training.prompt_and_mask import PageEncoder
+from training.settings import PageSettings, resolve
+
+
+class Tokenizer:
+    @staticmethod
+    def convert_tokens_to_ids(name: str) -> int:
+        return 151_643 + len(name)
+
+
+@pytest.fixture(scope="module")
+def shapes_of_3b():
+    return make_shapes.make_config("3b", Tokenizer)
+
+
+@pytest.fixture(scope="module")
+def base(shapes_of_3b, tmp_path_factory):
+    """A folder with the configuration of 3B, which is all that --plan reads."""
+    folder = tmp_path_factory.mktemp("shapes_of_3b")
+    shapes_of_3b.save_pretrained(folder)
+    return folder
+
+
+ZERO_3 = ["--deepspeed", str(ROOT / "ds_z3.json")]
+
+
+def plan_of(base, capsys, *flags: str) -> str:
+    pipeline.run(["--plan", "--base_model", str(base), *flags])
+    return capsys.readouterr().out
+
+
+def rows_of(text: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines() if line.strip()[:1].isdigit() and "does not fit" not in line]
+
+
+def test_the_plan_obeys_a_typed_batch_size(base, capsys):
+    assert {row[2] for row in rows_of(plan_of(base, capsys, *ZERO_3))} != {"2"}
+    typed = [rows_of(plan_of(base, capsys, *ZERO_3, *flags)) for flags in (["--micro_batch", "2"], ["--micro_batch=2"])]
+    assert typed[0] == typed[1]
+    assert {row[2] for row in typed[0]} == {"2"}
+    older = rows_of(plan_of(base, capsys, *ZERO_3, "--per_device_train_batch_size", "2"))
+    assert {row[2] for row in older} == {"2"}
+
+
+def test_the_plan_obeys_a_typed_share_of_recomputed_layers(base, capsys):
+    assert len({row[3] for row in rows_of(plan_of(base, capsys, *ZERO_3))}) > 1
+    assert {row[3] for row in rows_of(plan_of(base, capsys, *ZERO_3, "--checkpoint_share", "0.5"))} == {"50%"}
+
+
+def test_the_plan_says_that_the_plain_path_is_not_planned(base, capsys):
+    fast, plain = plan_of(base, capsys, *ZERO_3), plan_of(base, capsys, *ZERO_3, "--fast", "False")
+    assert "the plain path (--fast False) is not planned: it takes 1 pages at once" in plain
+    assert "100% of the layers recomputed" in plain
+    assert "activations  head" in fast and "activations  head" not in plain
+    weights = {(row[0], row[4]) for row in rows_of(fast)}
+    assert {(row[0], row[1]) for row in rows_of(plain)} == weights, "what no page changes is the same on both paths"
+
+
+@pytest.mark.parametrize(("family", "tokens"), [("qwen2_5_vl", "1,280"), ("qwen3_vl", "980")])
+def test_the_plan_counts_the_image_tokens_of_the_models_own_family(family, tokens, base, tmp_path, capsys):
+    if family == "qwen3_vl":
+        from transformers import Qwen3VLConfig
+
+        base = tmp_path / "base"
+        text = {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 1024}
+        Qwen3VLConfig(text_config=text, vision_config={"depth": 2, "deepstack_visual_indexes": [1]}).save_pretrained(
+            base
+        )
+    text = plan_of(base, capsys, *ZERO_3)
+    assert f"most {tokens} image tokens" in " ".join(text.split())
+    assert ("this model has no fast path" in text) == (family == "qwen3_vl")
+
+
+# -----------------------------------------------------------------------------
+# Training decides as the plan does
+
+
+def on_gpus(monkeypatch, gib: float, processes: int) -> None:
+    """No GPU here, so what torch says of one is given; the decision is real."""
+    cuda = {"get_device_properties": SimpleNamespace(total_memory=gib * 2**30), "get_device_name": "NVIDIA H100"}
+    for name, answer in (cuda | {"get_per_process_memory_fraction": 1.0}).items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
+    monkeypatch.setattr(memory_fit, "world_size", lambda: processes)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 8])
+@pytest.mark.parametrize("gib", [40, 80])
+@pytest.mark.parametrize("flags", [[], ["--micro_batch", "4"], ["--checkpoint_share", "0.5"], ["--freeze_vision"]])
+def test_training_chooses_what_the_plan_prints(flags, gib, processes, shapes_of_3b, monkeypatch, capsys):
+    """The pages of the training are at the limits that the plan is made for, so both must come to the same."""
+    family, encoder = family_of(shapes_of_3b), PageEncoder(make_processor(), "Write the page.", family_of(shapes_of_3b))
+    resolved = resolve(["--plan", *ZERO_3, *flags])
+    settings, image = resolved.settings, family.most_image_tokens(shapes_of_3b, resolved.settings.max_pixels)
+    html = settings.max_html_tokens
+    # a question of as many tokens as the plan assumes
+    missing = memory_fit.QUESTION_TOKENS - encoder.question_tokens
+    encoder.question_tokens += missing
+    pages = datasets.Dataset.from_dict({"html_tokens": [html] * 9, "image_tokens": [image] * 9})
+    on_gpus(monkeypatch, gib, processes)
+    config = SimpleNamespace(config=resolved.deepspeed)
+    named = ("per_device_train_batch_size", "gradient_accumulation_steps", "activation_checkpointing", "deepspeed")
+    args = SimpleNamespace(**{name: resolved.training[name] for name in named})
+    args.device, args.hf_deepspeed_config = torch.device("cuda"), config
+    scope = memory_fit.scope_of(settings, resolved.training, resolved.deepspeed, shapes_of_3b)
+    page = memory_fit.longest_page(family, shapes_of_3b, image, html + 1)
+    flops = page_costs.page_flops(scope.shape, page.tokens, page.supervised, page.patches)
+    planned = memory_fit.decide(scope, page.times, flops, processes, MEMORY_SHARE * gib)
+    chosen = memory_fit.choose_micro_batch(args, settings, shapes_of_3b, pages, encoder)
+    assert chosen == (planned.chosen or planned.smallest)
+    assert ("trying all the same" in capsys.readouterr().out) == (planned.chosen is None)
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 8
+
+
+def test_candidates_are_ordered_and_the_first_that_fits_is_chosen(shapes_of_3b):
+    resolved = resolve(["--plan", *ZERO_3])
+    scope = memory_fit.scope_of(resolved.settings, resolved.training, resolved.deepspeed, shapes_of_3b)
+    assert scope.sizes == (1, 2, 4, 8)
+    load = Load(3_000, 5_000, 1_500)
+    roomy = memory_fit.decide(scope, load.times, 8e13, 2, math.inf)
+    assert roomy.chosen is roomy.candidates[0]
+    tight = memory_fit.decide(scope, load.times, 8e13, 2, roomy.smallest.total_gib)
+    assert tight.chosen.total_gib == roomy.smallest.total_gib
+    assert memory_fit.decide(scope, load.times, 8e13, 2, 1.0).chosen is None
+
+
+# -----------------------------------------------------------------------------
+# Restart
+
+
+def fit_of(*argv: str) -> memory_fit.Fit:
+    """As resolve() leaves the settings; --plan keeps it from taking `auto` away where there is no GPU."""
+    return memory_fit.Fit(MemoryPlan(Way(micro_batch=4), {}), None, resolve(["--plan", *argv]).settings)
+
+
+@pytest.mark.parametrize(
+    "argv", [["--micro_batch", "4"], ["--micro_batch=4"], ["--per_device_train_batch_size=4"], ["--demo"]], ids=" ".join
+)
+def test_a_typed_batch_size_that_does_not_fit_ends_the_run(argv, monkeypatch):
+    monkeypatch.setattr("os.execv", lambda *command: pytest.fail(f"started anew: {command}"))
+    full = torch.OutOfMemoryError("CUDA out of memory.")
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        fit_of(*argv).restart(full)
+    assert raised.value is full
+
+
+def test_a_batch_that_auto_chose_is_halved_whatever_the_command_line_looks_like(monkeypatch):
+    """`--micro_batch auto` is typed, too, and is no number."""
+    import sys
+
+    monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", "--micro_batch", "auto"])
+    monkeypatch.setattr(sys, "argv", sys.orig_argv[1:])
+    started = []
+    monkeypatch.setattr("os.execv", lambda program, command: started.append(command[1:]))
+    fit_of("--micro_batch", "auto").restart(None)
+    assert started == [["train.py", "--micro_batch", "auto", "--micro_batch", "2", "--checkpoint_share", "1"]]
+    with pytest.raises(torch.OutOfMemoryError, match="on another GPU"):
+        memory_fit.Fit(MemoryPlan(Way(micro_batch=1), {}), None, PageSettings()).restart(None)

@@ -1,0 +1,63 @@
+"""What a run is made of, all of it looked up: the facts of its recipe, its model card and its report.
+
+facts = gather_facts(settings, args, base)
+recipe = make_recipe(settings, facts)       # dom_recipe.json: with it, training and use ask the same question
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+import use_model_from_hub as use
+from training.dataset import dataset_revision, resolve_dataset
+from training.processes import world_size
+from training.settings import PROJECT, PageSettings
+
+PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "peft", "bitsandbytes")
+
+
+def gather_facts(settings: PageSettings, args: TrainingArguments, base: Path) -> dict[str, Any]:
+    """(main process only) What the recipe and the model card say of this run; None is what could not be found out."""
+    versions = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    commit = ""
+    with contextlib.suppress(OSError):  # no git here
+        command = ["git", "-C", str(PROJECT), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    device = torch.cuda.get_device_name() if args.device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
+    snapshot = base.name if base.parent.name == "snapshots" else settings.base_revision  # the Hub cache names commits
+    source = resolve_dataset(settings.dataset, config=settings.dataset_config)
+    return {
+        "base_model": public_name(settings.base_model),
+        "base_revision": snapshot,
+        "dataset": public_name(settings.dataset),
+        "dataset_config": source.config,
+        "dataset_revision": dataset_revision(settings.dataset, settings.dataset_revision),
+        "dataset_licence": source.licence,
+        "commit": commit or None,
+        "versions": versions,
+        "hardware": f"{world_size()} x {device}",
+    }
+
+
+def public_name(name: str) -> str:
+    """A Hub name as it is; of a local folder only its last part, since recipe and card are published."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def make_recipe(settings: PageSettings, facts: dict[str, Any]) -> dict[str, Any]:
+    """What stands in dom_recipe.json: how pages are asked for, and the facts of the run."""
+    asked = {item.name: getattr(settings, item.name) for item in fields(use.Recipe) if hasattr(settings, item.name)}
+    return {**asdict(use.Recipe()), **asked, "trust_remote_code": settings.trust_remote_code, **facts}
