@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,15 @@ def run_script(*command: str, cwd: Path, timeout: int = 300, env: dict | None = 
     return subprocess.run(
         [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
     )
+
+
+def loaded_for_help(script: str, cwd: Path) -> tuple[str, set[str], float]:
+    """What a script says when it is asked for help, every module that it has loaded for that, and its seconds."""
+    start = time.monotonic()
+    done = run_script("-X", "importtime", script, "--help", cwd=cwd)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    return done.stdout, {line.rpartition("|")[2].strip() for line in lines}, time.monotonic() - start
 
 
 # -----------------------------------------------------------------------------
