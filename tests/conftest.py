@@ -231,6 +231,19 @@ def run_script(*command: str, cwd: Path, timeout: int = 300, env: dict | None = 
     )
 
 
+def tracked_files(pattern: str = "*") -> list[str]:
+    """Files that a clone has: known to git, or staged for the next commit; by git's pattern. What merely lies about, a
+    log or somebody's own script, is none of them: a new file comes to be noticed once it is added."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", pattern]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("git is not installed")
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [name for name in listed.stdout.split("\0") if name and (ROOT / name).exists()]
+
+
 def loaded_for_help(script: str, cwd: Path) -> tuple[str, set[str], float]:
     """What a script says when it is asked for help, every module that it has loaded for that, and its seconds."""
     start = time.monotonic()

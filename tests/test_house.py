@@ -5,12 +5,11 @@ The order of the rooms is the file tree of README_DeepSpeed.md: a file may impor
 
 import ast
 import re
-import subprocess
 from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, tracked_files
 
 MOST_LINES, MOST_FUNCTION_LINES = 900, 60
 FOLDERS = ("making", "training", "scoring")
@@ -18,15 +17,6 @@ FOLDERS = ("making", "training", "scoring")
 BROWSER_CODE = re.compile(
     r"=>\s*[{(]|\b(?:const|let|var)\s+\w+\s*=|\bfunction\s*\w*\(|[\w.#\])]\s*\{\s*[\w-]+\s*:[^{}]*;"
 )
-
-
-def tracked(pattern: str) -> list[str]:
-    """Files that a clone has or will have, as git's pattern tells them."""
-    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard", pattern]
-    listed = subprocess.run(command, capture_output=True, text=True)
-    if listed.returncode:
-        pytest.skip("not a git checkout")
-    return [name for name in listed.stdout.split("\0") if name and (ROOT / name).exists()]
 
 
 @cache
@@ -40,19 +30,19 @@ def functions(tree: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
 
 def ours() -> list[str]:
     """Our code without its tests."""
-    return [name for name in tracked("*.py") if not name.startswith("tests/")]
+    return [name for name in tracked_files("*.py") if not name.startswith("tests/")]
 
 
 @pytest.mark.parametrize("pattern", ["*.py", "*.js", "*.css"])
 def test_no_file_is_too_long_to_read(pattern):
-    lines = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in tracked(pattern)}
+    lines = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in tracked_files(pattern)}
     assert lines and not {name: count for name, count in lines.items() if count > MOST_LINES}
 
 
 def test_no_function_is_too_long_to_read():
     long = {
         f"{name}:{node.lineno} {node.name}": node.end_lineno - node.lineno + 1
-        for name in tracked("*.py")
+        for name in tracked_files("*.py")
         for node in functions(parsed(name))
         if node.end_lineno - node.lineno >= MOST_FUNCTION_LINES
     }
@@ -177,12 +167,14 @@ def test_classes_stand_at_module_level():
 
 
 def test_no_room_is_called_utils():
-    assert not [name for name in tracked("*.py") if Path(name).stem in ("utils", "util", "helpers", "common", "misc")]
+    assert not [
+        name for name in tracked_files("*.py") if Path(name).stem in ("utils", "util", "helpers", "common", "misc")
+    ]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_folders_first_room_says_what_lives_there(folder):
     tree = parsed(f"{folder}/__init__.py")
     assert len(tree.body) == 1 and len(ast.get_docstring(tree)) > 80
-    rooms = {Path(name).stem for name in tracked(f":(glob){folder}/*.py")} - {"__init__"}
+    rooms = {Path(name).stem for name in tracked_files(f":(glob){folder}/*.py")} - {"__init__"}
     assert not {room for room in rooms if room not in ast.get_docstring(tree)}

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, tracked_files
 
 import holo1_dom_finetune as training
 import make_pages
@@ -359,16 +359,8 @@ def test_every_output_is_named_as_the_code_names_it():
 # Files and links
 
 
-def tracked_files() -> list[str]:
-    """What a clone has or will have: known to git or not yet, neither ignored nor gone."""
-    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, capture_output=True, text=True)
-    if listed.returncode:
-        pytest.skip("not a git checkout")
-    return [name for name in listed.stdout.split("\0") if name and (ROOT / name).exists()]
-
-
 def test_the_file_tree_lists_exactly_the_top_level_files():
+    """Of what git knows: a log that a run has left is no matter; a new file is noticed once it is added."""
     tree = blocks(PAGES[README.name].split("## Files")[1], "text")[0]
     here, folder = set(), ""
     for line in tree.splitlines():

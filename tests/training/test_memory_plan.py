@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import make_processor
 
-import holo1_dom_finetune as pipeline
 from training import memory_fit, memory_plan, page_costs, zero3
 from training.families import family_of
 from training.prompt_and_mask import PageEncoder
+from training.settings import PageSettings
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_weights_are_gathered_once_per_step_where_they_fit(share, threshold, who
     )
     pages = datasets.Dataset.from_dict({"html_tokens": [2_000] * 20, "image_tokens": [1_200] * 20})
     encoder = PageEncoder(processor, "Write the page.", family_of("qwen2_5_vl"))
-    plan = memory_fit.choose_micro_batch(args, pipeline.PageSettings(), shapes_of_3b(), pages, encoder)
+    plan = memory_fit.choose_micro_batch(args, PageSettings(), shapes_of_3b(), pages, encoder)
     assert plan.way.whole == whole
     assert zero[zero3.THRESHOLD] == (10**11 if whole else threshold)
     assert plan.total_gib <= memory_plan.MEMORY_SHARE * share * 140
