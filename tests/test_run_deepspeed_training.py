@@ -9,6 +9,7 @@ Sections: Command line, Checks, Several machines, Ends, Signals, Kills, Two mach
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -183,12 +184,8 @@ def test_a_busy_port_that_was_typed_is_refused(tmp_path, address):
     assert f"--master_port {port}: Address already in use; give another, or none for the next free one" in done.stderr
 
 
-FOUR_GPUS = "".join(f"GPU {number}: NVIDIA H200 (UUID: GPU-{number}{number}-ab)\n" for number in range(4))
-
-
 def four_gpus(here: Path) -> None:
-    (here / "nvidia-smi").write_text(f"#!/bin/sh\nwhile read line; do echo \"$line\"; done <<'X'\n{FOUR_GPUS}X\n")
-    (here / "nvidia-smi").chmod(0o755)
+    shutil.copy(PROGRAMS / "four_gpus.sh", here / "nvidia-smi")
 
 
 @pytest.mark.parametrize(
