@@ -19,6 +19,10 @@ BROWSER_CODE = re.compile(
 )
 
 
+# Python or shell, by how a line of it begins and goes on; one import may stand alone, as a command of the README.
+PROGRAM = re.compile(r"^#!/|^(?:import|from) [\w., ]+(?: import [\w., ]+)?[;\n]|^ *(?:def|class) \w+[(:]", re.MULTILINE)
+
+
 @cache
 def parsed(name: str) -> ast.Module:
     return ast.parse((ROOT / name).read_text(encoding="utf-8"))
@@ -77,6 +81,25 @@ def test_browser_code_and_looks_are_files():
 )
 def test_planted_browser_code_is_found(planted):
     assert code_in_strings(ast.parse(f"CODE = {planted!r}")) == [1]
+
+
+def programs_in_strings(tree: ast.AST) -> list[int]:
+    """Lines on which a string holds Python or shell, which belongs into a file of tests/programs."""
+    apart = docstrings(tree)
+    strings = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return [node.lineno for node in strings if id(node) not in apart and PROGRAM.search(node.value)]
+
+
+def test_no_test_carries_a_program_in_a_string():
+    names = [name for name in tracked_files("tests/*.py") if name != "tests/test_house.py"]
+    assert names and not {name: lines for name in names if (lines := programs_in_strings(parsed(name)))}
+
+
+@pytest.mark.parametrize(
+    "planted", ["import os\nos._exit(3)", "x = 1\ndef f():\n    pass", "from a import b; b()", "#!/bin/sh\nexit 1"]
+)
+def test_a_planted_program_is_found(planted):
+    assert programs_in_strings(ast.parse(f"def test():\n    run({planted!r})")) == [2]
 
 
 # -----------------------------------------------------------------------------
