@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PROGRAMS, loaded_for_help
+from conftest import PROGRAMS, free_port, loaded_for_help
 
 import run_deepspeed_training as wrapper
 
@@ -406,6 +406,8 @@ class Started:
         self.log_file = folder / f"log-{first_rank}"
         (folder / "zero.json").write_text("{}")
         flags = ["--script", str(PROGRAMS / "rank.py"), "--config", "zero.json", "--num_gpus", str(num_ranks), *more]
+        if "--master_port" not in more:  # another run beside this one may be about to take the next free one
+            flags += ["--master_port", str(free_port())]
         env = {key: text for key, text in os.environ.items() if not key.startswith(("OMP_NUM_THREADS", "SLURM_"))}
         env["PATH"] = os.defpath  # a virtual environment that nobody activated
         env["RANK_DOES"] = json.dumps(does)
@@ -650,8 +652,7 @@ def test_nothing_is_left_in_the_temporary_folder(start):
 @pytest.fixture
 def start_two(start):
     def start_both(*does, **options) -> list[Started]:
-        with socket.create_server(("", 0)) as server:
-            port = str(server.getsockname()[1])
+        port = str(free_port())
         flags = ["--num_nodes", "2", "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", port, "--node_rank"]
         ways = [{"num_ranks": 1, "more": (*flags, str(node)), "first_rank": node} for node in range(2)]
         return [start(*does, **options, started_as=way) for way in ways]
