@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -241,6 +242,69 @@ def run_script(*command: str, cwd: Path, timeout: int = 300, env: dict | None = 
     )
 
 
+def tracked_files(pattern: str = "*") -> list[str]:
+    """Files that a clone has: known to git, or staged for the next commit; by git's pattern. What merely lies about, a
+    log or somebody's own script, is none of them: a new file comes to be noticed once it is added."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", pattern]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("git is not installed")
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [name for name in listed.stdout.split("\0") if name and (ROOT / name).exists()]
+
+
+def loaded_for_help(script: str, cwd: Path) -> tuple[str, set[str], float]:
+    """What a script says when it is asked for help, every module that it has loaded for that, and its seconds."""
+    start = time.monotonic()
+    done = run_script("-X", "importtime", script, "--help", cwd=cwd)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    return done.stdout, {line.rpartition("|")[2].strip() for line in lines}, time.monotonic() - start
+
+
+# -----------------------------------------------------------------------------
+# What may be missing
+
+# Nobody can install these. All else .ci/run installs, or torch brings it along: where CI is set, any other skip is a
+# failure, since a green run means that everything ran. No test needs a GPU.
+MAY_BE_MISSING = ("shared/pages", "shared/qwen_tokenizer")
+
+
+def need_shared(name: str) -> Path:
+    """A folder of `shared`, beside the checkout; the test is skipped where there is none."""
+    folder = SHARED / name
+    if not folder.is_dir():
+        pytest.skip(f"shared/{name} does not lie beside the repository")
+    return folder
+
+
+def fail_in_ci(report) -> None:
+    """Turn a skip into a failure, where CI is set and the skip is not for what may be missing."""
+    if not (os.environ.get("CI") and report.skipped) or hasattr(report, "wasxfail"):
+        return
+    *_, reason = report.longrepr  # (file, line, reason)
+    reason = reason.removeprefix("Skipped: ")
+    if not reason.startswith(MAY_BE_MISSING):
+        report.outcome = "failed"
+        report.longrepr = f"CI skips nothing that it should have installed: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    fail_in_ci(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    fail_in_ci(report)
+    return report
+
+
 # -----------------------------------------------------------------------------
 # The real main, in the ways in which users start it
 
@@ -340,15 +404,12 @@ def output(done: subprocess.CompletedProcess) -> str:
 
 
 def need_browser() -> str | None:
-    """The browser that the project itself finds. Without one a test is skipped, which says how to get one; in CI, where
-    one is installed, it fails: a green run means that everything ran."""
+    """The browser that the project itself finds. Without one a test is skipped, which says how to get one."""
     from scoring.renders import BrowserMissing, find_chromium
 
     try:
         return find_chromium()
     except BrowserMissing as error:
-        if os.environ.get("CI"):
-            pytest.fail(f"CI must have a browser: {error}")
         pytest.skip(str(error))
 
 

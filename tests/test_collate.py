@@ -10,7 +10,9 @@ from conftest import make_processor, page_html
 
 import holo1_dom_finetune as pipeline
 import use_model_from_hub as use
+from training.errors import DataError
 from training.families import family_of
+from training.prompt_and_mask import IGNORED, PageEncoder
 
 QWEN = family_of("qwen2_5_vl")
 
@@ -40,7 +42,7 @@ def pages():
 
 
 def make_collate(processor, pages, chunk=4, notes=None):
-    return pipeline.PageCollator(processor, pipeline.PageEncoder(processor, "write", QWEN), pages, chunk, notes)
+    return pipeline.PageCollator(processor, PageEncoder(processor, "write", QWEN), pages, chunk, notes)
 
 
 def same(first: dict, second: dict) -> bool:
@@ -79,9 +81,9 @@ def test_a_batch_holds_every_page_and_every_picture(processor, pages):
     assert torch.equal(batch["mm_token_type_ids"], (batch["input_ids"] == image_id).long())
     lengths = batch["attention_mask"].sum(dim=1)
     for row, page in enumerate(pages[:3]):
-        answer = batch["labels"][row][batch["labels"][row] != pipeline.IGNORED].tolist()
+        answer = batch["labels"][row][batch["labels"][row] != IGNORED].tolist()
         assert processor.tokenizer.decode(answer) == page["html"] + "<|im_end|>"
-        assert (batch["labels"][row, lengths[row] :] == pipeline.IGNORED).all()
+        assert (batch["labels"][row, lengths[row] :] == IGNORED).all()
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,7 @@ def test_a_broken_picture_is_replaced_and_noted(processor, pages, broken, tmp_pa
 
 def test_a_dataset_of_broken_pictures_ends_with_an_error(processor):
     bad = [{"name": f"bad {n}", "screenshot": b"", "html": "<p></p>"} for n in range(3)]
-    with pytest.raises(pipeline.DataError, match="no page of the dataset can be read"):
+    with pytest.raises(DataError, match="no page of the dataset can be read"):
         make_collate(processor, bad)(bad[:1])
 
 

@@ -1,14 +1,507 @@
-"""The training script as a user starts it: what is answered before anything heavy loads."""
+"""The training script as a user starts it: the real main, plainly, by torchrun and by the deepspeed launcher.
 
+    python -m pytest tests/test_holo1_dom_finetune.py               # what trains nothing
+    python -m pytest tests/test_holo1_dom_finetune.py -m slow       # trains tiny models, some minutes
+
+Sections: Before training, What is learned, What does not fit and several machines, Stopping and resuming, Failures,
+Adapters, Evaluation.
+"""
+
+import copy
+import json
+import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
-from conftest import MAIN
+import pytest
+import torch
+from conftest import (
+    GATHERED,
+    MAIN,
+    PLAIN_JSON,
+    PROGRAMS,
+    ROOT,
+    free_port,
+    loaded_for_help,
+    make_base,
+    make_config,
+    make_pages,
+    make_processor,
+    need_browser,
+    output,
+    run_script,
+    small_run,
+    start_deepspeed,
+    start_plain,
+    start_torchrun,
+    start_zero_3,
+    weights,
+)
+
+import holo1_dom_finetune as pipeline
+from training.checkpoints import newest_checkpoint
+from training.settings import PageSettings
+
+# -----------------------------------------------------------------------------
+# Before training
 
 
-def test_help_answers_without_torch(tmp_path):
-    command = [sys.executable, "-X", "importtime", MAIN, "--help"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert done.returncode == 0 and "--base_model" in done.stdout
+def test_help_answers_at_once_without_torch(tmp_path):
+    said, loaded, seconds = loaded_for_help(MAIN, tmp_path)
+    assert "--base_model" in said and "--num_samples" in said
     assert "training.settings" in loaded and not {"torch", "datasets", "deepspeed"} & loaded
+    assert seconds < 20, "this loads something heavy"  # a quiet machine needs about one second
+
+
+FLAGS_THAT_DO_NOT_EXIST = ["--learning_rat", "--unknown"]
+
+
+@pytest.mark.parametrize("flag", FLAGS_THAT_DO_NOT_EXIST)
+def test_abbreviated_and_unknown_flags_are_refused(flag, capsys):
+    assert pipeline.main([flag, "1"]) == 2
+    said = capsys.readouterr().err
+    assert flag in said and "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", FLAGS_THAT_DO_NOT_EXIST)
+def test_abbreviated_and_unknown_flags_exit_with_2(flag, tmp_path):
+    done = run_script(MAIN, flag, "1", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert flag in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_unreadable_pages_end_with_80_before_the_model_loads(tiny_base, tmp_path):
+    pages = make_pages(tmp_path / "pages", 20)
+    for number in range(5):
+        (pages / f"{number:03d}.png").write_bytes(b"not a picture")
+    start = time.monotonic()
+    done = start_plain(small_run(tiny_base, pages), tmp_path)
+    assert done.returncode == 80, output(done)
+    assert "Traceback" not in done.stderr and "parameters" not in done.stdout
+    assert time.monotonic() - start < 120
+
+
+@pytest.mark.slow
+def test_a_damaged_base_shows_before_training(tmp_path, pages_folder):
+    base = make_base(tmp_path / "base", damage=float("nan"))
+    done = start_plain(small_run(base, pages_folder), tmp_path)
+    assert done.returncode == 82, output(done)
+    assert "before training" in done.stderr and "step 1/" not in done.stdout
+
+
+# -----------------------------------------------------------------------------
+# What is learned
+
+# With plain SGD and a learning rate of 1, what one step changes is the gradient.
+SGD = {
+    "optim": "sgd",
+    "learning_rate": 1.0,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "max_grad_norm": 0,
+    "max_steps": 1,
+}
+
+
+def change(base, final) -> dict:
+    before, after = weights(base), weights(final)
+    assert before.keys() == after.keys()
+    return {name: before[name] - after[name] for name in before}
+
+
+def norm(change: dict) -> float:
+    return torch.stack([tensor.norm() for tensor in change.values()]).norm().item()
+
+
+@pytest.mark.slow
+def test_gradients_do_not_depend_on_how_a_step_is_divided(exact_base, pages_folder, tmp_path):
+    """8 pages per step as 1 x 8, 2 x 4, 8 x 1 on one rank, 1 x 4 on two, with DDP and under ZeRO-3."""
+    ways = {
+        "1x8": (start_plain, 1, 8, {}),
+        "the model's own way, 2x4": (lambda flags, cwd: start_plain([*flags, "--fast", "False"], cwd), 2, 4, {}),
+        "2x4": (start_plain, 2, 4, {}),
+        "8x1": (start_plain, 8, 1, {}),
+        "1x4 on 2": (start_torchrun, 1, 4, {}),
+        "1x4 on 2, ZeRO-3": (
+            start_deepspeed,
+            1,
+            4,
+            {"processes": 2, "config": PLAIN_JSON | {"zero_allow_untested_optimizer": True}},
+        ),
+    }
+    gradients = {}
+    for name, (start, micro, accumulated, options) in ways.items():
+        cwd = tmp_path / str(len(gradients))
+        cwd.mkdir()
+        batch = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulated}
+        done = start(small_run(exact_base, pages_folder, **SGD, **batch), cwd, **options)
+        assert done.returncode == 0, output(done)
+        gradients[name] = change(exact_base, cwd / "holo1_dom_finetune_final")
+    reference = gradients.pop("1x8")
+    assert norm(reference) > 0.1, "nothing was learned"
+    worst = {
+        name: max((gradient[key] - reference[key]).abs().max().item() for key in reference)
+        for name, gradient in gradients.items()
+    }
+    assert all(difference <= 1e-5 for difference in worst.values()), worst
+
+
+@pytest.mark.slow
+def test_plainest_json_clips_as_asked_and_ends_loadable(exact_base, pages_folder, tmp_path):
+    config = PLAIN_JSON | {"zero_allow_untested_optimizer": True}
+    flags = small_run(exact_base, pages_folder, **(SGD | {"max_grad_norm": 0.01}))
+    done = start_deepspeed(flags, tmp_path, config=config)
+    assert done.returncode == 0, output(done)
+    assert norm(change(exact_base, tmp_path / "holo1_dom_finetune_final")) == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_fast_path_learns_what_the_plain_one_learns(exact_base, pages_folder, tmp_path):
+    """Three epochs of AdamW under ZeRO-3 with layers as leaves, and the plain way: the same losses and weights."""
+    rate = {"learning_rate": 1e-3, "max_steps": 6, "num_train_epochs": 3, "gradient_accumulation_steps": 4}
+    losses, finals = {}, {}
+    for name, way in {"fast": {}, "plain": {"fast": False}}.items():
+        cwd = tmp_path / name
+        cwd.mkdir()
+        done = start_zero_3(small_run(exact_base, pages_folder, **rate, **way), cwd)
+        assert done.returncode == 0, output(done)
+        assert ("fast path:" in done.stdout) == (name == "fast")
+        steps = [line for line in done.stdout.splitlines() if line.startswith("step ")]
+        losses[name] = [float(line.split("loss ")[1].split()[0]) for line in steps]
+        finals[name] = weights(cwd / "holo1_dom_finetune_final")
+    assert losses["fast"] == pytest.approx(losses["plain"], abs=2e-4)
+    assert losses["fast"][-1] < losses["fast"][0] - 0.05, "nothing was learned"
+    worst = max((finals["fast"][key] - value).abs().max().item() for key, value in finals["plain"].items())
+    assert worst < 1e-4, worst
+
+
+@pytest.mark.slow
+def test_every_step_is_logged_and_drawn(tiny_base, pages_folder, tmp_path):
+    from PIL import Image
+
+    flags = small_run(tiny_base, pages_folder, max_steps=3, eval_every=2, report_to="tensorboard")
+    done = start_plain(flags, tmp_path)
+    assert done.returncode == 0, output(done)
+    steps = [line for line in done.stdout.splitlines() if line.startswith("step ") and "loss" in line]
+    assert len(steps) == 3
+    for word in ("loss ", "lr ", "pages/s", "supervised tokens/s", "image tokens/s", "s/step", "peak ", "GiB"):
+        assert word in steps[0]
+    out = tmp_path / "holo1_dom_finetune_output"
+    assert Image.open(out / "loss.png").size == (960, 540)
+    assert list((out / "runs").rglob("events.out.tfevents.*"))
+    results = json.loads((out / "evaluation" / "results.json").read_text())
+    assert results["step 2"]["n"] == results["after"]["n"] == 2
+    assert {path.name for path in (out / "evaluation" / "page-0001").iterdir()} >= {
+        "screenshot.png",
+        "reference.html",
+        "written.html",
+    }
+
+
+# -----------------------------------------------------------------------------
+# What does not fit, and several machines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("start", "failing"), [(start_torchrun, "1"), (start_deepspeed, "01")])
+def test_a_batch_that_does_not_fit_restarts_with_half_as_many_pages(start, failing, exact_base, pages_folder, tmp_path):
+    """Memory runs out in the proof on one of two ranks, or on both (simulated: no GPU here); both begin again."""
+    script = str(PROGRAMS / "memory_runs_out.py")
+    flags = small_run(exact_base, pages_folder, per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    environment = {"FAILING_RANKS": failing}
+    done = start(flags, tmp_path, script=script, processes=2, timeout=120, env=environment)
+    assert done.returncode == 0, output(done)
+    assert "restarting with --micro_batch 2" in done.stdout
+    assert "4 pages x 1 accumulated x 2 processes = 8 pages per step" in done.stdout
+    assert "2 pages x 2 accumulated x 2 processes = 8 pages per step" in done.stdout
+    assert "the longest possible batch of 2 pages fits" in done.stdout
+
+
+@pytest.mark.slow
+def test_two_machines_with_disks_of_their_own_train_together(tiny_base, pages_folder, tmp_path):
+    """Two wrappers on the loopback address, each in a folder of its own; the second reads the same pages for itself."""
+    flags = small_run(tiny_base, pages_folder, max_steps=2, gradient_accumulation_steps=2)
+    wrapper, port, machines = str(ROOT / "run_deepspeed_training.py"), str(free_port()), []
+    for number in ("0", "1"):
+        (tmp_path / number).mkdir()
+        where = ["--num_nodes", "2", "--node_rank", number, "--no_ssh", "--master_addr", "127.0.0.1"]
+        command = [sys.executable, wrapper, *where, "--master_port", port, *flags]
+        log = (tmp_path / f"{number}.log").open("w")
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        machines.append(subprocess.Popen(command, cwd=tmp_path / number, env=environment, stdout=log, stderr=log))
+    codes = [machine.wait(timeout=240) for machine in machines]
+    logs = [(tmp_path / f"{number}.log").read_text() for number in "01"]
+    assert codes == [0, 0], logs
+    assert "1 pages x 2 accumulated x 2 processes = 4 pages per step" in logs[0]
+    assert "sees nothing of what rank 0 has prepared" in logs[1] and "sees nothing" not in logs[0]
+    pages = [tmp_path / number / "holo1_dom_finetune_output" / "pages" / "train.arrow" for number in "01"]
+    assert pages[0].read_bytes() == pages[1].read_bytes()
+    assert layout(tmp_path / "0" / "holo1_dom_finetune_final") == layout(tiny_base)
+    (tmp_path / "one").mkdir()
+    config = json.loads((ROOT / "ds_z3.json").read_text())
+    together = start_deepspeed(flags, tmp_path / "one", processes=2, config=config)
+    assert together.returncode == 0, output(together)
+    assert losses_of(together.stdout) == losses_of(logs[0]) and len(losses_of(logs[0])) == 2, "as one machine with two"
+
+
+def losses_of(log: str) -> list[str]:
+    return [line.split("loss ")[1].split()[0] for line in log.splitlines() if line.startswith("step ")]
+
+
+def layout(folder) -> dict:
+    return {key: (tuple(value.shape), value.dtype) for key, value in weights(folder).items()}
+
+
+# -----------------------------------------------------------------------------
+# Stopping and resuming
+
+
+def run_in_background(flags, cwd):
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, MAIN, *flags], cwd=cwd, env=environment, stdout=pipe, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_step_and_resume_goes_on_from_it(number, tiny_base, pages_folder, tmp_path):
+    flags = small_run(tiny_base, pages_folder, max_steps=400, gradient_accumulation_steps=1)
+    process = run_in_background(flags, tmp_path)
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.send_signal(number)
+            break
+    rest = process.stdout.read()
+    assert process.wait(timeout=60) == 85, rest
+    checkpoint = newest_checkpoint(tmp_path / "holo1_dom_finetune_output")
+    step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+    assert step >= 3 and checkpoint.name == f"checkpoint-{step}"
+    done = start_plain([*flags, "--max_steps", str(step + 2), "--resume"], tmp_path)
+    assert done.returncode == 0, output(done)
+    steps = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("step ")]
+    assert steps == [f"{step + 1}/{step + 2}", f"{step + 2}/{step + 2}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "way", ["plain", "plain, LoRA", "ZeRO-3, gathered", "ZeRO-3, 2 ranks", "ZeRO-3, gathered, 2 ranks"]
+)
+def test_a_resumed_run_ends_in_the_same_weights(way, tiny_base, pages_folder, tmp_path):
+    """The base's vision MLP is 60 wide, trained as 64 and saved as 60."""
+    start, options = (start_zero_3, {"processes": 1 + ("2 ranks" in way)}) if "ZeRO" in way else (start_plain, {})
+    if "gathered" in way:
+        options["config"] = GATHERED
+    step = {"gradient_accumulation_steps": 2, "learning_rate": 1e-2, "max_steps": 4}
+    flags = small_run(tiny_base, pages_folder, **step, **({"lora": True} if "LoRA" in way else {}))
+    whole = start([*flags, "--save_strategy", "steps", "--save_steps", "2"], tmp_path, **options)
+    assert whole.returncode == 0, output(whole)
+    final = weights(tmp_path / "holo1_dom_finetune_final")
+    shutil.rmtree(tmp_path / "holo1_dom_finetune_final")
+    shutil.rmtree(tmp_path / "holo1_dom_finetune_output" / "checkpoint-4")
+    done = start([*flags, "--resume"], tmp_path, **options)
+    assert done.returncode == 0, output(done)
+    assert "step 3/4" in done.stdout and "step 2/4" not in done.stdout
+    again = weights(tmp_path / "holo1_dom_finetune_final")
+    assert all(torch.equal(final[name], again[name]) for name in final)
+
+
+@pytest.mark.slow
+def test_an_earlier_run_is_neither_resumed_nor_deleted_silently(tiny_base, pages_folder, tmp_path):
+    flags = small_run(tiny_base, pages_folder, max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=1)
+    first = start_plain([*flags, "--eval_pages", "3"], tmp_path)
+    assert first.returncode == 0, output(first)
+    second = start_plain(flags, tmp_path)
+    assert "step 1/2" in second.stdout
+    assert "1 checkpoints and the evaluation of an earlier run now lie in" in second.stdout
+    folder = tmp_path / "holo1_dom_finetune_output"
+    assert {path.name for path in folder.glob("earlier-*/*")} == {"checkpoint-2", "evaluation"}
+    assert len(list(folder.glob("earlier-*/evaluation/page-*"))) == 3
+    assert len(list(folder.glob("evaluation/page-*"))) == 2, (
+        "pages of the earlier run would be scored with the new ones"
+    )
+
+
+# -----------------------------------------------------------------------------
+# Failures
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [start_plain, start_torchrun, start_deepspeed], ids=lambda start: start.__name__)
+def test_a_loss_that_is_not_finite_stops_before_the_update(start, exact_base, pages_folder, tmp_path):
+    flags = small_run(exact_base, pages_folder, learning_rate=1e30, warmup_steps=0, max_steps=5)
+    options = {"processes": 2} if start is not start_plain else {}
+    status = tmp_path / "status"
+    status.mkdir()
+    done = start(flags, tmp_path, env={"HOLO1_STATUS_DIR": str(status)}, **options)
+    ranks = [(status / f"rank-{rank}").read_text() for rank in range(len(list(status.iterdir())))]
+    assert ranks == ["82"] * options.get("processes", 1), output(done)
+    assert "lower --learning_rate" in done.stderr
+    assert 'holo1_dom_finetune.py", line' not in done.stderr, "torchrun has a traceback of its own; ours would be a bug"
+    emergency = tmp_path / "holo1_dom_finetune_checkpoint"
+    assert all(tensor.isfinite().all() for tensor in weights(emergency).values())
+    assert weights(emergency).keys() == weights(exact_base).keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("start", "ranks"), [(start_plain, 1), (start_torchrun, 2), (start_deepspeed, 2)])
+def test_a_gradient_that_is_not_finite_on_one_rank_poisons_no_weight(start, ranks, exact_base, pages_folder, tmp_path):
+    """The third backward pass gives NaN on the last rank; the emergency checkpoint equals the weights of step 2."""
+    status = tmp_path / "status"
+    status.mkdir()
+    rate = {"learning_rate": 1e-3, "warmup_steps": 0, "lr_scheduler_type": "constant", "gradient_accumulation_steps": 1}
+    flags = small_run(exact_base, pages_folder, **rate, max_steps=4)
+    options = {"processes": ranks} if ranks > 1 else {}
+    played = {"HOLO1_STATUS_DIR": str(status), "POISONED": str(ranks - 1)}
+    done = start(flags, tmp_path, script=str(PROGRAMS / "poisoned_gradient.py"), env=played, **options)
+    codes = [(status / f"rank-{rank}").read_text() for rank in range(ranks)]
+    assert codes == ["82"] * ranks, output(done)
+    assert "gradients are not finite at step 3" in done.stderr
+    emergency = weights(tmp_path / "holo1_dom_finetune_checkpoint")
+    assert all(tensor.isfinite().all() for tensor in emergency.values())
+    done = start([*flags, "--max_steps", "2"], tmp_path, **options)
+    assert done.returncode == 0, output(done)
+    clean = weights(tmp_path / "holo1_dom_finetune_final")
+    worst = max((clean[key] - emergency[key]).abs().max().item() for key in clean)
+    assert worst < 1e-6, worst
+
+
+# -----------------------------------------------------------------------------
+# Adapters
+
+
+def test_adapters_begin_the_same_in_every_run_with_a_seed():
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    model = Qwen2_5_VLForConditionalGeneration(make_config(make_processor().tokenizer))
+
+    def first(seed: int) -> list:
+        torch.randn(seed + 1)  # whatever happened before
+        twin = pipeline.add_adapters(copy.deepcopy(model), PageSettings(lora=True), seed)
+        return [weight for name, weight in twin.named_parameters() if "lora_A" in name]
+
+    assert len(first(7)) == 14, "seven projections in each of two layers"
+    assert all(torch.equal(one, other) for one, other in zip(first(7), first(7)))
+    assert not any(torch.equal(one, other) for one, other in zip(first(7), first(8)))
+
+
+@pytest.mark.slow
+def test_adapters_learn_the_same_where_every_layer_is_kept(exact_base, pages_folder, tmp_path):
+    """Nothing is recomputed, and three ranks under ZeRO-3 gather all weights once per step; the first layer, too,
+    whose input comes from frozen weights, learns what it learns without DeepSpeed. One rank has none of the rehearsal's
+    two pages to write."""
+    step = {"max_steps": 2, "learning_rate": 1e-2, "warmup_steps": 0, "lora": True, "activation_checkpointing": False}
+    learned = {}
+    for name, start, pages, options in (
+        ("plain", start_plain, 3, {}),
+        ("ZeRO-3", start_zero_3, 1, {"processes": 3, "config": GATHERED}),
+    ):
+        place = tmp_path / name
+        place.mkdir()
+        done = start(small_run(exact_base, pages_folder, gradient_accumulation_steps=pages, **step), place, **options)
+        assert done.returncode == 0, output(done)
+        learned[name] = change(exact_base, place / "holo1_dom_finetune_final")
+    first = [key for key in learned["plain"] if "layers.0." in key and key.endswith("proj.weight")]
+    assert len(first) == 7 and all(learned["plain"][key].norm() > 0.01 for key in first)
+    assert max((learned["plain"][key] - change).abs().max() for key, change in learned["ZeRO-3"].items()) <= 1e-5
+
+
+# -----------------------------------------------------------------------------
+# Evaluation
+
+PLANNED = str(PROGRAMS / "planned_scores.py")
+
+
+@pytest.mark.slow
+def test_the_best_weights_by_score_become_the_final_folder(tiny_base, pages_folder, tmp_path):
+    """What pages score is planned here; all else is real: training stops early and step 1 wins over the end."""
+    step = {"learning_rate": 1e-2, "gradient_accumulation_steps": 1, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    flags = small_run(tiny_base, pages_folder, max_steps=5, eval_every=1, early_stopping_patience=1, **step)
+    planned = {"PLANNED": json.dumps({"step 1": 0.5, "step 2": 0.4, "after": 0.1}), "UNRENDERED": "1"}
+    done = start_zero_3(flags, tmp_path, processes=2, script=PLANNED, env=planned)
+    assert done.returncode == 0, output(done)
+    assert re.findall(r"^step (\d/5)", done.stdout, re.MULTILINE) == ["1/5", "2/5"]
+    assert "step 1 scored 0.500, the end 0.100: the better is final" in done.stdout
+    results = json.loads((tmp_path / "holo1_dom_finetune_output" / "evaluation" / "results.json").read_text())
+    assert results["final"] == "step 1" and results["after"]["likeness"] == 0.5
+    assert results["last"]["likeness"] == 0.1, "what the end had reached stays known"
+    assert not (tmp_path / "holo1_dom_finetune_output" / "best").exists()
+    final = weights(tmp_path / "holo1_dom_finetune_final")
+    once = tmp_path / "once"
+    once.mkdir()
+    flags = small_run(tiny_base, pages_folder, max_steps=1, **step)
+    assert start_zero_3(flags, once, processes=2).returncode == 0
+    assert all(torch.equal(final[name], value) for name, value in weights(once / "holo1_dom_finetune_final").items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_out_of_memory_while_judging_leaves_an_emergency_checkpoint(processes, tiny_base, pages_folder, tmp_path):
+    """Only one rank's memory runs out; the others hear of it, and all save the weights of the same step."""
+    flags = small_run(tiny_base, pages_folder, max_steps=3, eval_every=2, gradient_accumulation_steps=1)
+    planned = {"PLANNED": "{}", "UNRENDERED": "1", "OUT_OF_MEMORY": "step 2"}
+    done = start_torchrun(flags, tmp_path, processes=processes, script=PLANNED, env=planned)
+    assert "emergency checkpoint: ./holo1_dom_finetune_checkpoint" in done.stdout, output(done)
+    assert "Out of memory" in done.stderr and done.returncode != 0
+    saved = weights(tmp_path / "holo1_dom_finetune_checkpoint")
+    assert saved.keys() == weights(tiny_base).keys()
+    assert any(not torch.equal(saved[name], value) for name, value in weights(tiny_base).items()), "untrained"
+
+
+@pytest.mark.slow
+def test_a_resumed_run_knows_the_best_weights_and_what_they_wrote(tiny_base, pages_folder, tmp_path):
+    """Step 1 is the best; step 3 is judged once without a plan, which ends that run."""
+    step = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    flags = small_run(tiny_base, pages_folder, eval_every=1, compare_base=True, **step)
+    planned = {"before": 0.0, "step 1": 0.5, "step 2": 0.4}
+    done = run_script(PLANNED, *flags, cwd=tmp_path, env={"PLANNED": json.dumps(planned)})
+    assert done.returncode == 1 and "KeyError: 'step 3'" in done.stderr, output(done)
+    planned |= {"step 3": 0.3, "after": 0.1}
+    evaluation = tmp_path / "holo1_dom_finetune_output" / "evaluation"
+    for folder in evaluation.glob("rendered_step_1*"):  # then they are rendered again
+        shutil.rmtree(folder)
+    done = run_script(PLANNED, *flags, "--resume", cwd=tmp_path, env={"PLANNED": json.dumps(planned)})
+    assert done.returncode == 0, output(done)
+    assert "step 1 scored 0.500, the end 0.100: the better is final" in done.stdout
+    results = json.loads((evaluation / "results.json").read_text())
+    assert results["final"] == "step 1" and results["after"] == results["step 1"]
+    assert "decoding" not in results["step 3"] and results["comparison"]["metrics"]["likeness"]["n"] == 2
+    assert [row["repetition_penalty"] for row in results["comparison"]["decoding"]] == [1.0, 1.05]
+    assert (evaluation / "report.html").is_file()
+    for page, row in enumerate(results["after"]["pages"], start=1):
+        written = (evaluation / f"page-{page:04d}" / "written.html").read_text()
+        assert written == (evaluation / f"page-{page:04d}" / "written_step_1.html").read_text() and row["page"]
+    assert not (tmp_path / "holo1_dom_finetune_output" / "best.json").exists()
+
+
+@pytest.mark.slow
+def test_without_a_browser_training_goes_on_and_says_what_is_missing(tiny_base, pages_folder, tmp_path):
+    nowhere = {"PATH": str(tmp_path), "PLAYWRIGHT_BROWSERS_PATH": str(tmp_path)}
+    done = start_plain(small_run(tiny_base, pages_folder, max_steps=1), tmp_path, env=nowhere)
+    assert done.returncode == 0, output(done)
+    assert "pages are not rendered" in done.stdout and "playwright install chromium" in done.stdout
+    evaluation = tmp_path / "holo1_dom_finetune_output" / "evaluation"
+    assert (evaluation / "results.json").is_file() and not (evaluation / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_base_and_tuned_are_compared_by_rendering(tiny_base, pages_folder, tmp_path):
+    need_browser()
+    done = start_plain(small_run(tiny_base, pages_folder, max_steps=1, eval_pages=4, compare_base=True), tmp_path)
+    assert done.returncode == 0, output(done)
+    evaluation = tmp_path / "holo1_dom_finetune_output" / "evaluation"
+    results = json.loads((evaluation / "results.json").read_text())
+    assert results["before"]["failures"] == results["after"]["failures"] == 0
+    found = results["comparison"]["metrics"]["likeness"]
+    assert found["n"] == 4 and found["low"] <= found["difference"] <= found["high"] and 0 < found["p"] <= 1
+    assert [row["repetition_penalty"] for row in results["comparison"]["decoding"]] == [1.0, 1.05]
+    assert "likeness of the rendered pages" in done.stdout
+    report = (evaluation / "report.html").read_text(encoding="utf-8")
+    assert report.rstrip().endswith("</html>") and not list(evaluation.glob("rendered_*"))
+    card = (tmp_path / "holo1_dom_finetune_final" / "README.md").read_text()
+    assert "likeness" in card

@@ -5,12 +5,11 @@ The order of the rooms is the file tree of README_DeepSpeed.md: a file may impor
 
 import ast
 import re
-import subprocess
 from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, tracked_files
 
 MOST_LINES, MOST_FUNCTION_LINES = 900, 60
 FOLDERS = ("making", "training", "scoring")
@@ -20,13 +19,8 @@ BROWSER_CODE = re.compile(
 )
 
 
-def tracked(pattern: str) -> list[str]:
-    """Files that a clone has or will have, as git's pattern tells them."""
-    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard", pattern]
-    listed = subprocess.run(command, capture_output=True, text=True)
-    if listed.returncode:
-        pytest.skip("not a git checkout")
-    return [name for name in listed.stdout.split("\0") if name and (ROOT / name).exists()]
+# Python or shell, by how a line of it begins and goes on; one import may stand alone, as a command of the README.
+PROGRAM = re.compile(r"^#!/|^(?:import|from) [\w., ]+(?: import [\w., ]+)?[;\n]|^ *(?:def|class) \w+[(:]", re.MULTILINE)
 
 
 @cache
@@ -40,19 +34,19 @@ def functions(tree: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
 
 def ours() -> list[str]:
     """Our code without its tests."""
-    return [name for name in tracked("*.py") if not name.startswith("tests/")]
+    return [name for name in tracked_files("*.py") if not name.startswith("tests/")]
 
 
 @pytest.mark.parametrize("pattern", ["*.py", "*.js", "*.css"])
 def test_no_file_is_too_long_to_read(pattern):
-    lines = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in tracked(pattern)}
+    lines = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in tracked_files(pattern)}
     assert lines and not {name: count for name, count in lines.items() if count > MOST_LINES}
 
 
 def test_no_function_is_too_long_to_read():
     long = {
         f"{name}:{node.lineno} {node.name}": node.end_lineno - node.lineno + 1
-        for name in tracked("*.py")
+        for name in tracked_files("*.py")
         for node in functions(parsed(name))
         if node.end_lineno - node.lineno >= MOST_FUNCTION_LINES
     }
@@ -87,6 +81,25 @@ def test_browser_code_and_looks_are_files():
 )
 def test_planted_browser_code_is_found(planted):
     assert code_in_strings(ast.parse(f"CODE = {planted!r}")) == [1]
+
+
+def programs_in_strings(tree: ast.AST) -> list[int]:
+    """Lines on which a string holds Python or shell, which belongs into a file of tests/programs."""
+    apart = docstrings(tree)
+    strings = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return [node.lineno for node in strings if id(node) not in apart and PROGRAM.search(node.value)]
+
+
+def test_no_test_carries_a_program_in_a_string():
+    names = [name for name in tracked_files("tests/*.py") if name != "tests/test_house.py"]
+    assert names and not {name: lines for name in names if (lines := programs_in_strings(parsed(name)))}
+
+
+@pytest.mark.parametrize(
+    "planted", ["import os\nos._exit(3)", "x = 1\ndef f():\n    pass", "from a import b; b()", "#!/bin/sh\nexit 1"]
+)
+def test_a_planted_program_is_found(planted):
+    assert programs_in_strings(ast.parse(f"def test():\n    run({planted!r})")) == [2]
 
 
 # -----------------------------------------------------------------------------
@@ -177,12 +190,14 @@ def test_classes_stand_at_module_level():
 
 
 def test_no_room_is_called_utils():
-    assert not [name for name in tracked("*.py") if Path(name).stem in ("utils", "util", "helpers", "common", "misc")]
+    assert not [
+        name for name in tracked_files("*.py") if Path(name).stem in ("utils", "util", "helpers", "common", "misc")
+    ]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_folders_first_room_says_what_lives_there(folder):
     tree = parsed(f"{folder}/__init__.py")
     assert len(tree.body) == 1 and len(ast.get_docstring(tree)) > 80
-    rooms = {Path(name).stem for name in tracked(f":(glob){folder}/*.py")} - {"__init__"}
+    rooms = {Path(name).stem for name in tracked_files(f":(glob){folder}/*.py")} - {"__init__"}
     assert not {room for room in rooms if room not in ast.get_docstring(tree)}

@@ -3,12 +3,18 @@
 import json
 
 import pytest
-from conftest import ROOT, make_pages, run_script
+from conftest import ROOT, loaded_for_help, make_pages, run_script
 
 import use_model_from_hub as use
 
 SCRIPT = str(ROOT / "use_model_from_hub.py")
 DOCUMENT = "<!DOCTYPE html>\n<html><body><p>river</p></body></html>"
+
+
+def test_help_answers_at_once_without_torch(tmp_path):
+    said, loaded, seconds = loaded_for_help(SCRIPT, tmp_path)
+    assert "--image" in said and "argparse" in loaded and "torch" not in loaded
+    assert seconds < 20, "this loads something heavy"  # a quiet machine needs about one second
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import SHARED, need_browser
+from conftest import need_browser, need_shared
 from small_site import write_site
 
 from making.drops import PageDropped
@@ -157,9 +157,8 @@ def test_the_renderers_own_grey_is_in_no_target(tmp_path, renderer):
 
 @pytest.mark.slow
 def test_real_pages_come_out_shorter_and_render_to_the_same_pixels(renderer):
-    pages = sorted((SHARED / "pages").glob("*/page.html"))[::9]
-    if len(pages) < 8:
-        pytest.skip(f"no pages in {SHARED / 'pages'}")
+    pages = sorted(need_shared("pages").glob("*/page.html"))[::9]
+    assert len(pages) >= 8
     before = after = 0
     for page in pages:
         record, image = made(page.parent, "page.html", renderer)

@@ -4,7 +4,7 @@ import random
 import time
 
 import pytest
-from conftest import SHARED
+from conftest import need_shared
 
 from scoring.validity import looping, same_html, validity
 
@@ -12,9 +12,8 @@ PAGE = "<!DOCTYPE html>\n<html><head><title>t</title></head><body>{}</body></htm
 
 
 def shared_pages(name: str) -> list[str]:
-    files = sorted((SHARED / "pages").glob(f"*/{name}"))
-    if not files:
-        pytest.skip("no shared/pages beside the repository")
+    files = sorted(need_shared("pages").glob(f"*/{name}"))
+    assert files
     return [file.read_text(encoding="utf-8", errors="replace") for file in files]
 
 

@@ -1,10 +1,12 @@
 """A segment sees itself alone, and a kernel is believed only where it has given what torch's own gives."""
 
+import shutil
 import sys
 from types import ModuleType
 
 import pytest
 import torch
+from conftest import PROGRAMS
 
 from training import attention
 
@@ -165,7 +167,7 @@ def test_the_installed_kernel_is_taken(monkeypatch, tmp_path, capability, files,
     for file in files:
         path = tmp_path / "flash_attn" / file
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("def flash_attn_varlen_func(): pass\n", encoding="utf-8")
+        shutil.copy(PROGRAMS / "played_flash_attn.py", path)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
     found = attention.attention_kernel("cuda", True)
     for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:

@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from conftest import SHARED
+from conftest import need_shared
 
 from training.cleaning import clean_html, cleaning_steps
 from training.errors import SettingsError
@@ -76,9 +76,8 @@ def test_cleaning_can_be_chosen_and_switched_off():
 def test_real_pages_stay_valid_and_a_second_cleaning_changes_nothing():
     from scoring.validity import validity
 
-    files = sorted((SHARED / "pages").glob("*/page.html"))
-    if not files:
-        pytest.skip("no shared/pages beside the repository")
+    files = sorted(need_shared("pages").glob("*/page.html"))
+    assert files
     for file in files:
         cleaned = clean_html(file.read_text(encoding="utf-8", errors="replace"), ALL)
         assert (validity(cleaned).reason, clean_html(cleaned, ALL)) == (None, cleaned)

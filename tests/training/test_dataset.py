@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import SHARED
+from conftest import need_shared
 
 from training import dataset
 from training.dataset import (
@@ -511,13 +511,12 @@ def test_no_held_out_page_is_needed_when_none_is_asked(tmp_path):
 
 
 def test_the_shared_pages_load_with_the_real_tokenizer(tmp_path, monkeypatch):
-    if not (SHARED / "pages").is_dir() or not (SHARED / "qwen_tokenizer").is_dir():
-        pytest.skip("no shared/pages or shared/qwen_tokenizer beside the repository")
+    pages = need_shared("pages")
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(SHARED / "qwen_tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(need_shared("qwen_tokenizer"))
     monkeypatch.setattr(sys.modules[__name__], "count_tokens", lambda html, *size: (len(tokenizer(html).input_ids), 1))
-    training, held_out, report = load(SHARED / "pages", tmp_path, num_samples=1000, eval_pages=8, max_html_tokens=8192)
+    training, held_out, report = load(pages, tmp_path, num_samples=1000, eval_pages=8, max_html_tokens=8192)
     assert str(report) == "1,008 asked, 8 too long, 66 kept; the dataset ended after 74 pages"
     assert (len(training), len(held_out)) == (58, 8)
     assert max(training["html_tokens"]) <= 8192

@@ -13,6 +13,7 @@ from training.base_model import base_tensors
 from training.evaluation import Parts, keep_outputs, parts_of, score_held_out, write_held_out
 from training.final_folder import save_final
 from training.results import compare_results
+from training.settings import PageSettings
 
 ROW = {"raw": "", "tokens": 10, "seconds": 2.0, "cut_off": False}
 PAGE = "<!DOCTYPE html>\n<html><head><title>{0}</title></head><body><p>{0}</p></body></html>"
@@ -52,7 +53,7 @@ def loaded(tiny_base):
 
 def test_evaluation_uses_the_very_weights_that_saving_writes(tiny_base, tmp_path, loaded):
     """A model in fp32 with changes too small for bf16: the copy equals what a user loads, not what trains."""
-    settings = pipeline.PageSettings(base_model=str(tiny_base), max_pixels=280 * 280)
+    settings = PageSettings(base_model=str(tiny_base), max_pixels=280 * 280)
     plan = base_tensors(tiny_base, settings)
     model, processor = use.load_model(str(tiny_base), use.Recipe(max_pixels=280 * 280))
     with torch.no_grad():

@@ -13,6 +13,7 @@ from training.base_model import BaseTensor
 from training.families import FAMILIES, family_of, trains_fast
 from training.final_folder import final_tensors
 from training.prompt_and_mask import PageEncoder
+from training.settings import PageSettings
 
 
 @pytest.fixture(scope="module")
@@ -200,8 +201,8 @@ def test_a_family_trains_fast_where_its_modules_are_known():
 
 
 def test_other_architectures_and_the_plain_way_are_left_alone(model):
-    settings = pipeline.PageSettings()
+    settings = PageSettings()
     assert trains_fast(model.config, settings)
-    assert not trains_fast(model.config, pipeline.PageSettings(fast=False))
+    assert not trains_fast(model.config, PageSettings(fast=False))
     model.config.model_type = "qwen3_vl"
     assert not trains_fast(model.config, settings)

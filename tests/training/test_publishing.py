@@ -141,7 +141,7 @@ def test_a_hub_that_cannot_be_asked_is_said_before_training(hub: FakeHub, tmp_pa
     if fault == "refused":
         extra["HF_ENDPOINT"] = f"http://127.0.0.1:{closed_port()}"
     elif fault == "no DNS":
-        extra = no_dns(tmp_path)
+        extra = no_dns()
     elif fault == "offline":
         extra["HF_HUB_OFFLINE"] = "1"
     else:
@@ -156,12 +156,9 @@ def closed_port() -> int:
         return taken.getsockname()[1]
 
 
-def no_dns(folder: Path) -> dict[str, str]:
+def no_dns() -> dict[str, str]:
     """A process in which no name can be looked up, without asking a name server."""
-    code = "import socket\ndef fail(*_, **__): raise socket.gaierror(-2, 'Name or service not known')\n"
-    (folder / "site").mkdir()
-    (folder / "site" / "sitecustomize.py").write_text(f"{code}socket.getaddrinfo = fail\n")
-    path = ":".join([str(folder / "site"), *filter(None, sys.path)])
+    path = ":".join([str(PROGRAMS / "no_dns"), *filter(None, sys.path)])
     return {"PYTHONPATH": path, "HF_ENDPOINT": "http://hub.invalid"}
 
 
@@ -175,8 +172,7 @@ def test_the_model_arrives_whole_in_one_commit(hub: FakeHub, tmp_path: Path, fin
     assert hub.repos["user/name"].private is private
     (commit,) = hub.commits("user/name")
     assert {k: v for k, v in commit["files"].items() if k != ".gitattributes"} == FINAL
-    code = "from huggingface_hub import snapshot_download as get; print(get('user/name', local_dir='copy'))"
-    run(hub, tmp_path, [sys.executable, "-c", code])
+    run(hub, tmp_path, [sys.executable, str(PROGRAMS / "downloads.py"), "user/name", "copy"])
     copy = tmp_path / "copy"
     arrived = {str(path.relative_to(copy)): path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     assert {name: content for name, content in arrived.items() if not name.startswith((".cache", ".git"))} == FINAL
@@ -261,7 +257,7 @@ def test_retries_end_and_the_command_in_the_message_uploads_the_model(
 def test_no_network_after_training_leaves_the_model_and_the_command(
     hub: FakeHub, tmp_path: Path, final: Path, fault: str
 ) -> None:
-    extra = no_dns(tmp_path) if fault == "no DNS" else {"HF_ENDPOINT": f"http://127.0.0.1:{closed_port()}"}
+    extra = no_dns() if fault == "no DNS" else {"HF_ENDPOINT": f"http://127.0.0.1:{closed_port()}"}
     answer = call(hub, tmp_path, "push_final_folder", final, "user/name", True, **extra)
     assert answer["error"] == "UploadError" and answer["waits"] == [1, 4, 15, 60]
     assert "hf upload user/name" in answer["message"] and model_is_on_disk(final)
