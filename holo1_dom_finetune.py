@@ -143,6 +143,7 @@ def load_model(base: Path, settings: PageSettings, args: TrainingArguments) -> P
         "dtype": half if args.deepspeed or frozen_base else torch.float32,
         "trust_remote_code": settings.trust_remote_code,
     }
+    # bitsandbytes quantises on the GPU while it loads; without a map, accelerate would spread the model over all GPUs.
     if settings.quantize == "4bit":
         options |= {"quantization_config": quantization_config(half, family), "device_map": {"": args.device}}
     if settings.random_weights:
@@ -594,6 +595,7 @@ class Evaluator:
         self.processor, self.pages = processor, held_out
         names = {item.name for item in fields(use.Recipe)} & {item.name for item in fields(PageSettings)}
         self.recipe = use.Recipe(**{name: getattr(settings, name) for name in names})
+        # The best of many evaluations is too good by chance: pages that choose the weights do not compare them, too.
         self.parts = parts_of(len(held_out), weights_are_chosen=settings.eval_every > 0)
         output_dir = Path(args.output_dir)
         self.folder = output_dir / "evaluation"
@@ -622,6 +624,7 @@ class Evaluator:
             raise NotFiniteError(
                 f"the loss of two held-out pages is {loss.item()} before training: the base is damaged"
             )
+        # 32 tokens show that writing works; whole pages would take minutes before step one.
         short = replace(self.recipe, max_html_tokens=min(32, self.recipe.max_html_tokens))
         tokens = sum(row["tokens"] for row in write_held_out(copy, self.processor, pages, short, batch=2))
         say(f"rehearsal: loss {loss.item():.4f} on two held-out pages, {tokens} tokens written")
