@@ -76,6 +76,26 @@ def test_abbreviated_and_unknown_flags_exit_with_2(flag, tmp_path):
 
 
 @pytest.mark.slow
+def test_plan_needs_neither_gpu_nor_weights(tmp_path):
+    base = make_base(tmp_path / "base", weights=False)
+    done = run_script(MAIN, "--plan", "--base_model", str(base), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = done.stdout.split("  sum\n")[1].splitlines()
+    rows = [line.split() for line in table if line.strip()[:1].isdigit()]
+    assert [(row[0], row[1]) for row in rows] == [
+        (processes, size) for processes in ("1", "2", "4", "8", "16", "32", "64") for size in ("24", "40", "80", "140")
+    ]
+    assert all(row[2] == "8" and row[3] == "0%" for row in rows), "the tiny model fits everywhere at once"
+
+
+@pytest.mark.slow
+def test_supervision_is_shown_without_loading_a_model(tiny_base, pages_folder, tmp_path):
+    done = run_script(MAIN, *small_run(tiny_base, pages_folder, show_supervision=True), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "\033[32m<!DOCTYPE html>" in done.stdout and "rehearsal" not in done.stdout
+
+
+@pytest.mark.slow
 def test_unreadable_pages_end_with_80_before_the_model_loads(tiny_base, tmp_path):
     pages = make_pages(tmp_path / "pages", 20)
     for number in range(5):
