@@ -8,8 +8,9 @@
     python holo1_dom_finetune.py --help
 
 One page travels through this file from top to bottom: dataset, prompt and mask, batch, step, checkpoint, HTML, score,
-card, Hub. Sections: Model, Collate, Training, Saving, Evaluation, Main; the rooms of training/ and
-scoring/ stand beside it. (all ranks) marks what every process must call together.
+card, Hub. Sections: Model, Collate, Training, Evaluation, Hub, Main. `run` and `fine_tune` under Main are the table of
+contents: read them first. All that is not one of these five stands in the rooms of training/ and scoring/. (all ranks)
+marks what every process must call together, in the same order, or the others wait for ever.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from training.settings import (
@@ -43,8 +44,23 @@ if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
 
 import torch
 from datasets import Dataset
-from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback, TrainingArguments
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import TrainOutput
 
 import use_model_from_hub as use
 from scoring import metrics
@@ -52,7 +68,6 @@ from training import attention, fast_layers, page_costs, zero3
 from training.base_model import BaseTensor, base_tensors, empty_model, fetch_base, load_config
 from training.best_weights import BestWeights
 from training.checkpoints import keep_earlier_results, newest_checkpoint
-from training.dataset import load_pages, load_pages_from_disk
 from training.errors import (
     HINTS,
     DataError,
@@ -70,6 +85,7 @@ from training.memory_fit import Fit, choose_micro_batch, compare_with_plan, cost
 from training.model_card import derived_licence, write_model_card
 from training.packing import image_geometry, pack
 from training.page_order import PageSampler, write_page_order
+from training.preparation import Pages, prepare_pages
 from training.processes import (
     agree,
     all_ranks_arrive,
@@ -79,19 +95,17 @@ from training.processes import (
     on_main,
     rank,
     report_end,
-    same_everywhere,
     say,
     say_from_here,
     world_size,
 )
 from training.progress import Meter, draw_loss, log_line, memory_is_tight, release_memory, say_memory
-from training.prompt_and_mask import IGNORED, PageEncoder, colour_supervision, count_tokens
+from training.prompt_and_mask import IGNORED, PageEncoder, colour_supervision
 from training.publishing import check_hub_access, push_final_folder
 from training.recipe import gather_facts, make_recipe
 from training.results import Results
 from training.stopping import StopRequest
 
-HERE = Path(__file__).resolve().parent
 EMERGENCY_FOLDER = "holo1_dom_finetune_checkpoint"
 
 
@@ -99,9 +113,11 @@ EMERGENCY_FOLDER = "holo1_dom_finetune_checkpoint"
 # Model
 
 
-def load_processor(base: Path, settings: PageSettings):
-    from transformers import AutoProcessor
+def load_processor(base: Path, settings: PageSettings) -> ProcessorMixin:
+    """Tokenizer and image processor of the base, bounded to the pixels that are asked for.
 
+    Raises `SettingsError` for a base without a processor that loads, or of a family that nobody has written.
+    """
     try:
         processor = AutoProcessor.from_pretrained(base, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError) as error:
@@ -111,14 +127,17 @@ def load_processor(base: Path, settings: PageSettings):
     return processor
 
 
-def load_model(base: Path, settings: PageSettings, args):
-    """(all ranks) The model to train. Under ZeRO-3 every rank holds its part from the first moment."""
-    from transformers import AutoModelForImageTextToText
+def load_model(base: Path, settings: PageSettings, args: TrainingArguments) -> PreTrainedModel:
+    """(all ranks) The model to train: whole or in 4 bits, sharded, faster, with adapters, as the settings say.
 
+    Under ZeRO-3 every rank holds its part from the first moment, because `TrainingArguments` came before this call:
+    transformers then shards while it loads. Raises `PipelineError` where that did not happen.
+    """
     config = load_config(base, settings)
     family = family_of(config)
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    # Without DeepSpeed's fp32 master weights, full fine-tuning in bf16 would round small updates away.
+    # Without DeepSpeed's fp32 master weights, full fine-tuning in bf16 would round small updates away: at a rate of
+    # 1e-5 most are smaller than the last of bf16's 8 bits. fp32 costs twice the memory; autocast keeps the speed.
     frozen_base = settings.lora or settings.quantize == "4bit"
     options = {
         "dtype": half if args.deepspeed or frozen_base else torch.float32,
@@ -127,32 +146,36 @@ def load_model(base: Path, settings: PageSettings, args):
     if settings.quantize == "4bit":
         options |= {"quantization_config": quantization_config(half, family), "device_map": {"": args.device}}
     if settings.random_weights:
-        torch.manual_seed(args.seed)  # every rank the same weights
+        # The same weights on every rank: ZeRO-3 takes rank 0's, but DDP compares nothing and would train two models.
+        torch.manual_seed(args.seed)
         model = AutoModelForImageTextToText.from_config(config, **options)
     else:
         model = AutoModelForImageTextToText.from_pretrained(base, **options)
     if zero3.is_on():
+        # A model that is whole on every rank would train, too, and run out of memory an hour later.
         zero3.check_sharded(model)
         zero3.forget_renamings(model)
     for part in family.vision_modules(model) if settings.freeze_vision else ():
         part.requires_grad_(False)
+    # Before the adapters: peft wraps the projections, and the fast layers have to find the model's own modules.
     if trains_fast(model.config, settings):
         make_fast(model, settings, args, zero3.is_on())
     if frozen_base:
         model = add_adapters(model, settings, args.seed)
-    model.config.get_text_config().use_cache = (
-        False  # training needs no cache, and checkpointing would warn of it at every step
-    )
+    # Training needs no cache, and activation checkpointing would warn of it at every step.
+    model.config.get_text_config().use_cache = False
     return model
 
 
-def make_fast(model, settings: PageSettings, args, sharded: bool) -> None:
+def make_fast(model: PreTrainedModel, settings: PageSettings, args: TrainingArguments, sharded: bool) -> None:
     """(all ranks) Everything of training/fast_layers.py, and a line that says what runs and what could not."""
     obstacle = fast_layers.can_fuse() if settings.fuse == "auto" else ""
     fuse = settings.fuse == "yes" or (settings.fuse == "auto" and not obstacle)
     if fuse:
-        # A handful of small kernels: worker processes for them would outlive the training by many seconds.
+        # A handful of small kernels: torch's pool of compiling processes would outlive the training by many seconds.
         torch._inductor.config.compile_threads = 1
+    # 3,420 columns are no multiple of 8, and half-precision products of such fall back to old tensor-core kernels: 16 %
+    # of a step. The zeros that fill them up to 3,424 stay zeros, and are cut off again on saving.
     width = fast_layers.align_vision_mlp(model)
     fast_layers.install(model, fuse)
     if sharded:
@@ -163,9 +186,11 @@ def make_fast(model, settings: PageSettings, args, sharded: bool) -> None:
     say(f"fast path: pages packed, attention by {kernel}, element-wise parts {fused}, vision MLP {width:,} wide")
 
 
-def quantization_config(compute_dtype, family: Family):
-    from transformers import BitsAndBytesConfig
+def quantization_config(compute_dtype: torch.dtype, family: Family) -> BitsAndBytesConfig:
+    """4-bit NF4 with quantised scales (QLoRA, Dettmers et al. 2023): the frozen base of adapters on one GPU.
 
+    Never under DeepSpeed (settings.resolve_quantization): ZeRO-3 leaves 4-bit weights unsharded and saves none of them.
+    """
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -176,13 +201,12 @@ def quantization_config(compute_dtype, family: Family):
     )
 
 
-def add_adapters(model, settings: PageSettings, seed: int):
-    """LoRA on the language model's own projections.
+def add_adapters(model: PreTrainedModel, settings: PageSettings, seed: int) -> PeftModel:
+    """LoRA (Hu et al. 2021) on the language model's own projections, merged into whole weights on saving.
 
     Adapters begin at random, the same ones in every run and on every rank with this seed.
     """
-    from peft import LoraConfig, get_peft_model
-
+    # By a pattern of whole names: by leaf name alone, the vision tower's gate, up and down would match as well.
     wanted = family_of(model.config).adapters
     config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=wanted)
     # The first layer's input has to need a gradient: else DeepSpeed, told of a layer's gradients by torch's hook on the
@@ -195,7 +219,9 @@ def add_adapters(model, settings: PageSettings, seed: int):
 # -----------------------------------------------------------------------------
 # Collate
 
-CHUNK_DEEPSPEED, CHUNK_FALLBACK = 16, 4  # screenshots decoded and processed at once
+# Screenshots decoded and processed at once. One of 20 M pixels takes 240 MB in fp32 before it is shrunk, so that 16 of
+# them may need 4 GB in every data worker; machines without DeepSpeed, small ones as a rule, get by with a quarter.
+CHUNK_DEEPSPEED, CHUNK_FALLBACK = 16, 4
 
 
 class PageCollator:
@@ -208,24 +234,27 @@ class PageCollator:
 
     def __init__(
         self,
-        processor,
+        processor: ProcessorMixin,
         encoder: PageEncoder,
-        pages,
+        pages: Dataset,
         chunk: int,
         notes_file: Path | None = None,
-        config=None,
+        config: PretrainedConfig | None = None,
         packed: bool = False,
-        dtype=None,
+        dtype: torch.dtype | None = None,
     ):
         self.processor, self.encoder, self.pages, self.notes_file = processor, encoder, pages, notes_file
         self.chunk = self.largest_chunk = chunk
-        self.config = config  # of the model, to count its operations; None: not counted
-        self.packed = packed  # into one row; else padded rows, as every model takes them
-        self.dtype = dtype  # of the pixels, which halves what travels to the GPU; None: as the processor makes them
+        # Of the model, to count its operations; None counts nothing, as in the rehearsal.
+        self.config = config
+        # Into one row, without a single padded token; else padded rows, as every model takes them.
+        self.packed = packed
+        # Of the pixels: half precision halves what travels to the GPU. None leaves them as the processor makes them.
+        self.dtype = dtype
 
     def __call__(self, pages: list[dict]) -> dict:
-        """Returns what the family makes of the screenshots and what `pad` or `pack` adds."""
-
+        """Pages (dicts of dataset.PAGE_FIELDS) to a batch: what the family makes of the screenshots (`pixel_values`
+        (patches, dim), `image_grid_thw` (pages, 3) for Qwen), what `pad` or `pack` adds, and `flops`."""
         kept, pictures = [], []
         while len(kept) < len(pages):
             chunk_pages, chunk_pictures = self.process(pages[len(kept) : len(kept) + self.chunk])
@@ -238,6 +267,7 @@ class PageCollator:
             batch["flops"] = sum(self.flops(labels, patches) for (_, labels), patches in sizes)
         if not self.packed:
             return batch | self.pad(rows)
+        # Geometry and positions are computed here, in the data workers: on the GPU they would cost a host sync each.
         if self.dtype is not None:
             batch["pixel_values"] = batch["pixel_values"].to(self.dtype)
         grids = batch["image_grid_thw"]
@@ -246,6 +276,7 @@ class PageCollator:
         return batch | image_geometry(self.config)(grids)
 
     def flops(self, labels: list[int], patches: int) -> float:
+        """Operations of one page, for the MFU of the step's line."""
         shape = self.encoder.family.shape(self.config)
         return page_costs.page_flops(shape, len(labels), len(labels) - labels.count(IGNORED), patches)
 
@@ -260,6 +291,7 @@ class PageCollator:
             "labels": torch.tensor([row + [IGNORED] * (longest - len(row)) for _, row in rows]),
             "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
         }
+        # Without these, positions silently become one-dimensional (transformers 5.23, Qwen's).
         if self.encoder.family.token_types:
             batch["mm_token_type_ids"] = (input_ids == self.encoder.image_token_id).long()
         return batch
@@ -272,12 +304,14 @@ class PageCollator:
             try:
                 done = self.decode_and_process(pages)
             except Exception as error:
-                if not is_out_of_memory(error) or replaced == 8:  # eight different pages: the machine is too small
+                # Eight different pages that do not fit even alone: it is the machine that is too small, not the pages.
+                if not is_out_of_memory(error) or replaced == 8:
                     raise
                 if self.chunk == 1:
                     pages = [self.replacement(wanted, "out of memory even alone", replaced)]
                     replaced += 1
                     continue
+                # Half of what was tried, not of what is allowed: the last chunk of a batch may be short.
                 self.chunk = max(1, min(self.chunk, len(pages)) // 2)
                 print(f"collate: memory ran out, going on with {self.chunk} screenshots at once", flush=True)
             else:
@@ -285,9 +319,11 @@ class PageCollator:
                 return done
 
     def decode_and_process(self, pages: list[dict]) -> tuple[list[dict], list[Picture]]:
+        """All of `pages`, broken ones replaced: (pages, the `Picture` of each). `DataError` where none is whole."""
         kept, screenshots = [], []
         for wanted in pages:
             page = wanted
+            # As many tries as there are pages: the replacement may be broken, too.
             for tries in range(len(self.pages) + 1):
                 try:
                     screenshots.append(use.open_screenshot(page["screenshot"]))
@@ -301,6 +337,7 @@ class PageCollator:
 
     def replacement(self, page: dict, reason: str, tries: int = 0) -> dict:
         """A page that depends on the broken one's name alone, so that every run replaces alike."""
+        # A random one would differ between runs and ranks, and a resumed run would train on other pages.
         digest = hashlib.sha256(page["name"].encode()).digest()
         spare = self.pages[(int.from_bytes(digest[:8], "big") + tries) % len(self.pages)]
         note = {"page": page["name"], "reason": reason, "replaced_by": spare["name"]}
@@ -315,6 +352,7 @@ class PageCollator:
 # Training
 
 
+# The step is left out on every rank together, before the optimizer: one poisoned update ruins all weights for good.
 NOT_FINITE = "the {} not finite at step {}, which was left out; lower --learning_rate"
 
 
@@ -328,29 +366,43 @@ class PageTrainer(Trainer):
         super().__init__(**options)
         self.costs, self.settings, self.meter = costs, settings, Meter()
         self.shapes = {tensor.name: tensor.shape for tensor in tensors.values()}
-        self.heaviest = (0, 0, 0)  # tokens, patches and supervised tokens of the heaviest batch of this rank
+        # Tokens, patches and supervised tokens of this rank's heaviest batch, beside which the plan is held at the end.
+        self.heaviest = (0, 0, 0)
         # Qwen2.5-VL declares False, and the Trainer would average micro-batch means: an 8-token page as heavy as a
         # 4,000-token one. Its forward does take num_items_in_batch, so the loss is the mean over all supervised tokens.
         self.model_accepts_loss_kwargs = True
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> PageSampler:
+        """The Trainer's own would deal pages out by number; ranks then wait for whoever got the long ones."""
         return PageSampler(self.costs, self.args)
 
-    def get_batch_samples(self, *arguments):
+    def get_batch_samples(self, *arguments) -> tuple[list[dict], torch.Tensor | None]:
+        """The micro-batches of a step; the time that the step waited for them is the meter's."""
         start = time.monotonic()
         batches = super().get_batch_samples(*arguments)
         self.meter.waited += time.monotonic() - start
         return batches
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device):
+    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor | None:
+        """(all ranks) Supervised tokens of the whole optimizer step over all ranks.
+
+        The loss is divided by them, so that 1 x 8, 2 x 4 and 8 x 1 pages give the same gradient."""
         if self.data_collator.packed:  # whose labels are `targets` alone, already shifted
             batch_samples = [{"labels": b["targets"], "shift_labels": b["targets"]} for b in batch_samples]
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def floating_point_ops(self, inputs: dict) -> int:
-        return 0  # counted by page_flops; the Trainer's own count walks through all modules at every micro-batch
+        """Nothing: `page_flops` counts. The Trainer's own count walks through all modules at every micro-batch."""
+        return 0
 
-    def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, object]:
+        """The Trainer's own, after the batch has been counted for the meter and the plan."""
         self.meter.count(inputs, self.data_collator.encoder.image_token_id)
         if self.data_collator.packed:
             load = (inputs["input_ids"].numel(), len(inputs["pixel_values"]), len(inputs["targets"]))
@@ -358,8 +410,11 @@ class PageTrainer(Trainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def log(self, logs: dict, start_time: float | None = None) -> None:
+        """(all ranks) One line a step. Raises `NotFiniteError` for a loss that is no number."""
         if "loss" in logs:
-            if not math.isfinite(logs["loss"]):  # the mean over all ranks, which all of them see
+            # The mean over all ranks, so that all of them see it and stop together. DeepSpeed reports a norm of 1.0 for
+            # gradients that are all NaN: the loss is the better witness.
+            if not math.isfinite(logs["loss"]):
                 raise NotFiniteError(NOT_FINITE.format(f"loss is {logs['loss']},", self.state.global_step))
             logs |= self.meter.read(self.args)
             say(log_line(logs, self.state))
@@ -376,6 +431,7 @@ class PageTrainer(Trainer):
         super()._save(output_dir, state_dict=state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
+        # The Trainer of transformers 5.23 would find none of the names it looks for, and go on with the base's weights.
         if hasattr(self.model, "peft_config"):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_weights(self.model if model is None else model, Path(resume_from_checkpoint), self.settings)
@@ -386,28 +442,45 @@ class Steps(TrainerCallback):
 
     def __init__(self, stop: StopRequest, evaluator: Evaluator, fit: Fit, save: Callable[[Path], None]):
         self.stop, self.evaluator, self.fit, self.save = stop, evaluator, fit, save
-        self.trainer: PageTrainer | None = None  # which has to exist first; `make_trainer` tells
+        # The Trainer takes its callbacks when it is made, so it comes after this one; `make_trainer` tells it.
+        self.trainer: PageTrainer | None = None
 
-    def on_train_begin(self, args, state, control, **unused) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: object
+    ) -> None:
+        """(all ranks) The proof that the longest batch fits, once DeepSpeed or DDP has taken the model."""
         trainer = self.trainer
         self.fit(trainer, trainer.data_collator, trainer.train_dataset, self.evaluator.pages)
         release_memory()
-        gc.freeze()  # what is there by now stays; looking through it again costs 0.3 s each time
+        # What is there by now stays; looking through it costs Python's collector 0.3 s each time, a small model's step.
+        gc.freeze()
         trainer.meter.reset()
 
-    def on_pre_optimizer_step(self, args, state, control, model, **unused) -> None:
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module,
+        **unused: object,
+    ) -> None:
+        """(all ranks) Raises `NotFiniteError` before gradients that are no numbers reach a weight."""
         # DDP has averaged them, so every rank sees the same. fp16 overflows now and then; its scaler skips those.
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if not args.fp16 and not torch.nn.utils.get_total_norm(gradients).isfinite():
             raise NotFiniteError(NOT_FINITE.format("gradients are", state.global_step + 1))
 
-    def on_step_end(self, args, state, control, **unused) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: object
+    ) -> None:
+        """(all ranks) Stop where any rank was asked to, judge where it is time."""
         every, trainer = self.evaluator.settings.eval_every, self.trainer
         trainer.meter.steps += 1
         if args.deepspeed and not args.fp16 and not zero3.step_was_applied(trainer.model_wrapped):
             raise NotFiniteError(NOT_FINITE.format("gradients are", state.global_step))
         if world_size() == 1 and not args.deepspeed and memory_is_tight():
             release_memory()
+        # A signal reaches ranks at different moments; one that stopped alone would leave the others in a collective.
         if agree(bool(self.stop.signal), args.device):
             control.should_save = control.should_training_stop = True
             self.stop.signal = self.stop.signal or signal.SIGTERM
@@ -429,22 +502,27 @@ def make_trainer(
         args=args,
         data_collator=collate,
         train_dataset=pages,
-        processing_class=collate.processor,  # saved with each checkpoint, which --base_model then takes
+        # Saved with each checkpoint, which --base_model then takes as it is.
+        processing_class=collate.processor,
         callbacks=[steps],
     )
-    trainer.remove_callback(PrinterCallback)  # it prints the dictionary that log_line puts into words
+    # It prints the dictionary that log_line puts into words.
+    trainer.remove_callback(PrinterCallback)
     if is_main():
         write_page_order(PageSampler(costs, args), pages, Path(args.output_dir) / "page_order.jsonl")
     return trainer
 
 
-def train(trainer: PageTrainer, settings: PageSettings, stop: StopRequest, save: Callable[[Path], None]):
-    """(all ranks) Train; when it fails, leave an emergency checkpoint wherever all ranks can take part."""
+def train(trainer: PageTrainer, settings: PageSettings, stop: StopRequest, save: Callable[[Path], None]) -> TrainOutput:
+    """(all ranks) Train; when it fails, leave an emergency checkpoint wherever all ranks can take part.
+
+    Raises `StoppedError` after a signal, whose step is saved, and whatever ended the training otherwise.
+    """
     args = trainer.args
     checkpoint = newest_checkpoint(args.output_dir) if settings.resume else args.resume_from_checkpoint
     if checkpoint:
         say(f"going on from {checkpoint}")
-    emergency_group()
+    emergency_group()  # now, while nothing has failed: a group cannot be made once a rank hangs
     started = int(Path(checkpoint).name.split("-")[-1]) if checkpoint else 0
     if world_size() > 1:
         say_from_here(f"of {world_size()} on {args.device}, process {os.getpid()}")
@@ -453,7 +531,8 @@ def train(trainer: PageTrainer, settings: PageSettings, stop: StopRequest, save:
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
         say_from_here(f"training failed: {type(error).__name__}: {error}")
-        # Before the first step the weights are only the base's, and not worth keeping.
+        # Before the first step the weights are only the base's, and not worth keeping. `all_ranks_arrive` asks over
+        # gloo and for 20 s: ranks that hang in NCCL cannot take part, and gathering weights without them would hang.
         if trainer.state.global_step > started and all_ranks_arrive():
             leave_emergency_checkpoint(error, save)
         raise
@@ -492,6 +571,7 @@ def evaluation_model(
         copy.generation_config = GenerationConfig.from_pretrained(base)
     slots = dict(copy.state_dict())
     with torch.no_grad():
+        # The very tensors that are saved, rounded and merged: what is judged is what users get.
         for _, tensor, value in final_tensors(model, tensors):
             slots[tensor.name].copy_(value)
     return copy.eval()
@@ -524,6 +604,7 @@ class Evaluator:
             self.results.add(self.best.label, self.best.result, self.best.rows)
 
     def copy(self) -> PreTrainedModel:
+        """(all ranks) The weights as they are now, whole, as a user would load them."""
         return evaluation_model(self.model, self.tensors, self.base, self.settings, self.args.device)
 
     def rehearse(self, collate: PageCollator) -> float:
@@ -545,7 +626,8 @@ class Evaluator:
         tokens = sum(row["tokens"] for row in write_held_out(copy, self.processor, pages, short, batch=2))
         say(f"rehearsal: loss {loss.item():.4f} on two held-out pages, {tokens} tokens written")
         del copy
-        release_memory()  # the copy was the first thing on the GPU; the peaks to come are training's own
+        # The copy was the first thing on the GPU; the peaks to come are training's own, and held against the plan.
+        release_memory()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         return loss.item()
@@ -557,7 +639,8 @@ class Evaluator:
         result = on_main(lambda: self.judge(label, rows))
         self.results.add(label, result, rows)
         if self.settings.compare_base and (label in ("before", "after") or self.best.leads(result)):
-            # One knob of decoding can be worth more than a training.
+            # One knob of decoding was worth +0.145 elsewhere, more than any fine-tune there: base and tuned model are
+            # compared under each.
             result["decoding"] = {str(self.recipe.repetition_penalty): result.get(metrics.CHOOSING, result["exact"])}
             for penalty in penalties(self.settings):
                 if str(penalty) not in result["decoding"]:
@@ -567,18 +650,20 @@ class Evaluator:
         return result
 
     def write(self, copy: PreTrainedModel, recipe: use.Recipe) -> list[dict]:
+        """(all ranks) Every held-out page; the rows of evaluation.py."""
         return write_held_out(copy, self.processor, self.pages, recipe, self.args.per_device_eval_batch_size)
 
     def judge(self, label: str, rows: list[dict]) -> dict:
-        """(main process only)"""
+        """(main process only) Score, say, and keep what was written."""
         result = self.score(label, rows, self.recipe)
         say(announce(label, result))
-        if label != "after":  # which may not be the final one
+        # "after" may not be the final one: an earlier step may have been better. `Results.write` keeps what is final.
+        if label != "after":
             keep_outputs(rows, self.pages, self.folder, "written_" + label.replace(" ", "_"))
         return result
 
     def score(self, label: str, rows: list[dict], recipe: use.Recipe) -> dict:
-        """(main process only)"""
+        """(main process only) The result of evaluation.score_held_out, rendered where there is a browser."""
         scores = self.rendering.score(f"{label} {recipe.repetition_penalty}", rows, self.pages)
         return score_held_out(rows, list(self.pages), scores, self.parts)
 
@@ -607,157 +692,15 @@ class Evaluator:
 
 
 # -----------------------------------------------------------------------------
-# Main
+# Hub
 
 
-def make_arguments(resolved: Resolved):
-    """(all ranks) TrainingArguments; the process group begins here, and ZeRO-3 is known before any model loads."""
-    from transformers import TrainingArguments
+def publish(final: Path, settings: PageSettings, training: dict, facts: dict, recipe: dict, results: Results) -> None:
+    """(main process only) Model card, upload, and a last word. Raises `UploadError`, with the command that sends it.
 
-    if resolved.deepspeed is not None and "RANK" not in os.environ:  # started plainly, without any launcher
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-        os.environ.update({name: os.environ.get(name, value) for name, value in alone.items()})
-    training = {**resolved.training, "deepspeed": resolved.deepspeed}
-    if resolved.deepspeed is not None and not torch.cuda.is_available():
-        training |= zero3.begin_on_cpu(training["ddp_timeout"])
-    try:
-        args = TrainingArguments(**training)
-    except ValueError as error:
-        raise SettingsError(f"these settings cannot work: {error}") from error
-    if args.n_gpu > 1:  # the Trainer would split batches by row, and pictures are not rows
-        say(f"{args.n_gpu} GPUs are here and one is used; run_deepspeed_training.py --num_gpus {args.n_gpu} uses all")
-        args._n_gpu = 1
-    for note in resolved.notes:
-        say(note)
-    if args.world_size != world_size():
-        raise PipelineError(f"the launcher started {world_size()} processes, the Trainer counts {args.world_size}")
-    return args
-
-
-def say_batch(args) -> None:
-    micro, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    total = micro * accumulated * world_size()
-    say(f"{micro} pages x {accumulated} accumulated x {world_size()} processes = {total} pages per step")
-
-
-@dataclass(frozen=True)
-class Pages:
-    """Checked pages as datasets, and the line that says what became of the others."""
-
-    training: object
-    held_out: object
-    report: str
-
-
-def prepare_pages(settings: PageSettings, args, encoder: PageEncoder, processor) -> Pages:
-    """(all ranks) Read once, by the main process, and by one of each machine that does not share its disk."""
-    start = time.monotonic()
-    count = count_tokens(encoder, processor)
-    mark = f"prepared-{os.environ.get('HOLO1_RUN_ID', '')}-{time.time_ns()}"  # rank 0's, told to the others below
-
-    def prepare() -> tuple[str, str]:
-        report = str(load_pages(settings, args.output_dir, count, args.seed))
-        for earlier in (Path(args.output_dir) / "pages").glob("prepared-*"):
-            earlier.unlink()
-        (Path(args.output_dir) / "pages" / mark).touch()
-        return report, mark
-
-    report, _ = on_each_machine(prepare, lambda done: (Path(args.output_dir) / "pages" / done[1]).exists())
-    training, held_out = load_pages_from_disk(args.output_dir)
-    names = repr([part.select_columns(["name", "html_tokens"]).to_list() for part in (training, held_out)])
-    if not same_everywhere(hashlib.sha256(names.encode()).hexdigest()):
-        raise DataError("the machines have read different pages; give a --dataset_revision, or a shared --output_dir")
-    say(report)
-    say_memory(f"{len(training):,} training and {len(held_out):,} held-out pages", start)
-    return Pages(training, held_out, report)
-
-
-def run(argv: list[str]) -> None:
-    """(all ranks) One page's way from the dataset to the Hub."""
-    # Packed rows differ in length from step to step; growing segments instead of gaps between fixed ones.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    resolved = resolve(argv)
-    check_settings(resolved)
-    settings = resolved.settings
-    if settings.plan:
-        base = fetch_base(settings)
-        parameters = sum(math.prod(tensor.shape) for tensor in base_tensors(base, settings).values())
-        return print_plan(resolved, load_config(base, settings), parameters)
-    args = make_arguments(resolved)
-    if settings.push_to_hub:
-        settings.hub_repo = on_main(lambda: check_hub_access(settings.hub_repo, settings.private_repo))
-    base = on_each_machine(lambda: fetch_base(settings), Path.is_dir)
-    processor = load_processor(base, settings)
-    encoder = PageEncoder(processor, settings.prompt, family_of(load_config(base, settings)))
-    pages = prepare_pages(settings, args, encoder, processor)
-    if settings.show_supervision:
-        first = pages.training[0]
-        (picture,) = encoder.family.pictures(processor, [use.open_screenshot(first["screenshot"])])
-        ids, labels = encoder.encode(first["html"], picture.ids)
-        return say(colour_supervision(ids, labels, processor.tokenizer, encoder.image_token_id))
-    fine_tune(resolved, args, base, processor, encoder, pages)
-
-
-def fine_tune(resolved: Resolved, args, base: Path, processor, encoder: PageEncoder, pages: Pages) -> None:
-    """(all ranks) From checked pages to a trained, saved, judged and published model."""
-    settings, training = resolved.settings, pages.training
-    keep_earlier_results(Path(args.output_dir), resumes=bool(settings.resume or args.resume_from_checkpoint))
-    memory = choose_micro_batch(args, settings, load_config(base, settings), training, encoder)
-    say_batch(args)
-    start = time.monotonic()
-    tensors = base_tensors(base, settings)
-    model = load_model(base, settings, args)
-    say_memory(
-        f"{settings.base_model}: {sum(math.prod(t.shape) for t in tensors.values()) / 1e6:,.1f} M parameters", start
-    )
-    facts = on_main(lambda: gather_facts(settings, args, base))
-    recipe = make_recipe(settings, facts)
-    chunk = CHUNK_DEEPSPEED if args.deepspeed else CHUNK_FALLBACK
-    notes = Path(args.output_dir) / "replaced_pages.jsonl"
-    half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    packed = trains_fast(model.config, settings)
-    evaluator = Evaluator(model, tensors, base, settings, args, processor, pages.held_out)
-    plain_loss = evaluator.rehearse(PageCollator(processor, encoder, training, chunk, notes))
-    # Quantised weights give another loss, and so do those that a checkpoint will bring.
-    same = packed and settings.quantize == "none" and not settings.resume and not args.resume_from_checkpoint
-    fit = Fit(memory, plain_loss if same else None, settings)
-    collate = PageCollator(processor, encoder, training, chunk, notes, model.config, packed, half)
-    if settings.compare_base:
-        evaluator.evaluate("before")
-
-    def save(folder: Path) -> None:
-        save_final(model, tensors, base, processor, recipe, folder)
-
-    stop = StopRequest()
-    trainer = make_trainer(args, model, collate, training, Steps(stop, evaluator, fit, save))
-    start = time.monotonic()
-    result = train(trainer, settings, stop, save)
-    seconds = time.monotonic() - start
-    if memory:
-        compare_with_plan(trainer, memory)
-    final = Path(use.FINAL_FOLDER)
-    save(final)
-    say(f"saved: ./{final} has the base's {len(tensors)} tensors, same keys, shapes and dtypes")
-    if rank() == 0:
-        draw_loss(trainer.state.log_history, Path(args.output_dir) / "loss.png")
-    evaluator.evaluate("after")
-    facts |= {
-        "train_loss": result.training_loss,
-        "steps": trainer.state.global_step,
-        "seconds": seconds,
-        "pages_trained": len(training),
-        "pages_held_out": len(pages.held_out),
-        "drops": pages.report,
-    }
-    on_main(lambda: evaluator.choose(final))
-    shown = {"model": final.name} | {name: facts[name] for name in ("base_model", "dataset", "hardware")}
-    shown |= {"steps": str(facts["steps"]), "date": time.strftime("%Y-%m-%d")}
-    on_main(lambda: evaluator.results.write(shown))
-    on_main(lambda: finish(final, settings, resolved.training, facts, recipe, evaluator.results))
-
-
-def finish(final: Path, settings: PageSettings, training: dict, facts: dict, recipe: dict, results: Results) -> None:
-    """(main process only) Model card, upload, and a last word."""
+    Whether the push is allowed was asked before the training (`check_hub_access` in `run`): a token that may only read
+    would else be found out hours later.
+    """
     told = {name: training[name] for name in sorted(TRAINING_DEFAULTS) if name not in ("report_to", "disable_tqdm")}
     card = facts | {
         "licence": derived_licence(settings.base_model),
@@ -781,7 +724,141 @@ def finish(final: Path, settings: PageSettings, training: dict, facts: dict, rec
     say(f"done: python use_model_from_hub.py --image PAGE.png --model ./{final} --output page.html")
 
 
+# -----------------------------------------------------------------------------
+# Main
+
+
+def make_arguments(resolved: Resolved) -> TrainingArguments:
+    """(all ranks) The process group begins here, and ZeRO-3 is known before any model loads.
+
+    Raises `SettingsError` for what transformers refuses, `PipelineError` where the Trainer counts other processes than
+    the launcher has started: each would then train on all pages.
+    """
+    # Started plainly, without any launcher: DeepSpeed would ask MPI who it is.
+    if resolved.deepspeed is not None and "RANK" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+        os.environ.update({name: os.environ.get(name, value) for name, value in alone.items()})
+    training = {**resolved.training, "deepspeed": resolved.deepspeed}
+    if resolved.deepspeed is not None and not torch.cuda.is_available():
+        training |= zero3.begin_on_cpu(training["ddp_timeout"])
+    try:
+        args = TrainingArguments(**training)
+    except ValueError as error:
+        raise SettingsError(f"these settings cannot work: {error}") from error
+    # One process and several GPUs: the Trainer would split batches by row (DataParallel), and pictures are not rows.
+    if args.n_gpu > 1:
+        say(f"{args.n_gpu} GPUs are here and one is used; run_deepspeed_training.py --num_gpus {args.n_gpu} uses all")
+        args._n_gpu = 1
+    for note in resolved.notes:
+        say(note)
+    if args.world_size != world_size():
+        raise PipelineError(f"the launcher started {world_size()} processes, the Trainer counts {args.world_size}")
+    return args
+
+
+def say_batch(args: TrainingArguments) -> None:
+    """The pages of a step as arithmetic."""
+    micro, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    total = micro * accumulated * world_size()
+    say(f"{micro} pages x {accumulated} accumulated x {world_size()} processes = {total} pages per step")
+
+
+def run(argv: list[str]) -> None:
+    """(all ranks) One page's way from the dataset to the Hub."""
+    # Packed rows differ in length from step to step; growing segments instead of gaps between fixed ones.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    resolved = resolve(argv)
+    check_settings(resolved)
+    settings = resolved.settings
+    if settings.plan:
+        base = fetch_base(settings)
+        parameters = sum(math.prod(tensor.shape) for tensor in base_tensors(base, settings).values())
+        return print_plan(resolved, load_config(base, settings), parameters)
+    args = make_arguments(resolved)
+    # Before anything is read or loaded: a token that may not write is found out now, not after hours.
+    if settings.push_to_hub:
+        settings.hub_repo = on_main(lambda: check_hub_access(settings.hub_repo, settings.private_repo))
+    # Once on each machine: ranks that download side by side would write the same files into the same cache.
+    base = on_each_machine(lambda: fetch_base(settings), Path.is_dir)
+    processor = load_processor(base, settings)
+    encoder = PageEncoder(processor, settings.prompt, family_of(load_config(base, settings)))
+    pages = prepare_pages(settings, args, encoder, processor)
+    if settings.show_supervision:
+        first = pages.training[0]
+        (picture,) = encoder.family.pictures(processor, [use.open_screenshot(first["screenshot"])])
+        ids, labels = encoder.encode(first["html"], picture.ids)
+        return say(colour_supervision(ids, labels, processor.tokenizer, encoder.image_token_id))
+    fine_tune(resolved, args, base, processor, encoder, pages)
+
+
+def fine_tune(
+    resolved: Resolved,
+    args: TrainingArguments,
+    base: Path,
+    processor: ProcessorMixin,
+    encoder: PageEncoder,
+    pages: Pages,
+) -> None:
+    """(all ranks) From checked pages to a trained, saved, judged and published model."""
+    settings, training = resolved.settings, pages.training
+    # Before anything is written: old checkpoints and pages would be resumed from, deleted or scored as this run's own.
+    keep_earlier_results(Path(args.output_dir), resumes=bool(settings.resume or args.resume_from_checkpoint))
+    memory_plan = choose_micro_batch(args, settings, load_config(base, settings), training, encoder)
+    say_batch(args)
+    start = time.monotonic()
+    tensors = base_tensors(base, settings)
+    model = load_model(base, settings, args)
+    say_memory(
+        f"{settings.base_model}: {sum(math.prod(t.shape) for t in tensors.values()) / 1e6:,.1f} M parameters", start
+    )
+    facts = on_main(lambda: gather_facts(settings, args, base))
+    recipe = make_recipe(settings, facts)
+    chunk = CHUNK_DEEPSPEED if args.deepspeed else CHUNK_FALLBACK
+    notes = Path(args.output_dir) / "replaced_pages.jsonl"
+    half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    packed = trains_fast(model.config, settings)
+    # Two pages through everything that comes after training, before it: an hour later is too late to learn of a fault.
+    evaluator = Evaluator(model, tensors, base, settings, args, processor, pages.held_out)
+    plain_loss = evaluator.rehearse(PageCollator(processor, encoder, training, chunk, notes))
+    # The fast path has to give the plain path's loss on the same two pages, or training stops before step one.
+    # Quantised weights give another loss, and so do those that a checkpoint will bring.
+    same = packed and settings.quantize == "none" and not settings.resume and not args.resume_from_checkpoint
+    fit = Fit(memory_plan, plain_loss if same else None, settings)
+    collate = PageCollator(processor, encoder, training, chunk, notes, model.config, packed, half)
+    if settings.compare_base:
+        evaluator.evaluate("before")
+
+    def save(folder: Path) -> None:
+        save_final(model, tensors, base, processor, recipe, folder)
+
+    stop = StopRequest()
+    trainer = make_trainer(args, model, collate, training, Steps(stop, evaluator, fit, save))
+    start = time.monotonic()
+    result = train(trainer, settings, stop, save)
+    seconds = time.monotonic() - start
+    if memory_plan:
+        compare_with_plan(trainer, memory_plan)
+    # Saved before it is judged: whatever happens in evaluation, the weights are on disk.
+    final = Path(use.FINAL_FOLDER)
+    save(final)
+    say(f"saved: ./{final} has the base's {len(tensors)} tensors, same keys, shapes and dtypes")
+    facts |= {"train_loss": result.training_loss, "steps": trainer.state.global_step, "seconds": seconds}
+    facts |= {"pages_trained": len(training), "pages_held_out": len(pages.held_out), "drops": pages.report}
+    on_main(lambda: draw_loss(trainer.state.log_history, Path(args.output_dir) / "loss.png"))
+    evaluator.evaluate("after")
+    on_main(lambda: finish(final, evaluator, resolved, facts, recipe))
+
+
+def finish(final: Path, evaluator: Evaluator, resolved: Resolved, facts: dict, recipe: dict) -> None:
+    """(main process only) The better weights become final, results and report are written, the model is published."""
+    evaluator.choose(final)
+    shown = {"model": final.name} | {name: facts[name] for name in ("base_model", "dataset", "hardware")}
+    evaluator.results.write(shown | {"steps": str(facts["steps"]), "date": time.strftime("%Y-%m-%d")})
+    publish(final, resolved.settings, resolved.training, facts, recipe, evaluator.results)
+
+
 def main(argv: list[str] | None = None) -> int:
+    """The exit code, which is also left where the wrapper looks for it: the launcher in between loses it."""
     code = 1
     try:
         run(sys.argv[1:] if argv is None else argv)
@@ -792,6 +869,7 @@ def main(argv: list[str] | None = None) -> int:
         code = 130
     except Exception as error:
         code = exit_code(error)
+        # A bug shows where it is, and out of memory where it was asked for; what the user can mend needs no traceback.
         if code in (1, 83) and not isinstance(error, PipelineError):
             traceback.print_exc()
         print(f"error (rank {rank()}): {error}{HINTS.get(code, '')}", file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ Rooms from top to bottom; each may import those below it, and none above:
     model_card      the model card, by model_card.md beside it
     memory_fit      the one decision what fits, for --plan and for training, and its proof before step one
     base_model      the base: its folder, its architecture, every tensor of its checkpoint
+    preparation     the pages of a run: read once, checked, found by every rank
     page_order      which pages are trained on when
     stopping        how a run is asked to stop
     packing         pages as one row, and where each picture's patches lie

@@ -146,6 +146,8 @@ def score_held_out(
     for place in parts.choosing if parts.apart else ():
         scored[place]["chooses"] = True
     result = summary(rows, pages, scored, parts.comparing)
+    # All of them: the seconds are those of writing every page, whichever part it belongs to.
+    result["tokens_per_second"] = sum(row["tokens"] for row in rows) / max(row["seconds"] for row in rows)
     if scores is not None:
         result |= means([scores[place] for place in parts.comparing])
         if parts.choosing:
@@ -182,7 +184,6 @@ def summary(
     return summarise(scored) | {
         "shuffled_exact": shuffled if len(rows) > 1 else None,
         "tokens": tokens,
-        "tokens_per_second": tokens / max(row["seconds"] for row in rows),
         "mean_tokens": tokens / len(rows),
         "mean_reference_tokens": sum(page["html_tokens"] for page in pages) / len(rows),
     }
@@ -286,8 +287,10 @@ def announce(label: str, result: Mapping[str, Any]) -> str:
     def share(name: str) -> str:
         return "-" if result[name] is None else f"{100 * result[name]:.1f} %"
 
+    choosing = result.get("choosing")
+    others = f" ({choosing['n']} others choose the weights)" if choosing and choosing["apart"] else ""
     return (
-        f"{label}: {result['n']} held-out pages: exact {share('exact')}, valid {share('valid')}, "
+        f"{label}: {result['n']} held-out pages{others}: exact {share('exact')}, valid {share('valid')}, "
         f"truncated {share('truncated')}, looping {share('looping')}, exact with the screenshots shuffled "
         f"{share('shuffled_exact')}; {result['mean_tokens']:.0f} tokens a page (references "
         f"{result['mean_reference_tokens']:.0f}), {result['tokens_per_second']:.0f} tokens/s" + rendered_words(result)
