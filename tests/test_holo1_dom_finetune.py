@@ -68,11 +68,31 @@ def test_abbreviated_and_unknown_flags_are_refused(flag, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flag", FLAGS_THAT_DO_NOT_EXIST)
-def test_abbreviated_and_unknown_flags_exit_with_2(flag, tmp_path):
+def test_a_refusal_is_the_exit_code_of_the_process(tmp_path):
+    flag, *_ = FLAGS_THAT_DO_NOT_EXIST
     done = run_script(MAIN, flag, "1", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert flag in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_plan_needs_neither_gpu_nor_weights(tmp_path):
+    base = make_base(tmp_path / "base", weights=False)
+    done = run_script(MAIN, "--plan", "--base_model", str(base), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = done.stdout.split("  sum\n")[1].splitlines()
+    rows = [line.split() for line in table if line.strip()[:1].isdigit()]
+    assert [(row[0], row[1]) for row in rows] == [
+        (processes, size) for processes in ("1", "2", "4", "8", "16", "32", "64") for size in ("24", "40", "80", "140")
+    ]
+    assert all(row[2] == "8" and row[3] == "0%" for row in rows), "the tiny model fits everywhere at once"
+
+
+@pytest.mark.slow
+def test_supervision_is_shown_without_loading_a_model(tiny_base, pages_folder, tmp_path):
+    done = run_script(MAIN, *small_run(tiny_base, pages_folder, show_supervision=True), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "\033[32m<!DOCTYPE html>" in done.stdout and "rehearsal" not in done.stdout
 
 
 @pytest.mark.slow
@@ -129,7 +149,7 @@ def test_gradients_do_not_depend_on_how_a_step_is_divided(exact_base, pages_fold
         "8x1": (start_plain, 8, 1, {}),
         "1x4 on 2": (start_torchrun, 1, 4, {}),
         "1x4 on 2, ZeRO-3": (
-            start_deepspeed,
+            start_zero_3,
             1,
             4,
             {"processes": 2, "config": PLAIN_JSON | {"zero_allow_untested_optimizer": True}},
@@ -156,7 +176,7 @@ def test_gradients_do_not_depend_on_how_a_step_is_divided(exact_base, pages_fold
 def test_plainest_json_clips_as_asked_and_ends_loadable(exact_base, pages_folder, tmp_path):
     config = PLAIN_JSON | {"zero_allow_untested_optimizer": True}
     flags = small_run(exact_base, pages_folder, **(SGD | {"max_grad_norm": 0.01}))
-    done = start_deepspeed(flags, tmp_path, config=config)
+    done = start_zero_3(flags, tmp_path, config=config)
     assert done.returncode == 0, output(done)
     assert norm(change(exact_base, tmp_path / "holo1_dom_finetune_final")) == pytest.approx(0.01, rel=1e-3)
 
@@ -245,7 +265,7 @@ def test_two_machines_with_disks_of_their_own_train_together(tiny_base, pages_fo
     assert layout(tmp_path / "0" / "holo1_dom_finetune_final") == layout(tiny_base)
     (tmp_path / "one").mkdir()
     config = json.loads((ROOT / "ds_z3.json").read_text())
-    together = start_deepspeed(flags, tmp_path / "one", processes=2, config=config)
+    together = start_zero_3(flags, tmp_path / "one", processes=2, config=config)
     assert together.returncode == 0, output(together)
     assert losses_of(together.stdout) == losses_of(logs[0]) and len(losses_of(logs[0])) == 2, "as one machine with two"
 
@@ -349,7 +369,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(start, exact_base, pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("start", "ranks"), [(start_plain, 1), (start_torchrun, 2), (start_deepspeed, 2)])
+@pytest.mark.parametrize(("start", "ranks"), [(start_plain, 1), (start_torchrun, 2), (start_zero_3, 2)])
 def test_a_gradient_that_is_not_finite_on_one_rank_poisons_no_weight(start, ranks, exact_base, pages_folder, tmp_path):
     """The third backward pass gives NaN on the last rank; the emergency checkpoint equals the weights of step 2."""
     status = tmp_path / "status"

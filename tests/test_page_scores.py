@@ -17,6 +17,7 @@ def run_scores(*arguments, cwd):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=200)
 
 
+@pytest.mark.slow
 def test_the_command_line_scores_a_page_or_folders(renderer, tmp_path):
     for folder, body in (("references", "<p>Hello there</p>"), ("predictions", "<p>Hello</p>")):
         (tmp_path / folder).mkdir()

@@ -7,7 +7,6 @@ Sections: Words, Licence, Card.
 
 from __future__ import annotations
 
-import html
 import re
 import shlex
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ import jinja2
 import yaml
 
 from scoring import metrics
+from training.publishing import shown
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
@@ -28,14 +28,6 @@ TEMPLATE = Path(__file__).with_name("model_card.md")
 
 def is_hub_id(name: str) -> bool:
     return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not Path(name).exists()
-
-
-def shown(value: object) -> str:
-    """For cards and messages: one line that holds no token, opens no HTML or table cell, and names no folder."""
-    text = "unknown" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-    text = re.sub(r"\bhf_[A-Za-z0-9]{16,}", "(token)", text.replace(hub.get_token() or "\0", "(token)"))
-    text = re.sub(r"(?<![\w.:/<-])~?/(?:[^\s/'\"]+/)*(?=[^\s/])", "", text)
-    return html.escape(" ".join(text.split()), quote=False).replace("|", "&#124;").replace("`", "'")
 
 
 # -----------------------------------------------------------------------------

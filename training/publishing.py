@@ -6,6 +6,8 @@ push_final_folder(final_folder, full_name, private=True)
 
 from __future__ import annotations
 
+import html
+import re
 import shlex
 import time
 from pathlib import Path
@@ -13,13 +15,20 @@ from pathlib import Path
 import huggingface_hub as hub
 
 from training.errors import SettingsError, UploadError
-from training.model_card import shown
 
 PUBLISHED = (  # all that may leave the machine; arguments, optimizer states, logs and pickles stay
     "*.safetensors *.safetensors.index.json config.json generation_config.json *processor_config.json tokenizer*.json "
     "special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.json chat_template.jinja "
     "dom_recipe.json evaluation/results.json README.md LICENSE* NOTICE*"
 ).split()
+
+
+def shown(value: object) -> str:
+    """For cards and messages: one line that holds no token, opens no HTML or table cell, and names no folder."""
+    text = "unknown" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = re.sub(r"\bhf_[A-Za-z0-9]{16,}", "(token)", text.replace(hub.get_token() or "\0", "(token)"))
+    text = re.sub(r"(?<![\w.:/<-])~?/(?:[^\s/'\"]+/)*(?=[^\s/])", "", text)
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "&#124;").replace("`", "'")
 
 
 def check_hub_access(repo_id: str, private: bool) -> str:

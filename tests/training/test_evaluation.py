@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import MAIN, make_pages, run_script
+from conftest import make_pages
 
 import holo1_dom_finetune as pipeline
 import use_model_from_hub as use
@@ -104,30 +104,6 @@ def test_generation_halves_its_batch_when_memory_runs_out(loaded, tmp_path, monk
     rows = write_held_out(model, processor, datasets.Dataset.from_list(pages), recipe, batch=4)
     assert [row["place"] for row in rows] == [0, 1, 2, 3, 4]
     assert sizes == [4, 2, 1, 1, 1, 1, 1]
-
-
-@pytest.mark.slow
-def test_plan_needs_neither_gpu_nor_weights(tmp_path):
-    from conftest import make_base
-
-    base = make_base(tmp_path / "base", weights=False)
-    done = run_script(MAIN, "--plan", "--base_model", str(base), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    table = done.stdout.split("  sum\n")[1].splitlines()
-    rows = [line.split() for line in table if line.strip()[:1].isdigit()]
-    assert [(row[0], row[1]) for row in rows] == [
-        (processes, size) for processes in ("1", "2", "4", "8", "16", "32", "64") for size in ("24", "40", "80", "140")
-    ]
-    assert all(row[2] == "8" and row[3] == "0%" for row in rows), "the tiny model fits everywhere at once"
-
-
-@pytest.mark.slow
-def test_supervision_is_shown_without_loading_a_model(tiny_base, pages_folder, tmp_path):
-    from conftest import small_run
-
-    done = run_script(MAIN, *small_run(tiny_base, pages_folder, show_supervision=True), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "\033[32m<!DOCTYPE html>" in done.stdout and "rehearsal" not in done.stdout
 
 
 def test_the_pages_that_choose_the_weights_do_not_compare_them():

@@ -90,6 +90,7 @@ def test_packed_pages_give_the_models_own_loss_and_gradients(processor, model, f
     assert worst_difference(mean, fast) <= 1e-5
 
 
+@pytest.mark.slow
 def test_the_fused_functions_need_few_graphs(processor, model, monkeypatch):
     """torch leaves a function as it is, and slow, that would need more than eight. They are counted, and nothing is
     compiled: some layers are recomputed, lengths change, gradients are followed or not."""

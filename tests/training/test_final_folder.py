@@ -80,9 +80,9 @@ WAYS = {
     "plain, LoRA": (start_plain, {"lora": True}, {}),
     "plain, vision frozen": (start_plain, {"freeze_vision": True}, {}),
     "torchrun, 2 ranks": (start_torchrun, {}, {"processes": 2}),
-    "ZeRO-3": (start_deepspeed, {}, {}),
-    "ZeRO-3, 2 ranks, LoRA": (start_deepspeed, {"lora": True}, {"processes": 2}),
-    "ZeRO-3, 2 ranks, vision frozen": (start_deepspeed, {"freeze_vision": True}, {"processes": 2}),
+    "ZeRO-3": (start_deepspeed, {}, {}),  # the launcher once; for the rest torchrun, which is much cheaper
+    "ZeRO-3, 2 ranks, LoRA": (start_zero_3, {"lora": True}, {"processes": 2}),
+    "ZeRO-3, 2 ranks, vision frozen": (start_zero_3, {"freeze_vision": True}, {"processes": 2}),
 }
 
 

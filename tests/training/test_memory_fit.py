@@ -1,6 +1,9 @@
 """What fits: one decision for --plan and for training, and a restart only where nobody typed a batch size."""
 
+import contextlib
+import io
 import math
+from functools import cache
 from types import SimpleNamespace
 
 import conftest
@@ -33,31 +36,34 @@ def base(shapes_of_3b, tmp_path_factory):
 ZERO_3 = ["--deepspeed", str(ROOT / "ds_z3.json")]
 
 
-def plan_of(base, capsys, *flags: str) -> str:
-    pipeline.run(["--plan", "--base_model", str(base), *flags])
-    return capsys.readouterr().out
+@cache
+def plan_of(base, *flags: str) -> str:
+    """What --plan prints; asked for once, since each answer takes half a second."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        pipeline.run(["--plan", "--base_model", str(base), *flags])
+    return printed.getvalue()
 
 
 def rows_of(text: str) -> list[list[str]]:
     return [line.split() for line in text.splitlines() if line.strip()[:1].isdigit() and "does not fit" not in line]
 
 
-def test_the_plan_obeys_a_typed_batch_size(base, capsys):
-    assert {row[2] for row in rows_of(plan_of(base, capsys, *ZERO_3))} != {"2"}
-    typed = [rows_of(plan_of(base, capsys, *ZERO_3, *flags)) for flags in (["--micro_batch", "2"], ["--micro_batch=2"])]
+def test_the_plan_obeys_a_typed_batch_size(base):
+    assert {row[2] for row in rows_of(plan_of(base, *ZERO_3))} != {"2"}
+    typed = [rows_of(plan_of(base, *ZERO_3, *flags)) for flags in (["--micro_batch", "2"], ["--micro_batch=2"])]
     assert typed[0] == typed[1]
     assert {row[2] for row in typed[0]} == {"2"}
-    older = rows_of(plan_of(base, capsys, *ZERO_3, "--per_device_train_batch_size", "2"))
+    older = rows_of(plan_of(base, *ZERO_3, "--per_device_train_batch_size", "2"))
     assert {row[2] for row in older} == {"2"}
 
 
-def test_the_plan_obeys_a_typed_share_of_recomputed_layers(base, capsys):
-    assert len({row[3] for row in rows_of(plan_of(base, capsys, *ZERO_3))}) > 1
-    assert {row[3] for row in rows_of(plan_of(base, capsys, *ZERO_3, "--checkpoint_share", "0.5"))} == {"50%"}
+def test_the_plan_obeys_a_typed_share_of_recomputed_layers(base):
+    assert len({row[3] for row in rows_of(plan_of(base, *ZERO_3))}) > 1
+    assert {row[3] for row in rows_of(plan_of(base, *ZERO_3, "--checkpoint_share", "0.5"))} == {"50%"}
 
 
-def test_the_plan_says_that_the_plain_path_is_not_planned(base, capsys):
-    fast, plain = plan_of(base, capsys, *ZERO_3), plan_of(base, capsys, *ZERO_3, "--fast", "False")
+def test_the_plan_says_that_the_plain_path_is_not_planned(base):
+    fast, plain = plan_of(base, *ZERO_3), plan_of(base, *ZERO_3, "--fast", "False")
     assert "the plain path (--fast False) is not planned: it takes 1 pages at once" in plain
     assert "100% of the layers recomputed" in plain
     assert "activations  head" in fast and "activations  head" not in plain
@@ -66,7 +72,7 @@ def test_the_plan_says_that_the_plain_path_is_not_planned(base, capsys):
 
 
 @pytest.mark.parametrize(("family", "tokens"), [("qwen2_5_vl", "1,280"), ("qwen3_vl", "980")])
-def test_the_plan_counts_the_image_tokens_of_the_models_own_family(family, tokens, base, tmp_path, capsys):
+def test_the_plan_counts_the_image_tokens_of_the_models_own_family(family, tokens, base, tmp_path):
     if family == "qwen3_vl":
         from transformers import Qwen3VLConfig
 
@@ -75,7 +81,7 @@ def test_the_plan_counts_the_image_tokens_of_the_models_own_family(family, token
         Qwen3VLConfig(text_config=text, vision_config={"depth": 2, "deepstack_visual_indexes": [1]}).save_pretrained(
             base
         )
-    text = plan_of(base, capsys, *ZERO_3)
+    text = plan_of(base, *ZERO_3)
     assert f"most {tokens} image tokens" in " ".join(text.split())
     assert ("this model has no fast path" in text) == (family == "qwen3_vl")
 

@@ -269,6 +269,7 @@ def test_a_hub_base_that_cannot_be_asked_has_an_unknown_licence(hub: FakeHub, tm
     assert hub.count("GET", "/api/models/someone/model") == 1
 
 
+@pytest.mark.slow
 def test_transformers_loads_what_was_pushed(hub: FakeHub, tmp_path: Path, tiny_base: Path) -> None:
     assert call(hub, tmp_path, "push_final_folder", tiny_base, "user/tiny", True)["error"] is None
     run(hub, tmp_path, [sys.executable, str(PROGRAMS / "loads_what_was_pushed.py"), str(tiny_base)])

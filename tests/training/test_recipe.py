@@ -1,0 +1,20 @@
+"""What a run is made of: with its recipe, training and use ask the same question, and no folder's place is told."""
+
+import use_model_from_hub as use
+from training.recipe import make_recipe, public_name
+from training.settings import resolve
+
+
+def test_of_a_local_folder_only_its_name_is_told(tmp_path, monkeypatch):
+    (tmp_path / "my_pages").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert public_name(str(tmp_path / "my_pages")) == public_name("./my_pages") == "my_pages"
+    assert public_name("HuggingFaceM4/WebSight") == "HuggingFaceM4/WebSight"
+
+
+def test_a_recipe_asks_what_training_asked(tmp_path):
+    settings = resolve(["--prompt", "Write it.", "--max_pixels", "123456", "--max_html_tokens", "77"]).settings
+    recipe = make_recipe(settings, {"commit": "abc"})
+    assert (recipe["prompt"], recipe["max_pixels"], recipe["max_html_tokens"]) == ("Write it.", 123456, 77)
+    assert recipe["repetition_penalty"] == 1.0 and recipe["trust_remote_code"] is False and recipe["commit"] == "abc"
+    assert use.Recipe.__dataclass_fields__.keys() <= recipe.keys()
