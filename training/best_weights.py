@@ -1,8 +1,10 @@
 """The best weights of a run by the metric that chooses, kept beside the checkpoints until the end decides.
 
-best = BestWeights(output_dir, patience=3, resumes=False)
-stop = best.consider(100, result, rows, save)       # (all ranks) at each evaluation during training
-if best.beats(result_of_the_end): best.become_final(final_folder)
+    best = BestWeights(output_dir, patience=3, resumes=False)
+    stop = best.consider(100, result, rows, save)       # (all ranks) at each evaluation during training
+    if best.beats(result_of_the_end): best.become_final(final_folder)
+
+The weights lie in output_dir/best, what a resumed run must know of them in output_dir/best.json.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """What goes wrong, and the exit code that says so. Standard library only: the wrapper reads it, too.
 
-raise SettingsError("--num_samples 0: give 1 or more")      # ends the run with 2
-MEANINGS[82]                                                # what the wrapper says of a run that ended with 82
+    raise SettingsError("--num_samples 0: give 1 or more")      # ends the run with 2
+    MEANINGS[82]                                                # what the wrapper says of a run that ended with 82
+
+A class of ours is a failure that the user can mend; every other exception is a bug, but for full memory and full disks.
 """
 
 import errno

@@ -1,7 +1,9 @@
 """The final folder: every tensor of the base checkpoint as training has left it, written aside, compared, renamed.
 
-for key, base, tensor in final_tensors(model, tensors): ...     # (all ranks) what is saved and what is judged
-save_final(model, tensors, base, processor, recipe, folder)     # (all ranks)
+    for key, base, tensor in final_tensors(model, tensors): ...     # (all ranks) what is saved and what is judged
+    save_final(model, tensors, base, processor, recipe, folder)     # (all ranks)
+
+Nothing is left half-written: a folder that differs from its base is an error, and never takes the old one's place.
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ def save_final(model, tensors: dict[str, BaseTensor], base: Path, processor, rec
     """
     state = {}
     for key, _, tensor in final_tensors(model, tensors):
-        if not tensor.isfinite().all():  # whole on every rank, so all of them stop here
+        # Whole on every rank, so that all of them stop here, and none waits in the next gathering.
+        if not tensor.isfinite().all():
             raise NotFiniteError(f"not saved: {key} holds NaN or infinite numbers")
         if rank() == 0:
             state[key] = tensor.cpu().clone().contiguous()
@@ -76,15 +79,17 @@ def save_final(model, tensors: dict[str, BaseTensor], base: Path, processor, rec
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_torch_state_dict(state, partial, max_shard_size="5GB", metadata={"format": "pt"})
+        # safetensors 0.8 leaves 0600, which a server under another user cannot read.
         for file in partial.glob("*.safetensors"):
-            file.chmod(0o644)  # safetensors 0.8 leaves 0600, which a server under another user cannot read
+            file.chmod(0o644)
         # From the base, not from the model in memory, which training has changed (no cache, another dtype).
         AutoConfig.from_pretrained(base, trust_remote_code=recipe["trust_remote_code"]).save_pretrained(partial)
         if (base / "generation_config.json").is_file():
             GenerationConfig.from_pretrained(base).save_pretrained(partial)
         processor.save_pretrained(partial)
+        # Most licences ask that they travel with the weights.
         for terms in (path for name in ("LICENSE*", "NOTICE*") for path in base.glob(name)):
-            shutil.copyfile(terms, partial / terms.name)  # most licences ask that they travel with the weights
+            shutil.copyfile(terms, partial / terms.name)
         (partial / use.RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
         compare_tensors(read_safetensors(partial), tensors)
         old = folder.with_name(folder.name + ".old")

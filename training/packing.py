@@ -1,7 +1,9 @@
 """Pages packed into one row, and what the vision tower derives from the sizes of their pictures.
 
-batch = pack(rows, sizes, before=len(encoder.before), ignored=IGNORED)
-batch |= image_geometry(model.config)(grids)
+    batch = pack(rows, sizes, before=len(encoder.before), ignored=IGNORED)
+    batch |= image_geometry(model.config)(grids)
+
+A row has no padding; `page_bounds` and positions of its own keep each page to itself.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """What a run tells of itself while it trains: rates, waits and memory in one line a step, and the loss as a picture.
 
-meter = Meter()
-meter.count(batch, image_token_id)          # every micro-batch, on this rank
-logs |= meter.read(args)                    # (all ranks) since the last line
+    meter = Meter()
+    meter.count(batch, image_token_id)          # every micro-batch, on this rank
+    logs |= meter.read(args)                    # (all ranks) since the last line
+
+Everything is per optimizer step and over all ranks, in seconds and GiB; pauses for evaluation do not count.
 """
 
 from __future__ import annotations
