@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, ProcessorMixin
 
 import use_model_from_hub as use
 from training import zero3
@@ -28,7 +28,9 @@ from training.processes import on_main, rank
 from training.settings import PageSettings
 
 
-def final_tensors(model, tensors: dict[str, BaseTensor]) -> Iterator[tuple[str, BaseTensor, object]]:
+def final_tensors(
+    model: PreTrainedModel, tensors: dict[str, BaseTensor]
+) -> Iterator[tuple[str, BaseTensor, torch.Tensor]]:
     """(all ranks) Every tensor of the base checkpoint as training has left it: (key, BaseTensor, tensor).
 
     Gathered one at a time under ZeRO-3, adapters merged in fp32, rounded to the base's dtype. With quantisation the
@@ -60,7 +62,14 @@ def final_tensors(model, tensors: dict[str, BaseTensor]) -> Iterator[tuple[str, 
             yield key, base, value.to(getattr(torch, DTYPES[base.dtype]))
 
 
-def save_final(model, tensors: dict[str, BaseTensor], base: Path, processor, recipe: dict, folder: Path) -> None:
+def save_final(
+    model: PreTrainedModel,
+    tensors: dict[str, BaseTensor],
+    base: Path,
+    processor: ProcessorMixin,
+    recipe: dict,
+    folder: Path,
+) -> None:
     """(all ranks) Write a folder that loads anywhere, with exactly the base checkpoint's keys, shapes and dtypes.
 
     Written beside its place and renamed, so that an interrupted save never leaves half a model. Raises `PipelineError`
@@ -114,7 +123,7 @@ def compare_tensors(written: dict, tensors: dict[str, BaseTensor]) -> None:
         raise PipelineError("the saved model differs from its base: " + "; ".join(problems[:10]) + more)
 
 
-def load_weights(model, folder: Path, settings: PageSettings) -> None:
+def load_weights(model: PreTrainedModel, folder: Path, settings: PageSettings) -> None:
     """The weights of a checkpoint, by their names in the model. The Trainer of transformers 5.23 saves them by their
     older names, looks for the newer ones, finds none, and goes on with the base's weights and a warning."""
 

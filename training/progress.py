@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from transformers import TrainerState, TrainingArguments
 
 from training.page_costs import peak_tflops
 from training.processes import add_up, say, take_largest, world_size
@@ -61,7 +62,7 @@ class Meter:
             self.supervised = self.supervised + inputs["labels"].ne(IGNORED).sum()
             self.image = self.image + inputs["input_ids"].eq(image_token_id).sum()
 
-    def read(self, args) -> dict[str, float]:
+    def read(self, args: TrainingArguments) -> dict[str, float]:
         """(all ranks) Rates over all ranks, the longest wait for data, and the highest peak memory of one."""
         seconds, steps = time.monotonic() - self.start - self.paused, max(1, self.steps)
         cuda = torch.cuda.is_available()
@@ -104,7 +105,7 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def log_line(logs: dict, state) -> str:
+def log_line(logs: dict, state: TrainerState) -> str:
     left = (state.max_steps - state.global_step) * logs["seconds_per_step"]
     return (
         f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"
