@@ -19,6 +19,7 @@ import os
 import random
 import re
 import struct
+import zipfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from training.cleaning import clean_html, cleaning_steps, visible_text
-from training.errors import DataError, SettingsError
+from training.errors import DataError, SettingsError, is_out_of_memory
 from use_model_from_hub import MAX_PICTURE_PIXELS, PICTURE_FORMATS
 
 if TYPE_CHECKING:
@@ -286,18 +287,35 @@ def _picture(value: Any, path: Path, dataset: str) -> bytes | BadPage:
     if isinstance(value, BadPage):
         return value
     source = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
-    folder = path.parent if path.is_file() else path
     if isinstance(source, bytes):
         return source
     if not isinstance(source, str) or "\0" in source:
-        return BadPage("unreadable", f"no picture and no file name: {source!r}")
-    if dataset and re.match(rf"(?:zip://[^:]*::)?hf://datasets/{re.escape(dataset)}@", source):
-        import fsspec
+        return BadPage("unreadable", f"no picture and no file name: {source!r}"[:200])
+    from huggingface_hub.errors import HTTPError
 
-        with fsspec.open(source, "rb") as file:
-            return file.read(MAX_PICTURE_BYTES)
-    file = (folder / source).resolve()
-    if "://" in source or not file.is_relative_to(folder.resolve()) or (not dataset and Path(source).is_absolute()):
+    try:
+        if dataset and re.match(rf"(?:zip://[^:]*::)?hf://datasets/{re.escape(dataset)}@", source):
+            return _fetched(source)
+        return _picture_file(source, path.parent if path.is_file() else path, absolute=bool(dataset))
+    # Names too long or with half a character, links in a circle, no permission, no network, damaged archives.
+    except (OSError, ValueError, RuntimeError, HTTPError, zipfile.BadZipFile) as error:
+        if is_out_of_memory(error):
+            raise
+        why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        return BadPage("unreadable", f"the picture cannot be read: {why}"[:200])
+
+
+def _fetched(address: str) -> bytes:
+    import fsspec
+
+    with fsspec.open(address, "rb") as file:
+        return file.read(MAX_PICTURE_BYTES)
+
+
+def _picture_file(name: str, folder: Path, absolute: bool) -> bytes | BadPage:
+    """The file of that name inside `folder`; `absolute`: the name may be."""
+    file = (folder / name).resolve()
+    if "://" in name or not file.is_relative_to(folder.resolve()) or (not absolute and Path(name).is_absolute()):
         return BadPage("outside the folder", "only files inside the dataset's folder are read")
     if not file.is_file():  # nor a pipe or a device, which would keep us waiting
         return BadPage("unreadable", "no such file")

@@ -440,6 +440,32 @@ def test_too_many_broken_pages_are_refused_by_name(tmp_path):
     assert all(part in str(error.value) for part in ("a.png (unreadable: 1 b", "b.png (empty", "dropped_pages.jsonl"))
 
 
+def test_a_picture_that_the_system_does_not_read_is_a_broken_page(tmp_path):
+    """Errors of the system itself: a name that is too long, a link to itself, half a character, a file for a folder."""
+    folder = write_folder(tmp_path / "in", good_pages(12))
+    (folder / "circle.png").symlink_to("circle.png")
+    names = ["x" * 300 + ".png", "circle.png", "half\ud800.png", "p000.png/p.png"]
+    with open(folder / "metadata.jsonl", "a") as file:
+        for number, name in enumerate(names):
+            file.write(json.dumps({"file_name": name, "text": page_html(100 + number)}) + "\n")
+    _, _, report = load(folder, tmp_path / "out", eval_pages=1, max_bad_share=0.5)
+    assert (report.kept, dict(report.dropped)) == (12, {"unreadable": 4})
+    rows = map(json.loads, (tmp_path / "out" / "dropped_pages.jsonl").read_text().splitlines())
+    details = {row["name"]: row["detail"] for row in rows}
+    assert set(details) == set(names) and all(len(detail) <= 200 for detail in details.values())
+    assert details[names[0]] == "the picture cannot be read: File name too long"
+    with pytest.raises(DataError, match="4 of 16 pages are broken"):
+        load(folder, tmp_path / "out", eval_pages=1)
+
+
+def test_an_address_of_the_hub_that_cannot_be_fetched_is_a_broken_page(tmp_path, monkeypatch):
+    """`datasets` names pictures of a Hub dataset so; nobody listens at the port."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    for address in ("hf://datasets/a/b@main/p.png", "zip://p.png::hf://datasets/a/b@main/p.zip"):
+        bad = dataset._picture({"bytes": None, "path": address}, Path("a/b"), "a/b")
+        assert (bad.reason, len(str(bad)) <= 200) == ("unreadable", True)
+
+
 # -----------------------------------------------------------------------------
 # Lengths, duplicates, the split
 
