@@ -25,7 +25,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from training.cleaning import clean_html, cleaning_steps, visible_text
 from training.errors import DataError, SettingsError, is_out_of_memory
@@ -239,24 +239,45 @@ def _read_folder(
     folder: Path, source: DatasetSource, wanted: Mapping[str, str], seed: int | None
 ) -> Iterator[tuple[str, Row | BadPage]]:
     """The lines of metadata.jsonl, each named by its picture's file where that is a name."""
-    columns: dict[str, None] = {}
     with open(folder / "metadata.jsonl", "rb") as lines:
         starts = list(itertools.accumulate(map(len, lines), initial=0))[:-1]  # the pages themselves stay on disk
+        _check_folder_columns(lines, wanted)
         for start in starts if seed is None else random.Random(seed).sample(starts, len(starts)):
             lines.seek(start)
             if not (line := lines.readline().strip()):
                 continue
             name = f"metadata.jsonl, byte {start}"
             try:
-                row = json.loads(line)
-                columns |= dict.fromkeys(row.keys())
-            except (ValueError, RecursionError, AttributeError) as error:
-                yield name, BadPage("unreadable", f"no JSON object: {error}")
+                row = _parse_line(line)
+            except BadPage as bad:
+                yield name, bad
                 continue
             row = _with_twin(row)
             file = row.get("file_name" if source.page_of else source.image_column)
             yield file if isinstance(file, str) else name, row
-    _check_columns(columns, wanted, _with_twin(columns))  # last, since one row may lack what the others have
+
+
+def _parse_line(line: bytes) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BadPage("unreadable", f"no JSON object: {error}"[:200]) from error
+    if not isinstance(row, dict):
+        raise BadPage("unreadable", f"no JSON object but {type(row).__name__}")
+    return row
+
+
+def _check_folder_columns(lines: BinaryIO, wanted: Mapping[str, str]) -> None:
+    """DataError before the first row is given away, since nobody may ask for the last one. One row may lack what the
+    others have: read until every column was seen, which is one line of a sound folder, all lines of a wrong name."""
+    lines.seek(0)
+    columns: dict[str, None] = {}
+    for line in lines:
+        with contextlib.suppress(BadPage):
+            columns |= dict.fromkeys(_parse_line(line))
+        if not _missing(columns, wanted, _with_twin(columns)):
+            return
+    _check_columns(columns, wanted, _with_twin(columns))
 
 
 def _with_twin(row: Row) -> Row:
@@ -266,11 +287,14 @@ def _with_twin(row: Row) -> Row:
     return {"file_name": row["image"], **row} if "image" in row else row
 
 
+def _missing(columns: Collection[str], wanted: Mapping[str, str], more: Collection[str] = ()) -> list[str]:
+    known = {*columns, *more}
+    return [column for column in wanted.values() if column not in known and column.split(".")[0] not in known]
+
+
 def _check_columns(columns: Collection[str], wanted: Mapping[str, str], more: Collection[str] = ()) -> None:
     """DataError that names the columns there are; `more` may be asked for, too."""
-    known = {*columns, *more}
-    missing = [column for column in wanted.values() if column not in known and column.split(".")[0] not in known]
-    if missing:
+    if missing := _missing(columns, wanted, more):
         flags = " and ".join(f"--{name}" for name in wanted)
         raise DataError(
             f"no column {' and '.join(missing)}; there are: {', '.join(columns) or 'none'}. "

@@ -1,6 +1,7 @@
 """From a dataset to checked, cleaned and split pages: every page kept, or dropped for the reason that is told."""
 
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -300,6 +301,18 @@ def test_wrong_columns_are_named_beside_those_that_are_there(tmp_path):
     with pytest.raises(DataError) as error:
         load(folder, tmp_path / "out", html_column="html")
     assert str(error.value).startswith("no column html; there are: file_name, text. --image_column and --html_column")
+
+
+def test_a_wrong_column_is_named_before_the_first_row_and_one_that_some_rows_lack_is_none(tmp_path):
+    """A reader that asks for few rows never comes to the end of the folder."""
+    folder = write_folder(tmp_path / "in", good_pages(6))
+    with pytest.raises(DataError, match="no column html; there are: file_name, text"):
+        next(dataset.read_pages(str(folder), DatasetSource(image_column="file_name", html_column="html"), 0))
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    (folder / "metadata.jsonl").write_text("\n".join(['{"torn', '{"file_name": "x.png"}', "", *lines]) + "\n")
+    first, second, third = itertools.islice(dataset.read_html(str(folder), DatasetSource()), 3)
+    assert [str(html).partition(":")[0] for _, html in (first, second)] == ["no JSON object", "no text in this row"]
+    assert third[1] == page_html(0)
 
 
 @pytest.mark.parametrize(
