@@ -5,7 +5,8 @@ document.documentElement.classList.add("js");
 const list = document.getElementById("cards");
 const all = (selector, within = document) => [...within.querySelectorAll(selector)];
 const cards = all(".card").map((node, place) => ({
-  node, place, failed: "failed" in node.dataset, scores: new Map(Object.entries(JSON.parse(node.dataset.scores))),
+  node, place, failed: "failed" in node.dataset, chooses: "chooses" in node.dataset,
+  scores: new Map(Object.entries(JSON.parse(node.dataset.scores))),
   name: node.querySelector("h3").textContent, causes: all(".cause", node).map((item) => item.textContent),
   text: all("h3, .labels li, .failure", node).map((part) => part.textContent).join(" ").toLowerCase(),
 }));
@@ -31,6 +32,7 @@ function passes(card) {
   if (wanted && !card.text.includes(wanted)) return false;
   if (state.cause !== null && !card.causes.includes(state.cause)) return false;
   if (state.bin === null) return true;
+  if (card.chooses) return false;  // no bar counts it
   const value = valueOf(card, state.bin.score);
   return value !== null && binOf(value) === state.bin.bin;
 }
