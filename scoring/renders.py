@@ -79,15 +79,19 @@ class Render:
         return next((value for value in self.values if hasattr(value, "shape")), None)
 
 
+HERE = Path(__file__).parent
+
+
 @cache
-def script(name: str) -> str:
-    """The source of `name`.js of this folder: one function expression, `(options, dom) => ...`."""
-    return Path(__file__).with_name(f"{name}.js").read_text(encoding="utf-8")
+def script(name: str, folder: Path = HERE) -> str:
+    """The source of `name`.js in `folder`: one function expression, `(options, dom) => ...`."""
+    return (folder / f"{name}.js").read_text(encoding="utf-8")
 
 
-def step(name: str, **options: Any) -> str:
-    """A step of a `Job`: what `name`.js returns for these options, which reach it as JSON, and for dom.js' helpers."""
-    return f"() => (\n{script(name)})({json.dumps(options)}, (\n{script('dom')})())"
+def step(name: str, folder: Path = HERE, /, **options: Any) -> str:
+    """A step of a `Job`: what `name`.js of `folder` returns for these options, which reach it as one object, put in as
+    JSON, and for dom.js' helpers."""
+    return f"() => (\n{script(name, folder)})({json.dumps(options)}, (\n{script('dom')})())"
 
 
 class BrowserMissing(RuntimeError):
