@@ -348,9 +348,9 @@ def figures_of(page: PageResult) -> tuple[list[Figure], int]:
     reference, written = picture_of(page.reference), picture_of(page.written)
     if page.written is None:
         written = "no render"
-    on_reference = [Drawn("matched", pair[0], place) for place, pair in enumerate(page.matched)]
+    on_reference = [Drawn("matched", pair[0], index) for index, pair in enumerate(page.matched)]
     on_reference += [Drawn("missing", box) for box in page.missing]
-    on_written = [Drawn("matched", pair[1], place) for place, pair in enumerate(page.matched)]
+    on_written = [Drawn("matched", pair[1], index) for index, pair in enumerate(page.matched)]
     on_written += [Drawn("invented", box) for box in page.invented]
     figures = [
         figure_of("Reference", reference, on_reference, f"Screenshot of the reference page {name}"),
@@ -571,8 +571,8 @@ def bin_of(value: float) -> int:
     return min(BINS - 1, int(value * BINS))
 
 
-def edges(place: int) -> str:
-    return f"{place / BINS:.1f} to {(place + 1) / BINS:.1f}"
+def edges(index: int) -> str:
+    return f"{index / BINS:.1f} to {(index + 1) / BINS:.1f}"
 
 
 @dataclass(frozen=True)
@@ -601,17 +601,17 @@ def histogram(rows: Sequence[Row], score: str) -> Histogram:
     counts = Counter(bin_of(value) for value in (row.value(score) for row in rows) if value is not None)
     most = max(counts.values())
 
-    def bar(place: int, count: int) -> Bin:
-        text = f"{label(score)} {edges(place)}: {plural(count, 'page')}"
-        return Bin(10 * place + 0.6, 100 * count / most, count, text)
+    def bar(index: int, count: int) -> Bin:
+        text = f"{label(score)} {edges(index)}: {plural(count, 'page')}"
+        return Bin(10 * index + 0.6, 100 * count / most, count, text)
 
     failed = sum(row.failure is not None for row in rows)
-    whole = ", ".join(f"{edges(place)}: {counts[place]}" for place in range(BINS) if counts[place])
+    whole = ", ".join(f"{edges(index)}: {counts[index]}" for index in range(BINS) if counts[index])
     return Histogram(
         name=score,
         text=f"{label(score)} {whole}",
         mean=mean_of(rows, score).with_failures,
-        bins=[bar(place, counts[place]) for place in range(BINS)],
+        bins=[bar(index, counts[index]) for index in range(BINS)],
         failed=bar(bin_of(worst(score)), failed) if failed else None,
     )
 
@@ -622,7 +622,7 @@ def histogram(rows: Sequence[Row], score: str) -> Histogram:
 
 @dataclass(frozen=True)
 class Interval:
-    """A difference as a dot with its interval; places in pixels."""
+    """A difference as a dot with its interval; x and y in pixels."""
 
     label: str
     y: int
@@ -658,7 +658,7 @@ def intervals(found: Mapping[str, Mapping[str, Any]]) -> Intervals | None:
         return f"{middle + half * value / reach:.1f}"
 
     lines = [
-        Interval(cut(label(name), 15), 14 + tall * place, *map(x, values)) for place, (name, values) in enumerate(known)
+        Interval(cut(label(name), 15), 14 + tall * index, *map(x, values)) for index, (name, values) in enumerate(known)
     ]
     ticks = [(x(value), number(value, 2, "+")) for value in (-reach, reach)] + [(str(middle), "0")]
     return Intervals(left + 2 * half + 44, tall * len(known) + 6, middle, ticks, lines)
