@@ -88,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"CLIP: {facts['CLIP']}", file=sys.stderr)
     print(summary_line(means(scores) | shares(scores)), file=sys.stderr)
     if args.report:
-        names = {"references": args.references.name, "predictions": (args.predictions or args.references).name}
-        write_pages_report(args.report, "What was written", pairs, progress, names | facts)
+        folders = {"references": args.references.name, "predictions": (args.predictions or args.references).name}
+        write_pages_report(args.report, "What was written", pairs, progress, folders | facts)
     whole = {"summary": means(scores) | shares(scores), "facts": facts, "pages": scores}
     text = json.dumps(scores[0] if single else whole, indent=2)
     if args.json == "-":

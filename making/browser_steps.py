@@ -12,18 +12,14 @@ analyse     {selectors, media, supports, declared[, gone]} -> {media, supports, 
 
 from __future__ import annotations
 
-import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from scoring import renders
 
-@cache
-def source(name: str) -> str:
-    """The function expression in `name`.js."""
-    return (Path(__file__).parent / f"{name}.js").read_text(encoding="utf-8")
+FOLDER = Path(__file__).parent
 
 
-def step(name: str, **options: Any) -> str:
-    """A step that calls the function of `name`.js with one argument: an object of the options, put in as JSON."""
-    return f"() => ({source(name)})({json.dumps(options)})"
+def step(name: str, /, **options: Any) -> str:
+    """A step of a `renders.Job` that calls the function of `name`.js in this folder with the options as one object."""
+    return renders.step(name, FOLDER, **options)

@@ -10,8 +10,8 @@ Rooms from top to bottom; each may import those below it, and none above:
     clip         how alike they are besides their texts, where CLIP's weights are at hand
     matching     which block of one stands for which of the other
     blocks       where each text of a page stands and in which colour
-    renders      draws hostile pages in Chromium, safely; nothing of ours below it
-    validity     whether a page is whole, repeats itself, equals another; beside renders
+    validity     whether a page is whole, repeats itself, equals another
+    renders      draws hostile pages in Chromium, safely; of ours it needs use_model_from_hub.py alone
 
 Everything here is started as a module (`python -m scoring.renders`): started as a file, this folder would come first on
 Python's path, and `statistics` would hide Python's own.

@@ -188,7 +188,7 @@ def page_result(pair: Pair, progress: Progress, more: Mapping[str, Any]) -> Page
     score = score_of(progress.rows[pair.key])
     return PageResult(
         name=pair.name,
-        scores={**score.values, "valid": score.valid, **more},
+        scores={**score.values, "valid": score.valid, **{name: more[name] for name in more if name != "chooses"}},
         reference=progress.picture(pair.key, "reference"),
         written=progress.picture(pair.key, "written"),
         html=pair.prediction or "",
@@ -198,6 +198,7 @@ def page_result(pair: Pair, progress: Progress, more: Mapping[str, Any]) -> Page
         invented=[box(block) for block in score.invented],
         failure=score.failure,
         causes=score.causes,
+        chooses=bool(more.get("chooses")),
     )
 
 
@@ -211,7 +212,8 @@ def write_pages_report(
     comparison: Mapping[str, Any] | None = None,
 ) -> None:
     """The report of pairs that `run_pairs` has scored under this progress. `more` has further scores of a page by its
-    name, such as `truncated`; they stand beside the others. `comparison` as in `scoring.report.write_report`."""
+    name, such as `truncated`; they stand beside the others, but for `chooses`: the page chose the weights, and is shown
+    but counted in no mean. `comparison` as in `scoring.report.write_report`."""
     results = (page_result(pair, progress, (more or {}).get(pair.name, {})) for pair in pairs)
     write_report(file, title, results, facts, comparison)
 

@@ -76,17 +76,17 @@ class Bound:
         self.price, self.worth = price, np.minimum(0.0, (costs - price).min(axis=1))
         self.slack = costs[rows, columns].sum() - price.sum() - self.worth.sum()  # 0, but for rounding
         self.similarity, self.columns = similarity, [block.text for block in second]
-        self.places = {character: n for n, character in enumerate(sorted({*"".join(self.columns)}))}
+        self.indices = {character: n for n, character in enumerate(sorted({*"".join(self.columns)}))}
         self.lengths = np.array([len(column) for column in self.columns])
         self.counts = np.array([self.count(column) for column in self.columns])
 
     def count(self, text: str) -> np.ndarray:
         """How often each character of the columns' texts is in this one."""
-        return np.bincount([self.places[c] for c in text if c in self.places], minlength=len(self.places))
+        return np.bincount([self.indices[c] for c in text if c in self.indices], minlength=len(self.indices))
 
-    def rules_out(self, place: int, text: str) -> bool:
-        """Whether merging the rows `place` and the next into one of `text` cannot gain enough."""
-        least = self.slack + self.worth[place] + self.worth[place + 1] - MERGE_GAIN + 1e-9  # of the new row's worth
+    def rules_out(self, index: int, text: str) -> bool:
+        """Whether merging the rows `index` and the next into one of `text` cannot gain enough."""
+        least = self.slack + self.worth[index] + self.worth[index + 1] - MERGE_GAIN + 1e-9  # of the new row's worth
         if least > 0:
             return False
         shared = np.minimum(self.counts, self.count(text)).sum(axis=1)
@@ -134,20 +134,20 @@ def merge_neighbours(first: list[Block], second: Sequence[Block], similarity: Si
     current = costs[solved(costs)].tolist()
     # Most merges gain nothing, and telling so by a bound is many times cheaper than an assignment for each.
     bound = Bound(costs, *solved(costs), second, similarity) if len(first) > len(second) else None
-    for place in range(len(first) - 1):
-        both = merged(first[place], first[place + 1])
-        if bound and bound.rules_out(place, both.text):
+    for index in range(len(first) - 1):
+        both = merged(first[index], first[index + 1])
+        if bound and bound.rules_out(index, both.text):
             continue
-        after = np.concatenate([costs[:place], similarity.costs([both], second), costs[place + 2 :]])
+        after = np.concatenate([costs[:index], similarity.costs([both], second), costs[index + 2 :]])
         better = gain(current, after[solved(after)].tolist())
         if better > MERGE_GAIN:
-            gains.append((place, better))
+            gains.append((index, better))
     taken: set[int] = set()
-    for place, _ in sorted(gains, key=lambda item: item[1], reverse=True):
-        if not {place, place + 1} & taken:
-            first = [*first[:place], merged(first[place], first[place + 1]), *first[place + 1 :]]
-            taken |= {place, place + 1}
-            first[place + 1] = None  # so that places stay what they were
+    for index, _ in sorted(gains, key=lambda item: item[1], reverse=True):
+        if not {index, index + 1} & taken:
+            first = [*first[:index], merged(first[index], first[index + 1]), *first[index + 1 :]]
+            taken |= {index, index + 1}
+            first[index + 1] = None  # so that indices stay what they were
     return [block for block in first if block is not None]
 
 

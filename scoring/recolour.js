@@ -9,8 +9,8 @@
   for (const node of dom.all("*")) {
     if ("style" in node) dom.setStyle(node, "background-color", "rgba(255, 255, 255, 0)");
   }
-  dom.all(tags).forEach((node, place) => {
-    const pass = Math.floor(place / count ** 3), number = count ** 3 - 1 - place % count ** 3;
+  dom.all(tags).forEach((node, index) => {
+    const pass = Math.floor(index / count ** 3), number = count ** 3 - 1 - index % count ** 3;
     const parts = [Math.floor(number / count ** 2), Math.floor(number / count) % count, number % count];
     const colour = parts.map((part) => (levels[part] + shift) % 256);
     coloured.set(node, [pass, ...parts.map((part) => levels[part])]);

@@ -7,8 +7,8 @@
         for render in renderer.map(Job(html, width=390) for html in many): ...
 
 A worker process owns a browser and renders one page at a time; this process holds the clock, and kills a worker with
-all its children when a page takes too long. Nothing of ours is imported. Sections: What is rendered, Browser, In the
-worker, In the parent, Command line.
+all its children when a page takes too long. Of ours it needs use_model_from_hub.py alone. Sections: What is rendered,
+Browser, In the worker, In the parent, Command line.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from use_model_from_hub import MAX_PICTURE_PIXELS
+
 if TYPE_CHECKING:  # playwright is loaded by the worker, and missed with a remedy
     from playwright.sync_api import Browser, CDPSession, Route
 
@@ -44,7 +46,8 @@ if TYPE_CHECKING:  # playwright is loaded by the worker, and missed with a remed
 # What is rendered
 
 SHOT = "shot"
-MAX_HEIGHT, MAX_WIDTH, MAX_PIXELS = 16_384, 16_384, 20_000_000  # of a picture; a longer page is cut
+# Of a picture; a longer page is cut. With more pixels it would be refused wherever a screenshot is opened.
+MAX_HEIGHT, MAX_WIDTH, MAX_PIXELS = 16_384, 16_384, MAX_PICTURE_PIXELS
 
 
 @dataclass(frozen=True)
@@ -76,15 +79,19 @@ class Render:
         return next((value for value in self.values if hasattr(value, "shape")), None)
 
 
+HERE = Path(__file__).parent
+
+
 @cache
-def script(name: str) -> str:
-    """The source of `name`.js of this folder: one function expression, `(options, dom) => ...`."""
-    return Path(__file__).with_name(f"{name}.js").read_text(encoding="utf-8")
+def script(name: str, folder: Path = HERE) -> str:
+    """The source of `name`.js in `folder`: one function expression, `(options, dom) => ...`."""
+    return (folder / f"{name}.js").read_text(encoding="utf-8")
 
 
-def step(name: str, **options: Any) -> str:
-    """A step of a `Job`: what `name`.js returns for these options, which reach it as JSON, and for dom.js' helpers."""
-    return f"() => (\n{script(name)})({json.dumps(options)}, (\n{script('dom')})())"
+def step(name: str, folder: Path = HERE, /, **options: Any) -> str:
+    """A step of a `Job`: what `name`.js of `folder` returns for these options, which reach it as one object, put in as
+    JSON, and for dom.js' helpers."""
+    return f"() => (\n{script(name, folder)})({json.dumps(options)}, (\n{script('dom')})())"
 
 
 class BrowserMissing(RuntimeError):

@@ -4,8 +4,9 @@
 document.documentElement.classList.add("js");
 const list = document.getElementById("cards");
 const all = (selector, within = document) => [...within.querySelectorAll(selector)];
-const cards = all(".card").map((node, place) => ({
-  node, place, failed: "failed" in node.dataset, scores: new Map(Object.entries(JSON.parse(node.dataset.scores))),
+const cards = all(".card").map((node, index) => ({
+  node, index, failed: "failed" in node.dataset, chooses: "chooses" in node.dataset,
+  scores: new Map(Object.entries(JSON.parse(node.dataset.scores))),
   name: node.querySelector("h3").textContent, causes: all(".cause", node).map((item) => item.textContent),
   text: all("h3, .labels li, .failure", node).map((part) => part.textContent).join(" ").toLowerCase(),
 }));
@@ -19,11 +20,11 @@ const valueOf = (card, score) => card.failed ? worstOf(score) : card.scores.get(
 const binOf = (value) => Math.min(9, Math.floor(value * 10));
 
 function compare(a, b) {
-  if (state.order === "name") return names.compare(a.name, b.name) || a.place - b.place;
+  if (state.order === "name") return names.compare(a.name, b.name) || a.index - b.index;
   const score = byId("score").value, x = valueOf(a, score), y = valueOf(b, score);
-  if (x === null || y === null) return (x === null) - (y === null) || a.place - b.place;
+  if (x === null || y === null) return (x === null) - (y === null) || a.index - b.index;
   const near = Math.abs(x - worstOf(score)) - Math.abs(y - worstOf(score));
-  return (state.order === "worst" ? near : -near) || a.place - b.place;
+  return (state.order === "worst" ? near : -near) || a.index - b.index;
 }
 
 function passes(card) {
@@ -31,6 +32,7 @@ function passes(card) {
   if (wanted && !card.text.includes(wanted)) return false;
   if (state.cause !== null && !card.causes.includes(state.cause)) return false;
   if (state.bin === null) return true;
+  if (card.chooses) return false;  // no bar counts it
   const value = valueOf(card, state.bin.score);
   return value !== null && binOf(value) === state.bin.bin;
 }
@@ -140,7 +142,7 @@ function light(event) {
 
 if (list) {
   for (const group of all(".bins")) {
-    all("button:enabled", group).forEach((item, place) => { item.tabIndex = place ? -1 : 0; });
+    all("button:enabled", group).forEach((item, index) => { item.tabIndex = index ? -1 : 0; });
   }
   for (const svg of all(".boxes")) svg.setAttribute("tabindex", "0");
   document.addEventListener("click", choose);

@@ -38,6 +38,7 @@ from scoring import metrics
 # What is shown
 
 FLAGS = ("valid", "truncated", "looping", "exact")
+CHOSE = "chose the weights"
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class PageResult:
     invented: list[Box]  # in the written page only
     failure: str | None = None  # why there is no render; then every metric is the worst
     causes: tuple[str, ...] = ()
+    chooses: bool = False  # it chose the weights that wrote it: shown, and left out of every mean
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Row:
     flags: dict[str, bool]
     failure: str | None
     causes: tuple[str, ...]
+    chooses: bool = False
     start: int = 0
     size: int = 0
 
@@ -112,7 +115,7 @@ def row_of(page: PageResult, number: int) -> Row:
     values = {name: in_range(value) if name in metrics.names() else float(value) for name, value in numbers.items()}
     flags = {name: bool(value) for name, value in page.scores.items() if is_flag(value)}
     failure = None if page.failure is None else page.failure[: MAX_REASON + 1]
-    return Row(number, page.name, values, flags, failure, page.causes)
+    return Row(number, page.name, values, flags, failure, page.causes, page.chooses)
 
 
 # -----------------------------------------------------------------------------
@@ -345,9 +348,9 @@ def figures_of(page: PageResult) -> tuple[list[Figure], int]:
     reference, written = picture_of(page.reference), picture_of(page.written)
     if page.written is None:
         written = "no render"
-    on_reference = [Drawn("matched", pair[0], place) for place, pair in enumerate(page.matched)]
+    on_reference = [Drawn("matched", pair[0], index) for index, pair in enumerate(page.matched)]
     on_reference += [Drawn("missing", box) for box in page.missing]
-    on_written = [Drawn("matched", pair[1], place) for place, pair in enumerate(page.matched)]
+    on_written = [Drawn("matched", pair[1], index) for index, pair in enumerate(page.matched)]
     on_written += [Drawn("invented", box) for box in page.invented]
     figures = [
         figure_of("Reference", reference, on_reference, f"Screenshot of the reference page {name}"),
@@ -390,7 +393,8 @@ def scores_shown(page: PageResult) -> tuple[list[ScoreShown], list[tuple[str, An
 
 
 def labels_of(page: PageResult) -> list[tuple[str, str]]:
-    """(kind, text) of causes, and of the flags that say something: each once, though both may share a name."""
+    """(kind, text) of causes, and of the flags that say something: each once, though both may share a name; and whether
+    the page chose the weights."""
     flags = {name: bool(value) for name, value in page.scores.items() if is_flag(value)}
     good = [name for name in ("valid", "exact") if flags.get(name)]
     bad = ["failed"] if page.failure is not None else []
@@ -398,7 +402,7 @@ def labels_of(page: PageResult) -> list[tuple[str, str]]:
     causes = dict.fromkeys(str(cause) for cause in page.causes)
     said = {*causes} | ({"truncated"} if "cut off" in causes else set())
     bad += [name for name in ("truncated", "looping") if flags.get(name) and name not in said]
-    groups = (("cause", causes), ("bad", bad), ("good", good))
+    groups = (("cause", causes), ("bad", bad), ("good", good), ("chooses", [CHOSE] * page.chooses))
     return [(kind, cut(text)) for kind, texts in groups for text in texts]
 
 
@@ -424,6 +428,7 @@ class Card:
     name: str
     values: str  # each score, as JSON: what sorting and filters need
     failure: str | None
+    chooses: bool
     tall: int  # of the tallest picture, pixels
     labels: list[tuple[str, str]]
     scores: list[ScoreShown]
@@ -444,6 +449,7 @@ def card(page: PageResult, row: Row) -> str:
         name=page_name(page.name),
         values=json.dumps(values),
         failure=None if row.failure is None else cut(row.failure, MAX_REASON),
+        chooses=row.chooses,
         tall=tall,
         labels=labels_of(page),
         scores=scores,
@@ -521,16 +527,35 @@ def tiles_of(rows: Sequence[Row]) -> list[Tile]:
     return tiles
 
 
-def summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """Counts, means with and without failures, causes, and the failures by name, as report.html calls them."""
-    scores = scores_of(rows)
+def counted(rows: Sequence[Row]) -> list[Row]:
+    """The pages that numbers are taken over: the best of several weights is too good by chance on those that chose."""
+    return [row for row in rows if not row.chooses]
+
+
+def chose_words(rows: Sequence[Row]) -> str:
+    """A sentence on the pages that chose the weights; "" where none did."""
+    choosing = len(rows) - len(counted(rows))
+    if not choosing:
+        return ""
+    verb = "it is shown below, and left" if choosing == 1 else "they are shown below, and left"
+    return f"{choosing:,} of {plural(len(rows), 'page')} {CHOSE}: {verb} out of tiles, means and distributions."
+
+
+def summary(rows: Sequence[Row], scores: Sequence[str]) -> dict[str, Any]:
+    """Counts, means of `scores` with and without failures, causes, and the failures by name, as report.html calls them.
+
+    Causes and failures lead to pages, so that they are those of all pages; numbers leave out those that chose.
+    """
+    compared = counted(rows)
     causes = Counter(cause for row in rows for cause in set(map(str, row.causes)))
     return {
-        "tiles": tiles_of(rows),
-        "means": {name: mean_of(rows, name) for name in scores},
+        "chose": chose_words(rows),
+        "tiles": tiles_of(compared),
+        "means": {name: mean_of(compared, name) for name in scores},
         "failures_as": f"failures as {metrics.worst_words(scores)}",
         "causes": [(cut(cause), count) for cause, count in causes.most_common(40)],
         "failed": [row for row in rows if row.failure is not None],
+        "failed_and_chose": sum(row.failure is not None and row.chooses for row in rows),
         "worst": f"{worst(metrics.CHOOSING):g}",
     }
 
@@ -546,8 +571,8 @@ def bin_of(value: float) -> int:
     return min(BINS - 1, int(value * BINS))
 
 
-def edges(place: int) -> str:
-    return f"{place / BINS:.1f} to {(place + 1) / BINS:.1f}"
+def edges(index: int) -> str:
+    return f"{index / BINS:.1f} to {(index + 1) / BINS:.1f}"
 
 
 @dataclass(frozen=True)
@@ -576,17 +601,17 @@ def histogram(rows: Sequence[Row], score: str) -> Histogram:
     counts = Counter(bin_of(value) for value in (row.value(score) for row in rows) if value is not None)
     most = max(counts.values())
 
-    def bar(place: int, count: int) -> Bin:
-        text = f"{label(score)} {edges(place)}: {plural(count, 'page')}"
-        return Bin(10 * place + 0.6, 100 * count / most, count, text)
+    def bar(index: int, count: int) -> Bin:
+        text = f"{label(score)} {edges(index)}: {plural(count, 'page')}"
+        return Bin(10 * index + 0.6, 100 * count / most, count, text)
 
     failed = sum(row.failure is not None for row in rows)
-    whole = ", ".join(f"{edges(place)}: {counts[place]}" for place in range(BINS) if counts[place])
+    whole = ", ".join(f"{edges(index)}: {counts[index]}" for index in range(BINS) if counts[index])
     return Histogram(
         name=score,
         text=f"{label(score)} {whole}",
         mean=mean_of(rows, score).with_failures,
-        bins=[bar(place, counts[place]) for place in range(BINS)],
+        bins=[bar(index, counts[index]) for index in range(BINS)],
         failed=bar(bin_of(worst(score)), failed) if failed else None,
     )
 
@@ -597,7 +622,7 @@ def histogram(rows: Sequence[Row], score: str) -> Histogram:
 
 @dataclass(frozen=True)
 class Interval:
-    """A difference as a dot with its interval; places in pixels."""
+    """A difference as a dot with its interval; x and y in pixels."""
 
     label: str
     y: int
@@ -633,14 +658,15 @@ def intervals(found: Mapping[str, Mapping[str, Any]]) -> Intervals | None:
         return f"{middle + half * value / reach:.1f}"
 
     lines = [
-        Interval(cut(label(name), 15), 14 + tall * place, *map(x, values)) for place, (name, values) in enumerate(known)
+        Interval(cut(label(name), 15), 14 + tall * index, *map(x, values)) for index, (name, values) in enumerate(known)
     ]
     ticks = [(x(value), number(value, 2, "+")) for value in (-reach, reach)] + [(str(middle), "0")]
     return Intervals(left + 2 * half + 44, tall * len(known) + 6, middle, ticks, lines)
 
 
 def comparison_view(comparison: Mapping[str, Any]) -> dict[str, Any]:
-    """`comparison` has "metrics" {name: {before, after, difference, low, high, p}}, "decoding" [{...}], "n"."""
+    """`comparison` has "metrics" {name: {before, after, difference, low, high, p}}, "decoding" [{...}], "n", and
+    "apart", False where the pages that are compared chose the weights, too."""
     found, decoding = comparison.get("metrics") or {}, comparison.get("decoding") or []
     keys = ("before", "after", "difference", "low", "high", "p")
     columns = list(dict.fromkeys(name for entry in decoding for name in entry))
@@ -651,6 +677,7 @@ def comparison_view(comparison: Mapping[str, Any]) -> dict[str, Any]:
     pages = f"{plural(comparison['n'], 'page')}, each written by both models." if is_number(comparison.get("n")) else ""
     return {
         "pages": pages,
+        "apart": comparison.get("apart", True),
         "metrics": [(name, {key: entry.get(key) for key in keys}) for name, entry in found.items()],
         "intervals": intervals(found),
         "columns": columns,
@@ -714,7 +741,8 @@ def pieces_of(
     card_of: Callable[[Row], Markup],
 ) -> Iterator[str]:
     """The report's HTML, piece by piece: with hundreds of pages it is too large to be held at once."""
-    scores = scores_of(rows)
+    scores, compared = scores_of(rows), counted(rows)
+    measured = [score for score in scores if any(row.value(score) is not None for row in compared)]
     return (
         templates()
         .get_template("report.html")
@@ -726,11 +754,11 @@ def pieces_of(
             facts=[(cut(name), cut(value, MAX_REASON)) for name, value in facts.items()],
             rows=rows,
             comparison=comparison_view(comparison) if comparison else None,
-            histograms=[histogram(rows, score) for score in scores],
+            histograms=[histogram(compared, score) for score in measured],
             scores=[{"name": name, "worst": f"{worst(name):g}"} for name in scores],
             kinds=KINDS,
             card_of=card_of,
-            **summary(rows),
+            **summary(rows, measured),
         )
     )
 
@@ -745,7 +773,8 @@ def write_report(
     """Writes the report to `path`, whole or not at all. Pages are taken one by one and none is kept.
 
     `facts` is a small table at the top; `comparison` is what `comparison_view` takes. A page that failed has the worst
-    scores. A picture that cannot be read is said on its card. What `pages` raises goes through, and the old file stays.
+    scores; one that chose the weights is shown, and is in no tile, mean or distribution. A picture that cannot be read
+    is said on its card. What `pages` raises goes through, and the old file stays.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
     means(scores)["overall"], shares(scores)["valid"]
     paired_comparison(before, after)["p"]
 
-A page that could not be rendered counts as 0, and is counted.
+A page that could not be rendered has the worst score of each metric, and the number of such pages stands beside.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class RecordingParser(html5lib.HTMLParser):
         self.innerHTMLMode, self.container, self.scripting = innerHTML, container, scripting
         self.tokenizer = RecordingTokenizer(stream, parser=self, **options)
         self.reset()
-        self.mainLoop()  # parsed anew only where the encoding changes on the way, and a string has none
+        self.mainLoop()  # parsed again only where the encoding changes on the way, and a string has none
 
 
 def _left_open(errors: Iterable[tuple[Any, str, dict]]) -> str | None:

@@ -4,6 +4,7 @@ The order of the rooms is the file tree of README_DeepSpeed.md: a file may impor
 """
 
 import ast
+import itertools
 import re
 from functools import cache
 from pathlib import Path
@@ -137,6 +138,17 @@ def imports(name: str) -> set[str]:
     return found - {f"{folder}/__init__.py" for folder in FOLDERS}  # which hold a docstring and nothing else
 
 
+def test_no_import_is_relative():
+    """`imports` reads absolute ones alone."""
+    names = tracked_files("*.py")
+    assert names and not {
+        f"{name}:{node.lineno}"
+        for name in names
+        for node in ast.walk(parsed(name))
+        if isinstance(node, ast.ImportFrom) and node.level
+    }
+
+
 def test_every_room_is_in_the_readmes_tree():
     rooms = {name for name in ours() if name.split("/")[0] in FOLDERS and not name.endswith("__init__.py")}
     told = order()
@@ -201,3 +213,14 @@ def test_a_folders_first_room_says_what_lives_there(folder):
     assert len(tree.body) == 1 and len(ast.get_docstring(tree)) > 80
     rooms = {Path(name).stem for name in tracked_files(f":(glob){folder}/*.py")} - {"__init__"}
     assert not {room for room in rooms if room not in ast.get_docstring(tree)}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folders_first_room_lists_the_rooms_in_the_order_of_their_imports(folder):
+    """As the README's tree does, which imports are held against. A folder inside is one entry, its rooms together."""
+    inside = [name.removeprefix(f"{folder}/") for name in order() if name.startswith(f"{folder}/") and name[-1] != "/"]
+    wanted = [f"{name.split('/')[0]}/" if "/" in name else Path(name).stem for name in inside]
+    wanted = [name for name, _ in itertools.groupby(wanted)]
+    lines = ast.get_docstring(parsed(f"{folder}/__init__.py")).splitlines()
+    words = [line.split()[0] for line in lines if line.strip()]
+    assert [word for word in words if word in wanted] == wanted

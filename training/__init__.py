@@ -7,8 +7,8 @@ Rooms from top to bottom; each may import those below it, and none above:
     evaluation      held-out pages: written, rendered, scored, kept
     recipe          what a run is made of: the facts of its recipe and its card
     final_folder    the base's tensors as training has left them: written aside, compared, renamed
-    publishing      the push to the Hub
     model_card      the model card, by model_card.md beside it
+    publishing      the push to the Hub
     memory_fit      the one decision what fits, for --plan and for training, and its proof before step one
     base_model      the base: its folder, its architecture, every tensor of its checkpoint
     preparation     the pages of a run: read once, checked, found by every rank
@@ -27,8 +27,8 @@ Rooms from top to bottom; each may import those below it, and none above:
     dataset         from a dataset to checked and split pages; each known dataset is one entry
     cleaning        what no screenshot shows goes from the HTML
     prompt_and_mask what the model is asked, and what the loss sees
+    families/       one file for each architecture, by its model_type
     page_costs      how many operations a page costs
     processes       who a process is, what it says, and every collective
     errors          what goes wrong, and the exit code that says so
-    families/       one file for each architecture, by its model_type
 """

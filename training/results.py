@@ -52,8 +52,8 @@ class Results:
         keep_outputs(self.rows["after"], self.pages, self.folder, "written")
         (self.folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if metrics.CHOOSING in after and self.rendering.facts:
-            names = ("truncated", "looping", "exact")
-            more = {page["page"]: {name: page[name] for name in names} for page in after["pages"]}
+            names = ("truncated", "looping", "exact", "chooses")
+            more = {page["page"]: {name: page[name] for name in names if name in page} for page in after["pages"]}
             shown = {**facts, "decoding": decoding_words(self.recipe), **self.rendering.facts}
             label = f"{self.final} {self.recipe.repetition_penalty}"
             self.rendering.write_report(label, self.rows["after"], self.pages, shown, more, comparison)

@@ -2,11 +2,13 @@
 
 import json
 
-from making.browser_steps import source, step
+from making.browser_steps import FOLDER, step
+from scoring.renders import script
 
 
 def test_options_arrive_whatever_they_hold():
     options = {"grey": "</script> ' \" ` ${x} \\ \u2028 %s", "limit": 3, "gone": None, "pairs": [["a", "b"]]}
     text = step("cut", **options)
-    assert text.startswith("() => (") and text.endswith(")")
-    assert json.loads(text.removeprefix(f"() => ({source('cut')})(")[:-1]) == options
+    before, after = f"() => (\n{script('cut', FOLDER)})(", f", (\n{script('dom')})())"
+    assert text.startswith(before) and text.endswith(after)
+    assert json.loads(text.removeprefix(before).removesuffix(after)) == options

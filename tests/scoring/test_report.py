@@ -322,6 +322,41 @@ def test_no_page_is_said_plainly(tmp_path):
     assert "No page was evaluated." in html and "<article" not in html and "hist" not in Parts(html).text
 
 
+def pages_that_chose() -> list[PageResult]:
+    """Two pages compare, of likeness 0.2 and 0.4; the others chose the weights, and one of those failed."""
+    chose = [result("chose well", 0.95, chooses=True), failed("chose and failed", chooses=True)]
+    return [result("compares", 0.2), *chose, result("compares, too", 0.4, causes=("misplaced",))]
+
+
+def test_pages_that_chose_the_weights_are_shown_and_left_out_of_every_number(tmp_path):
+    html = written(tmp_path, pages_that_chose())
+    assert names_in(html) == ["chose and failed", "compares", "compares, too", "chose well"]
+    top, cards = html[: html.index('id="pages"')], html[html.index('id="cards"') :].split("<article")[1:]
+    assert re.findall(r"<dt>(\w+)</dt><dd>([^<]*)</dd><dd class=\"small\">([^<]*)", top)[:4] == [
+        ("pages", "2", ""), ("likeness", "0.300", "failures as 0"), ("failures", "0", "0 %"),
+        ("valid", "100 %", "2 of 2"),
+    ]  # fmt: skip
+    line = re.search(r'<th scope="row">likeness</th><td>(.*?)<span.*?</td><td>(.*?)</td><td>(.*?)</td>', top)
+    assert line.groups() == ("0.300", "0.300", "2")
+    assert 'aria-label="Pages with likeness 0.2 to 0.3: 1, 0.4 to 0.5: 1"' in top and 'class="key failed"' not in top
+    assert "2 of 4 pages chose the weights: they are shown below, and left out of tiles, means" in top
+    assert "1 failure, each counted as 0, but for 1 that chose the weights" in top
+    assert ['<li class="chooses">chose the weights</li>' in card for card in cards] == [True, False, False, True]
+
+
+def test_a_report_without_pages_that_chose_says_nothing_of_them(tmp_path):
+    assert "chose the weights" not in written(tmp_path, sample(), comparison=COMPARISON)
+
+
+def test_a_score_that_only_pages_that_chose_have_is_in_no_mean(tmp_path):
+    page = result("b", chooses=True, scores={"likeness": 0.9, "clip": 0.7})
+    html = written(tmp_path, [result("a", scores={"likeness": 0.5}), page])
+    assert (
+        re.findall(r'<th scope="row">(.*?)</th>', html) == ["likeness"] == re.findall(r"<b>(likeness|CLIP)</b>", html)
+    )
+    assert "<dt>CLIP</dt><dd>0.70</dd>" in html
+
+
 # -----------------------------------------------------------------------------
 # Distribution and comparison
 
@@ -365,6 +400,9 @@ def test_the_comparison_shows_differences_with_their_intervals(tmp_path):
         ["1.05", "–", "0.820"],
     ]
     assert part.count("<circle") == 2 and "40 pages" in part
+    assert "promises too much" not in part
+    html = written(tmp_path, sample(), comparison=COMPARISON | {"apart": False})
+    assert "both models. The same pages chose the weights, so that this promises too much.</p>" in html
     assert written(tmp_path, sample(), comparison={}).count('id="comparison"') == 0
     assert "<circle" not in written(tmp_path, sample(), comparison={"metrics": {"ssim": {}}})
 
@@ -547,6 +585,14 @@ def test_a_bar_filters_and_gives_back(show, report):
     assert names(page) == ["broken", "page 3"]  # the failure counts as 0
     page.get_by_role("button", name="Show all").click()
     assert names(page) == WORST and focused(page) == "find"
+
+
+def test_a_bar_shows_the_pages_that_it_counts(show, tmp_path):
+    """A page that chose the weights is in no bar, though its own score would lie there."""
+    write_report(tmp_path / "report.html", "Title", [result("a", 0.35), result("b", 0.35, chooses=True)], {})
+    page = show(tmp_path / "report.html")
+    page.get_by_role("button", name="likeness 0.3 to 0.4: 1 page").click()
+    assert names(page) == ["a"] and page.locator("#status").inner_text() == "1 of 2 pages · likeness 0.3 to 0.4"
 
 
 def test_bars_are_chosen_by_keyboard(show, report):
