@@ -22,6 +22,12 @@ import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # for readers and editors; each is loaded where it is used
+    import torch
+    from PIL.Image import Image
+    from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 FINAL_FOLDER = "holo1_dom_finetune_final"
 HUB_REPO = "holo1_ui2dom"
@@ -109,7 +115,7 @@ def open_screenshot(picture: bytes):
     return image.convert("RGB")
 
 
-def limit_pixels(processor, min_pixels: int, max_pixels: int) -> None:
+def limit_pixels(processor: ProcessorMixin, min_pixels: int, max_pixels: int) -> None:
     """Set the range of width x height to which the processor resizes every screenshot.
 
     Those that merge patches into tokens (Qwen-VL) take both as areas. Others mean edges by the same words: they keep
@@ -124,7 +130,7 @@ def limit_pixels(processor, min_pixels: int, max_pixels: int) -> None:
 # Prompt
 
 
-def ask(processor, prompt: str) -> str:
+def ask(processor: ProcessorMixin, prompt: str) -> str:
     """The question in the model's own chat template, image first, ending where the answer begins."""
     content = [{"type": "image"}, {"type": "text", "text": prompt}]
     return processor.apply_chat_template(
@@ -132,7 +138,7 @@ def ask(processor, prompt: str) -> str:
     )
 
 
-def encode_questions(processor, screenshots: list, prompt: str):
+def encode_questions(processor: ProcessorMixin, screenshots: list[Image], prompt: str) -> BatchFeature:
     """Screenshots (PIL) to model inputs: `input_ids` and `attention_mask` (B, T), padded on the left so that every
     answer starts at the same column, and what the processor makes of the pictures, by its own names: of Qwen-VL
     `pixel_values` (patches, dim), `image_grid_thw` (B, 3) and `mm_token_type_ids` (B, T)."""
@@ -168,7 +174,7 @@ class Progress:
         self.tokens, self.start = 0, time.monotonic()
         self.last = self.start
 
-    def __call__(self, input_ids, scores, **kwargs):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         import torch
 
         self.tokens += 1
@@ -178,7 +184,13 @@ class Progress:
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def write_pages(model, processor, screenshots: list, recipe: Recipe, show_progress: bool = False) -> list[Written]:
+def write_pages(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    screenshots: list[Image],
+    recipe: Recipe,
+    show_progress: bool = False,
+) -> list[Written]:
     """Write the HTML of a batch of screenshots (PIL), greedily, at most `recipe.max_html_tokens` tokens each."""
     import torch
     from transformers import GenerationConfig, StoppingCriteriaList
@@ -210,7 +222,7 @@ def write_pages(model, processor, screenshots: list, recipe: Recipe, show_progre
     return written
 
 
-def end_tokens(model, processor) -> list[int]:
+def end_tokens(model: PreTrainedModel, processor: ProcessorMixin) -> list[int]:
     """The tokens that end an answer: the tokenizer's end of turn and those of the model's generation configuration."""
     known = getattr(model.generation_config, "eos_token_id", None)
     known = known if isinstance(known, list) else [known]

@@ -1,9 +1,11 @@
 """Many pages: pairs out of folders, scored in order, kept on disk on the way, and shown in one report.
 
-pairs = pairs_of(Path("references"), Path("predictions"), width=1280)
-with Renderer() as renderer:
-    rows = run_pairs(pairs, renderer, progress := Progress(Path("scores.partial"), pictures=True))
-write_pages_report(Path("report.html"), "What was written", pairs, progress, facts={})
+    pairs = pairs_of(Path("references"), Path("predictions"), width=1280)
+    with Renderer() as renderer:
+        rows = run_pairs(pairs, renderer, progress := Progress(Path("scores.partial"), pictures=True))
+    write_pages_report(Path("report.html"), "What was written", pairs, progress, facts={})
+
+What was scored is kept on the way, so that an interrupted run goes on where it was.
 """
 
 from __future__ import annotations

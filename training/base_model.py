@@ -1,7 +1,9 @@
 """The base model: its folder, its architecture without weights, and every tensor of its checkpoint.
 
-base = fetch_base(settings)                     # a folder, downloaded where the name is the Hub's
-tensors = base_tensors(base, settings)          # what a final folder must hold, by the checkpoint's own keys
+    base = fetch_base(settings)                     # a folder, downloaded where the name is the Hub's
+    tensors = base_tensors(base, settings)          # what a final folder must hold, by the checkpoint's own keys
+
+Nothing here trains: what a base holds decides what a final folder has to hold, key by key.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ def empty_model(base: Path, device: str, dtype: torch.dtype, trust_remote_code: 
     config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     with zero3.without_zero3(), no_init_weights(), torch.device(device):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    model.tie_weights()  # left out together with the initialisation
+    # Left out together with the initialisation: heads would stay apart from their embeddings (transformers 5.23).
+    model.tie_weights()
     return model
 
 

@@ -1,7 +1,9 @@
 """What goes wrong, and the exit code that says so. Standard library only: the wrapper reads it, too.
 
-raise SettingsError("--num_samples 0: give 1 or more")      # ends the run with 2
-MEANINGS[82]                                                # what the wrapper says of a run that ended with 82
+    raise SettingsError("--num_samples 0: give 1 or more")      # ends the run with 2
+    MEANINGS[82]                                                # what the wrapper says of a run that ended with 82
+
+A class of ours is a failure that the user can mend; every other exception is a bug, but for full memory and full disks.
 """
 
 import errno
@@ -21,6 +23,7 @@ MEANINGS = {
 }
 
 
+OUT_OF_MEMORY_CODE = 83
 HINTS = {  # behind the message of a failure that no class of ours names
     81: "\nThe disk is full: free some space, or give another --output_dir.",
     83: "\nOut of memory: smaller --micro_batch, --max_pixels or --max_html_tokens, more GPUs, or "
@@ -80,7 +83,7 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, PipelineError):
         return error.code
     if is_out_of_memory(error):
-        return 83
+        return OUT_OF_MEMORY_CODE
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return 81
     return 1

@@ -1,7 +1,9 @@
 """The final folder: every tensor of the base checkpoint as training has left it, written aside, compared, renamed.
 
-for key, base, tensor in final_tensors(model, tensors): ...     # (all ranks) what is saved and what is judged
-save_final(model, tensors, base, processor, recipe, folder)     # (all ranks)
+    for key, base, tensor in final_tensors(model, tensors): ...     # (all ranks) what is saved and what is judged
+    save_final(model, tensors, base, processor, recipe, folder)     # (all ranks)
+
+Nothing is left half-written: a folder that differs from its base is an error, and never takes the old one's place.
 """
 
 from __future__ import annotations
@@ -15,18 +17,20 @@ from pathlib import Path
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, ProcessorMixin
 
 import use_model_from_hub as use
 from training import zero3
-from training.base_model import DTYPES, BaseTensor, base_tensors, read_safetensors
-from training.errors import NotFiniteError, PipelineError, SettingsError
+from training.base_model import DTYPES, BaseTensor, base_tensors, empty_model, read_safetensors
+from training.errors import NotFiniteError, PipelineError, SettingsError, is_out_of_memory
 from training.fast_layers import narrowed
-from training.processes import on_main, rank
+from training.processes import on_main, rank, together
 from training.settings import PageSettings
 
 
-def final_tensors(model, tensors: dict[str, BaseTensor]) -> Iterator[tuple[str, BaseTensor, object]]:
+def final_tensors(
+    model: PreTrainedModel, tensors: dict[str, BaseTensor]
+) -> Iterator[tuple[str, BaseTensor, torch.Tensor]]:
     """(all ranks) Every tensor of the base checkpoint as training has left it: (key, BaseTensor, tensor).
 
     Gathered one at a time under ZeRO-3, adapters merged in fp32, rounded to the base's dtype. With quantisation the
@@ -58,7 +62,14 @@ def final_tensors(model, tensors: dict[str, BaseTensor]) -> Iterator[tuple[str, 
             yield key, base, value.to(getattr(torch, DTYPES[base.dtype]))
 
 
-def save_final(model, tensors: dict[str, BaseTensor], base: Path, processor, recipe: dict, folder: Path) -> None:
+def save_final(
+    model: PreTrainedModel,
+    tensors: dict[str, BaseTensor],
+    base: Path,
+    processor: ProcessorMixin,
+    recipe: dict,
+    folder: Path,
+) -> None:
     """(all ranks) Write a folder that loads anywhere, with exactly the base checkpoint's keys, shapes and dtypes.
 
     Written beside its place and renamed, so that an interrupted save never leaves half a model. Raises `PipelineError`
@@ -66,7 +77,8 @@ def save_final(model, tensors: dict[str, BaseTensor], base: Path, processor, rec
     """
     state = {}
     for key, _, tensor in final_tensors(model, tensors):
-        if not tensor.isfinite().all():  # whole on every rank, so all of them stop here
+        # Whole on every rank, so that all of them stop here, and none waits in the next gathering.
+        if not tensor.isfinite().all():
             raise NotFiniteError(f"not saved: {key} holds NaN or infinite numbers")
         if rank() == 0:
             state[key] = tensor.cpu().clone().contiguous()
@@ -76,15 +88,17 @@ def save_final(model, tensors: dict[str, BaseTensor], base: Path, processor, rec
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_torch_state_dict(state, partial, max_shard_size="5GB", metadata={"format": "pt"})
+        # safetensors 0.8 leaves 0600, which a server under another user cannot read.
         for file in partial.glob("*.safetensors"):
-            file.chmod(0o644)  # safetensors 0.8 leaves 0600, which a server under another user cannot read
+            file.chmod(0o644)
         # From the base, not from the model in memory, which training has changed (no cache, another dtype).
         AutoConfig.from_pretrained(base, trust_remote_code=recipe["trust_remote_code"]).save_pretrained(partial)
         if (base / "generation_config.json").is_file():
             GenerationConfig.from_pretrained(base).save_pretrained(partial)
         processor.save_pretrained(partial)
+        # Most licences ask that they travel with the weights.
         for terms in (path for name in ("LICENSE*", "NOTICE*") for path in base.glob(name)):
-            shutil.copyfile(terms, partial / terms.name)  # most licences ask that they travel with the weights
+            shutil.copyfile(terms, partial / terms.name)
         (partial / use.RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
         compare_tensors(read_safetensors(partial), tensors)
         old = folder.with_name(folder.name + ".old")
@@ -95,6 +109,35 @@ def save_final(model, tensors: dict[str, BaseTensor], base: Path, processor, rec
         shutil.rmtree(old, ignore_errors=True)
 
     on_main(write)
+
+
+def whole_copy(
+    model: PreTrainedModel, tensors: dict[str, BaseTensor], base: Path, settings: PageSettings, device: torch.device
+) -> PreTrainedModel:
+    """(all ranks) A whole model on each rank, of the very tensors that saving would write, as users will load it.
+
+    `generate` on sharded weights gathers all of them again for every token; a copy gathers once (7 GiB for 3B). Raises
+    OutOfMemoryError on every rank where it does not fit on one.
+    """
+    copy, failure, dtype = None, None, use.best_dtype(device.type)
+    try:
+        # Made on the CPU, as a user's model is: the rotary frequencies, computed on a GPU, differ in the last bit.
+        copy = empty_model(base, "cpu", dtype, settings.trust_remote_code).to(device)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        failure = error
+    # The largest allocation comes before the first collective: ranks that went on would wait there for this one.
+    if together(failure is not None, seconds=600):
+        raise failure or torch.OutOfMemoryError("another rank has no memory for the copy that writes held-out pages")
+    if (base / "generation_config.json").is_file():
+        copy.generation_config = GenerationConfig.from_pretrained(base)
+    slots = dict(copy.state_dict())
+    with torch.no_grad():
+        # The very tensors that are saved, rounded and merged: what is judged is what users get.
+        for _, tensor, value in final_tensors(model, tensors):
+            slots[tensor.name].copy_(value)
+    return copy.eval()
 
 
 def compare_tensors(written: dict, tensors: dict[str, BaseTensor]) -> None:
@@ -109,7 +152,7 @@ def compare_tensors(written: dict, tensors: dict[str, BaseTensor]) -> None:
         raise PipelineError("the saved model differs from its base: " + "; ".join(problems[:10]) + more)
 
 
-def load_weights(model, folder: Path, settings: PageSettings) -> None:
+def load_weights(model: PreTrainedModel, folder: Path, settings: PageSettings) -> None:
     """The weights of a checkpoint, by their names in the model. The Trainer of transformers 5.23 saves them by their
     older names, looks for the newer ones, finds none, and goes on with the base's weights and a warning."""
 

@@ -1,15 +1,22 @@
 """Pages packed into one row, and what the vision tower derives from the sizes of their pictures.
 
-batch = pack(rows, sizes, before=len(encoder.before), ignored=IGNORED)
-batch |= image_geometry(model.config)(grids)
+    batch = pack(rows, sizes, before=len(encoder.before), ignored=IGNORED)
+    batch |= image_geometry(model.config)(grids)
+
+A row has no padding; `page_bounds` and positions of its own keep each page to itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 
-def image_geometry(config) -> Callable:
+def image_geometry(config: PretrainedConfig) -> Callable[[torch.Tensor], dict[str, Any]]:
     """A function from `image_grid_thw` (B, 3) to what the vision tower derives from it, as keyword arguments.
 
     Worked out in the data workers, it costs the GPU no wait.
@@ -17,9 +24,7 @@ def image_geometry(config) -> Callable:
     vision = config.vision_config
     merge, window, patch = vision.spatial_merge_size, vision.window_size, vision.patch_size
 
-    def geometry(grids) -> dict:
-        from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
-
+    def geometry(grids: torch.Tensor) -> dict[str, Any]:
         index, windows = get_vision_window_index(grids, merge, window, patch)
         bounds = get_vision_cu_seqlens(grids)
         return {
@@ -38,8 +43,6 @@ def pack(rows: Sequence[tuple[list[int], list[int]]], sizes: Sequence[tuple[int,
     """Pages as one row. `rows` (ids, labels) of each page, `sizes` (rows, columns) of each picture in tokens, which
     begins after `before` tokens. Returns `input_ids` (1, T), `position_ids` (4, 1, T), `image_places`,
     `supervised_places` and `targets` (all 1-D), `page_bounds` (pages + 1), `longest_page`."""
-    import torch
-
     lengths = [len(ids) for ids, _ in rows]
     starts = [0]
     for length in lengths:
@@ -66,8 +69,6 @@ def page_positions(text_before: int, rows: int, columns: int, length: int):
     Text counts on from one to the next; the picture's `rows` x `columns` tokens share one moment and spread over height
     and width from there; the text after it begins beyond the larger of the two (Qwen2-VL, Wang et al. 2024, sec. 2.1).
     """
-    import torch
-
     picture = rows * columns
     places = torch.arange(picture)
     height, width = places // columns + text_before, places % columns + text_before

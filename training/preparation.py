@@ -1,7 +1,9 @@
 """The pages of a run: read once, checked, and found again by every rank.
 
-pages = prepare_pages(settings, args, encoder, processor)       # (all ranks)
-pages.training[0]["html"], pages.report
+    pages = prepare_pages(settings, args, encoder, processor)       # (all ranks)
+    pages.training[0]["html"], pages.report
+
+The main process reads; a machine that does not share its disk reads for itself, and must come to the same pages.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """What a run tells of itself while it trains: rates, waits and memory in one line a step, and the loss as a picture.
 
-meter = Meter()
-meter.count(batch, image_token_id)          # every micro-batch, on this rank
-logs |= meter.read(args)                    # (all ranks) since the last line
+    meter = Meter()
+    meter.count(batch, image_token_id)          # every micro-batch, on this rank
+    logs |= meter.read(args)                    # (all ranks) since the last line
+
+Everything is per optimizer step and over all ranks, in seconds and GiB; pauses for evaluation do not count.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from transformers import TrainerState, TrainingArguments
 
 from training.page_costs import peak_tflops
 from training.processes import add_up, say, take_largest, world_size
@@ -59,7 +62,7 @@ class Meter:
             self.supervised = self.supervised + inputs["labels"].ne(IGNORED).sum()
             self.image = self.image + inputs["input_ids"].eq(image_token_id).sum()
 
-    def read(self, args) -> dict[str, float]:
+    def read(self, args: TrainingArguments) -> dict[str, float]:
         """(all ranks) Rates over all ranks, the longest wait for data, and the highest peak memory of one."""
         seconds, steps = time.monotonic() - self.start - self.paused, max(1, self.steps)
         cuda = torch.cuda.is_available()
@@ -102,7 +105,7 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def log_line(logs: dict, state) -> str:
+def log_line(logs: dict, state: TrainerState) -> str:
     left = (state.max_steps - state.global_step) * logs["seconds_per_step"]
     return (
         f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"

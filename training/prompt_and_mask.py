@@ -11,10 +11,14 @@ How a screenshot becomes ids is the family's; the rest is the processor's own ch
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import use_model_from_hub as use
 from training.errors import SettingsError
 from training.families.family import Family
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 IGNORED = -100  # the label that no loss sees
 
@@ -27,7 +31,7 @@ class PageEncoder:
     no image, or several, and for one that trains another question than it asks.
     """
 
-    def __init__(self, processor, prompt: str, family: Family):
+    def __init__(self, processor: ProcessorMixin, prompt: str, family: Family):
         self.tokenizer, self.family = processor.tokenizer, family
         self.image_token_id: int = processor.image_token_id
         question = use.ask(processor, prompt)
@@ -49,7 +53,7 @@ class PageEncoder:
         place = ids.index(self.image_token_id)
         return ids[:place], ids[place + 1 :]
 
-    def answer_frame(self, processor, prompt: str, question: str) -> tuple[str, int]:
+    def answer_frame(self, processor: ProcessorMixin, prompt: str, question: str) -> tuple[str, int]:
         """What the chat template puts around an answer: the blank before it, if any, and the token that ends it."""
         mark = "ANSWER"
         turns = [
@@ -74,7 +78,7 @@ class PageEncoder:
         return question + answer, [IGNORED] * len(question) + answer
 
 
-def count_tokens(encoder: PageEncoder, processor) -> Callable[[str, int, int], tuple[int, int]]:
+def count_tokens(encoder: PageEncoder, processor: ProcessorMixin) -> Callable[[str, int, int], tuple[int, int]]:
     """A function (html, width, height) -> (html tokens, image tokens), without decoding the picture."""
 
     def count(html: str, width: int, height: int) -> tuple[int, int]:
@@ -83,7 +87,9 @@ def count_tokens(encoder: PageEncoder, processor) -> Callable[[str, int, int], t
     return count
 
 
-def colour_supervision(ids: list[int], labels: list[int], tokenizer, image_token_id: int) -> str:
+def colour_supervision(
+    ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase, image_token_id: int
+) -> str:
     """One example as text: image tokens counted, the prompt grey, what the loss sees green."""
     parts, place = [], 0
     while place < len(ids):

@@ -1,7 +1,9 @@
 """The push to the Hub: one commit, from a list of what may leave the machine.
 
-full_name = check_hub_access("holo1_ui2dom", private=True)      # before training
-push_final_folder(final_folder, full_name, private=True)
+    full_name = check_hub_access("holo1_ui2dom", private=True)      # before training
+    push_final_folder(final_folder, full_name, private=True)
+
+Arguments, optimizer states, logs and pickles never leave: what is not named in PUBLISHED stays.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """What a run is made of, all of it looked up: the facts of its recipe, its model card and its report.
 
-facts = gather_facts(settings, args, base)
-recipe = make_recipe(settings, facts)       # dom_recipe.json: with it, training and use ask the same question
+    facts = gather_facts(settings, args, base)
+    recipe = make_recipe(settings, facts)       # dom_recipe.json: with it, training and use ask the same question
+
+None stands for what could not be found out; no value is made up.
 """
 
 from __future__ import annotations

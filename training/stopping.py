@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from types import FrameType
 
 from training.processes import say
 
@@ -23,7 +24,7 @@ class StopRequest:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def note(self, number, frame):
+    def note(self, number: int, frame: FrameType | None):
         if self.signal and time.monotonic() - self.first > 2:  # schedulers signal the wrapper and the ranks at once
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

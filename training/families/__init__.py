@@ -8,9 +8,13 @@ family.py says what to write for another one.
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
 from training.errors import SettingsError
 from training.families.family import Family, Picture
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # Each file of this folder by its model_type, and what people call these models. Another architecture: one line here.
 FAMILIES = {
@@ -33,6 +37,6 @@ def family_of(model: object) -> Family:
     return importlib.import_module(f"training.families.{model_type}").FAMILY
 
 
-def trains_fast(config, settings) -> bool:
+def trains_fast(config: PretrainedConfig, settings: Any) -> bool:
     """Whether pages are packed into one row and go through `fast_layers.py`, not padded and the model's own way."""
     return settings.fast and family_of(config).fast

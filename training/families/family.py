@@ -19,6 +19,7 @@ from training.page_costs import Shape
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
+    from transformers import ProcessorMixin
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Picture:
     patches: int
 
 
-def repeated_image_ids(processor, features: dict, index: int) -> list[int]:
+def repeated_image_ids(processor: ProcessorMixin, features: dict, index: int) -> list[int]:
     """The ids of picture `index`, by what the processor itself puts into a question (transformers 5.23)."""
     text = processor.replace_image_token(features, index)
     return processor.tokenizer(text, add_special_tokens=False)["input_ids"]

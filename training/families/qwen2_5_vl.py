@@ -16,20 +16,21 @@ from training.page_costs import Shape, Tower
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
+    from transformers import PretrainedConfig, ProcessorMixin
 
 
-def image_tokens(processor, width: int, height: int) -> int:
+def image_tokens(processor: ProcessorMixin, width: int, height: int) -> int:
     patches = processor.image_processor.get_number_of_image_patches(height, width, {})
     return patches // processor.image_processor.merge_size**2
 
 
-def most_image_tokens(config, most_pixels: int) -> int:
+def most_image_tokens(config: PretrainedConfig, most_pixels: int) -> int:
     """The processor resizes to whole tokens and to no more than `most_pixels`."""
     vision = config.vision_config
     return most_pixels // (vision.patch_size * vision.spatial_merge_size) ** 2
 
 
-def pictures(processor, screenshots: list[Image]) -> list[Picture]:
+def pictures(processor: ProcessorMixin, screenshots: list[Image]) -> list[Picture]:
     """`pixel_values` (patches, dim) and `image_grid_thw` (3,), time x height x width in patches, of each screenshot."""
     features = processor.image_processor(images=screenshots, return_tensors="pt")
     grids = features["image_grid_thw"]
@@ -51,7 +52,7 @@ def join(pictures: Sequence[Picture]) -> dict[str, Tensor]:
     }
 
 
-def shape(config) -> Shape:
+def shape(config: PretrainedConfig) -> Shape:
     text, vision = config.get_text_config(), config.vision_config
     keys = text.hidden_size * text.num_key_value_heads // text.num_attention_heads
     merged = vision.hidden_size * vision.spatial_merge_size**2

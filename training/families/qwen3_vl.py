@@ -7,12 +7,16 @@ their own for the layers whose states go into the language model deep down (Deep
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from training.families import qwen2_5_vl
 from training.page_costs import Shape, Tower
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
-def shape(config) -> Shape:
+
+def shape(config: PretrainedConfig) -> Shape:
     text, vision = config.get_text_config(), config.vision_config
     queries, keys = (text.head_dim * heads for heads in (text.num_attention_heads, text.num_key_value_heads))
     merged = vision.hidden_size * vision.spatial_merge_size**2
