@@ -582,13 +582,13 @@ class Evaluator:
         self.model, self.tensors, self.base, self.settings, self.args = model, tensors, base, settings, args
         self.processor, self.pages = processor, held_out
         names = {item.name for item in fields(use.Recipe)} & {item.name for item in fields(PageSettings)}
-        self.recipe = use.Recipe(**{name: getattr(settings, name) for name in names})
+        self.decoding = use.Recipe(**{name: getattr(settings, name) for name in names})
         # The best of many evaluations is too good by chance: pages that choose the weights do not compare them, too.
         self.parts = parts_of(len(held_out), weights_are_chosen=settings.eval_every > 0)
         output_dir = Path(args.output_dir)
         self.folder = output_dir / "evaluation"
         self.rendering = Rendering(self.folder)
-        self.results = Results(self.folder, self.recipe, held_out, self.rendering)
+        self.results = Results(self.folder, self.decoding, held_out, self.rendering)
         self.best = BestWeights(output_dir, settings.early_stopping_patience, resumes=settings.resume)
         if self.best.step is not None:  # an earlier run, which this one resumes, has found them
             self.results.add(self.best.label, self.best.result, self.best.rows)
@@ -613,7 +613,7 @@ class Evaluator:
                 f"the loss of two held-out pages is {loss.item()} before training: the base is damaged"
             )
         # 32 tokens show that writing works; whole pages would take minutes before step one.
-        short = replace(self.recipe, max_html_tokens=min(32, self.recipe.max_html_tokens))
+        short = replace(self.decoding, max_html_tokens=min(32, self.decoding.max_html_tokens))
         tokens = sum(row["tokens"] for row in write_held_out(copy, self.processor, pages, short, batch=2))
         say(f"rehearsal: loss {loss.item():.4f} on two held-out pages, {tokens} tokens written")
         del copy
@@ -626,13 +626,13 @@ class Evaluator:
     def evaluate(self, label: str) -> dict:
         """(all ranks) Write every held-out page with the weights as they are now; main process: render and score."""
         copy = self.copy()
-        rows = self.write(copy, self.recipe)
+        rows = self.write(copy, self.decoding)
         result = on_main(lambda: self.judge(label, rows))
         self.results.add(label, result, rows)
         if self.settings.compare_base and (label in ("before", "after") or self.best.leads(result)):
             # One knob of decoding was worth +0.145 elsewhere, more than any fine-tune there: base and tuned model are
             # compared under each.
-            result["decoding"] = {str(self.recipe.repetition_penalty): result.get(metrics.CHOOSING, result["exact"])}
+            result["decoding"] = {str(self.decoding.repetition_penalty): result.get(metrics.CHOOSING, result["exact"])}
             for penalty in penalties(self.settings):
                 if str(penalty) not in result["decoding"]:
                     result["decoding"][str(penalty)] = self.try_penalty(penalty, copy, label)
@@ -640,29 +640,29 @@ class Evaluator:
         release_memory()
         return result
 
-    def write(self, copy: PreTrainedModel, recipe: use.Recipe) -> list[dict]:
+    def write(self, copy: PreTrainedModel, decoding: use.Recipe) -> list[dict]:
         """(all ranks) Every held-out page; the rows of evaluation.py."""
-        return write_held_out(copy, self.processor, self.pages, recipe, self.args.per_device_eval_batch_size)
+        return write_held_out(copy, self.processor, self.pages, decoding, self.args.per_device_eval_batch_size)
 
     def judge(self, label: str, rows: list[dict]) -> dict:
         """(main process only) Score, say, and keep what was written."""
-        result = self.score(label, rows, self.recipe)
+        result = self.score(label, rows, self.decoding)
         say(announce(label, result))
         # "after" may not be the final one: an earlier step may have been better. `Results.write` keeps what is final.
         if label != "after":
             keep_outputs(rows, self.pages, self.folder, "written_" + label.replace(" ", "_"))
         return result
 
-    def score(self, label: str, rows: list[dict], recipe: use.Recipe) -> dict:
+    def score(self, label: str, rows: list[dict], decoding: use.Recipe) -> dict:
         """(main process only) The result of evaluation.score_held_out, rendered where there is a browser."""
-        scores = self.rendering.score(f"{label} {recipe.repetition_penalty}", rows, self.pages)
+        scores = self.rendering.score(f"{label} {decoding.repetition_penalty}", rows, self.pages)
         return score_held_out(rows, list(self.pages), scores, self.parts)
 
     def try_penalty(self, penalty: float, copy: PreTrainedModel, label: str) -> float:
         """(all ranks) What chooses, under another repetition penalty; the exact share where nothing is rendered."""
-        recipe = replace(self.recipe, repetition_penalty=penalty)
-        rows = self.write(copy, recipe)
-        result = on_main(lambda: self.score(label, rows, recipe))
+        decoding = replace(self.decoding, repetition_penalty=penalty)
+        rows = self.write(copy, decoding)
+        result = on_main(lambda: self.score(label, rows, decoding))
         return result.get(metrics.CHOOSING, result["exact"])
 
     def step(self, number: int, save: Callable[[Path], None]) -> bool:

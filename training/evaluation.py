@@ -1,6 +1,6 @@
 """Held-out pages: written by the model, rendered, scored, kept, and told in a line.
 
-    rows = write_held_out(model, processor, pages, recipe, batch=8)         # (all ranks)
+    rows = write_held_out(model, processor, pages, decoding, batch=8)         # (all ranks)
     scores = rendering.score("after", rows, pages)                          # None where there is no browser
     result = score_held_out(rows, pages, scores, parts_of(len(pages), weights_are_chosen=False))
     say(announce("after", result))
@@ -47,7 +47,7 @@ Row = dict[str, Any]
 
 
 def write_held_out(
-    model: PreTrainedModel, processor: ProcessorMixin, pages: Dataset, recipe: use.Recipe, batch: int
+    model: PreTrainedModel, processor: ProcessorMixin, pages: Dataset, decoding: use.Recipe, batch: int
 ) -> list[Row]:
     """(all ranks) Each rank writes its share of the held-out pages; every rank gets all of them, in order.
 
@@ -58,7 +58,7 @@ def write_held_out(
     order = sorted(range(len(pages)), key=lambda place: -len(pages[place]["html"]))
     start, failure, rows = time.monotonic(), None, []
     try:
-        rows = write_share(model, processor, pages, recipe, batch, order[rank() :: world_size()])
+        rows = write_share(model, processor, pages, decoding, batch, order[rank() :: world_size()])
     except Exception as error:  # told to the others first, and raised below
         failure = error
     told = None if failure is None else (exit_code(failure), f"{type(failure).__name__}: {failure}")
@@ -87,7 +87,7 @@ def write_share(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     pages: Dataset,
-    recipe: use.Recipe,
+    decoding: use.Recipe,
     batch: int,
     mine: Sequence[int],
 ) -> list[Row]:
@@ -98,7 +98,7 @@ def write_share(
         screenshots = [use.open_screenshot(pages[place]["screenshot"]) for place in places]
         try:
             with zero3.plain_linear():
-                written = use.write_pages(model, processor, screenshots, recipe)
+                written = use.write_pages(model, processor, screenshots, decoding)
         except Exception as error:
             if not is_out_of_memory(error) or batch == 1:
                 raise

@@ -1,6 +1,6 @@
 """What a run has reached: results.json, the report that shows every page, and the last words on the console.
 
-    results = Results(folder, recipe, pages, rendering)
+    results = Results(folder, decoding, pages, rendering)
     results.add("before", result, rows)
     results.write("after", facts)               # (main process only) results.json and report.html
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 class Results:
     """What every evaluation of a run has found, by its label: "before", "step 100", "after"."""
 
-    def __init__(self, folder: Path, recipe: use.Recipe, pages: Dataset, rendering: Rendering):
-        self.folder, self.recipe, self.pages, self.rendering = folder, recipe, pages, rendering
+    def __init__(self, folder: Path, decoding: use.Recipe, pages: Dataset, rendering: Rendering):
+        self.folder, self.decoding, self.pages, self.rendering = folder, decoding, pages, rendering
         self.by_label: dict[str, dict[str, Any]] = {}
         self.rows: dict[str, list[Row]] = {}
         self.final = "after"  # the label under which the final folder's weights were judged
@@ -47,15 +47,15 @@ class Results:
         """(main process only) results.json, each page's folder, and report.html where pages were rendered."""
         after, before = self.by_label["after"], self.by_label.get("before")
         comparison = compare_results(before, after) if before else None
-        content = {"decoding": asdict(self.recipe), "rendering": self.rendering.facts, "final": self.final}
+        content = {"decoding": asdict(self.decoding), "rendering": self.rendering.facts, "final": self.final}
         content |= {"comparison": comparison, **self.by_label}
         keep_outputs(self.rows["after"], self.pages, self.folder, "written")
         (self.folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if metrics.CHOOSING in after and self.rendering.facts:
             names = ("truncated", "looping", "exact", "chooses")
             more = {page["page"]: {name: page[name] for name in names if name in page} for page in after["pages"]}
-            shown = {**facts, "decoding": decoding_words(self.recipe), **self.rendering.facts}
-            label = f"{self.final} {self.recipe.repetition_penalty}"
+            shown = {**facts, "decoding": decoding_words(self.decoding), **self.rendering.facts}
+            label = f"{self.final} {self.decoding.repetition_penalty}"
             self.rendering.write_report(label, self.rows["after"], self.pages, shown, more, comparison)
         self.rendering.forget()
         after["comparison"] = comparison
@@ -78,8 +78,8 @@ class Results:
             )
 
 
-def decoding_words(recipe: use.Recipe) -> str:
-    return f"greedy, repetition penalty {recipe.repetition_penalty}, at most {recipe.max_html_tokens:,} tokens"
+def decoding_words(decoding: use.Recipe) -> str:
+    return f"greedy, repetition penalty {decoding.repetition_penalty}, at most {decoding.max_html_tokens:,} tokens"
 
 
 def compare_results(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
