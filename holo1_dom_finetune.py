@@ -49,7 +49,6 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
@@ -65,7 +64,7 @@ from transformers.trainer_utils import TrainOutput
 import use_model_from_hub as use
 from scoring import metrics
 from training import attention, fast_layers, page_costs, zero3
-from training.base_model import BaseTensor, base_tensors, empty_model, fetch_base, load_config
+from training.base_model import BaseTensor, base_tensors, fetch_base, load_config
 from training.best_weights import BestWeights
 from training.checkpoints import keep_earlier_results, newest_checkpoint
 from training.errors import (
@@ -80,7 +79,7 @@ from training.errors import (
 )
 from training.evaluation import Rendering, announce, keep_outputs, parts_of, score_held_out, write_held_out
 from training.families import Family, Picture, family_of, trains_fast
-from training.final_folder import final_tensors, load_weights, save_final
+from training.final_folder import load_weights, save_final, whole_copy
 from training.memory_fit import Fit, choose_micro_batch, compare_with_plan, costs_of, print_plan
 from training.model_card import derived_licence, write_model_card
 from training.packing import image_geometry, pack
@@ -90,7 +89,6 @@ from training.processes import (
     agree,
     all_ranks_arrive,
     emergency_group,
-    is_main,
     on_each_machine,
     on_main,
     rank,
@@ -445,6 +443,8 @@ class Steps(TrainerCallback):
         self.stop, self.evaluator, self.fit, self.save = stop, evaluator, fit, save
         # The Trainer takes its callbacks when it is made, so it comes after this one; `make_trainer` tells it.
         self.trainer: PageTrainer | None = None
+        # Whether an evaluation is under way: a failure in it comes to all ranks, and leaves the weights as they are.
+        self.judging = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: object
@@ -486,18 +486,25 @@ class Steps(TrainerCallback):
             control.should_save = control.should_training_stop = True
             self.stop.signal = self.stop.signal or signal.SIGTERM
         elif every and state.global_step % every == 0 and state.global_step < state.max_steps:
+            self.judging = True
             with trainer.meter.pause():
                 control.should_training_stop |= self.evaluator.step(state.global_step, self.save)
+            self.judging = False
 
 
 def make_trainer(
-    args: TrainingArguments, model: PreTrainedModel, collate: PageCollator, pages: Dataset, steps: Steps
+    args: TrainingArguments,
+    model: PreTrainedModel,
+    collate: PageCollator,
+    pages: Dataset,
+    tensors: dict[str, BaseTensor],
+    steps: Steps,
 ) -> PageTrainer:
     """(all ranks) The Trainer with its steps; the main process notes which page is trained on when."""
     costs = costs_of(model.config, pages, collate.encoder)
     steps.trainer = trainer = PageTrainer(
         costs,
-        steps.evaluator.tensors,
+        tensors,
         steps.evaluator.settings,
         model=model,
         args=args,
@@ -509,18 +516,18 @@ def make_trainer(
     )
     # It prints the dictionary that log_line puts into words.
     trainer.remove_callback(PrinterCallback)
-    if is_main():
-        write_page_order(PageSampler(costs, args), pages, Path(args.output_dir) / "page_order.jsonl")
+    file = Path(args.output_dir) / "page_order.jsonl"
+    on_main(lambda: write_page_order(PageSampler(costs, args), pages, file))
     return trainer
 
 
-def train(trainer: PageTrainer, settings: PageSettings, stop: StopRequest, save: Callable[[Path], None]) -> TrainOutput:
+def train(trainer: PageTrainer, steps: Steps) -> TrainOutput:
     """(all ranks) Train; when it fails, leave an emergency checkpoint wherever all ranks can take part.
 
     Raises `StoppedError` after a signal, whose step is saved, and whatever ended the training otherwise.
     """
-    args = trainer.args
-    checkpoint = newest_checkpoint(args.output_dir) if settings.resume else args.resume_from_checkpoint
+    args, stop = trainer.args, steps.stop
+    checkpoint = newest_checkpoint(args.output_dir) if trainer.settings.resume else args.resume_from_checkpoint
     if checkpoint:
         say(f"going on from {checkpoint}")
     emergency_group()  # now, while nothing has failed: a group cannot be made once a rank hangs
@@ -532,10 +539,11 @@ def train(trainer: PageTrainer, settings: PageSettings, stop: StopRequest, save:
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
         say_from_here(f"training failed: {type(error).__name__}: {error}")
-        # Before the first step the weights are only the base's, and not worth keeping. `all_ranks_arrive` asks over
-        # gloo and for 20 s: ranks that hang in NCCL cannot take part, and gathering weights without them would hang.
-        if trainer.state.global_step > started and all_ranks_arrive():
-            leave_emergency_checkpoint(error, save)
+        # Before the first step the weights are only the base's, and not worth keeping. Where memory ran out inside a
+        # step, other ranks wait in its collectives, and gathering weights without them would hang.
+        may_save = steps.judging or world_size() == 1 or not is_out_of_memory(error)
+        if trainer.state.global_step > started and may_save and all_ranks_arrive():
+            leave_emergency_checkpoint(error, steps.save)
         raise
     if stop.signal:
         raise StoppedError(f"stopped by a signal at step {trainer.state.global_step}; --resume goes on from there")
@@ -556,26 +564,6 @@ def leave_emergency_checkpoint(error: Exception, save: Callable[[Path], None]) -
 
 # -----------------------------------------------------------------------------
 # Evaluation
-
-
-def evaluation_model(
-    model: PreTrainedModel, tensors: dict[str, BaseTensor], base: Path, settings: PageSettings, device: torch.device
-) -> PreTrainedModel:
-    """(all ranks) A whole copy on each rank, of the very tensors that saving would write, as users will load it.
-
-    `generate` on sharded weights gathers all of them again for every token; a copy gathers once (7 GiB for 3B).
-    """
-    dtype = use.best_dtype(device.type)
-    # Made on the CPU, as a user's model is: the rotary frequencies, computed on a GPU, differ in the last bit.
-    copy = empty_model(base, "cpu", dtype, settings.trust_remote_code).to(device)
-    if (base / "generation_config.json").is_file():
-        copy.generation_config = GenerationConfig.from_pretrained(base)
-    slots = dict(copy.state_dict())
-    with torch.no_grad():
-        # The very tensors that are saved, rounded and merged: what is judged is what users get.
-        for _, tensor, value in final_tensors(model, tensors):
-            slots[tensor.name].copy_(value)
-    return copy.eval()
 
 
 class Evaluator:
@@ -607,7 +595,7 @@ class Evaluator:
 
     def copy(self) -> PreTrainedModel:
         """(all ranks) The weights as they are now, whole, as a user would load them."""
-        return evaluation_model(self.model, self.tensors, self.base, self.settings, self.args.device)
+        return whole_copy(self.model, self.tensors, self.base, self.settings, self.args.device)
 
     def rehearse(self, collate: PageCollator) -> float:
         """(all ranks) Two held-out pages through collate, loss and generation: what is broken shows now, not in an
@@ -834,10 +822,10 @@ def fine_tune(
     def save(folder: Path) -> None:
         save_final(model, tensors, base, processor, recipe, folder)
 
-    stop = StopRequest()
-    trainer = make_trainer(args, model, collate, training, Steps(stop, evaluator, fit, save))
+    steps = Steps(StopRequest(), evaluator, fit, save)
+    trainer = make_trainer(args, model, collate, training, tensors, steps)
     start = time.monotonic()
-    result = train(trainer, settings, stop, save)
+    result = train(trainer, steps)
     seconds = time.monotonic() - start
     if memory_plan:
         compare_with_plan(trainer, memory_plan)

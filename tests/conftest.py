@@ -17,8 +17,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
-if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait for a core spin: two trainings took three times as long
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Threads that wait for work spin, and these models have next to none for a second thread: beside other work, a core's
+# worth of tests took five times as long with two. Before torch is loaded, or it would be too late.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 WORDS = "river stone amber cloud maple ember lake north garden silver piano coral meadow lantern".split()
 CHAT_TEMPLATE = (

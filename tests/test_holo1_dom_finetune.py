@@ -205,7 +205,7 @@ def test_the_fast_path_learns_what_the_plain_one_learns(exact_base, pages_folder
 def test_every_step_is_logged_and_drawn(tiny_base, pages_folder, tmp_path):
     from PIL import Image
 
-    flags = small_run(tiny_base, pages_folder, max_steps=3, eval_every=2, report_to="tensorboard")
+    flags = small_run(tiny_base, pages_folder, max_steps=3, eval_every=2, eval_pages=4, report_to="tensorboard")
     done = start_plain(flags, tmp_path)
     assert done.returncode == 0, output(done)
     steps = [line for line in done.stdout.splitlines() if line.startswith("step ") and "loss" in line]
@@ -216,7 +216,8 @@ def test_every_step_is_logged_and_drawn(tiny_base, pages_folder, tmp_path):
     assert Image.open(out / "loss.png").size == (960, 540)
     assert list((out / "runs").rglob("events.out.tfevents.*"))
     results = json.loads((out / "evaluation" / "results.json").read_text())
-    assert results["step 2"]["n"] == results["after"]["n"] == 2
+    assert results["step 2"]["n"] == results["after"]["n"] == results["step 2"]["choosing"]["n"] == 2
+    assert [page.get("chooses", False) for page in results["after"]["pages"]] == [True, False, True, False]
     assert {path.name for path in (out / "evaluation" / "page-0001").iterdir()} >= {
         "screenshot.png",
         "reference.html",
@@ -460,11 +461,13 @@ def test_the_best_weights_by_score_become_the_final_folder(tiny_base, pages_fold
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_out_of_memory_while_judging_leaves_an_emergency_checkpoint(processes, tiny_base, pages_folder, tmp_path):
+@pytest.mark.parametrize(("processes", "where"), [(1, ""), (2, ""), (2, "in the copy")])
+def test_out_of_memory_while_judging_leaves_an_emergency_checkpoint(
+    processes, where, tiny_base, pages_folder, tmp_path
+):
     """Only one rank's memory runs out; the others hear of it, and all save the weights of the same step."""
     flags = small_run(tiny_base, pages_folder, max_steps=3, eval_every=2, gradient_accumulation_steps=1)
-    planned = {"PLANNED": "{}", "UNRENDERED": "1", "OUT_OF_MEMORY": "step 2"}
+    planned = {"PLANNED": "{}", "UNRENDERED": "1", "OUT_OF_MEMORY": "step 2", "IN_THE_COPY": where}
     done = start_torchrun(flags, tmp_path, processes=processes, script=PLANNED, env=planned)
     assert "emergency checkpoint: ./holo1_dom_finetune_checkpoint" in done.stdout, output(done)
     assert "Out of memory" in done.stderr and done.returncode != 0
@@ -477,7 +480,7 @@ def test_out_of_memory_while_judging_leaves_an_emergency_checkpoint(processes, t
 def test_a_resumed_run_knows_the_best_weights_and_what_they_wrote(tiny_base, pages_folder, tmp_path):
     """Step 1 is the best; step 3 is judged once without a plan, which ends that run."""
     step = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    flags = small_run(tiny_base, pages_folder, eval_every=1, compare_base=True, **step)
+    flags = small_run(tiny_base, pages_folder, eval_every=1, eval_pages=4, compare_base=True, **step)
     planned = {"before": 0.0, "step 1": 0.5, "step 2": 0.4}
     done = run_script(PLANNED, *flags, cwd=tmp_path, env={"PLANNED": json.dumps(planned)})
     assert done.returncode == 1 and "KeyError: 'step 3'" in done.stderr, output(done)

@@ -86,6 +86,16 @@ def test_what_is_known_of_a_dataset_is_said_and_holds_where_nothing_is_typed(tmp
     assert "no column code; there are: talk" in capsys.readouterr().err
 
 
+def test_a_wrong_column_is_named_however_few_pages_are_asked_for(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    row = json.dumps({"file_name": "x.png", "text": PAGE})
+    (tmp_path / "data" / "metadata.jsonl").write_text(f"{row}\n" * 9)
+    flags = [str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--html_column", "code", "--num_samples", "2"]
+    assert mp.main(flags) == 2
+    assert "no column code; there are: file_name, text. --html_column names the right one" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture
 def browser():
     need_browser()

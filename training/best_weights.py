@@ -9,7 +9,6 @@ The weights lie in output_dir/best, what a resumed run must know of them in outp
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,9 @@ from typing import Any
 
 import use_model_from_hub as use
 from scoring import metrics
-from training.processes import is_main, say
+from training.processes import on_main, say
+
+REMEMBERED = ("step", "score", "evaluations_since", "result", "rows")  # by best.json
 
 
 class BestWeights:
@@ -31,12 +32,26 @@ class BestWeights:
         self.score, self.evaluations_since = 0.0, 0
         self.result: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
-        if resumes:
-            with contextlib.suppress(FileNotFoundError):
-                known = json.loads(self.notes.read_text(encoding="utf-8"))
-                self.step, self.score = known["step"], known["score"]
-                self.result, self.rows = known["result"], known["rows"]
-                self.evaluations_since = known["evaluations_since"]
+        # Read by the main process for all: a machine that does not see the folder would else call other collectives.
+        for name, value in (on_main(self.recall) if resumes else {}).items():
+            setattr(self, name, value)
+
+    def recall(self) -> dict[str, Any]:
+        """(main process only) What best.json says; nothing, and a word of it, where an older version wrote it."""
+        try:
+            known = json.loads(self.notes.read_text(encoding="utf-8"))
+            return {name: known[name] for name in REMEMBERED}
+        except FileNotFoundError:
+            return {}
+        except (ValueError, KeyError, TypeError) as error:
+            say(f"{self.notes} is not of this version or torn ({error!r}): the best weights are chosen from now on")
+            return {}
+
+    def remember(self) -> None:
+        """(main process only) Written aside and renamed: a run killed meanwhile keeps what it knew."""
+        partial = self.notes.with_suffix(".partial")
+        partial.write_text(json.dumps({name: getattr(self, name) for name in REMEMBERED}) + "\n", encoding="utf-8")
+        partial.replace(self.notes)
 
     @property
     def label(self) -> str:
@@ -60,9 +75,7 @@ class BestWeights:
             save(self.folder)
         else:
             self.evaluations_since += 1
-        if is_main():
-            names = ("step", "score", "evaluations_since", "result", "rows")
-            self.notes.write_text(json.dumps({name: getattr(self, name) for name in names}) + "\n", encoding="utf-8")
+        on_main(self.remember)
         say(f"best so far: {metrics.CHOOSING} {self.score:.3f} at step {self.step}, kept in output_dir/best")
         return 0 < self.patience <= self.evaluations_since
 

@@ -19,15 +19,16 @@ import os
 import random
 import re
 import struct
+import zipfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from training.cleaning import clean_html, cleaning_steps, visible_text
-from training.errors import DataError, SettingsError
+from training.errors import DataError, SettingsError, is_out_of_memory
 from use_model_from_hub import MAX_PICTURE_PIXELS, PICTURE_FORMATS
 
 if TYPE_CHECKING:
@@ -238,24 +239,45 @@ def _read_folder(
     folder: Path, source: DatasetSource, wanted: Mapping[str, str], seed: int | None
 ) -> Iterator[tuple[str, Row | BadPage]]:
     """The lines of metadata.jsonl, each named by its picture's file where that is a name."""
-    columns: dict[str, None] = {}
     with open(folder / "metadata.jsonl", "rb") as lines:
         starts = list(itertools.accumulate(map(len, lines), initial=0))[:-1]  # the pages themselves stay on disk
+        _check_folder_columns(lines, wanted)
         for start in starts if seed is None else random.Random(seed).sample(starts, len(starts)):
             lines.seek(start)
             if not (line := lines.readline().strip()):
                 continue
             name = f"metadata.jsonl, byte {start}"
             try:
-                row = json.loads(line)
-                columns |= dict.fromkeys(row.keys())
-            except (ValueError, RecursionError, AttributeError) as error:
-                yield name, BadPage("unreadable", f"no JSON object: {error}")
+                row = _parse_line(line)
+            except BadPage as bad:
+                yield name, bad
                 continue
             row = _with_twin(row)
             file = row.get("file_name" if source.page_of else source.image_column)
             yield file if isinstance(file, str) else name, row
-    _check_columns(columns, wanted, _with_twin(columns))  # last, since one row may lack what the others have
+
+
+def _parse_line(line: bytes) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BadPage("unreadable", f"no JSON object: {error}"[:200]) from error
+    if not isinstance(row, dict):
+        raise BadPage("unreadable", f"no JSON object but {type(row).__name__}")
+    return row
+
+
+def _check_folder_columns(lines: BinaryIO, wanted: Mapping[str, str]) -> None:
+    """DataError before the first row is given away, since nobody may ask for the last one. One row may lack what the
+    others have: read until every column was seen, which is one line of a sound folder, all lines of a wrong name."""
+    lines.seek(0)
+    columns: dict[str, None] = {}
+    for line in lines:
+        with contextlib.suppress(BadPage):
+            columns |= dict.fromkeys(_parse_line(line))
+        if not _missing(columns, wanted, _with_twin(columns)):
+            return
+    _check_columns(columns, wanted, _with_twin(columns))
 
 
 def _with_twin(row: Row) -> Row:
@@ -265,11 +287,14 @@ def _with_twin(row: Row) -> Row:
     return {"file_name": row["image"], **row} if "image" in row else row
 
 
+def _missing(columns: Collection[str], wanted: Mapping[str, str], more: Collection[str] = ()) -> list[str]:
+    known = {*columns, *more}
+    return [column for column in wanted.values() if column not in known and column.split(".")[0] not in known]
+
+
 def _check_columns(columns: Collection[str], wanted: Mapping[str, str], more: Collection[str] = ()) -> None:
     """DataError that names the columns there are; `more` may be asked for, too."""
-    known = {*columns, *more}
-    missing = [column for column in wanted.values() if column not in known and column.split(".")[0] not in known]
-    if missing:
+    if missing := _missing(columns, wanted, more):
         flags = " and ".join(f"--{name}" for name in wanted)
         raise DataError(
             f"no column {' and '.join(missing)}; there are: {', '.join(columns) or 'none'}. "
@@ -286,18 +311,35 @@ def _picture(value: Any, path: Path, dataset: str) -> bytes | BadPage:
     if isinstance(value, BadPage):
         return value
     source = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
-    folder = path.parent if path.is_file() else path
     if isinstance(source, bytes):
         return source
     if not isinstance(source, str) or "\0" in source:
-        return BadPage("unreadable", f"no picture and no file name: {source!r}")
-    if dataset and re.match(rf"(?:zip://[^:]*::)?hf://datasets/{re.escape(dataset)}@", source):
-        import fsspec
+        return BadPage("unreadable", f"no picture and no file name: {source!r}"[:200])
+    from huggingface_hub.errors import HTTPError
 
-        with fsspec.open(source, "rb") as file:
-            return file.read(MAX_PICTURE_BYTES)
-    file = (folder / source).resolve()
-    if "://" in source or not file.is_relative_to(folder.resolve()) or (not dataset and Path(source).is_absolute()):
+    try:
+        if dataset and re.match(rf"(?:zip://[^:]*::)?hf://datasets/{re.escape(dataset)}@", source):
+            return _fetched(source)
+        return _picture_file(source, path.parent if path.is_file() else path, absolute=bool(dataset))
+    # Names too long or with half a character, links in a circle, no permission, no network, damaged archives.
+    except (OSError, ValueError, RuntimeError, HTTPError, zipfile.BadZipFile) as error:
+        if is_out_of_memory(error):
+            raise
+        why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        return BadPage("unreadable", f"the picture cannot be read: {why}"[:200])
+
+
+def _fetched(address: str) -> bytes:
+    import fsspec
+
+    with fsspec.open(address, "rb") as file:
+        return file.read(MAX_PICTURE_BYTES)
+
+
+def _picture_file(name: str, folder: Path, absolute: bool) -> bytes | BadPage:
+    """The file of that name inside `folder`; `absolute`: the name may be."""
+    file = (folder / name).resolve()
+    if "://" in name or not file.is_relative_to(folder.resolve()) or (not absolute and Path(name).is_absolute()):
         return BadPage("outside the folder", "only files inside the dataset's folder are read")
     if not file.is_file():  # nor a pipe or a device, which would keep us waiting
         return BadPage("unreadable", "no such file")

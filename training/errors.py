@@ -23,6 +23,7 @@ MEANINGS = {
 }
 
 
+OUT_OF_MEMORY_CODE = 83
 HINTS = {  # behind the message of a failure that no class of ours names
     81: "\nThe disk is full: free some space, or give another --output_dir.",
     83: "\nOut of memory: smaller --micro_batch, --max_pixels or --max_html_tokens, more GPUs, or "
@@ -82,7 +83,7 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, PipelineError):
         return error.code
     if is_out_of_memory(error):
-        return 83
+        return OUT_OF_MEMORY_CODE
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return 81
     return 1

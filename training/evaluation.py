@@ -33,7 +33,7 @@ from scoring.renders import BrowserMissing, Renderer
 from scoring.statistics import means, scores_line, summarise
 from scoring.validity import looping, same_html, validity
 from training import zero3
-from training.errors import PipelineError, is_out_of_memory
+from training.errors import OUT_OF_MEMORY_CODE, PipelineError, exit_code, is_out_of_memory
 from training.processes import gather, rank, say, say_from_here, world_size
 from training.progress import release_memory
 
@@ -61,17 +61,26 @@ def write_held_out(
         rows = write_share(model, processor, pages, recipe, batch, order[rank() :: world_size()])
     except Exception as error:  # told to the others first, and raised below
         failure = error
-    shares = gather((rows, time.monotonic() - start, failure and f"{type(failure).__name__}: {failure}"))
+    told = None if failure is None else (exit_code(failure), f"{type(failure).__name__}: {failure}")
+    shares = gather((rows, time.monotonic() - start, told))
     if failure is not None:
         raise failure
-    for number, (_, _, words) in enumerate(shares):
-        if words and "OutOfMemory" in words:
-            raise torch.OutOfMemoryError(f"rank {number} ran out of memory while it wrote held-out pages")
-        if words:
-            raise PipelineError(f"rank {number} could not write its held-out pages: {words}")
+    for number, (_, _, told) in enumerate(shares):
+        if told is not None:
+            raise failure_of_another(number, *told)
     slowest = max(seconds for _, seconds, _ in shares)
     rows = sorted((row for rows, _, _ in shares for row in rows), key=lambda row: row["place"])
     return [{**row, "seconds": slowest} for row in rows]
+
+
+def failure_of_another(number: int, code: int, words: str) -> Exception:
+    """What this rank raises because rank `number` has failed with `words`: an exception with the same exit code."""
+    message = f"rank {number} could not write its held-out pages: {words}"
+    if code == OUT_OF_MEMORY_CODE:
+        return torch.OutOfMemoryError(message)
+    error = PipelineError(message)
+    error.code = code
+    return error
 
 
 def write_share(
@@ -140,7 +149,8 @@ def score_held_out(
 ) -> dict[str, Any]:
     """Shares and means over the pages that compare, each page's own outcome under "pages", and under "choosing" the
     metric that chooses the best weights, over the pages that do. `scores` are those of `Rendering.score`."""
-    parts = parts or parts_of(len(rows), weights_are_chosen=False)
+    # Where nothing is rendered nothing chooses, and every page compares.
+    parts = parts if parts and scores is not None else parts_of(len(rows), weights_are_chosen=False)
     scored = [text_scores(row, page) for row, page in zip(rows, pages)]
     for page, score in zip(scored, scores or ()):
         page |= {name: value for name, value in score.items() if name not in ("page", "valid")}

@@ -21,10 +21,10 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel, Processo
 
 import use_model_from_hub as use
 from training import zero3
-from training.base_model import DTYPES, BaseTensor, base_tensors, read_safetensors
-from training.errors import NotFiniteError, PipelineError, SettingsError
+from training.base_model import DTYPES, BaseTensor, base_tensors, empty_model, read_safetensors
+from training.errors import NotFiniteError, PipelineError, SettingsError, is_out_of_memory
 from training.fast_layers import narrowed
-from training.processes import on_main, rank
+from training.processes import on_main, rank, together
 from training.settings import PageSettings
 
 
@@ -109,6 +109,35 @@ def save_final(
         shutil.rmtree(old, ignore_errors=True)
 
     on_main(write)
+
+
+def whole_copy(
+    model: PreTrainedModel, tensors: dict[str, BaseTensor], base: Path, settings: PageSettings, device: torch.device
+) -> PreTrainedModel:
+    """(all ranks) A whole model on each rank, of the very tensors that saving would write, as users will load it.
+
+    `generate` on sharded weights gathers all of them again for every token; a copy gathers once (7 GiB for 3B). Raises
+    OutOfMemoryError on every rank where it does not fit on one.
+    """
+    copy, failure, dtype = None, None, use.best_dtype(device.type)
+    try:
+        # Made on the CPU, as a user's model is: the rotary frequencies, computed on a GPU, differ in the last bit.
+        copy = empty_model(base, "cpu", dtype, settings.trust_remote_code).to(device)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        failure = error
+    # The largest allocation comes before the first collective: ranks that went on would wait there for this one.
+    if together(failure is not None, seconds=600):
+        raise failure or torch.OutOfMemoryError("another rank has no memory for the copy that writes held-out pages")
+    if (base / "generation_config.json").is_file():
+        copy.generation_config = GenerationConfig.from_pretrained(base)
+    slots = dict(copy.state_dict())
+    with torch.no_grad():
+        # The very tensors that are saved, rounded and merged: what is judged is what users get.
+        for _, tensor, value in final_tensors(model, tensors):
+            slots[tensor.name].copy_(value)
+    return copy.eval()
 
 
 def compare_tensors(written: dict, tensors: dict[str, BaseTensor]) -> None:

@@ -98,7 +98,7 @@ def scope_of(
     )
     # resolve() has put a number here wherever one was typed, for this or for --per_device_train_batch_size
     auto = settings.micro_batch == "auto"
-    sizes = [size for size in range(1, pages + 1) if pages % size == 0] if auto else [micro_batch]
+    sizes = sizes_of(pages) if auto else [micro_batch]
     return Scope(
         shape=family_of(config).shape(config),
         way=way,
@@ -108,6 +108,11 @@ def scope_of(
         whole=zero3.may_be_whole(deepspeed, config),
         bucket=zero3.bucket_size(deepspeed),
     )
+
+
+def sizes_of(pages: int) -> list[int]:
+    """How many of a step's `pages` may go through at once, the fewest first: so many that none is left over."""
+    return [size for size in range(1, pages + 1) if pages % size == 0]
 
 
 def decide(
@@ -241,7 +246,7 @@ class Fit:
 
     def __call__(self, trainer: Trainer, collate: Callable[[list], dict], pages: Dataset, held_out: Dataset) -> None:
         """(all ranks) Raises OutOfMemoryError where a batch does not fit whose size was typed, or which is a page
-        alone; restarts with half as many pages where auto chose them."""
+        alone; restarts with half as many pages, or fewer, where auto chose them."""
         if trainer.args.activation_checkpointing:
             recompute_some_layers(trainer.model, self.share)
         if collate.packed and zero3.is_on():
@@ -291,24 +296,29 @@ class Fit:
         except RuntimeError as error:  # others wait for us inside a collective, where nobody can call them back
             raise failure or error from error
         if failed:
-            self.restart(failure)
+            self.restart(trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps, failure)
         say_memory(f"the longest possible batch of {self.plan.way.micro_batch} pages fits, {peak:.1f} GiB,", start)
 
-    def restart(self, failure: Exception | None) -> None:
-        """(all ranks) In the same processes, with half as many pages at once: DeepSpeed cannot go on after this.
+    def restart(self, pages: int, failure: Exception | None) -> None:
+        """(all ranks) In the same processes, with at most half as many pages at once of the `pages` per step and GPU:
+        DeepSpeed cannot go on after this.
 
         Only where auto has chosen them. Whoever typed a number, in whatever spelling and by whichever of the two flags,
-        meant it and gets the error; so does the restarted run, whose number is typed here.
+        meant it and gets the error; so does the restarted run, whose number is typed here. All layers are recomputed
+        then, since the plan that chose fewer has erred; a share that the user typed stays.
         """
         size = self.plan.way.micro_batch
         if size == 1 or self.settings.micro_batch != "auto":
             raise failure or torch.OutOfMemoryError("out of memory on another GPU")
-        say(f"the plan was too bold: restarting with --micro_batch {size // 2}")
+        smaller = max(fewer for fewer in sizes_of(pages) if fewer <= size // 2)
+        say(f"the plan was too bold: restarting with --micro_batch {smaller}")
         sys.stdout.flush()
         if world_size() > 1:  # at a place of our own: torchrun's still holds the keys of this attempt
             os.environ["MASTER_PORT"] = str(agreed_port())
             os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-        again = [*sys.orig_argv[1:], "--micro_batch", str(size // 2), "--checkpoint_share", "1"]
+        again = [*sys.orig_argv[1:], "--micro_batch", str(smaller)]
+        if self.settings.checkpoint_share is None:
+            again += ["--checkpoint_share", "1"]
         os.execv(sys.executable, [sys.executable, *again])
 
 

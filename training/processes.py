@@ -127,7 +127,9 @@ def take_largest(numbers: torch.Tensor, group: Any = None) -> None:
 
 
 def agree(flag: bool, device: torch.device) -> bool:
-    """(all ranks) True everywhere when it is true anywhere."""
+    """(all ranks) True everywhere when it is true anywhere. Called at every step: alone it costs nothing."""
+    if not several():
+        return flag
     import torch
 
     votes = torch.tensor(float(flag), device=device)

@@ -48,7 +48,8 @@ class Results:
         """(main process only) results.json, each page's folder, and report.html where pages were rendered."""
         after, before = self.by_label["after"], self.by_label.get("before")
         comparison = compare_results(before, after) if before else None
-        content = {"decoding": asdict(self.recipe), "final": self.final, "comparison": comparison, **self.by_label}
+        content = {"decoding": asdict(self.recipe), "rendering": self.rendering.facts, "final": self.final}
+        content |= {"comparison": comparison, **self.by_label}
         keep_outputs(self.rows["after"], self.pages, self.folder, "written")
         (self.folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if metrics.CHOOSING in after and self.rendering.facts:

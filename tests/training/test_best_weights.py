@@ -55,3 +55,10 @@ def test_a_metric_added_to_the_table_can_choose_and_lower_may_be_better(tmp_path
     for step, score in ((1, 0.3), (2, 0.2), (3, 0.4)):
         best.consider(step, result(score, "excess_text"), [], keep)
     assert best.step == 2 and best.beats(result(0.3, "excess_text")) and not best.beats(result(0.1, "excess_text"))
+
+
+@pytest.mark.parametrize("text", ['{"best": {"step": 3, "likeness": 0.5}, "stale": 1}', '{"step": 3, "sc', "[]"])
+def test_notes_of_another_version_or_torn_ones_are_said_and_left(text, tmp_path, capsys):
+    (tmp_path / "best.json").write_text(text)
+    assert BestWeights(tmp_path, patience=1, resumes=True).step is None
+    assert "best.json is not of this version or torn" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """From a dataset to checked, cleaned and split pages: every page kept, or dropped for the reason that is told."""
 
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -302,6 +303,18 @@ def test_wrong_columns_are_named_beside_those_that_are_there(tmp_path):
     assert str(error.value).startswith("no column html; there are: file_name, text. --image_column and --html_column")
 
 
+def test_a_wrong_column_is_named_before_the_first_row_and_one_that_some_rows_lack_is_none(tmp_path):
+    """A reader that asks for few rows never comes to the end of the folder."""
+    folder = write_folder(tmp_path / "in", good_pages(6))
+    with pytest.raises(DataError, match="no column html; there are: file_name, text"):
+        next(dataset.read_pages(str(folder), DatasetSource(image_column="file_name", html_column="html"), 0))
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    (folder / "metadata.jsonl").write_text("\n".join(['{"torn', '{"file_name": "x.png"}', "", *lines]) + "\n")
+    first, second, third = itertools.islice(dataset.read_html(str(folder), DatasetSource()), 3)
+    assert [str(html).partition(":")[0] for _, html in (first, second)] == ["no JSON object", "no text in this row"]
+    assert third[1] == page_html(0)
+
+
 @pytest.mark.parametrize(
     ("dataset", "changes", "message"),
     [
@@ -438,6 +451,32 @@ def test_too_many_broken_pages_are_refused_by_name(tmp_path):
         load(write_folder(tmp_path / "in", pages), tmp_path / "out")
     assert "2 of 50 pages are broken, more than --max_bad_share 0.02: " in str(error.value)
     assert all(part in str(error.value) for part in ("a.png (unreadable: 1 b", "b.png (empty", "dropped_pages.jsonl"))
+
+
+def test_a_picture_that_the_system_does_not_read_is_a_broken_page(tmp_path):
+    """Errors of the system itself: a name that is too long, a link to itself, half a character, a file for a folder."""
+    folder = write_folder(tmp_path / "in", good_pages(12))
+    (folder / "circle.png").symlink_to("circle.png")
+    names = ["x" * 300 + ".png", "circle.png", "half\ud800.png", "p000.png/p.png"]
+    with open(folder / "metadata.jsonl", "a") as file:
+        for number, name in enumerate(names):
+            file.write(json.dumps({"file_name": name, "text": page_html(100 + number)}) + "\n")
+    _, _, report = load(folder, tmp_path / "out", eval_pages=1, max_bad_share=0.5)
+    assert (report.kept, dict(report.dropped)) == (12, {"unreadable": 4})
+    rows = map(json.loads, (tmp_path / "out" / "dropped_pages.jsonl").read_text().splitlines())
+    details = {row["name"]: row["detail"] for row in rows}
+    assert set(details) == set(names) and all(len(detail) <= 200 for detail in details.values())
+    assert details[names[0]] == "the picture cannot be read: File name too long"
+    with pytest.raises(DataError, match="4 of 16 pages are broken"):
+        load(folder, tmp_path / "out", eval_pages=1)
+
+
+def test_an_address_of_the_hub_that_cannot_be_fetched_is_a_broken_page(tmp_path, monkeypatch):
+    """`datasets` names pictures of a Hub dataset so; nobody listens at the port."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    for address in ("hf://datasets/a/b@main/p.png", "zip://p.png::hf://datasets/a/b@main/p.zip"):
+        bad = dataset._picture({"bytes": None, "path": address}, Path("a/b"), "a/b")
+        assert (bad.reason, len(str(bad)) <= 200) == ("unreadable", True)
 
 
 # -----------------------------------------------------------------------------

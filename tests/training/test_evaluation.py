@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import make_pages
 
-import holo1_dom_finetune as pipeline
 import use_model_from_hub as use
 from scoring.metrics import CHOOSING
 from training.base_model import base_tensors
-from training.evaluation import Parts, keep_outputs, parts_of, score_held_out, write_held_out
-from training.final_folder import save_final
+from training.errors import DataError, exit_code
+from training.evaluation import Parts, failure_of_another, keep_outputs, parts_of, score_held_out, write_held_out
+from training.final_folder import save_final, whole_copy
 from training.results import compare_results
 from training.settings import PageSettings
 
@@ -61,7 +61,7 @@ def test_evaluation_uses_the_very_weights_that_saving_writes(tiny_base, tmp_path
             parameter.add_(torch.randn_like(parameter) * 1e-3)
     folder = tmp_path / "final"
     save_final(model, plan, tiny_base, processor, {"trust_remote_code": False}, folder)
-    copy = pipeline.evaluation_model(model, plan, tiny_base, settings, torch.device("cpu"))
+    copy = whole_copy(model, plan, tiny_base, settings, torch.device("cpu"))
     reloaded, _ = use.load_model(str(folder), use.Recipe())
     for (name, first), second in zip(copy.state_dict().items(), reloaded.state_dict().values()):
         assert torch.equal(first, second), name
@@ -142,3 +142,24 @@ def test_folders_of_pages_that_are_no_more_go(tmp_path, pages_folder):
     keep_outputs(rows, pages, tmp_path, "written")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page-0001", "page-0002", "page-notes"]
     assert (tmp_path / "page-0002" / "written.html").read_text() == "<p>b</p>"
+
+
+def test_without_a_browser_nothing_chooses_and_every_page_compares():
+    rows, pages = rows_and_pages(["<p>"] * 4, [PAGE.format("river")] * 4)
+    result = score_held_out(rows, pages, None, parts_of(4, weights_are_chosen=True))
+    assert result["n"] == 4 and "choosing" not in result and not any("chooses" in page for page in result["pages"])
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory"), 83),
+        (MemoryError(), 83),
+        (OSError(28, "No space left on device"), 81),
+        (DataError("no page can be read"), 80),
+        (KeyError("bug"), 1),
+    ],
+)
+def test_another_ranks_failure_keeps_its_exit_code(failure, code):
+    error = failure_of_another(3, exit_code(failure), str(failure))
+    assert exit_code(error) == code and "rank 3" in str(error) and str(failure) in str(error)

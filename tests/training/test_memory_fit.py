@@ -3,6 +3,7 @@
 import contextlib
 import io
 import math
+import sys
 from functools import cache
 from types import SimpleNamespace
 
@@ -167,31 +168,59 @@ def test_weights_are_gathered_once_per_step_where_they_fit(share, threshold, who
 # Restart
 
 
-def fit_of(*argv: str) -> memory_fit.Fit:
+def fit_of(*argv: str, size: int = 4) -> memory_fit.Fit:
     """As resolve() leaves the settings; --plan keeps it from taking `auto` away where there is no GPU."""
-    return memory_fit.Fit(MemoryPlan(Way(micro_batch=4), {}), None, resolve(["--plan", *argv]).settings)
+    return memory_fit.Fit(MemoryPlan(Way(micro_batch=size), {}), None, resolve(["--plan", *argv]).settings)
 
 
 @pytest.mark.parametrize(
     "argv", [["--micro_batch", "4"], ["--micro_batch=4"], ["--per_device_train_batch_size=4"], ["--demo"]], ids=" ".join
 )
 def test_a_typed_batch_size_that_does_not_fit_ends_the_run(argv, monkeypatch):
-    monkeypatch.setattr("os.execv", lambda *command: pytest.fail(f"started anew: {command}"))
+    monkeypatch.setattr("os.execv", lambda *command: pytest.fail(f"restarted: {command}"))
     full = torch.OutOfMemoryError("CUDA out of memory.")
     with pytest.raises(torch.OutOfMemoryError) as raised:
-        fit_of(*argv).restart(full)
+        fit_of(*argv).restart(8, full)
     assert raised.value is full
+
+
+def restarted(monkeypatch, argv: list[str], size: int, pages: int) -> list[str]:
+    """The command line that takes over; the test's process stays what it is."""
+    monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", *argv])
+    started = []
+    monkeypatch.setattr("os.execv", lambda program, command: started.append(command[1:]))
+    fit_of(*argv, size=size).restart(pages, None)
+    ((script, *again),) = started
+    assert script == "train.py" and again[: len(argv)] == argv
+    return again
 
 
 def test_a_batch_that_auto_chose_is_halved_whatever_the_command_line_looks_like(monkeypatch):
     """`--micro_batch auto` is typed, too, and is no number."""
-    import sys
-
-    monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", "--micro_batch", "auto"])
-    monkeypatch.setattr(sys, "argv", sys.orig_argv[1:])
-    started = []
-    monkeypatch.setattr("os.execv", lambda program, command: started.append(command[1:]))
-    fit_of("--micro_batch", "auto").restart(None)
-    assert started == [["train.py", "--micro_batch", "auto", "--micro_batch", "2", "--checkpoint_share", "1"]]
+    again = restarted(monkeypatch, ["--micro_batch", "auto"], size=4, pages=8)
+    assert again == ["--micro_batch", "auto", "--micro_batch", "2", "--checkpoint_share", "1"]
     with pytest.raises(torch.OutOfMemoryError, match="on another GPU"):
-        memory_fit.Fit(MemoryPlan(Way(micro_batch=1), {}), None, PageSettings()).restart(None)
+        memory_fit.Fit(MemoryPlan(Way(micro_batch=1), {}), None, PageSettings()).restart(8, None)
+
+
+@pytest.mark.parametrize(("pages", "size", "smaller"), [(8, 8, 4), (9, 9, 3), (9, 3, 1), (6, 3, 1), (15, 15, 5)])
+def test_a_restart_takes_a_size_that_its_settings_accept(pages, size, smaller, monkeypatch):
+    argv = ["--gradient_accumulation_steps", str(pages)]
+    resolved = resolve(restarted(monkeypatch, argv, size, pages))
+    assert resolved.problems == []
+    assert resolved.training["per_device_train_batch_size"] == smaller
+    assert resolved.training["gradient_accumulation_steps"] == pages // smaller
+
+
+@pytest.mark.parametrize(
+    ("typed", "share"),
+    [([], 1.0), (["--checkpoint_share", "0.5"], 0.5), (["--activation_checkpointing", "False"], 0.0)],
+    ids=["nothing typed", "share", "none of them"],
+)
+def test_a_restart_recomputes_all_layers_unless_a_share_was_typed(typed, share, shapes_of_3b, monkeypatch):
+    resolved = resolve(["--plan", *restarted(monkeypatch, typed, 8, 8)])
+    assert resolved.settings.checkpoint_share == share
+    scope = memory_fit.scope_of(resolved.settings, resolved.training, resolved.deepspeed, shapes_of_3b)
+    assert (scope.sizes, scope.shares) == ((4,), (share,)), (
+        "nothing is left to choose, so a second failure ends the run"
+    )
