@@ -255,6 +255,7 @@ class Tab:
         return values
 
     def close(self) -> None:
+        """Ends its context, whether or not its browser is still there."""
         with contextlib.suppress(Exception):  # the page may be gone, and its browser with it
             self.context.close()
 
@@ -355,6 +356,7 @@ class Worker:
         return self.read_bytes(struct.unpack(">Q", self.read_bytes(8, deadline))[0], deadline)
 
     def read_bytes(self, count: int, deadline: float) -> bytes:
+        """Exactly `count` bytes; raises as `ask` does."""
         stream, parts = self.process.stdout.fileno(), []
         while count:
             if not select.select([stream], [], [], max(0.0, deadline - time.monotonic()))[0]:

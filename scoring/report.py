@@ -154,6 +154,7 @@ def label(name: str) -> str:
 
 
 def plural(count: int, noun: str) -> str:
+    """ "1 page", "1,200 pages"."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
@@ -175,6 +176,7 @@ def p_value(value: Any) -> str:
 
 
 def percent(part: int, whole: int) -> str:
+    """A whole percentage, a dash of nothing."""
     return f"{100 * part / whole:.0f} %" if whole else "–"
 
 
@@ -262,6 +264,7 @@ class Shown:
 
 
 def shown(image: Image.Image, limit: int, text: str) -> Shown:
+    """The picture as WebP of `limit` bytes where that can be reached; `text` is for who does not see it."""
     return Shown(data_uri(image, limit), image.width, image.height, text)
 
 
@@ -330,6 +333,7 @@ class Figure:
 
 
 def figure_of(name: str, source: Picture | str, boxes: Sequence[Drawn], text: str) -> Figure:
+    """A picture with its boxes and notes on its size in pixels; `source` in words says why there is none."""
     if isinstance(source, str):
         return Figure(name, absent=cut(source, MAX_REASON))
     rects = rects_of(boxes, source)
@@ -415,6 +419,7 @@ class Source:
 
 
 def source_of(html: str) -> Source:
+    """The first MAX_HTML characters, and how many there are."""
     size = plural(len(html), "character") if html else "empty"
     more = f", the first {MAX_HTML:,} are shown" if len(html) > MAX_HTML else ""
     return Source(cut(html, MAX_HTML), size + more)
@@ -514,6 +519,7 @@ class Tile:
 
 
 def tiles_of(rows: Sequence[Row]) -> list[Tile]:
+    """Pages, the mean of the metric that chooses, failures, and each flag's share, where any page has the flag."""
     failures = sum(row.failure is not None for row in rows)
     tiles = [Tile("pages", f"{len(rows):,}", ""), Tile("failures", f"{failures:,}", percent(failures, len(rows)))]
     choosing = mean_of(rows, metrics.CHOOSING).with_failures
@@ -572,6 +578,7 @@ def bin_of(value: float) -> int:
 
 
 def edges(index: int) -> str:
+    """The bounds of a bin: "0.3 to 0.4"."""
     return f"{index / BINS:.1f} to {(index + 1) / BINS:.1f}"
 
 

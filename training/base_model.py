@@ -54,6 +54,7 @@ def fetch_base(settings: PageSettings) -> Path:
 
 
 def load_config(base: Path, settings: PageSettings) -> PretrainedConfig:
+    """The configuration of the model in the folder `base`; a model's own code runs only where the settings trust it."""
     return AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code)
 
 

@@ -55,6 +55,7 @@ class BestWeights:
 
     @property
     def label(self) -> str:
+        """The label of its evaluation among the results: "step 100"."""
         return f"step {self.step}"
 
     def leads(self, result: Mapping[str, Any]) -> bool:

@@ -129,6 +129,7 @@ class Parts:
 
     @property
     def apart(self) -> bool:
+        """Whether no page both chooses and compares."""
         return not set(self.choosing) & set(self.comparing)
 
 
@@ -225,6 +226,7 @@ class Rendering:
         return find_clip()
 
     def progress(self, label: str) -> Progress:
+        """What is kept on disk, until `forget`, of the pages rendered under `label`."""
         clip, _ = self.clip
         return Progress(self.folder / f"rendered_{label.replace(' ', '_')}", pictures=True, clip=clip and clip.name)
 
@@ -262,6 +264,7 @@ class Rendering:
         write_pages_report(file, "What the model wrote", pairs, progress, facts, more, comparison)
 
     def forget(self) -> None:
+        """Removes what every `progress` has kept, once the results are written."""
         for folder in self.folder.glob("rendered_*"):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -308,6 +311,7 @@ def announce(label: str, result: Mapping[str, Any]) -> str:
 
 
 def rendered_words(result: Mapping[str, Any]) -> str:
+    """The end of `announce`: failures and the mean of each metric; "" where nothing was rendered."""
     if "failures" not in result:
         return ""
     return f"; rendered, {result['failures']} failures counted as the worst: {scores_line(result)}"

@@ -74,6 +74,7 @@ class Decision:
 
     @property
     def smallest(self) -> MemoryPlan:
+        """The candidate that takes the least memory (GiB), whether or not it fits."""
         return min(self.candidates, key=lambda plan: plan.total_gib)
 
 
@@ -179,6 +180,7 @@ def choose_micro_batch(
 
 
 def whole_words(way: Way) -> str:
+    """How gathered weights are told on the console; "" where layers are gathered one by one."""
     if not way.whole:
         return ""
     return ", weights stay gathered" if way.processes == 1 else ", weights gathered once per step"
@@ -261,6 +263,7 @@ class Fit:
             self.prove(trainer, collate, pages)
 
     def forward(self, trainer: Trainer, batch: dict) -> torch.Tensor:
+        """(all ranks) The loss of a batch, a scalar, through the model as it trains; `batch` loses its "flops"."""
         batch.pop("flops", None)
         with trainer.compute_loss_context_manager():
             return trainer.model_wrapped(**trainer._prepare_inputs(batch)).loss
@@ -360,11 +363,13 @@ def print_plan(resolved: Resolved, config: PretrainedConfig, parameters: int) ->
 
 
 def longest_page(family: Family, config: PretrainedConfig, image_tokens: int, html_tokens: int) -> Load:
+    """The load of one page at both limits, its question included."""
     tokens = image_tokens + html_tokens + QUESTION_TOKENS
     return Load(tokens, image_tokens * family.shape(config).per_token, html_tokens)
 
 
 def fast_table(scope: Scope, page: Load) -> str:
+    """The lines of `--plan`: what is chosen for each number of GPUs and each size of theirs in GiB."""
     flops = page_costs.page_flops(scope.shape, page.tokens, page.supervised, page.patches)
     rows = []
     for processes in PROCESSES:
@@ -375,6 +380,7 @@ def fast_table(scope: Scope, page: Load) -> str:
 
 
 def plain_words(scope: Scope, settings: PageSettings) -> str:
+    """Why `--plan` estimates no activations, and what the plain path does."""
     why = "this model has no fast path" if settings.fast else "--fast False"
     return (
         f"the plain path ({why}) is not planned: it takes {scope.way.micro_batch} pages at once, padded, with "

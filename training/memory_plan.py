@@ -30,6 +30,7 @@ class Load:
     supervised: int
 
     def times(self, count: int) -> Load:
+        """The load of `count` such pages."""
         return Load(count * self.tokens, count * self.patches, count * self.supervised)
 
 
@@ -59,6 +60,7 @@ class MemoryPlan:
 
     @property
     def total_gib(self) -> float:
+        """GiB of each GPU, all parts together."""
         return sum(self.parts_gib.values())
 
 

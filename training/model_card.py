@@ -27,6 +27,7 @@ TEMPLATE = Path(__file__).with_name("model_card.md")
 
 
 def is_hub_id(name: str) -> bool:
+    """Whether it reads USER/NAME and is no file or folder here; the Hub is not asked."""
     return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not Path(name).exists()
 
 

@@ -39,7 +39,9 @@ def image_geometry(config: PretrainedConfig) -> Callable[[torch.Tensor], dict[st
     return geometry
 
 
-def pack(rows: Sequence[tuple[list[int], list[int]]], sizes: Sequence[tuple[int, int]], before: int, ignored: int):
+def pack(
+    rows: Sequence[tuple[list[int], list[int]]], sizes: Sequence[tuple[int, int]], before: int, ignored: int
+) -> dict[str, torch.Tensor | int]:
     """Pages as one row. `rows` (ids, labels) of each page, `sizes` (rows, columns) of each picture in tokens, which
     begins after `before` tokens. Returns `input_ids` (1, T), `position_ids` (4, 1, T), `image_places`,
     `supervised_places` and `targets` (all 1-D), `page_bounds` (pages + 1), `longest_page`."""
@@ -63,7 +65,7 @@ def pack(rows: Sequence[tuple[list[int], list[int]]], sizes: Sequence[tuple[int,
     }
 
 
-def page_positions(text_before: int, rows: int, columns: int, length: int):
+def page_positions(text_before: int, rows: int, columns: int, length: int) -> torch.Tensor:
     """Positions (4, length) of one page: the running place, then mRoPE's time, height and width.
 
     Text counts on from one to the next; the picture's `rows` x `columns` tokens share one moment and spread over height

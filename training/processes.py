@@ -52,6 +52,7 @@ def local_world_size() -> int:
 
 
 def is_main() -> bool:
+    """Whether this is rank 0, which writes files and speaks."""
     return rank() == 0
 
 

@@ -40,6 +40,7 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
+        """Forgets all that was counted; the clock (seconds) starts again."""
         self.start, self.paused, self.waited = time.monotonic(), 0.0, 0.0
         self.pages = self.supervised = self.image = self.steps = 0
         self.flops = 0.0
@@ -52,6 +53,7 @@ class Meter:
         self.paused += time.monotonic() - start
 
     def count(self, inputs: dict, image_token_id: int) -> None:
+        """Adds a batch: pages, supervised and image tokens, and its "flops", which are taken out of `inputs`."""
         self.flops += inputs.pop("flops", 0.0)
         if "targets" in inputs:
             self.pages += len(inputs["page_bounds"]) - 1
@@ -87,6 +89,7 @@ class Meter:
 
 
 def process_peak_gib() -> float:
+    """The most memory that this process has held so far, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
 
@@ -100,12 +103,14 @@ def memory_is_tight() -> bool:
 
 
 def release_memory() -> None:
+    """Gives back what nobody holds any more: Python's circles, and on a GPU torch's cache."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def log_line(logs: dict, state: TrainerState) -> str:
+    """A step's `logs` for the console: loss, rates a second, peak in GiB, and the time left."""
     left = (state.max_steps - state.global_step) * logs["seconds_per_step"]
     return (
         f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"

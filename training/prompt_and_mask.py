@@ -40,10 +40,12 @@ class PageEncoder:
         self.lead, self.end = self.answer_frame(processor, prompt, question)
 
     def tokens(self, text: str, special: bool = False) -> list[int]:
+        """The ids of a text, without any added; with `special`, what spells a special token becomes one."""
         # A page that spells out <|im_end|> must not end the answer: special tokens in HTML are plain text.
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"]
 
     def split_question(self, question: str) -> tuple[list[int], list[int]]:
+        """The ids before and after the one image token. Raises `SettingsError` for none or several."""
         ids = self.tokens(question, special=True)
         if ids.count(self.image_token_id) != 1:
             raise SettingsError(

@@ -35,6 +35,7 @@ class Results:
         self.final = "after"  # the label under which the final folder's weights were judged
 
     def add(self, label: str, result: dict[str, Any], rows: list[Row]) -> None:
+        """Keeps an evaluation's result and what was written, in place of an earlier one of that label."""
         self.by_label[label], self.rows[label] = result, rows
 
     def choose(self, label: str) -> None:
@@ -79,6 +80,7 @@ class Results:
 
 
 def decoding_words(decoding: use.Recipe) -> str:
+    """How the held-out pages were written, in a few words for the report."""
     return f"greedy, repetition penalty {decoding.repetition_penalty}, at most {decoding.max_html_tokens:,} tokens"
 
 

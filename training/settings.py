@@ -30,6 +30,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 
 def setting(default, help: str, **options):
+    """A field with its default and the sentence that `--help` shows."""
     return field(default=default, metadata={"help": help, **options})
 
 
@@ -205,12 +206,14 @@ def parse(argv: list[str]) -> tuple[dict, dict]:
 
 
 def get_json(config: dict, path: str):
+    """The value at a path such as "zero_optimization.stage"; None where there is none."""
     for key in path.split("."):
         config = config.get(key) if isinstance(config, dict) else None
     return config
 
 
 def set_json(config: dict, path: str, value) -> None:
+    """Puts a value at a path such as "zero_optimization.stage"; objects on the way are made."""
     *parents, last = path.split(".")
     for key in parents:
         config = config.setdefault(key, {})
@@ -218,6 +221,7 @@ def set_json(config: dict, path: str, value) -> None:
 
 
 def read_deepspeed_json(path: str, problems: list[str]) -> dict:
+    """The configuration in a file; what is wrong with it goes into `problems`, and an empty one stands in."""
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

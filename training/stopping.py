@@ -16,15 +16,16 @@ class StopRequest:
     def __init__(self):
         self.signal, self.first = 0, 0.0
 
-    def __enter__(self):
+    def __enter__(self) -> StopRequest:
         self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *unused):
+    def __exit__(self, *unused: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def note(self, number: int, frame: FrameType | None):
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """The handler of both signals: the first one is noted, one that comes over 2 seconds later ends the process."""
         if self.signal and time.monotonic() - self.first > 2:  # schedulers signal the wrapper and the ranks at once
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

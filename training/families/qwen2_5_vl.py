@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def image_tokens(processor: ProcessorMixin, width: int, height: int) -> int:
+    """Tokens of a screenshot of `width` x `height` pixels: its patches, after resizing, by `merge_size` squared."""
     patches = processor.image_processor.get_number_of_image_patches(height, width, {})
     return patches // processor.image_processor.merge_size**2
 
@@ -53,6 +54,7 @@ def join(pictures: Sequence[Picture]) -> dict[str, Tensor]:
 
 
 def shape(config: PretrainedConfig) -> Shape:
+    """The widths by which costs are counted, from the configuration."""
     text, vision = config.get_text_config(), config.vision_config
     keys = text.hidden_size * text.num_key_value_heads // text.num_attention_heads
     merged = vision.hidden_size * vision.spatial_merge_size**2

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 def shape(config: PretrainedConfig) -> Shape:
+    """The widths by which costs are counted, from the configuration; DeepStack adds a merger for each of its layers."""
     text, vision = config.get_text_config(), config.vision_config
     queries, keys = (text.head_dim * heads for heads in (text.num_attention_heads, text.num_key_value_heads))
     merged = vision.hidden_size * vision.spatial_merge_size**2
