@@ -3,7 +3,7 @@
     python make_pages.py site/ --out pages                                  # every .html and .htm under a folder
     python make_pages.py list.txt --out pages --scripts run                 # files that a text file names, one a line
     python make_pages.py site/ --out pages --widths 1280,390 --tokenizer holo1_dom_finetune_final --max_html_tokens 8192
-    python make_pages.py SALT-NLP/Design2Code-hf --out pages --num_samples 50           # a dataset, rendered anew
+    python make_pages.py SALT-NLP/Design2Code-hf --out pages --num_samples 50           # a dataset, rendered again
     python holo1_dom_finetune.py --dataset pages
 
 A target holds what its screenshot shows: local style sheets inlined, no scripts, pictures and icon fonts as grey boxes,

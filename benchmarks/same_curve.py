@@ -25,16 +25,6 @@ WAYS = {
     "plain": ["--fast", "False"],
     "plain, other order within each step": ["--fast", "False"],
 }
-TURNED = """
-import sys
-sys.path.insert(0, {root!r})
-from training import page_costs
-import holo1_dom_finetune as training
-
-deal = page_costs.deal
-page_costs.deal = lambda costs, bins: deal(costs, bins)[::-1]
-training.leave(training.main(sys.argv[1:]))
-"""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -56,8 +46,7 @@ def losses(way: str, args: argparse.Namespace, folder: Path, number: int) -> lis
     folder.mkdir()
     script = ROOT / "holo1_dom_finetune.py"
     if "other order" in way:
-        script = folder / "turned.py"
-        script.write_text(TURNED.format(root=str(ROOT)), encoding="utf-8")
+        script = ROOT / "benchmarks" / "other_order.py"
     flags = {"base_model": args.base_model.resolve(), "dataset": args.pages.resolve(), "eval_pages": 2}
     flags |= {"num_samples": args.pages_per_step * args.steps, "max_steps": args.steps, "num_train_epochs": 1000}
     flags |= {"gradient_accumulation_steps": args.pages_per_step, "learning_rate": args.learning_rate}

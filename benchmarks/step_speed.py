@@ -21,6 +21,7 @@ import functools
 import importlib.metadata
 import json
 import math
+import multiprocessing
 import os
 import queue
 import re
@@ -33,6 +34,7 @@ import tempfile
 import threading
 import time
 import uuid
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -230,14 +232,20 @@ def rival_command(way: str, args: argparse.Namespace, pages: Pages) -> list[str]
     return [sys.executable, *launcher, str(HERE / "rivals.py"), str(file)]
 
 
+def patch_with_liger() -> None:
+    importlib.import_module("liger_kernel.transformers").apply_liger_kernel_to_qwen2_5_vl()  # no requirement of ours
+
+
 @functools.lru_cache(maxsize=1)
 def liger_obstacle() -> str:
     """Why Liger's kernels are left off, in a process of its own: a call that works would patch the model's classes."""
-    code = "from liger_kernel.transformers import apply_liger_kernel_to_qwen2_5_vl as a; a()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    if done.returncode == 0:
-        return "off, although it could patch Qwen2.5-VL here"
-    return f"off, it cannot patch Qwen2.5-VL here: {done.stderr.strip().splitlines()[-1][:200]}"
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as another:
+        try:
+            another.submit(patch_with_liger).result(timeout=120)
+        except Exception as error:  # whatever stands in its way is what the table tells
+            why = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
+            return f"off, it cannot patch Qwen2.5-VL here: {why[:200]}"
+    return "off, although it could patch Qwen2.5-VL here"
 
 
 def environment(gpus: int, gpu: bool) -> dict[str, str]:

@@ -28,7 +28,7 @@ CHANCE = 0.0011  # share of the pixels: what two renders of one page were seen t
 MAX_RENDERS = 16  # to find out which reductions stay: what is kept back costs tokens, a render time
 MAX_CUTS = 4  # attempts to meet a token limit
 MAX_SVG_CHARACTERS = 400  # of markup with what it uses; a longer drawing becomes a grey picture
-MAX_TRIED_PICTURES = 200  # whose own rules are tried first; each try makes the browser lay the page out anew
+MAX_TRIED_PICTURES = 200  # whose own rules are tried first; each try makes the browser lay the page out again
 
 if TYPE_CHECKING:
     import numpy as np

@@ -85,14 +85,15 @@ def test_planted_browser_code_is_found(planted):
 
 
 def programs_in_strings(tree: ast.AST) -> list[int]:
-    """Lines on which a string holds Python or shell, which belongs into a file of tests/programs."""
+    """Lines on which a string holds Python or shell, which belongs into a file of its own (tests/programs)."""
     apart = docstrings(tree)
     strings = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     return [node.lineno for node in strings if id(node) not in apart and PROGRAM.search(node.value)]
 
 
-def test_no_test_carries_a_program_in_a_string():
-    names = [name for name in tracked_files("tests/*.py") if name != "tests/test_house.py"]
+@pytest.mark.parametrize("folder", ["tests", "benchmarks"])
+def test_no_test_and_no_benchmark_carries_a_program_in_a_string(folder):
+    names = [name for name in tracked_files(f"{folder}/*.py") if name != "tests/test_house.py"]
     assert names and not {name: lines for name in names if (lines := programs_in_strings(parsed(name)))}
 
 

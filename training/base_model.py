@@ -78,7 +78,7 @@ def read_safetensors(folder: Path) -> dict[str, tuple[tuple[int, ...], str, Path
                     view = opened.get_slice(key)
                     found[key] = (tuple(view.get_shape()), view.get_dtype(), file)
         except SafetensorError as error:
-            raise SettingsError(f"{file} is damaged ({error}); fetch it anew") from error
+            raise SettingsError(f"{file} is damaged ({error}); fetch it again") from error
     return found
 
 

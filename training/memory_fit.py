@@ -23,6 +23,7 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from training import page_costs, zero3
+from training.checkpoints import RESTARTED
 from training.errors import PipelineError, is_out_of_memory
 from training.families import Family, family_of, trains_fast
 from training.memory_plan import (
@@ -319,6 +320,7 @@ class Fit:
         again = [*sys.orig_argv[1:], "--micro_batch", str(smaller)]
         if self.settings.checkpoint_share is None:
             again += ["--checkpoint_share", "1"]
+        os.environ[RESTARTED] = "1"  # its own evaluation before training is no earlier run's
         os.execv(sys.executable, [sys.executable, *again])
 
 

@@ -14,6 +14,8 @@ import json
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import use_model_from_hub as use
 from training.checkpoints import newest_checkpoint
@@ -29,8 +31,8 @@ PROJECT = Path(__file__).resolve().parents[1]
 # Settings
 
 
-def setting(default, help: str, **options):
-    """A field with its default and the sentence that `--help` shows."""
+def setting(default: Any, help: str, **options: Any) -> Any:
+    """A field of PageSettings: its default, the sentence that --help prints, argparse's `options` such as choices."""
     return field(default=default, metadata={"help": help, **options})
 
 
@@ -205,15 +207,15 @@ def parse(argv: list[str]) -> tuple[dict, dict]:
     return values, typed
 
 
-def get_json(config: dict, path: str):
-    """The value at a path such as "zero_optimization.stage"; None where there is none."""
+def get_json(config: dict, path: str) -> Any:
+    """The value at a path with dots, such as optimizer.params.lr; None where any part of it is missing."""
     for key in path.split("."):
         config = config.get(key) if isinstance(config, dict) else None
     return config
 
 
-def set_json(config: dict, path: str, value) -> None:
-    """Puts a value at a path such as "zero_optimization.stage"; objects on the way are made."""
+def set_json(config: dict, path: str, value: Any) -> None:
+    """Puts `value` at a path with dots; objects that are missing on the way are made."""
     *parents, last = path.split(".")
     for key in parents:
         config = config.setdefault(key, {})
@@ -221,7 +223,7 @@ def set_json(config: dict, path: str, value) -> None:
 
 
 def read_deepspeed_json(path: str, problems: list[str]) -> dict:
-    """The configuration in a file; what is wrong with it goes into `problems`, and an empty one stands in."""
+    """The JSON as far as it can be used: what is wrong is added to `problems`, and left out of it."""
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -291,7 +293,7 @@ def resolve(argv: list[str]) -> Resolved:
     return Resolved(settings, values, config, notes, problems)
 
 
-def resolve_precision(values: dict, torch, notes: list[str]) -> None:
+def resolve_precision(values: dict, torch: ModuleType, notes: list[str]) -> None:
     """bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
     gpu = torch.cuda.is_available() and not values["use_cpu"]
     if not gpu and (values["bf16"] or values["fp16"]):
@@ -305,7 +307,7 @@ def resolve_precision(values: dict, torch, notes: list[str]) -> None:
         values["use_cpu"] = True  # accelerate then picks gloo; DeepSpeed chooses its own accelerator
 
 
-def resolve_quantization(values: dict, torch, notes: list[str]) -> None:
+def resolve_quantization(values: dict, torch: ModuleType, notes: list[str]) -> None:
     """4-bit only where adapters can train on it: never under DeepSpeed, whose ZeRO-3 cannot shard it."""
     if values["deepspeed"]:
         chosen, why = "none", "DeepSpeed shards full-precision weights"
@@ -420,9 +422,9 @@ def check_settings(resolved: Resolved) -> None:
         problems.append("bf16 and fp16 are both on: choose one, on the command line or in the DeepSpeed JSON")
     checkpoint = newest_checkpoint(training["output_dir"]) if settings.resume else training["resume_from_checkpoint"]
     if settings.resume and not checkpoint:
-        problems.append(f"--resume: no checkpoint in {training['output_dir']}; leave --resume out to start anew")
+        problems.append(f"--resume: no checkpoint in {training['output_dir']}; leave --resume out to begin again")
     shards = len(list(Path(checkpoint).glob("global_step*/*zero_pp_rank_*_optim_states.pt"))) if checkpoint else 0
-    if resolved.deepspeed is not None and shards not in (0, world_size()):  # ZeRO cannot deal them out anew
+    if resolved.deepspeed is not None and shards not in (0, world_size()):  # ZeRO cannot deal them out again
         problems.append(
             f"{checkpoint} was written by {shards} processes and resumes on as many, not on {world_size()}; "
             f"its weights alone go on with --base_model {checkpoint}"

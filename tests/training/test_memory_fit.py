@@ -3,6 +3,7 @@
 import contextlib
 import io
 import math
+import os
 import sys
 from functools import cache
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from conftest import ROOT, make_processor
 
 import holo1_dom_finetune as pipeline
 from training import memory_fit, page_costs, zero3
+from training.checkpoints import RESTARTED
 from training.families import family_of
 from training.memory_plan import MEMORY_SHARE, Load, MemoryPlan, Way
 from training.prompt_and_mask import PageEncoder
@@ -187,11 +189,12 @@ def test_a_typed_batch_size_that_does_not_fit_ends_the_run(argv, monkeypatch):
 def restarted(monkeypatch, argv: list[str], size: int, pages: int) -> list[str]:
     """The command line that takes over; the test's process stays what it is."""
     monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", *argv])
+    monkeypatch.setenv(RESTARTED, "")  # and taken away again when the test ends
     started = []
     monkeypatch.setattr("os.execv", lambda program, command: started.append(command[1:]))
     fit_of(*argv, size=size).restart(pages, None)
     ((script, *again),) = started
-    assert script == "train.py" and again[: len(argv)] == argv
+    assert script == "train.py" and again[: len(argv)] == argv and os.environ[RESTARTED] == "1"
     return again
 
 
