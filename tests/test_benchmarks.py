@@ -4,6 +4,7 @@ import importlib.util
 import json
 import random
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, make_base, make_tokenizer, output, run_script, weights
@@ -14,11 +15,13 @@ from training.dataset import screenshot_size
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import make_pages_like_real
 import make_shapes
+import other_order
 import random_weights
 import step_speed
 
 from training import page_costs
 from training.families import family_of
+from training.page_order import PageSampler
 
 SIZES = json.loads(make_pages_like_real.SIZES.read_text())
 
@@ -112,6 +115,18 @@ def test_pages_per_second_and_mfu_fit_the_published_rows(shape):
     assert rows == pytest.approx([81.75e12] * 2, rel=0.002)
     costs = [page_costs.page_flops(shape, answer + 1_320, answer, 5_120) for answer in (1_500, 2_100)]
     assert costs[0] < rows[1] < costs[1]
+
+
+# -----------------------------------------------------------------------------
+# Order
+
+
+def test_another_order_trains_each_step_on_the_same_pages(monkeypatch):
+    args = SimpleNamespace(seed=3, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    sampler = PageSampler([float(cost) for cost in range(1, 21)], args)
+    usual = list(sampler.steps())
+    monkeypatch.setattr(page_costs, "deal", other_order.deal_in_reverse)
+    assert list(sampler.steps()) == [step[::-1] for step in usual] != usual
 
 
 # -----------------------------------------------------------------------------
