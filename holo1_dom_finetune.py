@@ -98,7 +98,7 @@ from training.processes import (
     world_size,
 )
 from training.progress import Meter, draw_loss, log_line, memory_is_tight, release_memory, say_memory
-from training.prompt_and_mask import IGNORED, PageEncoder, colour_supervision
+from training.prompt_and_mask import IGNORED, PageEncoder, check_same_question, colour_supervision
 from training.publishing import check_hub_access, push_final_folder
 from training.recipe import gather_facts, make_recipe
 from training.results import Results
@@ -118,7 +118,7 @@ def load_processor(base: Path, settings: PageSettings) -> ProcessorMixin:
     """
     try:
         processor = AutoProcessor.from_pretrained(base, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # an ImportError names the package that the processor wants
         raise SettingsError(f"--base_model {settings.base_model} has no processor that loads: {error}") from error
     family = family_of(load_config(base, settings))
     family.limit_pixels(processor, use.Recipe.min_pixels, settings.max_pixels)
@@ -601,6 +601,8 @@ class Evaluator:
         """(all ranks) Two held-out pages through collate, loss and generation: what is broken shows now, not in an
         hour. Returns the loss; raises `NotFiniteError` for one that is no number."""
         pages, copy = self.pages.select(range(min(2, len(self.pages)))), self.copy()
+        screenshots = [use.open_screenshot(page["screenshot"]) for page in pages]
+        check_same_question(collate.encoder, self.processor, screenshots, self.decoding.prompt)
         batch = {
             name: value.to(copy.device) if torch.is_tensor(value) else value
             for name, value in collate(list(pages)).items()

@@ -9,6 +9,7 @@ NAACL 2025), TreeBLEU (Gui et al., WebCode2M, 2025) and SSIM (Wang et al., 2004)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -221,6 +222,28 @@ class PageScore:
         }
 
 
+def check_table() -> None:
+    """Raises ValueError for a table that would lose scores in silence: names that stand for something else in a page's
+    row or in the means, names that come twice, and a metric that chooses and is not there."""
+    found = names()
+    taken = {item.name for item in fields(PageScore)} | {"page", "n", "failures", "failed", "exact", "truncated"}
+    twice = {name for name in found if found.count(name) > 1}
+    if problems := sorted(twice | (taken & {*found})):
+        raise ValueError(f"metrics named {', '.join(problems)}: the name is taken; give each another one")
+    if CHOOSING not in found:
+        raise ValueError(f"CHOOSING is {CHOOSING!r}, which is not in the table; it has {', '.join(found)}")
+
+
+def measure(metric: Metric, pair: Compared) -> float | None:
+    """The metric as a number of Python's; None where it cannot be measured. ValueError, with its name, for NaN."""
+    value = metric.function(pair)
+    if value is None:
+        return None
+    if not math.isfinite(value):
+        raise ValueError(f"the metric {metric.name} gives {value}: it must be a number, or None where there is none")
+    return float(value)
+
+
 def compare(reference: Page, prediction: Page, clip: Clip | None = None) -> PageScore:
     """Every metric of the table for a page and its reference. A page that failed raises nothing: it is the worst."""
     checked = validity(prediction.html)
@@ -234,7 +257,7 @@ def compare(reference: Page, prediction: Page, clip: Clip | None = None) -> Page
         lists = {"missing": reference.blocks, "invented": prediction.blocks}
         return PageScore(worst, checked.valid, failure=failure, causes=("not rendered", *causes), **sizes, **lists)
     pair = Compared(reference, prediction, clip)
-    measured = ((metric.name, metric.function(pair)) for metric in METRICS)
+    measured = ((metric.name, measure(metric, pair)) for metric in METRICS)
     values = {name: value for name, value in measured if value is not None}
     lists = {name: getattr(pair.matching, name) for name in ("matched", "missing", "invented")}
     return PageScore(values, checked.valid, causes=(*causes, *causes_of(pair)), **sizes, **lists)

@@ -71,6 +71,10 @@ def proof_cases() -> dict[str, str]:
 
 def prove(renderer: Renderer, cases: Mapping[str, str] | None = None, clip: Clip | None = None) -> dict[str, PageScore]:
     """Raise `ScorerError`, naming the case, unless known pages score as they must. Returns their scores."""
+    try:
+        metrics.check_table()
+    except ValueError as error:
+        raise ScorerError(str(error)) from error
     known = dict(cases or proof_cases())
     renders = renderer.map(job_for(page, width=640) for page in known.values())
     pages = {name: page_of(render, known[name]) for name, render in zip(known, renders)}

@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import use_model_from_hub as use
-from training.errors import SettingsError
+from training.errors import PipelineError, SettingsError
 from training.families.family import Family
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 IGNORED = -100  # the label that no loss sees
@@ -104,3 +105,26 @@ def colour_supervision(
         parts.append(f"\033[{colour}m{text}\033[0m")
         place = end
     return "".join(parts)
+
+
+def check_same_question(
+    encoder: PageEncoder, processor: ProcessorMixin, screenshots: Sequence[Image], prompt: str
+) -> None:
+    """Raise `PipelineError` where training would ask another question than use does, image tokens included.
+
+    Both build it their own way, and a model trained on another question writes worse pages without a word of it.
+    """
+    asked = use.encode_questions(processor, list(screenshots), prompt)
+    for picture, row, mask in zip(
+        encoder.family.pictures(processor, list(screenshots)),
+        asked["input_ids"].tolist(),
+        asked["attention_mask"].tolist(),
+    ):
+        ids, labels = encoder.encode("", picture.ids)
+        question = ids[: next(index for index, label in enumerate(labels) if label != IGNORED)]
+        used = [token for token, kept in zip(row, mask) if kept]
+        if question != used:
+            raise PipelineError(
+                f"training would ask with {len(question)} tokens what use_model_from_hub.py asks with {len(used)}: "
+                "`pictures` of the family in training/families must give the processor's own tokens of an image"
+            )

@@ -3,13 +3,14 @@
 import json
 import re
 
+import numpy as np
 import pytest
 
 import page_scores
 from scoring import metrics
 from scoring.blocks import Block, Page
 from scoring.metrics import Compared, Metric, color_likeness, likeness, overall
-from scoring.proof import score
+from scoring.proof import ScorerError, prove, score
 
 SOME = [Block(text, 0.1, 0.2 * n, 0.3, 0.1, (0.0, 0.0, 0.0)) for n, text in enumerate(("home", "price", "news"))]
 
@@ -97,3 +98,26 @@ def test_the_table_is_what_the_command_line_prints(renderer):
     found = score(PAGE.format("<p>A</p>"), PAGE.format("<p>A</p>"), renderer).as_json()
     table = "block text position color overall likeness tree_bleu ssim".split()
     assert [*found] == [*table, "valid", "blocks_reference", "blocks_prediction", "failure", "causes"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("ssim", "named ssim: the name is taken"), ("valid", "named valid"), ("failures", "named failures")],
+)
+def test_a_name_that_would_hide_other_scores_is_refused_before_any_page(name, words, monkeypatch, renderer):
+    monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, Metric(name, "Mine", lambda pair: 1.0)))
+    with pytest.raises(ScorerError, match=words):
+        prove(renderer)
+
+
+def test_a_metric_that_chooses_and_is_not_there_is_refused(monkeypatch, renderer):
+    monkeypatch.setattr(metrics, "CHOOSING", "likenes")
+    with pytest.raises(ScorerError, match="CHOOSING is 'likenes', which is not in the table; it has block, text"):
+        prove(renderer)
+
+
+def test_what_is_no_number_is_an_error_that_names_the_metric():
+    pair = Compared(Page(None), Page(None))
+    with pytest.raises(ValueError, match="the metric mine gives nan"):
+        metrics.measure(Metric("mine", "Mine", lambda pair: float("nan")), pair)
+    assert type(metrics.measure(Metric("mine", "Mine", lambda pair: np.float32(0.5)), pair)) is float

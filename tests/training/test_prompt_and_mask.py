@@ -1,12 +1,15 @@
 """Prompt and mask: the loss sees the answer and its end of turn, nothing else."""
 
+from dataclasses import replace
+
 import pytest
 from conftest import make_processor
 
 import use_model_from_hub as use
 from training import prompt_and_mask
-from training.errors import SettingsError
+from training.errors import PipelineError, SettingsError
 from training.families import family_of
+from training.prompt_and_mask import check_same_question
 
 QWEN = family_of("qwen2_5_vl")
 
@@ -99,3 +102,19 @@ def test_a_template_that_trains_another_question_is_refused(processor):
     other.chat_template = processor.chat_template.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>")
     with pytest.raises(SettingsError, match="trains another question than it asks"):
         prompt_and_mask.PageEncoder(other, "write", QWEN)
+
+
+def test_a_family_that_asks_with_other_image_tokens_is_refused_before_training(encoder, processor, monkeypatch):
+    """The loss hardly tells: a model trained on a question of its own writes worse pages, and nothing says so."""
+    shots, prompt = [screenshot(200, 140), screenshot(90, 120)], "write this page"
+    check_same_question(encoder, processor, shots, prompt)
+    one_less = replace(
+        encoder.family, pictures=lambda *given: [short(p) for p in family_of("qwen2_5_vl").pictures(*given)]
+    )
+    monkeypatch.setattr(encoder, "family", one_less)
+    with pytest.raises(PipelineError, match=r"training would ask with \d+ tokens what use_model_from_hub.py asks with"):
+        check_same_question(encoder, processor, shots, prompt)
+
+
+def short(picture):
+    return replace(picture, ids=picture.ids[1:])
