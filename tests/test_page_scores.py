@@ -52,6 +52,7 @@ def test_arguments_that_cannot_work_are_refused(tmp_path):
         assert done.returncode == 2 and says in done.stderr
 
 
+@pytest.mark.slow
 def test_clip_is_scored_by_the_weights_that_are_named(renderer, tiny_clip, tmp_path, capsys):
     (tmp_path / "a.html").write_text("<!DOCTYPE html><html><body><p>A</p></body></html>")
     pair = [str(tmp_path / "a.html")] * 2

@@ -32,6 +32,7 @@ def test_clip_does_not_see_texts_but_what_is_around_them(renderer, tiny_clip):
     assert clip(one, empty) == pytest.approx(float(wanted), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_clip_is_a_fifth_of_the_mean_and_its_absence_is_said(recorded, tiny_clip):
     assert "hf download nobody/nothing" in find_clip("nobody/nothing")[1]
     clip = Clip(tiny_clip)

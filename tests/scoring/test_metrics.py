@@ -57,6 +57,7 @@ def folders(tmp_path, predictions: dict[str, str]) -> list[str]:
     return [str(tmp_path / "references"), str(tmp_path / "predictions")]
 
 
+@pytest.mark.slow
 def test_a_metric_added_to_the_table_is_in_json_console_and_report(a_metric_more, renderer, tmp_path, capsys):
     both = folders(tmp_path, {"same": "<p>Hello there</p>", "more": "<p>Hello there</p><p>XYZ</p>"})
     out = [str(tmp_path / name) for name in ("scores.json", "report.html")]
@@ -75,6 +76,7 @@ def test_a_metric_added_to_the_table_is_in_json_console_and_report(a_metric_more
     assert report.count("<dt>Excess ↓</dt>") == 3, "each page's own"
 
 
+@pytest.mark.slow
 def test_another_metric_may_choose(a_metric_more, renderer, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "CHOOSING", "excess_text")
     assert metrics.is_better(0.2, than=0.3) and not metrics.is_better(0.3, than=0.2)

@@ -51,6 +51,7 @@ def rows_of(text: str) -> list[list[str]]:
     return [line.split() for line in text.splitlines() if line.strip()[:1].isdigit() and "does not fit" not in line]
 
 
+@pytest.mark.slow
 def test_the_plan_obeys_a_typed_batch_size(base):
     assert {row[2] for row in rows_of(plan_of(base, *ZERO_3))} != {"2"}
     typed = [rows_of(plan_of(base, *ZERO_3, *flags)) for flags in (["--micro_batch", "2"], ["--micro_batch=2"])]

@@ -45,6 +45,7 @@ def test_a_pack_is_written_out_whole(processor):
     }
 
 
+@pytest.mark.slow
 def test_positions_and_geometry_equal_the_models_own_for_200_sizes(processor, model, monkeypatch):
     """The model computes them itself in a forward pass; what it computed is caught and compared."""
     import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl as own

@@ -13,6 +13,8 @@ import pytest
 from conftest import PROGRAMS
 from fake_hub import FINE_GRAINED, LOSE_ANSWER, READER, RESET, WRITER, FakeHub
 
+pytestmark = pytest.mark.slow  # a process with the real huggingface_hub and a server for nearly every test
+
 WEIGHTS = bytes(range(256)) * 4096  # 1 MiB
 FINAL = {
     "model.safetensors": WEIGHTS,
