@@ -15,13 +15,13 @@ marks what every process must call together, in the same order, or the others wa
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import json
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 import traceback
@@ -30,7 +30,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from training.settings import (
-    TRAINING_DEFAULTS,
     PageSettings,
     Resolved,
     check_settings,
@@ -67,21 +66,13 @@ from training import attention, fast_layers, page_costs, zero3
 from training.base_model import BaseTensor, base_tensors, fetch_base, load_config
 from training.best_weights import BestWeights
 from training.checkpoints import keep_earlier_results, newest_checkpoint
-from training.errors import (
-    HINTS,
-    DataError,
-    NotFiniteError,
-    PipelineError,
-    SettingsError,
-    StoppedError,
-    exit_code,
-    is_out_of_memory,
-)
+from training.errors import DataError, NotFiniteError, PipelineError, SettingsError, StoppedError, is_out_of_memory
 from training.evaluation import Rendering, announce, keep_outputs, parts_of, score_held_out, write_held_out
 from training.families import Family, Picture, family_of, trains_fast
 from training.final_folder import load_weights, save_final, whole_copy
-from training.memory_fit import Fit, choose_micro_batch, compare_with_plan, costs_of, print_plan
-from training.model_card import derived_licence, write_model_card
+from training.heartbeat import heart, on_main_alone
+from training.memory_fit import Fit, choose_micro_batch, compare_with_plan, costs_of, note_smaller, print_plan
+from training.model_card import describe
 from training.packing import image_geometry, pack
 from training.page_order import PageSampler, write_page_order
 from training.preparation import Pages, prepare_pages
@@ -91,18 +82,18 @@ from training.processes import (
     emergency_group,
     on_each_machine,
     on_main,
-    rank,
     report_end,
     say,
+    say_failure,
     say_from_here,
     world_size,
 )
 from training.progress import Meter, draw_loss, log_line, memory_is_tight, release_memory, say_memory
 from training.prompt_and_mask import IGNORED, PageEncoder, check_same_question, colour_supervision
-from training.publishing import check_hub_access, push_final_folder
+from training.publishing import check_hub_access, push_final_folder, saved_words
 from training.recipe import gather_facts, make_recipe
 from training.results import Results
-from training.stopping import StopRequest
+from training.stopping import stop
 
 EMERGENCY_FOLDER = "holo1_dom_finetune_checkpoint"
 
@@ -253,7 +244,7 @@ class PageCollator:
 
     def __call__(self, pages: list[dict]) -> dict:
         """Pages (dicts of dataset.PAGE_FIELDS) to a batch: what the family makes of the screenshots (`pixel_values`
-        (patches, dim), `image_grid_thw` (pages, 3) for Qwen), what `pad` or `pack` adds, and `flops`."""
+        (patches, dim), `image_grid_thw` (pages, 3) for Qwen), what `pad` or `pack` adds, `flops` and `pages`, names."""
         kept, pictures = [], []
         while len(kept) < len(pages):
             chunk_pages, chunk_pictures = self.process(pages[len(kept) : len(kept) + self.chunk])
@@ -264,6 +255,7 @@ class PageCollator:
         if self.config is not None:
             sizes = zip(rows, (picture.patches for picture in pictures))
             batch["flops"] = sum(self.flops(labels, patches) for (_, labels), patches in sizes)
+            batch["pages"] = [page["name"] for page in kept]
         if not self.packed:
             return batch | self.pad(rows)
         # Geometry and positions are computed here, in the data workers: on the GPU they would cost a host sync each.
@@ -429,6 +421,10 @@ class PageTrainer(Trainer):
             }
         super()._save(output_dir, state_dict=state_dict)
 
+    @heart.stage("saving")
+    def _save_checkpoint(self, *arguments) -> None:
+        super()._save_checkpoint(*arguments)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
         # The Trainer of transformers 5.23 would find none of the names it looks for, and go on with the base's weights.
         if hasattr(self.model, "peft_config"):
@@ -439,8 +435,9 @@ class PageTrainer(Trainer):
 class Steps(TrainerCallback):
     """What happens before the first step and at the end of each: the fit, finite gradients, stopping, judging."""
 
-    def __init__(self, stop: StopRequest, evaluator: Evaluator, fit: Fit, save: Callable[[Path], None]):
-        self.stop, self.evaluator, self.fit, self.save = stop, evaluator, fit, save
+    def __init__(self, evaluator: Evaluator, fit: Fit, save: Callable[[Path], None]):
+        self.evaluator, self.fit, self.save = evaluator, fit, save
+        self.stopped = False  # whether ranks have agreed to stop, since one of them was asked to
         # The Trainer takes its callbacks when it is made, so it comes after this one; `make_trainer` tells it.
         self.trainer: PageTrainer | None = None
         # Whether an evaluation is under way: a failure in it comes to all ranks, and leaves the weights as they are.
@@ -456,6 +453,8 @@ class Steps(TrainerCallback):
         # What is there by now stays; looking through it costs Python's collector 0.3 s each time, a small model's step.
         gc.freeze()
         trainer.meter.reset()
+        stop.at_the_end_of_a_step()
+        heart.enter("training")
 
     def on_pre_optimizer_step(
         self,
@@ -477,19 +476,21 @@ class Steps(TrainerCallback):
         """(all ranks) Stop where any rank was asked to, judge where it is time."""
         every, trainer = self.evaluator.settings.eval_every, self.trainer
         trainer.meter.steps += 1
+        heart.step_ends(state.global_step)
         if args.deepspeed and not args.fp16 and not zero3.step_was_applied(trainer.model_wrapped):
             raise NotFiniteError(NOT_FINITE.format("gradients are", state.global_step))
         if world_size() == 1 and not args.deepspeed and memory_is_tight():
             release_memory()
         # A signal reaches ranks at different moments; one that stopped alone would leave the others in a collective.
-        if agree(bool(self.stop.signal), args.device):
-            control.should_save = control.should_training_stop = True
-            self.stop.signal = self.stop.signal or signal.SIGTERM
-        elif every and state.global_step % every == 0 and state.global_step < state.max_steps:
+        self.stopped = agree(stop.wanted, args.device)
+        if not self.stopped and every and state.global_step % every == 0 and state.global_step < state.max_steps:
             self.judging = True
-            with trainer.meter.pause():
+            with trainer.meter.pause(), contextlib.suppress(StoppedError):  # agreed upon again here
                 control.should_training_stop |= self.evaluator.step(state.global_step, self.save)
             self.judging = False
+            self.stopped = agree(stop.wanted, args.device)
+        if self.stopped:
+            control.should_save = control.should_training_stop = True
 
 
 def make_trainer(
@@ -526,7 +527,7 @@ def train(trainer: PageTrainer, steps: Steps) -> TrainOutput:
 
     Raises `StoppedError` after a signal, whose step is saved, and whatever ended the training otherwise.
     """
-    args, stop = trainer.args, steps.stop
+    args = trainer.args
     checkpoint = newest_checkpoint(args.output_dir) if trainer.settings.resume else args.resume_from_checkpoint
     if checkpoint:
         say(f"going on from {checkpoint}")
@@ -535,18 +536,25 @@ def train(trainer: PageTrainer, steps: Steps) -> TrainOutput:
     if world_size() > 1:
         say_from_here(f"of {world_size()} on {args.device}, process {os.getpid()}")
     try:
-        with stop:
-            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
+        heart.enter("saving")
         say_from_here(f"training failed: {type(error).__name__}: {error}")
+        if is_out_of_memory(error) and not steps.judging:
+            note_smaller(args)
         # Before the first step the weights are only the base's, and not worth keeping. Where memory ran out inside a
         # step, other ranks wait in its collectives, and gathering weights without them would hang.
         may_save = steps.judging or world_size() == 1 or not is_out_of_memory(error)
         if trainer.state.global_step > started and may_save and all_ranks_arrive():
             leave_emergency_checkpoint(error, steps.save)
         raise
-    if stop.signal:
-        raise StoppedError(f"stopped by a signal at step {trainer.state.global_step}; --resume goes on from there")
+    heart.enter("saving")
+    if steps.stopped:
+        stop.honoured()
+        raise StoppedError(
+            f"stopped by {stop.name or 'a signal to another rank'} at step {trainer.state.global_step}: its state is "
+            f"saved in {newest_checkpoint(args.output_dir)}; --resume goes on from there"
+        )
     return result
 
 
@@ -625,11 +633,12 @@ class Evaluator:
             torch.cuda.reset_peak_memory_stats()
         return loss.item()
 
+    @heart.stage("judging")
     def evaluate(self, label: str) -> dict:
         """(all ranks) Write every held-out page with the weights as they are now; main process: render and score."""
         copy = self.copy()
         rows = self.write(copy, self.decoding)
-        result = on_main(lambda: self.judge(label, rows))
+        result = on_main_alone(lambda: self.judge(label, rows))
         self.results.add(label, result, rows)
         if self.settings.compare_base and (label in ("before", "after") or self.best.leads(result)):
             # One knob of decoding was worth +0.145 elsewhere, more than any fine-tune there: base and tuned model are
@@ -664,7 +673,7 @@ class Evaluator:
         """(all ranks) What chooses, under another repetition penalty; the exact share where nothing is rendered."""
         decoding = replace(self.decoding, repetition_penalty=penalty)
         rows = self.write(copy, decoding)
-        result = on_main(lambda: self.score(label, rows, decoding))
+        result = on_main_alone(lambda: self.score(label, rows, decoding))
         return result.get(metrics.CHOOSING, result["exact"])
 
     def step(self, number: int, save: Callable[[Path], None]) -> bool:
@@ -694,18 +703,7 @@ def publish(final: Path, settings: PageSettings, training: dict, facts: dict, re
     Whether the push is allowed was asked before the training (`check_hub_access` in `run`): a token that may only read
     would else be found out hours later.
     """
-    told = {name: training[name] for name in sorted(TRAINING_DEFAULTS) if name not in ("report_to", "disable_tqdm")}
-    card = facts | {
-        "licence": derived_licence(settings.base_model),
-        "settings": told | {"seed": training["seed"], "prompt": settings.prompt, "clean": settings.clean},
-        "recipe": recipe,
-        "results": results.by_label["after"],
-        "results_before": results.by_label.get("before"),
-        "lora": settings.lora or settings.quantize == "4bit",
-        "quantization": settings.quantize,
-        "repo_id": settings.hub_repo if settings.push_to_hub else None,
-    }
-    write_model_card(final, card)
+    describe(final, settings, training, facts, recipe, results.by_label)
     (final / "evaluation").mkdir(exist_ok=True)
     shutil.copyfile(Path(training["output_dir"]) / "evaluation" / "results.json", final / "evaluation" / "results.json")
     results.say_difference()
@@ -768,6 +766,8 @@ def run(argv: list[str]) -> None:
         parameters = sum(math.prod(tensor.shape) for tensor in base_tensors(base, settings).values())
         return print_plan(resolved, load_config(base, settings), parameters)
     args = make_arguments(resolved)
+    heart.knows(args.output_dir, args.ddp_timeout, settings.hang_timeout)
+    stop.looks_into(args.output_dir)
     # Before anything is read or loaded: a token that may not write is found out now, not after hours.
     if settings.push_to_hub:
         settings.hub_repo = on_main(lambda: check_hub_access(settings.hub_repo, settings.private_repo))
@@ -775,7 +775,8 @@ def run(argv: list[str]) -> None:
     base = on_each_machine(lambda: fetch_base(settings), Path.is_dir)
     processor = load_processor(base, settings)
     encoder = PageEncoder(processor, settings.prompt, family_of(load_config(base, settings)))
-    pages = prepare_pages(settings, args, encoder, processor)
+    with heart.stage("reading pages"):
+        pages = prepare_pages(settings, args, encoder, processor)
     if settings.show_supervision:
         first = pages.training[0]
         (picture,) = encoder.family.pictures(processor, [use.open_screenshot(first["screenshot"])])
@@ -821,30 +822,36 @@ def fine_tune(
     if settings.compare_base:
         evaluator.evaluate("before")
 
+    @heart.stage("saving")
     def save(folder: Path) -> None:
         save_final(model, tensors, base, processor, recipe, folder)
 
-    steps = Steps(StopRequest(), evaluator, fit, save)
+    steps = Steps(evaluator, fit, save)
     trainer = make_trainer(args, model, collate, training, tensors, steps)
     start = time.monotonic()
     result = train(trainer, steps)
     seconds = time.monotonic() - start
     if memory_plan:
         compare_with_plan(trainer, memory_plan)
-    # Saved before it is judged: whatever happens in evaluation, the weights are on disk.
+    # Saved, with a card, before it is judged: whatever happens in evaluation, a whole model is on disk.
     final = Path(use.FINAL_FOLDER)
     save(final)
     say(f"saved: ./{final} has the base's {len(tensors)} tensors, same keys, shapes and dtypes")
     facts |= {"train_loss": result.training_loss, "steps": trainer.state.global_step, "seconds": seconds}
     facts |= {"pages_trained": len(training), "pages_held_out": len(pages.held_out), "drops": pages.report}
+    on_main(lambda: describe(final, settings, resolved.training, facts, recipe, evaluator.results.by_label))
+    stop.at_once(StoppedError.code, saved_words(final, args.output_dir, settings))
     on_main(lambda: draw_loss(trainer.state.log_history, Path(args.output_dir) / "loss.png"))
     evaluator.evaluate("after")
+    heart.enter("publishing")
     on_main(lambda: finish(final, evaluator, resolved, facts, recipe))
 
 
 def finish(final: Path, evaluator: Evaluator, resolved: Resolved, facts: dict, recipe: dict) -> None:
     """(main process only) The better weights become final, results and report are written, the model is published."""
-    evaluator.choose(final)
+    with stop.held_off():
+        evaluator.choose(final)
+        describe(final, resolved.settings, resolved.training, facts, recipe, evaluator.results.by_label)
     shown = {"model": final.name} | {name: facts[name] for name in ("base_model", "dataset", "hardware")}
     evaluator.results.write(shown | {"steps": str(facts["steps"]), "date": time.strftime("%Y-%m-%d")})
     publish(final, resolved.settings, resolved.training, facts, recipe, evaluator.results)
@@ -852,20 +859,14 @@ def finish(final: Path, evaluator: Evaluator, resolved: Resolved, facts: dict, r
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code, which is also left where the wrapper looks for it: the launcher in between loses it."""
-    code = 1
-    try:
-        run(sys.argv[1:] if argv is None else argv)
-        code = 0
-    except SystemExit as stop:  # argparse: --help, or a flag that does not exist
-        code = stop.code if isinstance(stop.code, int) else 1
-    except KeyboardInterrupt:
-        code = 130
-    except Exception as error:
-        code = exit_code(error)
-        # A bug shows where it is, and out of memory where it was asked for; what the user can mend needs no traceback.
-        if code in (1, 83) and not isinstance(error, PipelineError):
-            traceback.print_exc()
-        print(f"error (rank {rank()}): {error}{HINTS.get(code, '')}", file=sys.stderr, flush=True)
+    with heart, stop:
+        try:
+            run(sys.argv[1:] if argv is None else argv)
+            code = 0
+        except SystemExit as error:  # argparse: --help, or a flag that does not exist
+            code = error.code if isinstance(error.code, int) else 1
+        except Exception as error:
+            code = say_failure(error)
     report_end(code)
     return code
 

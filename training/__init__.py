@@ -13,13 +13,14 @@ Rooms from top to bottom; each may import those below it, and none above:
     base_model      the base: its folder, its architecture, every tensor of its checkpoint
     preparation     the pages of a run: read once, checked, found by every rank
     page_order      which pages are trained on when
-    stopping        how a run is asked to stop
     packing         pages as one row, and where each picture's patches lie
     fast_layers     layers that take packed pages, each faster than the model's own way to the same
     attention       attention inside packed pages, by the kernel that proves right
     rotary_kernel   rotary positions at the speed of a GPU's memory
     loss            the loss on supervised tokens alone, in chunks
     progress        what a run tells of itself: rates, waits, memory, the loss as a picture
+    stopping        how a run is asked to stop, and when it does
+    heartbeat       where each rank is, and when it hangs
     zero3           all that is known of DeepSpeed's insides
     memory_plan     how much memory a step takes, and which way to train is fastest among those that fit
     settings        every setting, how command line and JSON meet, what is refused

@@ -21,6 +21,7 @@ import psutil
 import torch
 from transformers import TrainerState, TrainingArguments
 
+from training.heartbeat import heart
 from training.page_costs import peak_tflops
 from training.processes import add_up, say, take_largest, world_size
 from training.prompt_and_mask import IGNORED
@@ -53,8 +54,11 @@ class Meter:
         self.paused += time.monotonic() - start
 
     def count(self, inputs: dict, image_token_id: int) -> None:
-        """Adds a batch: pages, supervised and image tokens, and its "flops", which are taken out of `inputs`."""
+        """Adds a batch: pages, supervised and image tokens, and its "flops", which are taken out of `inputs`, as the
+        names of its "pages" are, for the heartbeat."""
         self.flops += inputs.pop("flops", 0.0)
+        names = inputs.pop("pages", ())
+        heart.trains_on(names, len(names))
         if "targets" in inputs:
             self.pages += len(inputs["page_bounds"]) - 1
             self.supervised += len(inputs["targets"])

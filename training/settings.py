@@ -93,6 +93,9 @@ class PageSettings:
         None, "Share of the layers whose activations are recomputed; not set: as few as memory asks for."
     )
     plan: bool = setting(False, "Print how much memory 1 to 64 GPUs need and what auto would choose, then stop.")
+    hang_timeout: float | None = setting(
+        None, "Seconds without the end of a step after which a rank hangs (default: ten times the longest so far)."
+    )
     eval_pages: int = setting(32, "Held-out pages, written by the model after training.")
     eval_every: int = setting(
         0, "Write and score the held-out pages also every N steps, and keep the best weights; 0 is only at the end."
@@ -386,7 +389,7 @@ def check_settings(resolved: Resolved) -> None:
     settings, training, problems = resolved.settings, resolved.training, list(resolved.problems)
     base, data = Path(settings.base_model), Path(settings.dataset)
     at_least = {"num_samples": 1, "eval_pages": 1, "eval_every": 0, "max_html_tokens": 1, "lora_rank": 1}
-    at_least["early_stopping_patience"] = 0
+    at_least |= {"early_stopping_patience": 0} | ({} if settings.hang_timeout is None else {"hang_timeout": 1})
     for name, least in {**at_least, "max_pixels": use.Recipe.min_pixels}.items():
         if getattr(settings, name) < least:
             problems.append(f"--{name} {getattr(settings, name)}: at least {least}")
