@@ -102,7 +102,13 @@ class PageSettings:
     )
     compare_base: bool = setting(False, "Write and score the held-out pages also before training.")
     penalty_grid: str = setting("1.0,1.05", "Repetition penalties under which --compare_base compares, by commas.")
-    resume: bool = setting(False, "Go on from the newest checkpoint in --output_dir.")
+    resume: bool = setting(
+        False, "Go on from the newest whole checkpoint in --output_dir, with the settings it began with."
+    )
+    final_dir: str = setting(".", "Where the final folder and the emergency checkpoint are written, by their names.")
+    hang_timeout: float | None = setting(
+        None, "Seconds without a finished step after which training hangs and is ended (not set: by the steps so far)."
+    )
     show_supervision: bool = setting(False, "Print one example with the supervised tokens in colour, then stop.")
     demo: bool = setting(False, "The bundled tiny model on the bundled pages: no network, no GPU, a few minutes.")
 
