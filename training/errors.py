@@ -49,6 +49,12 @@ class DataError(PipelineError):
     code = 80
 
 
+class DiskError(PipelineError):
+    """A disk that is full, or too small for what a run will write."""
+
+    code = 81
+
+
 class NotFiniteError(PipelineError):
     """A loss, a gradient or a weight that is no number."""
 
@@ -76,6 +82,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
         return True
     return isinstance(error, (RuntimeError, OSError)) and any(text in str(error).lower() for text in OUT_OF_MEMORY)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Stub."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def exit_code(error: BaseException) -> int:
