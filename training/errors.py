@@ -50,6 +50,12 @@ class DataError(PipelineError):
     code = 80
 
 
+class DiskError(PipelineError):
+    """A disk that is full, or too small for what a run will write."""
+
+    code = 81
+
+
 class NotFiniteError(PipelineError):
     """A loss, a gradient or a weight that is no number."""
 

@@ -18,13 +18,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from training import page_costs, zero3
-from training.checkpoints import RESTARTED, newest_checkpoint
+from training.checkpoints import RESTARTED, checkpoints_in
 from training.errors import PipelineError, is_out_of_memory
 from training.families import Family, family_of, trains_fast
 from training.memory_plan import (
@@ -332,7 +333,7 @@ def note_smaller(args: TrainingArguments) -> None:
     size = args.per_device_train_batch_size
     smaller = [fewer for fewer in sizes_of(size * args.gradient_accumulation_steps) if fewer < size]
     if smaller:
-        resume = newest_checkpoint(args.output_dir) is not None
+        resume = bool(checkpoints_in(Path(args.output_dir)))
         leave_note("smaller", json.dumps({"micro_batch": smaller[-1], "resume": resume}))
 
 

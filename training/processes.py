@@ -76,6 +76,11 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
+def here(folder: Path) -> str:
+    """A folder as it is typed in the current one: ./name for what lies in it."""
+    return str(folder) if folder.is_absolute() or folder.parts[:1] == ("..",) else f"./{folder}"
+
+
 def say_from_here(message: str) -> None:
     """One line on stdout that names this process."""
     print(f"rank {rank()}: {message}", flush=True)

@@ -34,6 +34,13 @@ def say_memory(what: str, start: float) -> None:
     say(f"{what} in {time.monotonic() - start:.1f} s; memory {gib:.1f} GiB{gpu}")
 
 
+def say_batch(args: TrainingArguments) -> None:
+    """The pages of a step as arithmetic."""
+    micro, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    total = micro * accumulated * world_size()
+    say(f"{micro} pages x {accumulated} accumulated x {world_size()} processes = {total} pages per step")
+
+
 class Meter:
     """What went through the model since the last log line, on this rank."""
 

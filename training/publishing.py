@@ -16,7 +16,6 @@ from pathlib import Path
 
 import huggingface_hub as hub
 
-from training.checkpoints import newest_checkpoint
 from training.errors import SettingsError, UploadError
 from training.settings import PageSettings
 
@@ -66,9 +65,8 @@ def upload_command(final_folder: Path, repo_id: str, private: bool) -> str:
     return shlex.join([*again, *(f"--include={name}" for name in published_files(final_folder))])
 
 
-def saved_words(final_folder: Path, output_dir: str, settings: PageSettings) -> str:
+def saved_words(final_folder: Path, checkpoint: Path | None, settings: PageSettings) -> str:
     """The last words of a run that is stopped once the model is saved: what is on disk, and how to go on."""
-    checkpoint = newest_checkpoint(output_dir)
     words = f"the model is whole in {final_folder}"
     words += f", the state of its training in {checkpoint}" if checkpoint else ""
     words += f". To use it: python use_model_from_hub.py --image PAGE.png --model {final_folder} --output page.html"
