@@ -15,13 +15,13 @@ marks what every process must call together, in the same order, or the others wa
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import json
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 import traceback
@@ -29,15 +29,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
-from training.settings import (
-    TRAINING_DEFAULTS,
-    PageSettings,
-    Resolved,
-    check_settings,
-    parse,
-    penalties,
-    resolve,
-)
+from training.settings import PageSettings, Resolved, check_settings, parse, penalties, resolve
 
 if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
     parse(sys.argv[1:])  # answers and ends here: torch, and all that needs it, takes seconds to load
@@ -47,8 +39,8 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForImageTextToText,
-    AutoProcessor,
     BitsAndBytesConfig,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
@@ -63,25 +55,19 @@ from transformers.trainer_utils import TrainOutput
 
 import use_model_from_hub as use
 from scoring import metrics
-from training import attention, fast_layers, page_costs, zero3
-from training.base_model import BaseTensor, base_tensors, fetch_base, load_config
+from training import fast_layers, page_costs, zero3
+from training.base_model import BaseTensor, base_tensors, fetch_base, fingerprint, load_config, load_processor
 from training.best_weights import BestWeights
-from training.checkpoints import keep_earlier_results, newest_checkpoint
-from training.errors import (
-    HINTS,
-    DataError,
-    NotFiniteError,
-    PipelineError,
-    SettingsError,
-    StoppedError,
-    exit_code,
-    is_out_of_memory,
-)
+from training.checkpoints import Checkpoints, keep_earlier_results
+from training.disk_space import check_space
+from training.errors import DataError, NotFiniteError, PipelineError, SettingsError, StoppedError, is_out_of_memory
 from training.evaluation import Rendering, announce, keep_outputs, parts_of, score_held_out, write_held_out
 from training.families import Family, Picture, family_of, trains_fast
-from training.final_folder import load_weights, save_final, whole_copy
-from training.memory_fit import Fit, choose_micro_batch, compare_with_plan, costs_of, print_plan
-from training.model_card import derived_licence, write_model_card
+from training.final_folder import copy_generation_config, load_weights, save_final, whole_copy
+from training.folder_lock import let_go, own
+from training.heartbeat import heart, on_main_alone
+from training.memory_fit import Fit, choose_micro_batch, compare_with_plan, costs_of, note_smaller, print_plan
+from training.model_card import describe
 from training.packing import image_geometry, pack
 from training.page_order import PageSampler, write_page_order
 from training.preparation import Pages, prepare_pages
@@ -89,40 +75,28 @@ from training.processes import (
     agree,
     all_ranks_arrive,
     emergency_group,
+    here,
     on_each_machine,
     on_main,
-    rank,
     report_end,
     say,
+    say_failure,
     say_from_here,
     world_size,
 )
-from training.progress import Meter, draw_loss, log_line, memory_is_tight, release_memory, say_memory
+from training.progress import Meter, draw_loss, log_line, memory_is_tight, release_memory, say_batch, say_memory
 from training.prompt_and_mask import IGNORED, PageEncoder, check_same_question, colour_supervision
-from training.publishing import check_hub_access, push_final_folder
+from training.publishing import check_hub_access, push_final_folder, saved_words
 from training.recipe import gather_facts, make_recipe
 from training.results import Results
-from training.stopping import StopRequest
+from training.resuming import begin_record, find_checkpoint, honour_typed, steps_before
+from training.stopping import stop
 
 EMERGENCY_FOLDER = "holo1_dom_finetune_checkpoint"
 
 
 # -----------------------------------------------------------------------------
 # Model
-
-
-def load_processor(base: Path, settings: PageSettings) -> ProcessorMixin:
-    """Tokenizer and image processor of the base, bounded to the pixels that are asked for.
-
-    Raises `SettingsError` for a base without a processor that loads, or of a family that nobody has written.
-    """
-    try:
-        processor = AutoProcessor.from_pretrained(base, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:  # an ImportError names the package that the processor wants
-        raise SettingsError(f"--base_model {settings.base_model} has no processor that loads: {error}") from error
-    family = family_of(load_config(base, settings))
-    family.limit_pixels(processor, use.Recipe.min_pixels, settings.max_pixels)
-    return processor
 
 
 def load_model(base: Path, settings: PageSettings, args: TrainingArguments) -> PreTrainedModel:
@@ -158,31 +132,14 @@ def load_model(base: Path, settings: PageSettings, args: TrainingArguments) -> P
         part.requires_grad_(False)
     # Before the adapters: peft wraps the projections, and the fast layers have to find the model's own modules.
     if trains_fast(model.config, settings):
-        make_fast(model, settings, args, zero3.is_on())
+        fast_layers.make_fast(model, settings, args, zero3.is_on())
     if frozen_base:
         model = add_adapters(model, settings, args.seed)
+    # transformers 5.23 corrects the end tokens of the base's own, and then refuses to save what else stands there.
+    model.generation_config = GenerationConfig()
     # Training needs no cache, and activation checkpointing would warn of it at every step.
     model.config.get_text_config().use_cache = False
     return model
-
-
-def make_fast(model: PreTrainedModel, settings: PageSettings, args: TrainingArguments, sharded: bool) -> None:
-    """(all ranks) Everything of training/fast_layers.py, and a line that says what runs and what could not."""
-    obstacle = fast_layers.can_fuse() if settings.fuse == "auto" else ""
-    fuse = settings.fuse == "yes" or (settings.fuse == "auto" and not obstacle)
-    if fuse:
-        # A handful of small kernels: torch's pool of compiling processes would outlive the training by many seconds.
-        torch._inductor.config.compile_threads = 1
-    # 3,420 columns are no multiple of 8, and half-precision products of such fall back to old tensor-core kernels: 16 %
-    # of a step. The zeros that fill them up to 3,424 stay zeros, and are cut off again on saving.
-    width = fast_layers.align_vision_mlp(model)
-    fast_layers.install(model, fuse)
-    if sharded:
-        zero3.set_leaves(model, fast_layers.architecture_of(model).leaves)
-    fused = "fused" if fuse else f"not fused ({obstacle or 'as asked'})"
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    kernel = attention.attention_words(model.config, args.device.type, dtype)
-    say(f"fast path: pages packed, attention by {kernel}, element-wise parts {fused}, vision MLP {width:,} wide")
 
 
 def quantization_config(compute_dtype: torch.dtype, family: Family) -> BitsAndBytesConfig:
@@ -253,7 +210,7 @@ class PageCollator:
 
     def __call__(self, pages: list[dict]) -> dict:
         """Pages (dicts of dataset.PAGE_FIELDS) to a batch: what the family makes of the screenshots (`pixel_values`
-        (patches, dim), `image_grid_thw` (pages, 3) for Qwen), what `pad` or `pack` adds, and `flops`."""
+        (patches, dim), `image_grid_thw` (pages, 3) for Qwen), what `pad` or `pack` adds, `flops` and `pages`, names."""
         kept, pictures = [], []
         while len(kept) < len(pages):
             chunk_pages, chunk_pictures = self.process(pages[len(kept) : len(kept) + self.chunk])
@@ -264,6 +221,7 @@ class PageCollator:
         if self.config is not None:
             sizes = zip(rows, (picture.patches for picture in pictures))
             batch["flops"] = sum(self.flops(labels, patches) for (_, labels), patches in sizes)
+            batch["pages"] = [page["name"] for page in kept]
         if not self.packed:
             return batch | self.pad(rows)
         # Geometry and positions are computed here, in the data workers: on the GPU they would cost a host sync each.
@@ -358,12 +316,22 @@ NOT_FINITE = "the {} not finite at step {}, which was left out; lower --learning
 class PageTrainer(Trainer):
     """The HF Trainer with an exact token mean, steps of equal cost, a line per step, and the base's shapes on disk.
 
-    `costs` are the operations of each training page, `tensors` what the base checkpoint holds.
+    `costs` are the operations of each training page, `tensors` what the base checkpoint holds, `checkpoints` where and
+    how a checkpoint is written, `base` the folder of the base model.
     """
 
-    def __init__(self, costs: list[float], tensors: dict[str, BaseTensor], settings: PageSettings, **options):
+    def __init__(
+        self,
+        costs: list[float],
+        tensors: dict[str, BaseTensor],
+        settings: PageSettings,
+        checkpoints: Checkpoints,
+        base: Path,
+        **options,
+    ):
         super().__init__(**options)
-        self.costs, self.settings, self.meter = costs, settings, Meter()
+        self.base = base
+        self.costs, self.settings, self.checkpoints, self.meter = costs, settings, checkpoints, Meter()
         self.shapes = {tensor.name: tensor.shape for tensor in tensors.values()}
         # Tokens, patches and supervised tokens of this rank's heaviest batch, beside which the plan is held at the end.
         self.heaviest = (0, 0, 0)
@@ -373,7 +341,18 @@ class PageTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> PageSampler:
         """The Trainer's own would deal pages out by number; ranks then wait for whoever got the long ones."""
-        return PageSampler(self.costs, self.args)
+        self.sampler = PageSampler(self.costs, self.args)
+        return self.sampler
+
+    def _run_epoch(self, **state) -> None:
+        """(all ranks) One epoch, or none where all steps are done: the Trainer would train one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        # The Trainer and accelerate 1.15 look for a sampler two wrappers deep; after a resume it lies three deep, and
+        # would draw the first epoch's pages again.
+        self.sampler.epoch = state["epoch"]
+        super()._run_epoch(**state)
 
     def get_batch_samples(self, *arguments) -> tuple[list[dict], torch.Tensor | None]:
         """The micro-batches of a step; the time that the step waited for them is the meter's."""
@@ -419,6 +398,15 @@ class PageTrainer(Trainer):
             say(log_line(logs, self.state))
         super().log(logs, start_time)
 
+    def _get_output_dir(self, trial: object) -> str:
+        return str(self.checkpoints.staging)
+
+    @heart.stage("saving")
+    def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
+        """(all ranks) Whole or not there: written aside, and put into its place while training goes on."""
+        with self.meter.pause(), self.checkpoints.staged():
+            super()._save_checkpoint(model, trial)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # Adapters alone are saved as they are; ranks that write nothing hold placeholders under ZeRO-3.
         if self.args.should_save and not hasattr(self.model, "peft_config"):
@@ -428,6 +416,8 @@ class PageTrainer(Trainer):
                 for name, value in whole.items()
             }
         super()._save(output_dir, state_dict=state_dict)
+        if self.args.should_save:
+            copy_generation_config(self.base, Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
         # The Trainer of transformers 5.23 would find none of the names it looks for, and go on with the base's weights.
@@ -439,8 +429,9 @@ class PageTrainer(Trainer):
 class Steps(TrainerCallback):
     """What happens before the first step and at the end of each: the fit, finite gradients, stopping, judging."""
 
-    def __init__(self, stop: StopRequest, evaluator: Evaluator, fit: Fit, save: Callable[[Path], None]):
-        self.stop, self.evaluator, self.fit, self.save = stop, evaluator, fit, save
+    def __init__(self, evaluator: Evaluator, fit: Fit, save: Callable[[Path], None]):
+        self.evaluator, self.fit, self.save = evaluator, fit, save
+        self.stopped = False  # whether ranks have agreed to stop, since one of them was asked to
         # The Trainer takes its callbacks when it is made, so it comes after this one; `make_trainer` tells it.
         self.trainer: PageTrainer | None = None
         # Whether an evaluation is under way: a failure in it comes to all ranks, and leaves the weights as they are.
@@ -451,11 +442,15 @@ class Steps(TrainerCallback):
     ) -> None:
         """(all ranks) The proof that the longest batch fits, once DeepSpeed or DDP has taken the model."""
         trainer = self.trainer
+        if state.global_step:
+            honour_typed(trainer)
         self.fit(trainer, trainer.data_collator, trainer.train_dataset, self.evaluator.pages)
         release_memory()
         # What is there by now stays; looking through it costs Python's collector 0.3 s each time, a small model's step.
         gc.freeze()
         trainer.meter.reset()
+        stop.at_the_end_of_a_step()
+        heart.enter("training")
 
     def on_pre_optimizer_step(
         self,
@@ -477,19 +472,21 @@ class Steps(TrainerCallback):
         """(all ranks) Stop where any rank was asked to, judge where it is time."""
         every, trainer = self.evaluator.settings.eval_every, self.trainer
         trainer.meter.steps += 1
+        heart.step_ends(state.global_step)
         if args.deepspeed and not args.fp16 and not zero3.step_was_applied(trainer.model_wrapped):
             raise NotFiniteError(NOT_FINITE.format("gradients are", state.global_step))
         if world_size() == 1 and not args.deepspeed and memory_is_tight():
             release_memory()
         # A signal reaches ranks at different moments; one that stopped alone would leave the others in a collective.
-        if agree(bool(self.stop.signal), args.device):
-            control.should_save = control.should_training_stop = True
-            self.stop.signal = self.stop.signal or signal.SIGTERM
-        elif every and state.global_step % every == 0 and state.global_step < state.max_steps:
+        self.stopped = agree(stop.wanted, args.device)
+        if not self.stopped and every and state.global_step % every == 0 and state.global_step < state.max_steps:
             self.judging = True
-            with trainer.meter.pause():
+            with trainer.meter.pause(), contextlib.suppress(StoppedError):  # agreed upon again here
                 control.should_training_stop |= self.evaluator.step(state.global_step, self.save)
             self.judging = False
+            self.stopped = agree(stop.wanted, args.device)
+        if self.stopped:
+            control.should_save = control.should_training_stop = True
 
 
 def make_trainer(
@@ -499,6 +496,7 @@ def make_trainer(
     pages: Dataset,
     tensors: dict[str, BaseTensor],
     steps: Steps,
+    checkpoints: Checkpoints,
 ) -> PageTrainer:
     """(all ranks) The Trainer with its steps; the main process notes which page is trained on when."""
     costs = costs_of(model.config, pages, collate.encoder)
@@ -506,6 +504,8 @@ def make_trainer(
         costs,
         tensors,
         steps.evaluator.settings,
+        checkpoints,
+        steps.evaluator.base,
         model=model,
         args=args,
         data_collator=collate,
@@ -521,45 +521,52 @@ def make_trainer(
     return trainer
 
 
-def train(trainer: PageTrainer, steps: Steps) -> TrainOutput:
-    """(all ranks) Train; when it fails, leave an emergency checkpoint wherever all ranks can take part.
+def train(trainer: PageTrainer, steps: Steps, checkpoint: Path | None) -> TrainOutput:
+    """(all ranks) Train, from `checkpoint` on; when it fails, leave an emergency checkpoint wherever all ranks can take
+    part.
 
     Raises `StoppedError` after a signal, whose step is saved, and whatever ended the training otherwise.
     """
-    args, stop = trainer.args, steps.stop
-    checkpoint = newest_checkpoint(args.output_dir) if trainer.settings.resume else args.resume_from_checkpoint
-    if checkpoint:
-        say(f"going on from {checkpoint}")
+    args = trainer.args
     emergency_group()  # now, while nothing has failed: a group cannot be made once a rank hangs
-    started = int(Path(checkpoint).name.split("-")[-1]) if checkpoint else 0
+    started = steps_before(checkpoint)
     if world_size() > 1:
         say_from_here(f"of {world_size()} on {args.device}, process {os.getpid()}")
     try:
-        with stop:
-            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        heart.enter("saving")
+        trainer.checkpoints.settle()
     except Exception as error:
+        heart.enter("saving")
         say_from_here(f"training failed: {type(error).__name__}: {error}")
+        trainer.checkpoints.join()  # what was saved before is still put into its place
+        if is_out_of_memory(error) and not steps.judging:
+            note_smaller(args)
         # Before the first step the weights are only the base's, and not worth keeping. Where memory ran out inside a
         # step, other ranks wait in its collectives, and gathering weights without them would hang.
         may_save = steps.judging or world_size() == 1 or not is_out_of_memory(error)
         if trainer.state.global_step > started and may_save and all_ranks_arrive():
-            leave_emergency_checkpoint(error, steps.save)
+            leave_emergency_checkpoint(error, steps.save, Path(trainer.settings.final_dir) / EMERGENCY_FOLDER)
         raise
-    if stop.signal:
-        raise StoppedError(f"stopped by a signal at step {trainer.state.global_step}; --resume goes on from there")
+    if steps.stopped:
+        stop.honoured()
+        raise StoppedError(
+            f"stopped by {stop.name or 'a signal to another rank'} at step {trainer.state.global_step}: its state is "
+            f"saved in {trainer.checkpoints.newest}; --resume goes on from there"
+        )
     return result
 
 
-def leave_emergency_checkpoint(error: Exception, save: Callable[[Path], None]) -> None:
+def leave_emergency_checkpoint(error: Exception, save: Callable[[Path], None], folder: Path) -> None:
     """(all ranks) The weights as they are. Where memory ran out, what the failed step still held is let go first."""
     traceback.clear_frames(error.__traceback__)
     release_memory()
     try:
-        save(Path(EMERGENCY_FOLDER))
+        save(folder)
     except Exception as second:  # said, and the first failure is raised again by the caller: it is what ends the run
         say_from_here(f"no emergency checkpoint: {type(second).__name__}: {second}")
     else:
-        say(f"emergency checkpoint: ./{EMERGENCY_FOLDER} has the weights as they were; --base_model takes it")
+        say(f"emergency checkpoint: {here(folder)} has the weights as they were; --base_model takes it")
 
 
 # -----------------------------------------------------------------------------
@@ -578,6 +585,7 @@ class Evaluator:
         args: TrainingArguments,
         processor: ProcessorMixin,
         held_out: Dataset,
+        resumed_at: int | None,
     ):
         self.model, self.tensors, self.base, self.settings, self.args = model, tensors, base, settings, args
         self.processor, self.pages = processor, held_out
@@ -589,7 +597,7 @@ class Evaluator:
         self.folder = output_dir / "evaluation"
         self.rendering = Rendering(self.folder)
         self.results = Results(self.folder, self.decoding, held_out, self.rendering)
-        self.best = BestWeights(output_dir, settings.early_stopping_patience, resumes=settings.resume)
+        self.best = BestWeights(output_dir, settings.early_stopping_patience, resumed_at)
         if self.best.step is not None:  # an earlier run, which this one resumes, has found them
             self.results.add(self.best.label, self.best.result, self.best.rows)
 
@@ -625,11 +633,12 @@ class Evaluator:
             torch.cuda.reset_peak_memory_stats()
         return loss.item()
 
+    @heart.stage("judging")
     def evaluate(self, label: str) -> dict:
         """(all ranks) Write every held-out page with the weights as they are now; main process: render and score."""
         copy = self.copy()
         rows = self.write(copy, self.decoding)
-        result = on_main(lambda: self.judge(label, rows))
+        result = on_main_alone(lambda: self.judge(label, rows))
         self.results.add(label, result, rows)
         if self.settings.compare_base and (label in ("before", "after") or self.best.leads(result)):
             # One knob of decoding was worth +0.145 elsewhere, more than any fine-tune there: base and tuned model are
@@ -664,7 +673,7 @@ class Evaluator:
         """(all ranks) What chooses, under another repetition penalty; the exact share where nothing is rendered."""
         decoding = replace(self.decoding, repetition_penalty=penalty)
         rows = self.write(copy, decoding)
-        result = on_main(lambda: self.score(label, rows, decoding))
+        result = on_main_alone(lambda: self.score(label, rows, decoding))
         return result.get(metrics.CHOOSING, result["exact"])
 
     def step(self, number: int, save: Callable[[Path], None]) -> bool:
@@ -694,18 +703,7 @@ def publish(final: Path, settings: PageSettings, training: dict, facts: dict, re
     Whether the push is allowed was asked before the training (`check_hub_access` in `run`): a token that may only read
     would else be found out hours later.
     """
-    told = {name: training[name] for name in sorted(TRAINING_DEFAULTS) if name not in ("report_to", "disable_tqdm")}
-    card = facts | {
-        "licence": derived_licence(settings.base_model),
-        "settings": told | {"seed": training["seed"], "prompt": settings.prompt, "clean": settings.clean},
-        "recipe": recipe,
-        "results": results.by_label["after"],
-        "results_before": results.by_label.get("before"),
-        "lora": settings.lora or settings.quantize == "4bit",
-        "quantization": settings.quantize,
-        "repo_id": settings.hub_repo if settings.push_to_hub else None,
-    }
-    write_model_card(final, card)
+    describe(final, settings, training, facts, recipe, results.by_label)
     (final / "evaluation").mkdir(exist_ok=True)
     shutil.copyfile(Path(training["output_dir"]) / "evaluation" / "results.json", final / "evaluation" / "results.json")
     results.say_difference()
@@ -714,7 +712,7 @@ def publish(final: Path, settings: PageSettings, training: dict, facts: dict, re
     say(f"the pages as written: {written}; the loss: {training['output_dir']}/loss.png")
     if settings.push_to_hub:
         say(f"uploaded: {push_final_folder(final, settings.hub_repo, settings.private_repo)}")
-    say(f"done: python use_model_from_hub.py --image PAGE.png --model ./{final} --output page.html")
+    say(f"done: python use_model_from_hub.py --image PAGE.png --model {here(final)} --output page.html")
 
 
 # -----------------------------------------------------------------------------
@@ -749,13 +747,6 @@ def make_arguments(resolved: Resolved) -> TrainingArguments:
     return args
 
 
-def say_batch(args: TrainingArguments) -> None:
-    """The pages of a step as arithmetic."""
-    micro, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    total = micro * accumulated * world_size()
-    say(f"{micro} pages x {accumulated} accumulated x {world_size()} processes = {total} pages per step")
-
-
 def run(argv: list[str]) -> None:
     """(all ranks) One page's way from the dataset to the Hub."""
     # Packed rows differ in length from step to step; growing segments instead of gaps between fixed ones.
@@ -768,6 +759,12 @@ def run(argv: list[str]) -> None:
         parameters = sum(math.prod(tensor.shape) for tensor in base_tensors(base, settings).values())
         return print_plan(resolved, load_config(base, settings), parameters)
     args = make_arguments(resolved)
+    # Before anything is written: a second run in the same folders would destroy this one's checkpoints.
+    own(Path(args.output_dir), "--output_dir")
+    own(Path(settings.final_dir), "--final_dir", f".{use.FINAL_FOLDER}.owner")
+    heart.knows(args.output_dir, args.ddp_timeout, settings.hang_timeout)
+    stop.looks_into(args.output_dir)
+    checkpoint = find_checkpoint(resolved)
     # Before anything is read or loaded: a token that may not write is found out now, not after hours.
     if settings.push_to_hub:
         settings.hub_repo = on_main(lambda: check_hub_access(settings.hub_repo, settings.private_repo))
@@ -775,13 +772,14 @@ def run(argv: list[str]) -> None:
     base = on_each_machine(lambda: fetch_base(settings), Path.is_dir)
     processor = load_processor(base, settings)
     encoder = PageEncoder(processor, settings.prompt, family_of(load_config(base, settings)))
-    pages = prepare_pages(settings, args, encoder, processor)
+    with heart.stage("reading pages"):
+        pages = prepare_pages(settings, args, encoder, processor, (resolved.earlier or {}).get("pages"))
     if settings.show_supervision:
         first = pages.training[0]
         (picture,) = encoder.family.pictures(processor, [use.open_screenshot(first["screenshot"])])
         ids, labels = encoder.encode(first["html"], picture.ids)
         return say(colour_supervision(ids, labels, processor.tokenizer, encoder.image_token_id))
-    fine_tune(resolved, args, base, processor, encoder, pages)
+    fine_tune(resolved, args, base, processor, encoder, pages, checkpoint)
 
 
 def fine_tune(
@@ -791,60 +789,70 @@ def fine_tune(
     processor: ProcessorMixin,
     encoder: PageEncoder,
     pages: Pages,
+    checkpoint: Path | None,
 ) -> None:
     """(all ranks) From checked pages to a trained, saved, judged and published model."""
     settings, training = resolved.settings, pages.training
     # Before anything is written: old checkpoints and pages would be resumed from, deleted or scored as this run's own.
     keep_earlier_results(Path(args.output_dir), resumes=bool(settings.resume or args.resume_from_checkpoint))
+    tensors = base_tensors(base, settings)
+    checkpoints = begin_record(resolved, fingerprint(base, tensors), pages.known)
+    check_space(settings, args, load_config(base, settings), tensors, len(training))
     memory_plan = choose_micro_batch(args, settings, load_config(base, settings), training, encoder)
     say_batch(args)
     start = time.monotonic()
-    tensors = base_tensors(base, settings)
     model = load_model(base, settings, args)
     say_memory(
         f"{settings.base_model}: {sum(math.prod(t.shape) for t in tensors.values()) / 1e6:,.1f} M parameters", start
     )
-    facts = on_main(lambda: gather_facts(settings, args, base))
-    recipe = make_recipe(settings, facts)
+    recipe = make_recipe(settings, facts := on_main(lambda: gather_facts(settings, args, base)))
     chunk = CHUNK_DEEPSPEED if args.deepspeed else CHUNK_FALLBACK
     notes = Path(args.output_dir) / "replaced_pages.jsonl"
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     packed = trains_fast(model.config, settings)
     # Two pages through everything that comes after training, before it: an hour later is too late to learn of a fault.
-    evaluator = Evaluator(model, tensors, base, settings, args, processor, pages.held_out)
+    resumed_at = steps_before(checkpoint) if resolved.earlier else None
+    evaluator = Evaluator(model, tensors, base, settings, args, processor, pages.held_out, resumed_at)
     plain_loss = evaluator.rehearse(PageCollator(processor, encoder, training, chunk, notes))
     # The fast path has to give the plain path's loss on the same two pages, or training stops before step one.
     # Quantised weights give another loss, and so do those that a checkpoint will bring.
-    same = packed and settings.quantize == "none" and not settings.resume and not args.resume_from_checkpoint
+    same = packed and settings.quantize == "none" and checkpoint is None
     fit = Fit(memory_plan, plain_loss if same else None, settings)
     collate = PageCollator(processor, encoder, training, chunk, notes, model.config, packed, half)
     if settings.compare_base:
         evaluator.evaluate("before")
 
+    @heart.stage("saving")
     def save(folder: Path) -> None:
-        save_final(model, tensors, base, processor, recipe, folder)
+        earlier = folder.name in (use.FINAL_FOLDER, EMERGENCY_FOLDER)
+        save_final(model, tensors, base, processor, recipe, folder, keep_earlier=earlier)
 
-    steps = Steps(StopRequest(), evaluator, fit, save)
-    trainer = make_trainer(args, model, collate, training, tensors, steps)
+    steps = Steps(evaluator, fit, save)
+    trainer = make_trainer(args, model, collate, training, tensors, steps, checkpoints)
     start = time.monotonic()
-    result = train(trainer, steps)
+    result = train(trainer, steps, checkpoint)
     seconds = time.monotonic() - start
     if memory_plan:
         compare_with_plan(trainer, memory_plan)
-    # Saved before it is judged: whatever happens in evaluation, the weights are on disk.
-    final = Path(use.FINAL_FOLDER)
+    # Saved, with a card, before it is judged: whatever happens in evaluation, a whole model is on disk.
+    final = Path(settings.final_dir) / use.FINAL_FOLDER
     save(final)
-    say(f"saved: ./{final} has the base's {len(tensors)} tensors, same keys, shapes and dtypes")
+    say(f"saved: {here(final)} has the base's {len(tensors)} tensors, same keys, shapes and dtypes")
     facts |= {"train_loss": result.training_loss, "steps": trainer.state.global_step, "seconds": seconds}
     facts |= {"pages_trained": len(training), "pages_held_out": len(pages.held_out), "drops": pages.report}
+    on_main(lambda: describe(final, settings, resolved.training, facts, recipe, evaluator.results.by_label))
+    stop.at_once(StoppedError.code, saved_words(final, checkpoints.newest, settings))
     on_main(lambda: draw_loss(trainer.state.log_history, Path(args.output_dir) / "loss.png"))
     evaluator.evaluate("after")
+    heart.enter("publishing")
     on_main(lambda: finish(final, evaluator, resolved, facts, recipe))
 
 
 def finish(final: Path, evaluator: Evaluator, resolved: Resolved, facts: dict, recipe: dict) -> None:
     """(main process only) The better weights become final, results and report are written, the model is published."""
-    evaluator.choose(final)
+    with stop.held_off():
+        evaluator.choose(final)
+        describe(final, resolved.settings, resolved.training, facts, recipe, evaluator.results.by_label)
     shown = {"model": final.name} | {name: facts[name] for name in ("base_model", "dataset", "hardware")}
     evaluator.results.write(shown | {"steps": str(facts["steps"]), "date": time.strftime("%Y-%m-%d")})
     publish(final, resolved.settings, resolved.training, facts, recipe, evaluator.results)
@@ -852,20 +860,15 @@ def finish(final: Path, evaluator: Evaluator, resolved: Resolved, facts: dict, r
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code, which is also left where the wrapper looks for it: the launcher in between loses it."""
-    code = 1
-    try:
-        run(sys.argv[1:] if argv is None else argv)
-        code = 0
-    except SystemExit as stop:  # argparse: --help, or a flag that does not exist
-        code = stop.code if isinstance(stop.code, int) else 1
-    except KeyboardInterrupt:
-        code = 130
-    except Exception as error:
-        code = exit_code(error)
-        # A bug shows where it is, and out of memory where it was asked for; what the user can mend needs no traceback.
-        if code in (1, 83) and not isinstance(error, PipelineError):
-            traceback.print_exc()
-        print(f"error (rank {rank()}): {error}{HINTS.get(code, '')}", file=sys.stderr, flush=True)
+    with heart, stop:
+        try:
+            run(sys.argv[1:] if argv is None else argv)
+            code = 0
+        except SystemExit as error:  # argparse: --help, or a flag that does not exist
+            code = error.code if isinstance(error.code, int) else 1
+        except Exception as error:
+            code = say_failure(error)
+    let_go()
     report_end(code)
     return code
 

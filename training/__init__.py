@@ -10,20 +10,25 @@ Rooms from top to bottom; each may import those below it, and none above:
     model_card      the model card, by model_card.md beside it
     publishing      the push to the Hub
     memory_fit      the one decision what fits, for --plan and for training, and its proof before step one
+    disk_space      what a run will write, and whether the disks have room for it
     base_model      the base: its folder, its architecture, every tensor of its checkpoint
     preparation     the pages of a run: read once, checked, found by every rank
     page_order      which pages are trained on when
-    stopping        how a run is asked to stop
+    resuming        how a run goes on: its checkpoint, its own settings, what was typed anew
     packing         pages as one row, and where each picture's patches lie
     fast_layers     layers that take packed pages, each faster than the model's own way to the same
     attention       attention inside packed pages, by the kernel that proves right
     rotary_kernel   rotary positions at the speed of a GPU's memory
     loss            the loss on supervised tokens alone, in chunks
     progress        what a run tells of itself: rates, waits, memory, the loss as a picture
+    stopping        how a run is asked to stop, and when it does
+    heartbeat       where each rank is, and when it hangs
     zero3           all that is known of DeepSpeed's insides
     memory_plan     how much memory a step takes, and which way to train is fastest among those that fit
     settings        every setting, how command line and JSON meet, what is refused
-    checkpoints     what a training leaves in its output folder, and what another one finds there
+    run_record      what a run was, and what of it cannot be changed
+    checkpoints     checkpoints that are whole or not there; what another run finds in the output folder
+    folder_lock     one owner a folder
     dataset         from a dataset to checked and split pages; each known dataset is one entry
     cleaning        what no screenshot shows goes from the HTML
     prompt_and_mask what the model is asked, and what the loss sees

@@ -8,6 +8,8 @@ Nothing here trains: what a base holds decides what a final folder has to hold, 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +17,19 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PretrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
 from transformers.initialization import no_init_weights
 
+import use_model_from_hub as use
 from training import zero3
 from training.errors import SettingsError
 from training.families import family_of
@@ -56,6 +66,20 @@ def fetch_base(settings: PageSettings) -> Path:
 def load_config(base: Path, settings: PageSettings) -> PretrainedConfig:
     """The configuration of the model in the folder `base`; a model's own code runs only where the settings trust it."""
     return AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code)
+
+
+def load_processor(base: Path, settings: PageSettings) -> ProcessorMixin:
+    """Tokenizer and image processor of the base, bounded to the pixels that are asked for.
+
+    Raises `SettingsError` for a base without a processor that loads, or of a family that nobody has written.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(base, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:  # an ImportError names the package that the processor wants
+        raise SettingsError(f"--base_model {settings.base_model} has no processor that loads: {error}") from error
+    family = family_of(load_config(base, settings))
+    family.limit_pixels(processor, use.Recipe.min_pixels, settings.max_pixels)
+    return processor
 
 
 def empty_model(base: Path, device: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
@@ -111,3 +135,22 @@ def base_tensors(base: Path, settings: PageSettings) -> dict[str, BaseTensor]:
             raise SettingsError(f"--base_model {settings.base_model}: {key} is no weight of {type(model).__name__}")
         tensors[key] = BaseTensor(name, shape, dtype, file)
     return tensors
+
+
+SAMPLE = 4096  # bytes of each tensor that tell one base from another: every tensor of a fine-tune differs early on
+
+
+def fingerprint(base: Path, tensors: dict[str, BaseTensor]) -> str:
+    """SHA-256 of a base's configuration and of the beginning of each of its tensors, in hex. Reads a few MB."""
+    digest = hashlib.sha256((base / "config.json").read_bytes())
+    for file in sorted({tensor.file for tensor in tensors.values() if tensor.file is not None}):
+        with file.open("rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+            start = opened.tell()
+            for key, entry in sorted(header.items()):
+                if key != "__metadata__":
+                    first, last = entry["data_offsets"]
+                    opened.seek(start + first)
+                    digest.update(f"{key} {entry['dtype']} {entry['shape']}".encode())
+                    digest.update(opened.read(min(SAMPLE, last - first)))
+    return digest.hexdigest()

@@ -1,6 +1,6 @@
 """The best weights of a run by the metric that chooses, kept beside the checkpoints until the end decides.
 
-    best = BestWeights(output_dir, patience=3, resumes=False)
+    best = BestWeights(output_dir, patience=3, resumed_at=None)
     stop = best.consider(100, result, rows, save)       # (all ranks) at each evaluation during training
     if best.beats(result_of_the_end): best.become_final(final_folder)
 
@@ -19,22 +19,36 @@ import use_model_from_hub as use
 from scoring import metrics
 from training.processes import on_main, say
 
-REMEMBERED = ("step", "score", "evaluations_since", "result", "rows")  # by best.json
+REMEMBERED = ("step", "score", "scores", "result", "rows")  # by best.json
 
 
 class BestWeights:
     """`step` and `score` of the best evaluation so far (None: there was none), what it wrote and what that scored, and
-    how many evaluations have come since. `best.json` is what a resumed run knows of it."""
+    the `scores` of all evaluations as (step, score). `best.json` is what a resumed run knows of it, which goes on at
+    step `resumed_at` (None: a new run)."""
 
-    def __init__(self, output_dir: Path, patience: int, resumes: bool):
+    def __init__(self, output_dir: Path, patience: int, resumed_at: int | None):
         self.folder, self.notes, self.patience = output_dir / "best", output_dir / "best.json", patience
         self.step: int | None = None
-        self.score, self.evaluations_since = 0.0, 0
+        self.score = 0.0
+        self.scores: list[tuple[int, float]] = []
         self.result: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
         # Read by the main process for all: a machine that does not see the folder would else call other collectives.
-        for name, value in (on_main(self.recall) if resumes else {}).items():
+        for name, value in (on_main(self.recall) if resumed_at is not None else {}).items():
             setattr(self, name, value)
+        # The steps after the checkpoint are trained and judged once more: counted twice, patience would run out early.
+        # The kept weights stay, whatever their step: they were trained, and their score was measured.
+        self.scores = [(step, score) for step, score in self.scores if step <= (resumed_at or 0)]
+
+    @property
+    def evaluations_since(self) -> int:
+        """How many evaluations of this training have come since its own best one."""
+        best, since = None, 0
+        for _, score in self.scores:
+            leads = best is None or metrics.is_better(score, best)
+            best, since = (score, 0) if leads else (best, since + 1)
+        return since
 
     def recall(self) -> dict[str, Any]:
         """(main process only) What best.json says; nothing, and a word of it, where an older version wrote it."""
@@ -69,12 +83,11 @@ class BestWeights:
         """(all ranks) Keep the weights of `step` by `save` if they lead. True when patience has run out."""
         if "choosing" not in result:  # nothing was rendered
             return False
+        score = result["choosing"][metrics.CHOOSING]
+        self.scores.append((step, score))
         if self.leads(result):
-            self.step, self.score, self.evaluations_since = step, result["choosing"][metrics.CHOOSING], 0
-            self.result, self.rows = result, list(rows)
+            self.step, self.score, self.result, self.rows = step, score, result, list(rows)
             save(self.folder)
-        else:
-            self.evaluations_since += 1
         on_main(self.remember)
         say(f"best so far: {metrics.CHOOSING} {self.score:.3f} at step {self.step}, kept in output_dir/best")
         return 0 < self.patience <= self.evaluations_since
@@ -90,8 +103,11 @@ class BestWeights:
         chosen = final.with_name(f"{final.name}.chosen")
         shutil.rmtree(chosen, ignore_errors=True)
         shutil.copytree(self.folder, chosen)  # may be on another disk
-        shutil.rmtree(final)
+        last = final.with_name(f"{final.name}.last")
+        shutil.rmtree(last, ignore_errors=True)
+        final.rename(last)  # at no moment is there neither
         chosen.rename(final)
+        shutil.rmtree(last)
 
     def forget(self) -> None:
         """(main process only) The run has ended: its final folder has the weights."""

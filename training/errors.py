@@ -7,6 +7,7 @@ A class of ours is a failure that the user can mend; every other exception is a 
 """
 
 import errno
+import re
 
 # Each code and what it means, once; README_DeepSpeed.md's table is held against it by a test.
 MEANINGS = {
@@ -49,10 +50,22 @@ class DataError(PipelineError):
     code = 80
 
 
+class DiskError(PipelineError):
+    """A disk that is full, or too small for what a run will write."""
+
+    code = 81
+
+
 class NotFiniteError(PipelineError):
     """A loss, a gradient or a weight that is no number."""
 
     code = 82
+
+
+class HangError(PipelineError):
+    """A rank makes no progress."""
+
+    code = 84
 
 
 class StoppedError(PipelineError):
@@ -78,12 +91,36 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (RuntimeError, OSError)) and any(text in str(error).lower() for text in OUT_OF_MEMORY)
 
 
+# What others say of a disk that is full, of a quota that is used up and of a file that may grow no further: safetensors
+# and pyarrow the system's number or words, torch's zip writer only that it could not write.
+DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = re.compile(r"no space left on device|quota exceeded|file too large|\bos error (28|122|27)\b", re.IGNORECASE)
+TORCH_COULD_NOT_WRITE = re.compile(r"PytorchStreamWriter failed|inline_container.*unexpected pos")
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether a disk or a quota is full, or why another error came about: cause and context are looked at, too."""
+    seen = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
+            return True
+        text = str(error)
+        if isinstance(error, RuntimeError) and TORCH_COULD_NOT_WRITE.search(text):
+            return True
+        writes = isinstance(error, (OSError, RuntimeError)) or type(error).__name__ == "SafetensorError"
+        if writes and DISK_FULL.search(text):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def exit_code(error: BaseException) -> int:
     """The exit code of a failure: its class says it, or what it is about; 1 is a bug."""
     if isinstance(error, PipelineError):
         return error.code
     if is_out_of_memory(error):
         return OUT_OF_MEMORY_CODE
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_disk_full(error):
         return 81
     return 1

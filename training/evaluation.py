@@ -33,9 +33,11 @@ from scoring.renders import BrowserMissing, Renderer
 from scoring.statistics import means, scores_line, summarise
 from scoring.validity import looping, same_html, validity
 from training import zero3
-from training.errors import OUT_OF_MEMORY_CODE, PipelineError, exit_code, is_out_of_memory
+from training.errors import OUT_OF_MEMORY_CODE, PipelineError, StoppedError, exit_code, is_out_of_memory
+from training.heartbeat import heart
 from training.processes import gather, rank, say, say_from_here, world_size
 from training.progress import release_memory
+from training.stopping import stop
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,7 +54,8 @@ def write_held_out(
     """(all ranks) Each rank writes its share of the held-out pages; every rank gets all of them, in order.
 
     `batch` pages at once, fewer where memory runs out. Raises what writing raised, on every rank, also where only
-    another rank's pages failed: a rank that went on alone would wait for it for ever.
+    another rank's pages failed: a rank that went on alone would wait for it for ever. Raises `StoppedError` everywhere
+    where any rank was asked to stop while a training waits for this.
     """
     # Pages of like length together: a batch is written until its longest page ends.
     order = sorted(range(len(pages)), key=lambda place: -len(pages[place]["html"]))
@@ -62,14 +65,17 @@ def write_held_out(
     except Exception as error:  # told to the others first, and raised below
         failure = error
     told = None if failure is None else (exit_code(failure), f"{type(failure).__name__}: {failure}")
-    shares = gather((rows, time.monotonic() - start, told))
+    with heart.waiting():
+        shares = gather((rows, time.monotonic() - start, told, stop.wanted))
     if failure is not None:
         raise failure
-    for number, (_, _, told) in enumerate(shares):
+    for number, (_, _, told, _) in enumerate(shares):
         if told is not None:
             raise failure_of_another(number, *told)
-    slowest = max(seconds for _, seconds, _ in shares)
-    rows = sorted((row for rows, _, _ in shares for row in rows), key=lambda row: row["place"])
+    if any(stops for *_, stops in shares):
+        raise StoppedError("stopped while held-out pages were written")
+    slowest = max(seconds for _, seconds, *_ in shares)
+    rows = sorted((row for rows, *_ in shares for row in rows), key=lambda row: row["place"])
     return [{**row, "seconds": slowest} for row in rows]
 
 
@@ -91,9 +97,10 @@ def write_share(
     batch: int,
     mine: Sequence[int],
 ) -> list[Row]:
-    """Write the pages at the indices `mine`, `batch` at once, half as many where memory runs out, down to one."""
+    """Write the pages at the indices `mine`, `batch` at once, half as many where memory runs out, down to one. A part
+    of them where this rank is asked to stop: `write_held_out` tells the others."""
     rows: list[Row] = []
-    while mine:
+    while mine and not stop.wanted:
         places = mine[:batch]
         screenshots = [use.open_screenshot(pages[place]["screenshot"]) for place in places]
         try:
@@ -106,6 +113,7 @@ def write_share(
             say_from_here(f"evaluation: memory ran out, going on with {batch} pages at once")
             release_memory()
             continue
+        heart.mark()
         mine = mine[len(places) :]
         rows += [{"place": place, **asdict(page)} for place, page in zip(places, written)]
         say(f"  {len(rows)} of {len(rows) + len(mine)} pages written")
@@ -213,6 +221,14 @@ def pairs_of(rows: Sequence[Row], pages: Dataset) -> list[Pair]:
     return pairs
 
 
+class MarkedProgress(Progress):
+    """Each page that is rendered and scored is progress of this rank, too."""
+
+    def keep(self, *arguments: Any) -> None:
+        super().keep(*arguments)
+        heart.mark()
+
+
 class Rendering:
     """(main process only) Renders what was written and scores how it looks; says, once, where that is impossible."""
 
@@ -228,7 +244,9 @@ class Rendering:
     def progress(self, label: str) -> Progress:
         """What is kept on disk, until `forget`, of the pages rendered under `label`."""
         clip, _ = self.clip
-        return Progress(self.folder / f"rendered_{label.replace(' ', '_')}", pictures=True, clip=clip and clip.name)
+        return MarkedProgress(
+            self.folder / f"rendered_{label.replace(' ', '_')}", pictures=True, clip=clip and clip.name
+        )
 
     def score(self, label: str, rows: Sequence[Row], pages: Dataset) -> list[dict[str, Any]] | None:
         """The scores of each page; None where nothing can be rendered."""

@@ -1,5 +1,6 @@
 """What makes a step fast and leaves its result the same.
 
+    make_fast(model, settings, args, sharded)   # (all ranks) all of it, and a line that says what runs
     align_vision_mlp(model)         # (all ranks) the vision MLPs as wide as tensor cores like
     install(model, fuse=True)       # takes pages packed into one row (packing.pack), each part faster than its own
 
@@ -25,10 +26,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from training import zero3
-from training.attention import attend
+from training.attention import attend, attention_words
 from training.loss import cross_entropy, supervised_loss
+from training.processes import say
+from training.settings import PageSettings
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainingArguments
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # -----------------------------------------------------------------------------
@@ -82,6 +86,25 @@ SILU = ("SiLU", "SiLUActivation")
 def architecture_of(model: torch.nn.Module) -> Architecture:
     """Raises KeyError for a model whose `model_type` is not in ARCHITECTURES: ask families.trains_fast before."""
     return ARCHITECTURES[model.config.model_type]()
+
+
+def make_fast(model: PreTrainedModel, settings: PageSettings, args: TrainingArguments, sharded: bool) -> None:
+    """(all ranks) Everything of this room, and a line that says what runs and what could not."""
+    obstacle = can_fuse() if settings.fuse == "auto" else ""
+    fuse = settings.fuse == "yes" or (settings.fuse == "auto" and not obstacle)
+    if fuse:
+        # A handful of small kernels: torch's pool of compiling processes would outlive the training by many seconds.
+        torch._inductor.config.compile_threads = 1
+    # 3,420 columns are no multiple of 8, and half-precision products of such fall back to old tensor-core kernels: 16 %
+    # of a step. The zeros that fill them up to 3,424 stay zeros, and are cut off again on saving.
+    width = align_vision_mlp(model)
+    install(model, fuse)
+    if sharded:
+        zero3.set_leaves(model, architecture_of(model).leaves)
+    fused = "fused" if fuse else f"not fused ({obstacle or 'as asked'})"
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    kernel = attention_words(model.config, args.device.type, dtype)
+    say(f"fast path: pages packed, attention by {kernel}, element-wise parts {fused}, vision MLP {width:,} wide")
 
 
 def install(model: torch.nn.Module, fuse: bool) -> None:

@@ -22,7 +22,15 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel, Processo
 import use_model_from_hub as use
 from training import zero3
 from training.base_model import DTYPES, BaseTensor, base_tensors, empty_model, read_safetensors
-from training.errors import NotFiniteError, PipelineError, SettingsError, is_out_of_memory
+from training.checkpoints import flush, keep_earlier_folder
+from training.errors import (
+    DiskError,
+    NotFiniteError,
+    PipelineError,
+    SettingsError,
+    is_disk_full,
+    is_out_of_memory,
+)
 from training.fast_layers import narrowed
 from training.processes import on_main, rank, together
 from training.settings import PageSettings
@@ -69,11 +77,13 @@ def save_final(
     processor: ProcessorMixin,
     recipe: dict,
     folder: Path,
+    keep_earlier: bool = False,
 ) -> None:
     """(all ranks) Write a folder that loads anywhere, with exactly the base checkpoint's keys, shapes and dtypes.
 
-    Written beside its place and renamed, so that an interrupted save never leaves half a model. Raises `PipelineError`
-    when what was written differs from the base, naming the difference, and `NotFiniteError` for poisoned weights.
+    Written beside its place and renamed, so that an interrupted save never leaves half a model. What lay there is
+    replaced, or with `keep_earlier` moved to a dated name. Raises `PipelineError` when what was written differs from
+    the base, naming the difference, `NotFiniteError` for poisoned weights, and `DiskError` where the disk is full.
     """
     state = {}
     for key, _, tensor in final_tensors(model, tensors):
@@ -86,29 +96,57 @@ def save_final(
     def write() -> None:
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_torch_state_dict(state, partial, max_shard_size="5GB", metadata={"format": "pt"})
-        # safetensors 0.8 leaves 0600, which a server under another user cannot read.
-        for file in partial.glob("*.safetensors"):
-            file.chmod(0o644)
-        # From the base, not from the model in memory, which training has changed (no cache, another dtype).
-        AutoConfig.from_pretrained(base, trust_remote_code=recipe["trust_remote_code"]).save_pretrained(partial)
-        if (base / "generation_config.json").is_file():
-            GenerationConfig.from_pretrained(base).save_pretrained(partial)
-        processor.save_pretrained(partial)
-        # Most licences ask that they travel with the weights.
-        for terms in (path for name in ("LICENSE*", "NOTICE*") for path in base.glob(name)):
-            shutil.copyfile(terms, partial / terms.name)
-        (partial / use.RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
-        compare_tensors(read_safetensors(partial), tensors)
+        try:
+            write_folder(state, tensors, base, processor, recipe, partial)
+        except Exception as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if is_disk_full(error):
+                raise DiskError(f"no space for {folder} ({error}); nothing half-written is left") from error
+            raise
         old = folder.with_name(folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
+        if keep_earlier:
+            keep_earlier_folder(folder)
+        elif folder.exists():
             folder.rename(old)
         partial.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
 
     on_main(write)
+
+
+def copy_generation_config(base: Path, folder: Path) -> None:
+    """(one process) The base's own, as it is: transformers 5.23 refuses to write some that it reads."""
+    if (base / "generation_config.json").is_file():
+        shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
+
+
+def write_folder(
+    state: dict[str, torch.Tensor],
+    tensors: dict[str, BaseTensor],
+    base: Path,
+    processor: ProcessorMixin,
+    recipe: dict,
+    folder: Path,
+) -> None:
+    """(main process only) The tensors of `state` and all that belongs to them, compared with the base, on the disk."""
+    folder.mkdir(parents=True)
+    save_torch_state_dict(state, folder, max_shard_size="5GB", metadata={"format": "pt"})
+    # safetensors 0.8 leaves 0600, which a server under another user cannot read.
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)
+    # From the base, not from the model in memory, which training has changed (no cache, another dtype).
+    AutoConfig.from_pretrained(base, trust_remote_code=recipe["trust_remote_code"]).save_pretrained(folder)
+    copy_generation_config(base, folder)
+    processor.save_pretrained(folder)
+    # Most licences ask that they travel with the weights.
+    for terms in (path for name in ("LICENSE*", "NOTICE*") for path in base.glob(name)):
+        shutil.copyfile(terms, folder / terms.name)
+    (folder / use.RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+    compare_tensors(read_safetensors(folder), tensors)
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        flush(file)
+    flush(folder)
 
 
 def whole_copy(

@@ -11,19 +11,21 @@ Sections: Decision, Training, Proof, Plan.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from training import page_costs, zero3
-from training.checkpoints import RESTARTED
+from training.checkpoints import RESTARTED, checkpoints_in
 from training.errors import PipelineError, is_out_of_memory
 from training.families import Family, family_of, trains_fast
 from training.memory_plan import (
@@ -38,7 +40,7 @@ from training.memory_plan import (
     state_table,
     table,
 )
-from training.processes import agreed_port, least, say, together, world_size
+from training.processes import agreed_port, least, leave_note, say, together, world_size
 from training.progress import say_memory
 from training.prompt_and_mask import PageEncoder
 from training.settings import PageSettings, Resolved
@@ -264,8 +266,9 @@ class Fit:
             self.prove(trainer, collate, pages)
 
     def forward(self, trainer: Trainer, batch: dict) -> torch.Tensor:
-        """(all ranks) The loss of a batch, a scalar, through the model as it trains; `batch` loses its "flops"."""
-        batch.pop("flops", None)
+        """(all ranks) The loss of a batch, a scalar, through the model as it trains; `batch` loses what is no input."""
+        for name in ("flops", "pages"):
+            batch.pop(name, None)
         with trainer.compute_loss_context_manager():
             return trainer.model_wrapped(**trainer._prepare_inputs(batch)).loss
 
@@ -322,6 +325,16 @@ class Fit:
             again += ["--checkpoint_share", "1"]
         os.environ[RESTARTED] = "1"  # its own evaluation before training is no earlier run's
         os.execv(sys.executable, [sys.executable, *again])
+
+
+def note_smaller(args: TrainingArguments) -> None:
+    """(any rank) Memory ran out in training: tell the wrapper what a new start should ask for, the next smaller
+    micro-batch that divides the pages of a step, and whether there is a checkpoint. Nothing where there is none."""
+    size = args.per_device_train_batch_size
+    smaller = [fewer for fewer in sizes_of(size * args.gradient_accumulation_steps) if fewer < size]
+    if smaller:
+        resume = bool(checkpoints_in(Path(args.output_dir)))
+        leave_note("smaller", json.dumps({"micro_batch": smaller[-1], "resume": resume}))
 
 
 def recompute_some_layers(model: torch.nn.Module, share: float) -> None:

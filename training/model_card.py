@@ -1,6 +1,7 @@
 """The model card: what a stranger on the Hub needs to know of a final folder, from looked-up facts alone.
 
-    write_model_card(final_folder, facts)           # README.md, from model_card.md beside this room
+    describe(final_folder, settings, training, facts, recipe, results.by_label)     # README.md of a training
+    write_model_card(final_folder, facts)           # the same, from model_card.md beside this room and facts alone
 
 Sections: Words, Licence, Card.
 """
@@ -19,6 +20,7 @@ import yaml
 
 from scoring import metrics
 from training.publishing import shown
+from training.settings import TRAINING_DEFAULTS, PageSettings
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
@@ -71,6 +73,30 @@ APART = {"results", "results_before", "base_licence", "licence", "settings", "re
 ASKS = {"by": "asks for credit", "sa": "asks for the same licence", "nc": "forbids commercial use"}  # of cc-by-...
 
 
+def describe(
+    final_folder: Path,
+    settings: PageSettings,
+    training: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    results: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """(main process only) The card of what a training has saved; `results` by their label, "after" only once it is
+    judged. `training` are TrainingArguments by name."""
+    told = {name: training[name] for name in sorted(TRAINING_DEFAULTS) if name not in ("report_to", "disable_tqdm")}
+    card = dict(facts) | {
+        "licence": derived_licence(settings.base_model),
+        "settings": told | {"seed": training["seed"], "prompt": settings.prompt, "clean": settings.clean},
+        "recipe": recipe,
+        "results": results.get("after"),
+        "results_before": results.get("before"),
+        "lora": settings.lora or settings.quantize == "4bit",
+        "quantization": settings.quantize,
+        "repo_id": settings.hub_repo if settings.push_to_hub else None,
+    }
+    write_model_card(final_folder, card)
+
+
 def write_model_card(final_folder: Path, facts: Mapping[str, Any]) -> str:
     """(main process only) Writes README.md from the facts alone and returns it; what is missing is called unknown."""
     base, data, where = (shown(facts.get(key)) for key in ("base_model", "dataset", "repo_id"))
@@ -99,6 +125,7 @@ def write_model_card(final_folder: Path, facts: Mapping[str, Any]) -> str:
         chooses=metrics.entry(metrics.CHOOSING).label,
         difference=comparison.get("metrics", {}).get(metrics.CHOOSING),
         apart=comparison.get("apart", True),
+        judged="results" not in facts or bool(results),
         facts=told(facts),
         research=name == "qwen-research",
         licence=name or licence,

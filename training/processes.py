@@ -13,14 +13,17 @@ Sections: Who, Talk, Together, After a failure.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
-from collections.abc import Callable
+import sys
+import traceback
+from collections.abc import Callable, Container
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from training.errors import PipelineError
+from training.errors import HINTS, MEANINGS, PipelineError, StoppedError, exit_code
 
 if TYPE_CHECKING:
     import torch
@@ -73,16 +76,64 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
+def here(folder: Path) -> str:
+    """A folder as it is typed in the current one: ./name for what lies in it."""
+    return str(folder) if folder.is_absolute() or folder.parts[:1] == ("..",) else f"./{folder}"
+
+
 def say_from_here(message: str) -> None:
     """One line on stdout that names this process."""
     print(f"rank {rank()}: {message}", flush=True)
 
 
+def tell(message: str) -> None:
+    """(any rank, any thread) One line on stderr, past Python's buffer, whose lock a stuck main thread may hold."""
+    with contextlib.suppress(OSError):  # a closed terminal
+        os.write(2, f"{message}\n".encode())
+
+
+def leave_note(name: str, text: str) -> None:
+    """(any rank, any thread) A file for the wrapper, whole or not there; nothing where there is no wrapper."""
+    if folder := os.environ.get("HOLO1_STATUS_DIR"):
+        partial = Path(folder) / f".{name}.{rank()}"
+        with contextlib.suppress(OSError):  # the wrapper has gone, and its folder with it
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(Path(folder) / name)
+
+
 def report_end(code: int) -> None:
     """(any rank) Leave this rank's exit code where the wrapper looks for it; the launcher in between loses it."""
+    leave_note(f"rank-{rank()}", str(code))
+
+
+def code_of_another(codes: Container[int]) -> tuple[int, int] | None:
+    """(rank, exit code) of another rank that has ended with one of `codes`, where there is a wrapper; else None."""
     folder = os.environ.get("HOLO1_STATUS_DIR")
-    if folder and Path(folder).is_dir():
-        (Path(folder) / f"rank-{rank()}").write_text(str(code))
+    for file in sorted(Path(folder).glob("rank-*")) if folder else ():
+        with contextlib.suppress(ValueError, OSError):  # a rank of another way to write; the folder has gone
+            number, code = int(file.name.removeprefix("rank-")), int(file.read_text())
+            if number != rank() and code in codes:
+                return number, code
+    return None
+
+
+def say_failure(error: Exception) -> int:
+    """(any rank) What ended this rank, on stderr, and its exit code: that of another rank which has failed before,
+    where this one only finds that it is gone."""
+    code = exit_code(error)
+    if isinstance(error, StoppedError):
+        if is_main():
+            tell(str(error))
+        return code
+    if code == 1 and not isinstance(error, PipelineError) and (found := code_of_another(range(80, 85))):
+        number, code = found
+        tell(f"error (rank {rank()}): {error}\nrank {number} had ended before: {code}, {MEANINGS[code]}")
+        return code
+    # A bug shows where it is, and out of memory where it was asked for; what the user can mend needs no traceback.
+    if code in (1, 83) and not isinstance(error, PipelineError):
+        traceback.print_exc()
+    print(f"error (rank {rank()}): {error}{HINTS.get(code, '')}", file=sys.stderr, flush=True)
+    return code
 
 
 # -----------------------------------------------------------------------------
@@ -149,7 +200,9 @@ def on_main(work: Callable[[], Result]) -> Result:
         except PipelineError as error:
             outcome[1] = error
         except Exception as error:  # the other ranks must hear of any failure, or they wait for hours
-            _broadcast([None, PipelineError(f"the main process failed: {error!r}")])
+            told = PipelineError(f"the main process failed: {error!r}")
+            told.code = exit_code(error)
+            _broadcast([None, told])
             raise
     _broadcast(outcome)
     if outcome[1] is not None:

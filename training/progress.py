@@ -21,6 +21,7 @@ import psutil
 import torch
 from transformers import TrainerState, TrainingArguments
 
+from training.heartbeat import heart
 from training.page_costs import peak_tflops
 from training.processes import add_up, say, take_largest, world_size
 from training.prompt_and_mask import IGNORED
@@ -31,6 +32,13 @@ def say_memory(what: str, start: float) -> None:
     gib = psutil.Process().memory_info().rss / 2**30
     gpu = f", GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB peak" if torch.cuda.is_available() else ""
     say(f"{what} in {time.monotonic() - start:.1f} s; memory {gib:.1f} GiB{gpu}")
+
+
+def say_batch(args: TrainingArguments) -> None:
+    """The pages of a step as arithmetic."""
+    micro, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    total = micro * accumulated * world_size()
+    say(f"{micro} pages x {accumulated} accumulated x {world_size()} processes = {total} pages per step")
 
 
 class Meter:
@@ -53,8 +61,11 @@ class Meter:
         self.paused += time.monotonic() - start
 
     def count(self, inputs: dict, image_token_id: int) -> None:
-        """Adds a batch: pages, supervised and image tokens, and its "flops", which are taken out of `inputs`."""
+        """Adds a batch: pages, supervised and image tokens, and its "flops", which are taken out of `inputs`, as the
+        names of its "pages" are, for the heartbeat."""
         self.flops += inputs.pop("flops", 0.0)
+        names = inputs.pop("pages", ())
+        heart.trains_on(names, len(names))
         if "targets" in inputs:
             self.pages += len(inputs["page_bounds"]) - 1
             self.supervised += len(inputs["targets"])

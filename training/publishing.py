@@ -17,6 +17,7 @@ from pathlib import Path
 import huggingface_hub as hub
 
 from training.errors import SettingsError, UploadError
+from training.settings import PageSettings
 
 PUBLISHED = (  # all that may leave the machine; arguments, optimizer states, logs and pickles stay
     "*.safetensors *.safetensors.index.json config.json generation_config.json *processor_config.json tokenizer*.json "
@@ -52,14 +53,34 @@ def check_hub_access(repo_id: str, private: bool) -> str:
         raise SettingsError(f"--hub_repo {repo_id!r}: {shown(error)} Pushing needs {needs}.") from None
 
 
+def published_files(final_folder: Path) -> list[str]:
+    """What of a final folder may leave the machine, by its name in there."""
+    found = [p for pattern in PUBLISHED for p in final_folder.glob(pattern) if p.is_file() and not p.is_symlink()]
+    return sorted(path.relative_to(final_folder).as_posix() for path in found)
+
+
+def upload_command(final_folder: Path, repo_id: str, private: bool) -> str:
+    """What uploads the same files by hand."""
+    again = ["hf", "upload", repo_id, str(final_folder), ".", *["--private"] * private, "--delete=*.safetensors*"]
+    return shlex.join([*again, *(f"--include={name}" for name in published_files(final_folder))])
+
+
+def saved_words(final_folder: Path, checkpoint: Path | None, settings: PageSettings) -> str:
+    """The last words of a run that is stopped once the model is saved: what is on disk, and how to go on."""
+    words = f"the model is whole in {final_folder}"
+    words += f", the state of its training in {checkpoint}" if checkpoint else ""
+    words += f". To use it: python use_model_from_hub.py --image PAGE.png --model {final_folder} --output page.html"
+    if settings.push_to_hub:
+        words += f"\nTo upload it: {upload_command(final_folder, settings.hub_repo, settings.private_repo)}"
+    return words
+
+
 def push_final_folder(final_folder: Path, repo_id: str, private: bool) -> str:
     """(main process only) Uploads weights and card in one commit and returns their address."""
-    found = [p for pattern in PUBLISHED for p in final_folder.glob(pattern) if p.is_file() and not p.is_symlink()]
-    names = sorted(path.relative_to(final_folder).as_posix() for path in found)
+    names = published_files(final_folder)
     if not any(name.endswith(".safetensors") for name in names):  # or the Hub's own weights would only be deleted
         raise UploadError(f"Not uploaded: {final_folder} holds no model.safetensors. Train and save first.")
-    again = ["hf", "upload", repo_id, str(final_folder), ".", *["--private"] * private, "--delete=*.safetensors*"]
-    command, waits_s = shlex.join([*again, *(f"--include={name}" for name in names)]), [1, 4, 15, 60]
+    command, waits_s = upload_command(final_folder, repo_id, private), [1, 4, 15, 60]
     while True:
         try:
             (api := hub.HfApi()).create_repo(repo_id, private=private, exist_ok=True)

@@ -18,12 +18,13 @@ from types import ModuleType
 from typing import Any
 
 import use_model_from_hub as use
-from training.checkpoints import newest_checkpoint
+from training.checkpoints import checkpoints_in, read_manifest
 from training.cleaning import cleaning_steps
 from training.dataset import resolve_dataset
 from training.errors import SettingsError
 from training.families import FAMILIES
 from training.processes import local_world_size, world_size
+from training.run_record import differences, make_record, read_record, take_over
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -102,7 +103,13 @@ class PageSettings:
     )
     compare_base: bool = setting(False, "Write and score the held-out pages also before training.")
     penalty_grid: str = setting("1.0,1.05", "Repetition penalties under which --compare_base compares, by commas.")
-    resume: bool = setting(False, "Go on from the newest checkpoint in --output_dir.")
+    resume: bool = setting(
+        False, "Go on from the newest whole checkpoint in --output_dir, with the settings it began with."
+    )
+    final_dir: str = setting(".", "Where the final folder and the emergency checkpoint are written, by their names.")
+    hang_timeout: float | None = setting(
+        None, "Seconds without a finished step after which training hangs and is ended (not set: by the steps so far)."
+    )
     show_supervision: bool = setting(False, "Print one example with the supervised tokens in colour, then stop.")
     demo: bool = setting(False, "The bundled tiny model on the bundled pages: no network, no GPU, a few minutes.")
 
@@ -169,13 +176,16 @@ JSON_TWINS = {
 @dataclass
 class Resolved:
     """The settings after command line, JSON and defaults have met: `training` are TrainingArguments, `deepspeed` is the
-    JSON as it will be used (None without DeepSpeed), `notes` say what was decided and why."""
+    JSON as it will be used (None without DeepSpeed), `notes` say what was decided and why, `record` is what the run's
+    checkpoints will say of it, and `earlier` the record of the run that is gone on with (None: a new one)."""
 
     settings: PageSettings
     training: dict
     deepspeed: dict | None
     notes: list[str]
     problems: list[str]
+    record: dict
+    earlier: dict | None
 
 
 def parse(argv: list[str]) -> tuple[dict, dict]:
@@ -254,6 +264,9 @@ def resolve(argv: list[str]) -> Resolved:
     import torch  # after --help has answered
 
     notes, problems = [], []
+    earlier = earlier_record(values, problems)
+    if earlier is not None:
+        take_over(earlier, values, typed, world_size(), problems)
     config = read_deepspeed_json(values["deepspeed"], problems) if values["deepspeed"] else None
     if config is not None:
         for path, name in JSON_TWINS.items():
@@ -288,9 +301,37 @@ def resolve(argv: list[str]) -> Resolved:
                 f"--deepspeed {values['deepspeed']}: train_batch_size is {json.dumps(asked)}, but pages x "
                 f"accumulated x processes are {total}; leave it out, or make them agree"
             )
+    record = make_record(typed, values, config, world_size())
     names = {item.name for item in fields(PageSettings)}
     settings = PageSettings(**{name: values.pop(name) for name in names})
-    return Resolved(settings, values, config, notes, problems)
+    return Resolved(settings, values, config, notes, problems, record, earlier)
+
+
+def earlier_record(values: dict, problems: list[str]) -> dict | None:
+    """What the run was that --resume or --resume_from_checkpoint goes on with; None for a new run."""
+    output_dir, asked = Path(values["output_dir"]), values["resume_from_checkpoint"]
+    if values["resume"] and asked:
+        problems.append(f"--resume and --resume_from_checkpoint {asked}: give one of them")
+    elif values["resume"]:
+        try:
+            record = read_record(output_dir)
+        except SettingsError as error:
+            problems.append(f"--resume: {error}")
+            return None
+        if record is None and not checkpoints_in(output_dir):
+            problems.append(f"--resume: no run has begun in {output_dir}; leave --resume out to begin one")
+        elif record is None:
+            problems.append(
+                f"--resume: {output_dir} has checkpoints, but no run.json that says what their run was (an earlier "
+                "version wrote them, or it is lost); their weights go on in a new run with --base_model"
+            )
+        return record
+    elif asked:
+        try:
+            return read_manifest(Path(asked))["record"]
+        except ValueError as error:
+            problems.append(f"--resume_from_checkpoint {asked} {error}; give a whole checkpoint, or --resume")
+    return None
 
 
 def resolve_precision(values: dict, torch: ModuleType, notes: list[str]) -> None:
@@ -386,7 +427,7 @@ def check_settings(resolved: Resolved) -> None:
     settings, training, problems = resolved.settings, resolved.training, list(resolved.problems)
     base, data = Path(settings.base_model), Path(settings.dataset)
     at_least = {"num_samples": 1, "eval_pages": 1, "eval_every": 0, "max_html_tokens": 1, "lora_rank": 1}
-    at_least["early_stopping_patience"] = 0
+    at_least |= {"early_stopping_patience": 0} | ({} if settings.hang_timeout is None else {"hang_timeout": 1})
     for name, least in {**at_least, "max_pixels": use.Recipe.min_pixels}.items():
         if getattr(settings, name) < least:
             problems.append(f"--{name} {getattr(settings, name)}: at least {least}")
@@ -405,7 +446,7 @@ def check_settings(resolved: Resolved) -> None:
         problems.append(f"--eval_strategy {training['eval_strategy']}: held-out pages are written with --eval_every N")
     if training.get("hub_token"):
         problems.append("--hub_token: a token on the command line is seen by others; put it into HF_TOKEN")
-    if base.is_dir() and base.resolve() == Path(use.FINAL_FOLDER).resolve():
+    if base.is_dir() and base.resolve() == (Path(settings.final_dir) / use.FINAL_FOLDER).resolve():
         problems.append(f"--base_model {settings.base_model} is where the result will be written; rename it first")
     if not settings.prompt.strip():
         problems.append("--prompt is empty: say what the model shall write")
@@ -420,15 +461,10 @@ def check_settings(resolved: Resolved) -> None:
         resolved.notes.append("--freeze_vision changes nothing: adapters train on the language model only")
     if training["bf16"] and training["fp16"]:
         problems.append("bf16 and fp16 are both on: choose one, on the command line or in the DeepSpeed JSON")
-    checkpoint = newest_checkpoint(training["output_dir"]) if settings.resume else training["resume_from_checkpoint"]
-    if settings.resume and not checkpoint:
-        problems.append(f"--resume: no checkpoint in {training['output_dir']}; leave --resume out to begin again")
-    shards = len(list(Path(checkpoint).glob("global_step*/*zero_pp_rank_*_optim_states.pt"))) if checkpoint else 0
-    if resolved.deepspeed is not None and shards not in (0, world_size()):  # ZeRO cannot deal them out again
-        problems.append(
-            f"{checkpoint} was written by {shards} processes and resumes on as many, not on {world_size()}; "
-            f"its weights alone go on with --base_model {checkpoint}"
-        )
+    if resolved.earlier is not None:
+        problems += differences(resolved.earlier, resolved.record, Path(training["output_dir"]))
+        if get_json(resolved.deepspeed or {}, "scheduler") and training["learning_rate"] != resolved.earlier["rate"]:
+            problems.append(f"--learning_rate {training['learning_rate']}: DeepSpeed's own scheduler keeps the old one")
     steps = get_json(resolved.deepspeed or {}, "zero_optimization.stage")
     if resolved.deepspeed is not None and steps not in (None, 0, 1, 2, 3):
         problems.append(f"--deepspeed: zero_optimization.stage is {steps!r}; 0, 1, 2 or 3")

@@ -111,6 +111,17 @@ def without_zero3() -> Iterator[None]:
         integration._hf_deepspeed_config_weak_ref = kept
 
 
+def trust_own_classes() -> None:
+    """Before a checkpoint is read with weights_only: DeepSpeed's own small classes that its shards hold."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler, LossScalerBase
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    torch.serialization.add_safe_globals(
+        [DynamicLossScaler, LossScaler, LossScalerBase, ZeroStageEnum, fragment_address]
+    )
+
+
 def check_sharded(model: torch.nn.Module) -> None:
     """Raises `PipelineError` where a model was loaded whole although ZeRO-3 is on: TrainingArguments came too late."""
     if not all(hasattr(parameter, "ds_id") for parameter in model.parameters()):

@@ -1,21 +1,173 @@
-"""What a training leaves in its output folder, and what another one makes of it."""
+"""Checkpoints that are whole or not there, and what another training makes of an output folder."""
 
+import json
 import os
+import threading
 import time
 
 import pytest
 
-from training.checkpoints import RESTARTED, keep_earlier_results, newest_checkpoint
+from training import checkpoints
+from training.checkpoints import (
+    MANIFEST,
+    RESTARTED,
+    Checkpoints,
+    fault_of,
+    keep_earlier_results,
+    newest_whole,
+    read_manifest,
+    seal,
+    write_manifest,
+)
+from training.errors import DiskError, PipelineError, SettingsError
+
+# -----------------------------------------------------------------------------
+# Whole or not there
 
 
-def test_newest_checkpoint_is_the_newest_complete_one(tmp_path):
-    for step, complete in ((9, True), (10, True), (11, False)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if complete:
-            (folder / "trainer_state.json").write_text("{}")
-    assert newest_checkpoint(tmp_path).name == "checkpoint-10"
-    assert newest_checkpoint(tmp_path / "nowhere") is None
+def fill(folder) -> None:
+    """Files of each kind that the Trainer and DeepSpeed write."""
+    for name in ("model.safetensors", "global_step2/zero_pp_rank_0_mp_rank_00_optim_states.pt", "latest", "rng.pth"):
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(name.encode() * 100)
+    (folder / "trainer_state.json").write_text("{}")
+
+
+def save(kept: Checkpoints, step: int) -> None:
+    with kept.staged():
+        fill(kept.staging / f"checkpoint-{step}")
+    kept.settle()
+
+
+def test_a_checkpoint_appears_whole_and_older_ones_go_after_it(tmp_path):
+    kept = Checkpoints(tmp_path, 2, {"processes": 1})
+    for step in (2, 4, 10):
+        save(kept, step)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-4", "checkpoint-10"}
+    assert newest_whole(tmp_path) == tmp_path / "checkpoint-10" and fault_of(tmp_path / "checkpoint-4") == ""
+    manifest = read_manifest(tmp_path / "checkpoint-10")
+    assert manifest["record"] == {"processes": 1} and len(manifest["files"]) == 5
+
+
+def test_what_was_half_written_is_neither_a_checkpoint_nor_left(tmp_path):
+    kept = Checkpoints(tmp_path, 2, {})
+    fill(kept.staging / "checkpoint-2")  # a run that was killed while it wrote
+    assert newest_whole(tmp_path) is None
+    kept.clear()
+    assert not [*tmp_path.iterdir()]
+    save(kept, 2)
+    with pytest.raises(RuntimeError, match="a bug"), kept.staged():
+        fill(kept.staging / "checkpoint-4")
+        raise RuntimeError("a bug")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+def test_training_goes_on_while_the_manifest_is_written(tmp_path, monkeypatch):
+    """The thread waits here until it is let go: what calls `staged` has long returned."""
+    go_on, real = threading.Event(), write_manifest
+
+    def slowly(folder, record):
+        go_on.wait(30)
+        real(folder, record)
+
+    monkeypatch.setattr(checkpoints, "write_manifest", slowly)
+    kept = Checkpoints(tmp_path, 2, {})
+    with kept.staged():
+        fill(kept.staging / "checkpoint-2")
+    assert newest_whole(tmp_path) is None, "not vouched for yet"
+    go_on.set()
+    kept.settle()
+    assert newest_whole(tmp_path) == tmp_path / "checkpoint-2"
+
+
+def test_a_failure_of_the_thread_is_raised_when_the_checkpoint_is_asked_for(tmp_path, monkeypatch):
+    kept = Checkpoints(tmp_path, 2, {})
+    save(kept, 2)
+
+    def full(folder, record):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "write_manifest", full)
+    with pytest.raises(DiskError, match="checkpoint-2 is untouched, and --resume goes on from it"):
+        save(kept, 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    monkeypatch.setattr(checkpoints, "write_manifest", lambda folder, record: 1 / 0)
+    with pytest.raises(PipelineError, match="ZeroDivisionError"):
+        save(kept, 4)
+
+
+# -----------------------------------------------------------------------------
+# Damage
+
+
+def flip(path, place: int = -1) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def forge(folder, **changes) -> None:
+    """A manifest that agrees with itself, and not with the files."""
+    content = read_manifest(folder) | changes
+    (folder / MANIFEST).write_text(json.dumps({**content, "seal": seal(content)}))
+
+
+SHARD = "global_step2/zero_pp_rank_0_mp_rank_00_optim_states.pt"
+WAYS = {
+    "a byte of the weights": (lambda f: flip(f / "model.safetensors"), "model.safetensors is damaged"),
+    "a byte of a shard": (lambda f: flip(f / SHARD, 7), "optim_states.pt is damaged"),
+    "a byte of the state": (lambda f: flip(f / "trainer_state.json", 0), "trainer_state.json is damaged"),
+    "a byte of a random state": (lambda f: flip(f / "rng.pth"), "rng.pth is damaged"),
+    "a byte of the manifest": (lambda f: flip(f / MANIFEST, 60), MANIFEST),
+    "a shard cut off": (lambda f: os.truncate(f / SHARD, 10), "has 10 bytes of"),
+    "weights cut off": (lambda f: os.truncate(f / "model.safetensors", 0), "has 0 bytes of"),
+    "the manifest cut off": (lambda f: os.truncate(f / MANIFEST, 40), "cannot be read"),
+    "an empty manifest": (lambda f: os.truncate(f / MANIFEST, 0), "cannot be read"),
+    "an empty `latest`": (lambda f: os.truncate(f / "latest", 0), "latest has 0 bytes"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors missing"),
+    "no shard": (lambda f: (f / SHARD).unlink(), "optim_states.pt missing"),
+    "no state": (lambda f: (f / "trainer_state.json").unlink(), "trainer_state.json missing"),
+    "no manifest": (lambda f: (f / MANIFEST).unlink(), "has no manifest.json"),
+    "a file of a stranger": (lambda f: (f / "optimizer.pt").write_bytes(b"x"), "nobody vouches for it"),
+    "a link": (lambda f: ((f / "latest").unlink(), (f / "latest").symlink_to(f / "rng.pth")), "no plain file"),
+    "another format": (lambda f: forge(f, format=99), "has format 99, this version reads 1"),
+    "a manifest that is no object": (lambda f: (f / MANIFEST).write_text("[1]"), "is damaged"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_torn_checkpoint_is_named_and_passed_over_for_the_whole_older_one(way, tmp_path, capsys):
+    kept = Checkpoints(tmp_path, 3, {})
+    save(kept, 2)
+    save(kept, 4)
+    tear, words = WAYS[way]
+    tear(tmp_path / "checkpoint-4")
+    assert newest_whole(tmp_path) == tmp_path / "checkpoint-2"
+    said = capsys.readouterr().out
+    assert said.startswith("passed over: checkpoint-4 ") and words in said
+    save(kept, 4)  # trained again: the whole one takes the torn one's place
+    assert newest_whole(tmp_path) == tmp_path / "checkpoint-4"
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-4"}
+
+
+def test_where_none_is_whole_nothing_is_begun_again_silently(tmp_path):
+    kept = Checkpoints(tmp_path, 3, {})
+    save(kept, 2)
+    flip(tmp_path / "checkpoint-2" / "latest")
+    with pytest.raises(SettingsError, match="none of the checkpoints"):
+        newest_whole(tmp_path)
+
+
+def test_a_folder_of_another_name_is_no_checkpoint(tmp_path):
+    save(Checkpoints(tmp_path, None, {}), 2)
+    for name in ("checkpoint-best", "checkpoint-", "checkpoint-9.old"):
+        fill(tmp_path / name)
+    assert newest_whole(tmp_path) == tmp_path / "checkpoint-2" and newest_whole(tmp_path / "nowhere") is None
+
+
+# -----------------------------------------------------------------------------
+# Earlier results
 
 
 def test_what_an_earlier_run_left_moves_aside_and_a_resumed_one_keeps_its_own(tmp_path):

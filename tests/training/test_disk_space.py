@@ -1,0 +1,55 @@
+"""Room for what a run will write: sizes by arithmetic, a disk that is too small by a real one's free space."""
+
+import shutil
+
+import pytest
+
+from training.base_model import BaseTensor
+from training.disk_space import checkpoint_bytes, checkpoints_at_once, final_bytes, shortage, trained_numbers
+from training.settings import PageSettings
+
+
+def test_a_checkpoint_of_3b_under_zero_3_takes_what_was_measured():
+    """3.75 B parameters: 7.5 GB in bf16, 45 GB of fp32 weights and moments."""
+    parameters = 3_750_000_000
+    size = checkpoint_bytes(parameters, parameters, weight_bytes=2, sharded=True, adapters=False)
+    assert size == pytest.approx(52.5e9)
+    adapters = checkpoint_bytes(parameters, 30_000_000, weight_bytes=4, sharded=False, adapters=True)
+    assert adapters == 30_000_000 * 12
+
+
+@pytest.mark.parametrize(
+    ("strategy", "save_steps", "steps", "limit", "expected"),
+    [
+        ("no", 500, 1000, 2, 1),  # the one that a signal leaves
+        ("steps", 500, 100, 2, 1),
+        ("steps", 10, 100, 2, 3),
+        ("steps", 10, 100, None, 10),
+        ("steps", 0.1, 100, None, 10),
+        ("epoch", 500, 100, 2, 3),
+    ],
+)
+def test_the_checkpoints_that_lie_there_at_once(strategy, save_steps, steps, limit, expected):
+    assert checkpoints_at_once(strategy, save_steps, steps, 25, limit) == expected
+
+
+def test_a_disk_that_is_too_small_is_named_with_both_sizes(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    assert shortage([(tmp_path / "not" / "there", free // 4), (tmp_path, free // 4)]) == ""
+    wrong = shortage([(tmp_path / "not" / "there", free), (tmp_path, free)])
+    assert (
+        f"{free / 1e9:.1f} GB free" in wrong and f"{2 * free / 1e9:.1f} GB" in wrong and "--save_total_limit" in wrong
+    )
+
+
+def test_only_what_is_trained_has_moments(tmp_path):
+    tensors = {
+        "v": BaseTensor("model.visual.blocks.0.weight", (4, 4), "BF16", None),
+        "q": BaseTensor("model.language_model.layers.0.self_attn.q_proj.weight", (8, 4), "F32", None),
+        "e": BaseTensor("model.language_model.embed_tokens.weight", (10, 4), "BF16", None),
+    }
+    vision = ("model.visual",)
+    assert final_bytes(tensors) == 32 + 128 + 80
+    assert trained_numbers(tensors, PageSettings(), vision) == 16 + 32 + 40
+    assert trained_numbers(tensors, PageSettings(freeze_vision=True), vision) == 32 + 40
+    assert trained_numbers(tensors, PageSettings(lora=True, lora_rank=2), vision) == 2 * (8 + 4)

@@ -1,0 +1,126 @@
+"""What a run was, and what of it may change: by the settings' own resolution."""
+
+import json
+
+import pytest
+
+from training.checkpoints import Checkpoints
+from training.errors import SettingsError
+from training.run_record import FIXED, RECORD_FILE, write_record
+from training.settings import check_settings, resolve
+
+
+def begin(folder, monkeypatch, *flags: str, processes: int = 1):
+    """A run that has begun in `folder` with these flags and has written nothing but its record and one checkpoint."""
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    resolved = resolve(["--output_dir", str(folder), *flags])
+    write_record(folder, resolved.record)
+    kept = Checkpoints(folder, None, resolved.record)
+    with kept.staged():
+        (kept.staging / "checkpoint-2").mkdir(parents=True)
+        (kept.staging / "checkpoint-2" / "optimizer.pt").write_text("x")
+    kept.settle()
+    return resolved
+
+
+def go_on(folder, *flags: str):
+    resolved = resolve(["--output_dir", str(folder), *flags])
+    check_settings(resolved)
+    return resolved
+
+
+def test_a_resumed_run_takes_the_settings_that_it_began_with(tmp_path, monkeypatch):
+    typed = ["--learning_rate", "3e-4", "--seed", "7", "--num_samples", "9", "--demo", "--max_steps", "40"]
+    before = begin(tmp_path, monkeypatch, *typed)
+    after = go_on(tmp_path, "--resume")
+    assert after.training["learning_rate"] == 3e-4 and after.training["seed"] == 7 and after.settings.num_samples == 9
+    assert after.training["max_steps"] == 40 and after.settings.dataset == before.settings.dataset
+    assert after.record == before.record and after.earlier == before.record
+
+
+def test_what_can_be_honoured_is_and_is_remembered(tmp_path, monkeypatch):
+    begin(tmp_path, monkeypatch, "--learning_rate", "3e-4", "--max_steps", "40")
+    after = go_on(tmp_path, "--resume", "--max_steps", "80", "--learning_rate", "1e-4", "--save_steps", "5")
+    assert after.training["max_steps"] == 80 and after.training["learning_rate"] == 1e-4
+    write_record(tmp_path, after.record)
+    assert go_on(tmp_path, "--resume").training["max_steps"] == 80
+
+
+CHANGED = {
+    "base_model": "demo/tiny_holo1",
+    "base_revision": "main",
+    "random_weights": "True",
+    "dataset": "demo/pages",
+    "dataset_config": "v0.2",
+    "dataset_split": "test",
+    "dataset_revision": "abc",
+    "image_column": "picture",
+    "html_column": "code",
+    "clean": "none",
+    "num_samples": "5",
+    "eval_pages": "3",
+    "max_html_tokens": "99",
+    "seed": "1",
+    "data_seed": "1",
+    "prompt": "Draw it.",
+    "max_pixels": "50176",
+    "lora": "True",
+    "lora_rank": "4",
+    "lora_alpha": "4",
+    "freeze_vision": "True",
+    "optim": "sgd",
+}
+NOT_ON_A_CPU = {"quantize", "fp16", "bf16"}  # resolved by the machine: typed, they change nothing here
+
+
+def test_every_fixed_setting_is_tried_here():
+    assert {*CHANGED} | NOT_ON_A_CPU == {*FIXED}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_cannot_be_honoured_is_refused_by_name(name, tmp_path, monkeypatch):
+    begin(tmp_path, monkeypatch)
+    with pytest.raises(SettingsError, match=f"--{name} .*the run in .* began with .*leave it out, or begin a new run"):
+        go_on(tmp_path, "--resume", f"--{name}", CHANGED[name])
+    with pytest.raises(SettingsError, match=f"--{name} "):
+        go_on(tmp_path, "--resume_from_checkpoint", str(tmp_path / "checkpoint-2"), f"--{name}", CHANGED[name])
+
+
+def test_pages_per_step_stay_the_same_on_another_number_of_processes(tmp_path, monkeypatch):
+    begin(tmp_path, monkeypatch, "--gradient_accumulation_steps", "6")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    after = go_on(tmp_path, "--resume")
+    assert after.training["per_device_train_batch_size"] * after.training["gradient_accumulation_steps"] == 2
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(SettingsError, match="6 pages per step cannot be dealt out to 4 processes"):
+        go_on(tmp_path, "--resume")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert go_on(tmp_path, "--resume", "--micro_batch", "3").training["gradient_accumulation_steps"] == 2
+    with pytest.raises(SettingsError, match="8 pages per step: the run in .* began with 6"):
+        go_on(tmp_path, "--resume", "--gradient_accumulation_steps", "8")
+
+
+def test_deepspeed_and_plain_runs_do_not_go_on_with_each_other(tmp_path, monkeypatch):
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    begin(tmp_path / "run", monkeypatch)
+    with pytest.raises(SettingsError, match="trains without DeepSpeed and cannot go on under DeepSpeed's ZeRO stage 3"):
+        go_on(tmp_path / "run", "--resume", "--deepspeed", str(tmp_path / "ds.json"))
+
+
+def test_a_folder_without_a_run_is_not_gone_on_with(tmp_path, monkeypatch):
+    with pytest.raises(SettingsError, match="no run has begun in .*nowhere; leave --resume out"):
+        go_on(tmp_path / "nowhere", "--resume")
+    (tmp_path / "old" / "checkpoint-3").mkdir(parents=True)
+    with pytest.raises(SettingsError, match="no run.json that says what their run was"):
+        go_on(tmp_path / "old", "--resume")
+    with pytest.raises(SettingsError, match=r"has no manifest.json: .*give a whole checkpoint, or --resume"):
+        go_on(tmp_path, "--resume_from_checkpoint", str(tmp_path / "old" / "checkpoint-3"))
+    begin(tmp_path / "run", monkeypatch)
+    (tmp_path / "run" / RECORD_FILE).write_text('{"format": 1, "ty')
+    with pytest.raises(SettingsError, match="run.json is damaged"):
+        go_on(tmp_path / "run", "--resume")
+
+
+def test_no_token_is_recorded(tmp_path, monkeypatch):
+    resolved = resolve(["--output_dir", str(tmp_path), "--hub_token", "hf_aaaaaaaaaaaaaaaaaaaaaaaa"])
+    assert "hf_aaaa" not in json.dumps(resolved.record)

@@ -1,0 +1,119 @@
+"""What a run will write, and whether the disks have room for it: looked at before anything is loaded.
+
+    check_space(settings, args, config, tensors, len(pages))     # (all ranks) raises DiskError
+
+Bytes as the Trainer and DeepSpeed write them (transformers 5.23, deepspeed 0.19.8): AdamW has two moments in fp32 for
+each trained number, ZeRO keeps fp32 weights beside them, and a whole copy of the weights lies in every checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from training.base_model import DTYPES, BaseTensor
+from training.errors import DiskError
+from training.families import family_of
+from training.processes import gather, local_rank, say, world_size
+from training.settings import PageSettings
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, TrainingArguments
+
+SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
+MARGIN = 1.05  # beside weights and moments: tokenizer, states, logs, pages
+
+
+def final_bytes(tensors: Mapping[str, BaseTensor]) -> int:
+    """Of a final folder: every tensor of the base, in its dtype."""
+    return sum(math.prod(tensor.shape) * SIZES[DTYPES[tensor.dtype]] for tensor in tensors.values())
+
+
+def checkpoint_bytes(parameters: int, trained: int, weight_bytes: int, sharded: bool, adapters: bool) -> int:
+    """Of one checkpoint: weights of `weight_bytes` each, two fp32 moments, and fp32 weights where they are `sharded`.
+
+    Of adapters the Trainer saves nothing else; DeepSpeed saves the frozen weights with them.
+    """
+    weights = trained if adapters and not sharded else parameters
+    states = (12 if sharded else 8) * trained
+    frozen = weight_bytes * (parameters - trained) if sharded else 0
+    return weights * weight_bytes + states + frozen
+
+
+def checkpoints_at_once(strategy: str, save_steps: float, steps: int, steps_per_epoch: int, limit: int | None) -> int:
+    """The most checkpoints that lie on the disk at one time: those that are kept, and the one that is being written.
+
+    One is written also without any strategy, where a signal stops the run.
+    """
+    every = {
+        "steps": save_steps if save_steps >= 1 else max(1, math.ceil(save_steps * steps)),
+        "epoch": steps_per_epoch,
+    }
+    written = math.ceil(steps / every[strategy]) if strategy in every else 1
+    return max(1, written if limit is None else min(written, limit + 1))
+
+
+def check_space(
+    settings: PageSettings,
+    args: TrainingArguments,
+    config: PretrainedConfig,
+    tensors: Mapping[str, BaseTensor],
+    pages: int,
+) -> None:
+    """(all ranks) What `pages` training pages will leave must fit onto the disks, at its most.
+
+    Raises `DiskError` on every rank, naming what is needed, what is free and the remedy.
+    """
+    step_pages = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size()
+    per_epoch = math.ceil(pages / step_pages)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    strategy, limit = str(args.save_strategy.value), args.save_total_limit
+    checkpoints = checkpoints_at_once(strategy, args.save_steps, steps, per_epoch, limit)
+    adapters, sharded = settings.lora or settings.quantize == "4bit", bool(args.deepspeed)
+    trained = trained_numbers(tensors, settings, family_of(config).vision)
+    half = 2 if args.bf16 or args.fp16 else 4
+    size = checkpoint_bytes(
+        sum(math.prod(tensor.shape) for tensor in tensors.values()),
+        trained,
+        weight_bytes=half if sharded else 4,
+        sharded=sharded,
+        adapters=adapters,
+    )
+    final, finals = final_bytes(tensors), 1 + (settings.eval_every > 0)  # the best weights so far are one more
+    wrong = None
+    if local_rank() == 0:
+        needs = [(Path(args.output_dir), size * checkpoints), (Path(settings.final_dir), final * finals)]
+        wrong = shortage([(folder, int(MARGIN * bytes_)) for folder, bytes_ in needs])
+    for text in filter(None, gather(wrong)):
+        raise DiskError(text)
+    plural = "s" if checkpoints > 1 else ""
+    say(f"disk: at most {checkpoints} checkpoint{plural} of {size / 1e9:.2f} GB and {finals} x {final / 1e9:.2f} GB")
+
+
+def shortage(needs: Sequence[tuple[Path, int]]) -> str:
+    """Why (folder, bytes) do not fit, by file system; "" where they do."""
+    by_disk: dict[int, list[tuple[Path, int]]] = {}
+    for folder, size in needs:
+        there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+        by_disk.setdefault(there.stat().st_dev, []).append((there, size))
+    for found in by_disk.values():
+        needed, free = sum(size for _, size in found), shutil.disk_usage(found[0][0]).free
+        if needed > free:
+            return (
+                f"the disk of {found[0][0]} has {free / 1e9:.1f} GB free, and this run may write {needed / 1e9:.1f} GB "
+                "at once; free some space, or give another --output_dir and --final_dir, --save_total_limit 1, or "
+                "--save_strategy no"
+            )
+    return ""
+
+
+def trained_numbers(tensors: Mapping[str, BaseTensor], settings: PageSettings, vision: Sequence[str]) -> int:
+    """How many numbers are trained: all, those outside the modules `vision`, or the adapters' own."""
+    language = [tensor for tensor in tensors.values() if not tensor.name.startswith(tuple(f"{v}." for v in vision))]
+    if settings.lora or settings.quantize == "4bit":
+        projections = [tensor.shape for tensor in language if ".layers." in tensor.name and len(tensor.shape) == 2]
+        return sum(settings.lora_rank * sum(shape) for shape in projections)
+    return sum(math.prod(tensor.shape) for tensor in (language if settings.freeze_vision else tensors.values()))

@@ -1,0 +1,109 @@
+"""How a run goes on: from which checkpoint, with which settings of its own, and with what was typed anew.
+
+checkpoint = find_checkpoint(resolved)              # (all ranks) verified before anything is read or loaded
+checkpoints = begin_record(resolved, base, pages)   # (all ranks) noted for whoever goes on with this one
+honour_typed(trainer)                               # (all ranks) once the Trainer has loaded the checkpoint
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch.optim.lr_scheduler import LambdaLR
+
+from training import zero3
+from training.checkpoints import Checkpoints, check_whole, newest_whole, read_manifest, step_of
+from training.errors import SettingsError
+from training.processes import local_rank, say, world_size
+from training.run_record import write_record
+from training.settings import Resolved
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+def find_checkpoint(resolved: Resolved) -> Path | None:
+    """(all ranks) The whole checkpoint from which training goes on; None where it begins at step 0.
+
+    Raises `SettingsError` where there is none that can be gone on from. From here on this process reads no pickle that
+    brings anything but tensors and plain values.
+    """
+    # torch.load then ignores the weights_only=False that DeepSpeed 0.19.8 asks for: a manifest can be forged, too.
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    asked, output_dir = resolved.training["resume_from_checkpoint"], Path(resolved.training["output_dir"])
+    if resolved.settings.resume:
+        checkpoint = newest_whole(output_dir)
+        if checkpoint is None:
+            say(f"{output_dir} has no checkpoint yet: this run begins at step 0 again, with its settings and pages")
+            return None
+    elif asked:
+        check_whole(checkpoint := Path(asked))
+    else:
+        return None
+    written = read_manifest(checkpoint)
+    files, processes = written["files"], written["record"]["processes"]
+    zero = resolved.deepspeed is not None
+    if not any(name == "optimizer.pt" or name.endswith("optim_states.pt") for name in files):
+        raise SettingsError(
+            f"{checkpoint} holds weights only (--save_only_model): give them to a new run as --base_model"
+        )
+    if zero and processes != world_size():
+        raise SettingsError(
+            f"{checkpoint} was written by {processes} processes and resumes on as many, not on {world_size()}; "
+            f"its weights alone go on with --base_model {checkpoint}"
+        )
+    if zero:
+        zero3.trust_own_classes()
+    say(f"going on from {checkpoint}, whole by its manifest")
+    return checkpoint
+
+
+def steps_before(checkpoint: Path | None) -> int:
+    """The step at which a run goes on."""
+    return 0 if checkpoint is None else step_of(checkpoint) or 0
+
+
+def begin_record(resolved: Resolved, base: str, pages: Mapping[str, str]) -> Checkpoints:
+    """(all ranks) Note what this run is, once its base and its pages are known by their fingerprints; returns where its
+    checkpoints go.
+
+    Raises `SettingsError` where the base's weights are others than those that the run began with.
+    """
+    output_dir, before = Path(resolved.training["output_dir"]), (resolved.earlier or {}).get("base", base)
+    if before != base:
+        raise SettingsError(
+            f"--base_model {resolved.settings.base_model} holds other weights than when the run in {output_dir} began; "
+            "put those back, or begin a new run"
+        )
+    record = resolved.record | {"base": base, "pages": dict(pages)}
+    if local_rank() == 0:  # on a shared disk all write the same
+        write_record(output_dir, record)
+    checkpoints = Checkpoints(output_dir, resolved.training["save_total_limit"], record)
+    checkpoints.clear()
+    return checkpoints
+
+
+def honour_typed(trainer: Trainer) -> None:
+    """(all ranks) What a checkpoint brings back, but the settings say anew: rates, decay, and when to log and save.
+
+    The Trainer (transformers 5.23) takes the optimizer's groups, the schedule's rates and its intervals as they were
+    saved, whatever was typed since.
+    """
+    args, scheduler = trainer.args, trainer.lr_scheduler
+    trainer.state.compute_steps(args, trainer.state.max_steps)
+    groups = trainer.optimizer.param_groups
+    for number, group in enumerate(groups):
+        # The Trainer's two groups: what decays, and norms and biases, which do not.
+        decays = len(groups) != 2 or number == 0
+        typed = {"weight_decay": args.weight_decay if decays else 0.0, "eps": args.adam_epsilon}
+        typed |= {"betas": (args.adam_beta1, args.adam_beta2), "initial_lr": args.learning_rate}
+        group |= {name: value for name, value in typed.items() if name in group}
+    if isinstance(scheduler, LambdaLR):
+        scheduler.base_lrs = [args.learning_rate for _ in scheduler.base_lrs]
+        rates = [args.learning_rate * shape(scheduler.last_epoch) for shape in scheduler.lr_lambdas]
+        for group, rate in zip(groups, rates):
+            group["lr"] = rate
+        scheduler._last_lr = rates
