@@ -374,8 +374,8 @@ def test_a_gradient_that_is_not_finite_on_one_rank_poisons_no_weight(start, rank
     rate = {"learning_rate": 1e-3, "warmup_steps": 0, "lr_scheduler_type": "constant", "gradient_accumulation_steps": 1}
     flags = small_run(exact_base, pages_folder, **rate, max_steps=4)
     options = {"processes": ranks} if ranks > 1 else {}
-    played = {"HOLO1_STATUS_DIR": str(status), "POISONED": str(ranks - 1)}
-    done = start(flags, tmp_path, script=str(PROGRAMS / "poisoned_gradient.py"), env=played, **options)
+    played = {"HOLO1_STATUS_DIR": str(status), "FAULT": f"nan@{ranks - 1}:3"}
+    done = start(flags, tmp_path, script=str(PROGRAMS / "faults.py"), env=played, **options)
     codes = [(status / f"rank-{rank}").read_text() for rank in range(ranks)]
     assert codes == ["82"] * ranks, output(done)
     assert "gradients are not finite at step 3" in done.stderr
