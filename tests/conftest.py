@@ -4,15 +4,18 @@
 whose pictures PIL has drawn. Both are made once for the whole session.
 """
 
+import contextlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -237,7 +240,7 @@ def pages_folder(tmp_path_factory) -> Path:
 
 def run_script(*command: str, cwd: Path, timeout: int = 300, env: dict | None = None) -> subprocess.CompletedProcess:
     """A script of this project in a process of its own, as a user starts it."""
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **(env or {})}
+    environment = warm.usual_environment() | (env or {})
     return subprocess.run(
         [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
     )
@@ -353,15 +356,79 @@ def small_run(base: Path, pages: Path, **settings) -> list[str]:
     return flags
 
 
-def start_plain(flags: list[str], cwd: Path, script: str = MAIN, **options) -> subprocess.CompletedProcess:
-    return run_script(script, *flags, cwd=cwd, **options)
+def start_plain(
+    flags: list[str],
+    cwd: Path,
+    script: str = MAIN,
+    cold: bool = False,
+    timeout: int = 300,
+    env: dict | None = None,
+) -> subprocess.CompletedProcess:
+    """`python script *flags`: the script as `__main__` in a forked process (tests/warm.py); cold, in a fresh one."""
+    environment = warm.usual_environment() | (env or {})
+    done = None if cold else warm.run(script, flags, cwd, environment, timeout)
+    return done or run_script(script, *flags, cwd=cwd, timeout=timeout, env=env)
 
 
 def start_torchrun(
-    flags: list[str], cwd: Path, processes: int = 2, script: str = MAIN, **options
+    flags: list[str],
+    cwd: Path,
+    processes: int = 2,
+    script: str = MAIN,
+    cold: bool = False,
+    timeout: int = 300,
+    env: dict | None = None,
 ) -> subprocess.CompletedProcess:
+    """The script as `__main__` of so many forked processes, with the environment, the store and the ends that torchrun
+    gives them (tests/warm.py); cold, by torchrun itself."""
+    environment = warm.usual_environment() | (env or {})
+    done = None if cold else warm.run(script, flags, cwd, environment, timeout, processes)
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
-    return run_script(*launcher, script, *flags, cwd=cwd, **options)
+    return done or run_script(*launcher, script, *flags, cwd=cwd, timeout=timeout, env=env)
+
+
+class Running:
+    """A training in the background, in one process; both its streams go into one file."""
+
+    def __init__(self, process: warm.Forked | subprocess.Popen, log: Path):
+        self.process, self.log = process, log
+        self.pid, self.send_signal, self.poll, self.wait = process.pid, process.send_signal, process.poll, process.wait
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait_for_line(self, start: str, seconds: float) -> None:
+        """Until it has said a line that starts so; it must not end before, nor take longer."""
+        until = time.monotonic() + seconds
+        while not any(line.startswith(start) for line in self.said().splitlines()):
+            assert self.poll() is None and time.monotonic() < until, self.said()
+            time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def in_background(
+    flags: list[str],
+    cwd: Path,
+    script: str = MAIN,
+    cold: bool = False,
+    env: dict | None = None,
+):
+    """`start_plain` without waiting: a `Running` that is over when the block is."""
+    environment = warm.usual_environment() | (env or {})
+    log = cwd / "said.log"
+    with log.open("wb") as stream:
+        pipes = {"stdout": stream.fileno(), "stderr": stream.fileno()}
+        process = None if cold else warm.fork(script, flags, cwd, environment, **pipes)
+        if process is None:
+            command = [sys.executable, script, *flags]
+            process = subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, **pipes)
+    try:
+        yield Running(process, log)
+    finally:
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(10)
 
 
 def start_deepspeed(flags: list[str], cwd: Path, processes: int = 1, config=None, script: str = MAIN, **options):
@@ -375,7 +442,7 @@ def start_deepspeed(flags: list[str], cwd: Path, processes: int = 1, config=None
 
 
 def start_zero_3(flags: list[str], cwd: Path, processes: int = 1, config=None, **options):
-    """The same training by torchrun: DeepSpeed's launcher takes two processes and 9 s of CPU more."""
+    """The same training as `start_torchrun` starts it: DeepSpeed's launcher takes two processes and 9 s of CPU more."""
     environment = ON_CPU | options.pop("env", {})
     return start_torchrun([*zero_3(cwd, config), *flags], cwd, processes, env=environment, **options)
 

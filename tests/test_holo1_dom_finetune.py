@@ -26,6 +26,7 @@ from conftest import (
     PROGRAMS,
     ROOT,
     free_port,
+    in_background,
     loaded_for_help,
     make_base,
     make_config,
@@ -90,7 +91,7 @@ def test_plan_needs_neither_gpu_nor_weights(tmp_path):
 
 @pytest.mark.slow
 def test_supervision_is_shown_without_loading_a_model(tiny_base, pages_folder, tmp_path):
-    done = run_script(MAIN, *small_run(tiny_base, pages_folder, show_supervision=True), cwd=tmp_path)
+    done = start_plain(small_run(tiny_base, pages_folder, show_supervision=True), tmp_path)
     assert done.returncode == 0, done.stderr
     assert "\033[32m<!DOCTYPE html>" in done.stdout and "rehearsal" not in done.stdout
 
@@ -206,7 +207,7 @@ def test_every_step_is_logged_and_drawn(tiny_base, pages_folder, tmp_path):
     from PIL import Image
 
     flags = small_run(tiny_base, pages_folder, max_steps=3, eval_every=2, eval_pages=4, report_to="tensorboard")
-    done = start_plain(flags, tmp_path)
+    done = start_plain(flags, tmp_path, cold=True)
     assert done.returncode == 0, output(done)
     steps = [line for line in done.stdout.splitlines() if line.startswith("step ") and "loss" in line]
     assert len(steps) == 3
@@ -237,7 +238,8 @@ def test_a_batch_that_does_not_fit_restarts_with_half_as_many_pages(start, faili
     pages = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     flags = small_run(exact_base, pages_folder, compare_base=True, **pages)
     environment = {"FAILING_RANKS": failing}
-    done = start(flags, tmp_path, script=script, processes=2, timeout=120, env=environment)
+    options = {"cold": True} if start is start_torchrun else {}  # its store keeps what the first attempt left in it
+    done = start(flags, tmp_path, script=script, processes=2, timeout=120, env=environment, **options)
     assert done.returncode == 0, output(done)
     assert "restarting with --micro_batch 2" in done.stdout
     assert "4 pages x 1 accumulated x 2 processes = 8 pages per step" in done.stdout
@@ -285,23 +287,15 @@ def layout(folder) -> dict:
 # Stopping and resuming
 
 
-def run_in_background(flags, cwd):
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, MAIN, *flags], cwd=cwd, env=environment, stdout=pipe, text=True)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_the_step_and_resume_goes_on_from_it(number, tiny_base, pages_folder, tmp_path):
     flags = small_run(tiny_base, pages_folder, max_steps=400, gradient_accumulation_steps=1)
-    process = run_in_background(flags, tmp_path)
-    for line in process.stdout:
-        if line.startswith("step 3/"):
-            process.send_signal(number)
-            break
-    rest = process.stdout.read()
-    assert process.wait(timeout=60) == 85, rest
+    cold = number == signal.SIGINT  # by hand, where it is Ctrl-C
+    with in_background(flags, tmp_path, cold=cold) as process:
+        process.wait_for_line("step 3/", 120)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == 85, process.said()
     checkpoint = newest_checkpoint(tmp_path / "holo1_dom_finetune_output")
     step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
     assert step >= 3 and checkpoint.name == f"checkpoint-{step}"
@@ -380,8 +374,8 @@ def test_a_gradient_that_is_not_finite_on_one_rank_poisons_no_weight(start, rank
     rate = {"learning_rate": 1e-3, "warmup_steps": 0, "lr_scheduler_type": "constant", "gradient_accumulation_steps": 1}
     flags = small_run(exact_base, pages_folder, **rate, max_steps=4)
     options = {"processes": ranks} if ranks > 1 else {}
-    played = {"HOLO1_STATUS_DIR": str(status), "POISONED": str(ranks - 1)}
-    done = start(flags, tmp_path, script=str(PROGRAMS / "poisoned_gradient.py"), env=played, **options)
+    played = {"HOLO1_STATUS_DIR": str(status), "FAULT": f"nan@{ranks - 1}:3"}
+    done = start(flags, tmp_path, script=str(PROGRAMS / "faults.py"), env=played, **options)
     codes = [(status / f"rank-{rank}").read_text() for rank in range(ranks)]
     assert codes == ["82"] * ranks, output(done)
     assert "gradients are not finite at step 3" in done.stderr
@@ -484,13 +478,13 @@ def test_a_resumed_run_knows_the_best_weights_and_what_they_wrote(tiny_base, pag
     step = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     flags = small_run(tiny_base, pages_folder, eval_every=1, eval_pages=4, compare_base=True, **step)
     planned = {"before": 0.0, "step 1": 0.5, "step 2": 0.4}
-    done = run_script(PLANNED, *flags, cwd=tmp_path, env={"PLANNED": json.dumps(planned)})
+    done = start_plain(flags, tmp_path, script=PLANNED, env={"PLANNED": json.dumps(planned)})
     assert done.returncode == 1 and "KeyError: 'step 3'" in done.stderr, output(done)
     planned |= {"step 3": 0.3, "after": 0.1}
     evaluation = tmp_path / "holo1_dom_finetune_output" / "evaluation"
     for folder in evaluation.glob("rendered_step_1*"):  # then they are rendered again
         shutil.rmtree(folder)
-    done = run_script(PLANNED, *flags, "--resume", cwd=tmp_path, env={"PLANNED": json.dumps(planned)})
+    done = start_plain([*flags, "--resume"], tmp_path, script=PLANNED, env={"PLANNED": json.dumps(planned)})
     assert done.returncode == 0, output(done)
     assert "step 1 scored 0.500, the end 0.100: the better is final" in done.stdout
     results = json.loads((evaluation / "results.json").read_text())

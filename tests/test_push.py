@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import warm
 from conftest import MAIN, ROOT, make_pages, small_run
 from fake_hub import READER, WRITER, FakeHub
 
@@ -11,9 +12,11 @@ TRAIN = {"max_steps": 1, "push_to_hub": True, "private_repo": True, "hub_repo": 
 
 
 def train(hub: FakeHub, base, pages, cwd, token: str | None = WRITER) -> subprocess.CompletedProcess:
-    command = [sys.executable, MAIN, *small_run(base, pages, **TRAIN)]
-    environment = hub.environment(cwd / "home", token=token)
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    environment, flags = hub.environment(cwd / "home", token=token), small_run(base, pages, **TRAIN)
+    options = {"cwd": cwd, "timeout": 300}
+    return warm.run(MAIN, flags, environment=environment, **options) or subprocess.run(
+        [sys.executable, MAIN, *flags], env=environment, capture_output=True, text=True, **options
+    )
 
 
 @pytest.mark.slow
