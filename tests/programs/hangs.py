@@ -1,7 +1,7 @@
 """The real training script, but for one thing that happens on rank AT_RANK when the step AT_STEP begins: HOW is
 
     hang    the main thread is stuck, for ever, as in a collective that nobody else has called
-    memory  the memory runs out
+    memory  the memory runs out; with OTHERS=hang, the other ranks are stuck in that step, as NCCL would wait
     pages   the main thread is stuck where pages are read, before any step
     judge   each batch of held-out pages is written only once a file `go_on` is in the current folder
 
@@ -34,10 +34,11 @@ def reached() -> None:
 
 
 def stuck_loss(self, *arguments, **options):
-    if mine and self.state.global_step + 1 == int(os.environ["AT_STEP"]):
+    others = not mine and os.environ.get("OTHERS") == "hang"
+    if (mine or others) and self.state.global_step + 1 == int(os.environ["AT_STEP"]):
         names = [*arguments[1]["pages"]]
         reached()
-        if how == "memory":
+        if how == "memory" and mine:
             raise torch.OutOfMemoryError("CUDA out of memory, as planned by the test")
         print("hangs on", *names, flush=True)
         time.sleep(10_000)
