@@ -450,7 +450,7 @@ class Steps(TrainerCallback):
         gc.freeze()
         trainer.meter.reset()
         stop.at_the_end_of_a_step()
-        heart.enter("training")
+        heart.enter("training", state.global_step)
 
     def on_pre_optimizer_step(
         self,
