@@ -16,14 +16,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from transformers import Trainer
 
 import holo1_dom_finetune as pipeline
 from training import evaluation
+from training.heartbeat import heart
 from training.processes import rank
 
 how, mine = os.environ["HOW"], rank() == int(os.environ.get("AT_RANK", "0"))
 compute_loss, prepare_pages, write_pages = (
-    pipeline.PageTrainer.compute_loss,
+    Trainer.compute_loss,
     pipeline.prepare_pages,
     evaluation.use.write_pages,
 )
@@ -36,11 +38,10 @@ def reached() -> None:
 def stuck_loss(self, *arguments, **options):
     others = not mine and os.environ.get("OTHERS") == "hang"
     if (mine or others) and self.state.global_step + 1 == int(os.environ["AT_STEP"]):
-        names = [*arguments[1]["pages"]]
         reached()
         if how == "memory" and mine:
             raise torch.OutOfMemoryError("CUDA out of memory, as planned by the test")
-        print("hangs on", *names, flush=True)
+        print("hangs on", *heart.pages, flush=True)
         time.sleep(10_000)
     return compute_loss(self, *arguments, **options)
 
@@ -69,7 +70,7 @@ def judged(self, real=pipeline.Evaluator.copy):
 
 
 if how in ("hang", "memory"):
-    pipeline.PageTrainer.compute_loss = stuck_loss
+    Trainer.compute_loss = stuck_loss
 elif how == "pages":
     pipeline.prepare_pages = stuck_pages
 else:
