@@ -450,7 +450,7 @@ class Steps(TrainerCallback):
         gc.freeze()
         trainer.meter.reset()
         stop.at_the_end_of_a_step()
-        heart.enter("training")
+        heart.enter("training", state.global_step)
 
     def on_pre_optimizer_step(
         self,
@@ -834,18 +834,31 @@ def fine_tune(
     seconds = time.monotonic() - start
     if memory_plan:
         compare_with_plan(trainer, memory_plan)
-    # Saved, with a card, before it is judged: whatever happens in evaluation, a whole model is on disk.
-    final = Path(settings.final_dir) / use.FINAL_FOLDER
-    save(final)
-    say(f"saved: {here(final)} has the base's {len(tensors)} tensors, same keys, shapes and dtypes")
     facts |= {"train_loss": result.training_loss, "steps": trainer.state.global_step, "seconds": seconds}
     facts |= {"pages_trained": len(training), "pages_held_out": len(pages.held_out), "drops": pages.report}
-    on_main(lambda: describe(final, settings, resolved.training, facts, recipe, evaluator.results.by_label))
-    stop.at_once(StoppedError.code, saved_words(final, checkpoints.newest, settings))
+    final = keep_model(save, evaluator, resolved, facts, recipe, checkpoints.newest)
     on_main(lambda: draw_loss(trainer.state.log_history, Path(args.output_dir) / "loss.png"))
     evaluator.evaluate("after")
     heart.enter("publishing")
     on_main(lambda: finish(final, evaluator, resolved, facts, recipe))
+
+
+def keep_model(
+    save: Callable[[Path], None],
+    evaluator: Evaluator,
+    resolved: Resolved,
+    facts: dict,
+    recipe: dict,
+    state: Path | None,
+) -> Path:
+    """(all ranks) The final folder, with a card before it is judged: whatever happens there, a whole model is on disk,
+    and a run that is stopped from here on ends at once. `state` is the newest checkpoint."""
+    final = Path(resolved.settings.final_dir) / use.FINAL_FOLDER
+    save(final)
+    say(f"saved: {here(final)} has the base's {len(evaluator.tensors)} tensors, same keys, shapes and dtypes")
+    on_main(lambda: describe(final, resolved.settings, resolved.training, facts, recipe, evaluator.results.by_label))
+    stop.at_once(StoppedError.code, saved_words(final, state, resolved.settings))
+    return final
 
 
 def finish(final: Path, evaluator: Evaluator, resolved: Resolved, facts: dict, recipe: dict) -> None:

@@ -44,7 +44,7 @@ from conftest import (
 )
 
 import holo1_dom_finetune as pipeline
-from training.checkpoints import newest_checkpoint
+from training.checkpoints import checkpoints_in
 from training.settings import PageSettings
 
 # -----------------------------------------------------------------------------
@@ -288,15 +288,18 @@ def layout(folder) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_the_step_and_resume_goes_on_from_it(number, tiny_base, pages_folder, tmp_path):
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGUSR1, "SAVE_AND_STOP"])
+def test_a_request_saves_the_step_and_resume_goes_on_from_it(asked, tiny_base, pages_folder, tmp_path):
+    """By SLURM's warning and by a file, too; the other signals go the same way (tests/training/test_stopping.py)."""
     flags = small_run(tiny_base, pages_folder, max_steps=400, gradient_accumulation_steps=1)
-    cold = number == signal.SIGINT  # by hand, where it is Ctrl-C
-    with in_background(flags, tmp_path, cold=cold) as process:
+    with in_background(flags, tmp_path, cold=asked == signal.SIGTERM) as process:
         process.wait_for_line("step 3/", 120)
-        process.send_signal(number)
+        if isinstance(asked, str):
+            (tmp_path / "holo1_dom_finetune_output" / asked).touch()
+        else:
+            process.send_signal(asked)
         assert process.wait(timeout=60) == 85, process.said()
-    checkpoint = newest_checkpoint(tmp_path / "holo1_dom_finetune_output")
+    checkpoint = checkpoints_in(tmp_path / "holo1_dom_finetune_output")[0]
     step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
     assert step >= 3 and checkpoint.name == f"checkpoint-{step}"
     done = start_plain([*flags, "--max_steps", str(step + 2), "--resume"], tmp_path)
