@@ -396,7 +396,8 @@ class Run:
     def clear_up(self) -> None:
         """Nothing of this run is left: no process, no watchdog, no folder."""
         self.kill_all()
-        os.write(self.pipe, b".")
+        with contextlib.suppress(BrokenPipeError):  # somebody has killed it
+            os.write(self.pipe, b".")
         os.close(self.pipe)
         os.waitpid(self.watchdog, 0)
         shutil.rmtree(self.status_dir, ignore_errors=True)
@@ -454,7 +455,8 @@ class Run:
         elif self.failed(living, codes):
             time.sleep(0.1)  # a rank may die and take another down between our looks at processes and codes
             living, codes = self.living(), self.codes()
-            failed = self.failed(living, codes)
+            if not (failed := self.failed(living, codes)):
+                return  # its code was half written
             # A rank that says why comes first, then one that was killed; a bare 1 may be what the other's end has done.
             order = {rank: 0 if codes.get(rank) in OWN_CODES else 2 if rank in codes else 1 for rank in failed}
             self.failed_first = sorted(rank for rank in failed if order[rank] == min(order.values()))
@@ -476,9 +478,8 @@ class Run:
         others cannot save, and not for ever."""
         died = [rank for rank in self.failed_first if rank not in codes]
         beats = {} if died or time.monotonic() > self.deadline + SAVING_S else self.beats()
-        return any(
-            beat.get("stage") == "saving" for rank, beat in beats.items() if rank in living and rank not in codes
-        )
+        saving = [rank for rank, beat in beats.items() if beat.get("stage") == "saving"]
+        return any(rank in living and rank not in codes for rank in saving)
 
     def take_signal(self, living: dict[int, int]) -> bool:
         """Passes on the signal that has arrived within a tenth of a second; whether it ends everything at once."""
@@ -521,7 +522,7 @@ class Run:
         why = [] if code == 84 and self.hang else self.causes(missing)
         if code == 85:
             why = [self.saved(), *why]
-        elif code != 1 or not why:
+        elif code != 1 or not missing:
             why = [MEANINGS.get(code, f"the script's own code {code}") + (f": {self.hang}" if code == 84 else ""), *why]
         return code, "; ".join(why)
 
@@ -594,9 +595,8 @@ class Run:
         """The stage of the rank that has come furthest, and the output folder; empty where no rank has said them."""
         beats = self.beats().values()
         folder = next((beat["output_dir"] for beat in beats if beat.get("output_dir")), "")
-        return max(
-            (beat.get("stage") for beat in beats if beat.get("stage") in STAGES), key=STAGES.index, default=""
-        ), folder
+        stages = [beat["stage"] for beat in beats if beat.get("stage") in STAGES]
+        return max(stages, key=STAGES.index, default=""), folder
 
     def saved(self) -> str:
         """What code 85 means, by what the ranks said when they were stopped."""
@@ -645,10 +645,8 @@ def start(
         met = run.place()[0] not in ("", *STAGES[:2])
         if code == 1 and not met and not args.node_rank and (trouble := bind_trouble(args.master_port)):
             code = 2
-            why = (
-                f"the ranks could not meet: --master_port {args.master_port}: {trouble}, another process has taken it "
-            )
-            why += "since the start; give another, or start again without for the next free one"
+            why = f"the ranks could not meet: --master_port {args.master_port}: {trouble}, another process has taken "
+            why += "it since the start; give another, or start again without for the next free one"
         elsewhere = "; or another machine failed: see there" if code == 1 and args.num_nodes > 1 else ""
         say(f"exit {code}: {why}{elsewhere}")
         return code, {} if run.signal or code != OUT_OF_MEMORY_CODE else run.smaller()
