@@ -45,6 +45,7 @@ GRACE_S = 10  # the other ranks' time when one has failed, and the launcher's wh
 ORPHAN_GRACE_S = 4.5  # all ranks' time when the launcher was killed: after 5 s none may be left,
 SAVING_S = 600  # but for one that saves: a save is not cut before this time
 SILENT_S = 10  # a beat comes once a second; a rank that writes none for so long has been stopped or starved
+QUIET_S = 3  # a hang is believed so long after its limit: who has written no beat since is the one that is stopped
 STACKS_S = 2  # the time of ranks to write their stacks
 MOST_SMALLER = 6  # starts again with a smaller micro-batch
 CHECK_S = 60  # the script's check of its settings takes some seconds; longer on a cold network disk
@@ -564,8 +565,9 @@ class Run:
             if rank in living and rank not in codes:
                 since, limit_s = max(beat.get("since", now), self.counts_from), beat.get("limit_s")
                 silent_s = now - max(beat["written"], self.counts_from)
-                entry = (silent_s <= SILENT_S / 2, since, rank)
-                if (limit_s is not None and now - since > limit_s) or silent_s > max(limit_s or 60, SILENT_S):
+                entry = (silent_s <= QUIET_S, since, rank)
+                late = limit_s is not None and now - since > limit_s + QUIET_S
+                if late or silent_s > max(limit_s or 60, SILENT_S):
                     found.append(entry)
                 elif silent_s > SILENT_S:
                     silent_too.append(entry)  # the others may wait for it, under a shorter limit than its own
