@@ -664,7 +664,10 @@ def train(args: argparse.Namespace, gpus: list[str], passed_on: list[str]) -> in
             signal.signal(number, lambda number, frame: arrived.put(number))
     code, smaller = start(args, gpus, passed_on, arrived)
     for _ in range(MOST_SMALLER):
-        if not smaller or not args.retry_smaller or not arrived.empty():
+        if not smaller or not args.retry_smaller:
+            break
+        if not arrived.empty():
+            say(f"{signal.Signals(arrived.get()).name}: not starting again")
             break
         more = ["--micro_batch", str(smaller["micro_batch"])]
         more += ["--resume"] if smaller.get("resume") and "--resume" not in passed_on else []

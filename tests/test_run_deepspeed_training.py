@@ -2,7 +2,7 @@
 
 The runs themselves are in test_run_deepspeed_training_launched.py.
 
-Sections: Command line, Checks, The script's own check, Several machines, Last line.
+Sections: Command line, Checks, The script's own check, Port, Several machines, Last line, Out of memory.
 """
 
 import json
@@ -286,6 +286,24 @@ def test_a_script_that_takes_its_settings_from_ours_knows_the_check_where_they_d
 
 
 # -----------------------------------------------------------------------------
+# Port
+
+
+def test_a_port_that_another_run_has_chosen_is_not_taken_though_nobody_listens_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(wrapper.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(wrapper, "bind_trouble", lambda port: "")
+    args, _ = wrapper.read_command_line(["--num_nodes", "1"])
+    (tmp_path / f"holo1-port-{os.getuid()}-{wrapper.DEFAULT_PORT}").write_text("")  # of a wrapper that was killed
+    assert wrapper.port_problems(args) == [] and args.master_port == wrapper.DEFAULT_PORT
+    said = f"--master_port {args.master_port}: another run of yours has it; give another, or none for the next free one"
+    assert wrapper.port_problems(args) == [said]
+    args.master_port = None
+    assert wrapper.port_problems(args) == [] and args.master_port == wrapper.DEFAULT_PORT + 1
+    wrapper.release_ports()
+    assert [*tmp_path.iterdir()] == []
+
+
+# -----------------------------------------------------------------------------
 # Several machines
 
 HOSTFILE = "HOSTFILE_WRITTEN_AT_THE_START"
@@ -521,3 +539,46 @@ def test_silence_while_the_wrapper_slept_itself_is_no_hang(ended):
     run.looked, run.counts_from = time.time(), 0.0  # as if it had looked all along
     assert [rank for *_, rank in run.hanging(living, {})] == [0, 1]
     assert run.hanging(living, {0: 0, 1: 0}) == [] and run.hanging({}, {}) == []
+
+
+# -----------------------------------------------------------------------------
+# Out of memory
+
+
+@pytest.fixture
+def starts(monkeypatch):
+    """The flags of each start of a run whose memory never does. The run itself is played: real ones are slow, and a
+    signal that comes between two of them cannot be timed. `at_start` is called in each."""
+    made, at_start = [], []
+    handlers = {number: signal.getsignal(number) for number in wrapper.SIGNALS}
+
+    def start(args, gpus, passed_on, arrived):
+        made.append(passed_on)
+        for call in at_start:
+            call()
+        return 83, {"micro_batch": 1, "resume": True}
+
+    monkeypatch.setattr(wrapper, "start", start)
+    yield made, at_start
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_memory_that_never_does_is_tried_six_times_more(starts):
+    args, passed_on = wrapper.read_command_line(["--num_nodes", "1", "--resume"])
+    assert wrapper.train(args, [], passed_on) == 83
+    assert starts[0] == [["--resume"]] + 6 * [["--resume", "--micro_batch", "1"]]
+
+
+def test_a_signal_between_two_starts_ends_it(starts, capsys):
+    starts[1].append(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    args, passed_on = wrapper.read_command_line(["--num_nodes", "1"])
+    assert wrapper.train(args, [], passed_on) == 83
+    assert len(starts[0]) == 1 and "SIGTERM: not starting again" in capsys.readouterr().err
+
+
+def test_on_several_machines_the_start_again_is_the_user_s(starts, capsys):
+    args, passed_on = wrapper.read_command_line(SECOND_OF_TWO)
+    assert wrapper.train(args, [], passed_on) == 83
+    assert len(starts[0]) == 1
+    assert "start again on every machine, with --micro_batch 1 --resume" in capsys.readouterr().err
