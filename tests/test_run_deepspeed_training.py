@@ -570,6 +570,12 @@ def test_memory_that_never_does_is_tried_six_times_more(starts):
     assert starts[0] == [["--resume"]] + 6 * [["--resume", "--micro_batch", "1"]]
 
 
+def test_memory_that_ran_out_is_left_at_that_where_it_was_asked(starts):
+    args, passed_on = wrapper.read_command_line(["--num_nodes", "1", "--no_retry_smaller"])
+    assert wrapper.train(args, [], passed_on) == 83
+    assert starts[0] == [[]]
+
+
 def test_a_signal_between_two_starts_ends_it(starts, capsys):
     starts[1].append(lambda: os.kill(os.getpid(), signal.SIGTERM))
     args, passed_on = wrapper.read_command_line(["--num_nodes", "1"])
