@@ -585,12 +585,13 @@ class Run:
         self.hang, self.ended_by_us = f"rank {self.hung}, " + ", ".join(known), [*living]
         others = f"; ranks {sorted(rank for *_, rank in hanging[1:])} wait, too" if hanging[1:] else ""
         say(f"a rank hangs: {self.hang}{others}; ranks {[*living]} write their stacks and are ended")
+        files = [Path(beat["stacks"]) for _, beat in sorted(beats.items()) if beat.get("stacks")]
+        before = {file: file.stat().st_size for file in files if file.is_file()}  # they may hold those of earlier runs
         asked = [pid for rank, pid in living.items() if rank in beats]  # without a handler the signal kills
         self.send(signal.SIGUSR2, asked)
         self.send(signal.SIGCONT, asked)  # a stopped process writes its own, too
         time.sleep(STACKS_S)
-        files = [Path(beat["stacks"]) for _, beat in sorted(beats.items()) if beat.get("stacks")]
-        files = [str(file) for file in files if file.is_file() and file.stat().st_size]
+        files = [str(file) for file in files if file.is_file() and file.stat().st_size > before.get(file, 0)]
         self.hang += "; stacks: " + (", ".join(files) or "none were written")
 
     def place(self) -> tuple[str, str]:
