@@ -33,14 +33,14 @@ from training.settings import (
     TRAINING_DEFAULTS,
     PageSettings,
     Resolved,
+    answer,
     check_settings,
-    parse,
     penalties,
     resolve,
 )
 
-if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
-    parse(sys.argv[1:])  # answers and ends here: torch, and all that needs it, takes seconds to load
+if __name__ == "__main__" and {"-h", "--help", "--check_settings"} & {*sys.argv}:
+    answer(sys.argv[1:])  # and end here: torch, and all that needs it, takes seconds to load
 
 import torch
 from datasets import Dataset
@@ -763,6 +763,8 @@ def run(argv: list[str]) -> None:
     resolved = resolve(argv)
     check_settings(resolved)
     settings = resolved.settings
+    if settings.check_settings:
+        return None
     if settings.plan:
         base = fetch_base(settings)
         parameters = sum(math.prod(tensor.shape) for tensor in base_tensors(base, settings).values())

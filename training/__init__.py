@@ -23,6 +23,8 @@ Rooms from top to bottom; each may import those below it, and none above:
     zero3           all that is known of DeepSpeed's insides
     memory_plan     how much memory a step takes, and which way to train is fastest among those that fit
     settings        every setting, how command line and JSON meet, what is refused
+    training_arguments  which fields of transformers' own settings hold here, and within which bounds
+    command_line    the command line, read to its end: every flag, and all that is wrong with it at once
     checkpoints     what a training leaves in its output folder, and what another one finds there
     dataset         from a dataset to checked and split pages; each known dataset is one entry
     cleaning        what no screenshot shows goes from the HTML
