@@ -727,9 +727,10 @@ def make_arguments(resolved: Resolved) -> TrainingArguments:
     Raises `SettingsError` for what transformers refuses, `PipelineError` where the Trainer counts other processes than
     the launcher has started: each would then train on all pages.
     """
-    # Started plainly, without any launcher: DeepSpeed would ask MPI who it is.
+    # Started plainly, without any launcher: DeepSpeed would ask MPI who it is. Port 0 is a free one, which the system
+    # gives to the one process: no other can take it in between.
     if resolved.deepspeed is not None and "RANK" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         os.environ.update({name: os.environ.get(name, value) for name, value in alone.items()})
     training = {**resolved.training, "deepspeed": resolved.deepspeed}
     if resolved.deepspeed is not None and not torch.cuda.is_available():

@@ -307,6 +307,8 @@ def resolve(argv: list[str], machine: Machine | None = None) -> Resolved:
     values["output_dir"] = os.path.expanduser(values["output_dir"])
     gpus = local_world_size() if gpu else 0
     resolve_workers(values, typed, gpus, notes)
+    if gpu is not None or "dataloader_num_workers" in typed:
+        problems += fields_of_transformers.worker_problems(values, typed)
     resolve_micro_batch(values, typed, gpus, problems)
     if (values["lora"] or values["quantize"] == "4bit") and not {"learning_rate", "demo"} & set(typed):
         values["learning_rate"] = LORA_LEARNING_RATE

@@ -201,7 +201,7 @@ SCHEDULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 
-# The packages of each integration of --report_to: all of a group, of any group.
+# The packages that each integration of --report_to needs; of those with a bar between, one.
 REPORTS = {
     "azure_ml": "azureml",
     "clearml": "clearml",
@@ -214,7 +214,7 @@ REPORTS = {
     "mlflow": "mlflow",
     "neptune": "neptune",
     "swanlab": "swanlab",
-    "tensorboard": "tensorboard",
+    "tensorboard": "tensorboard|tensorboardX",
     "trackio": "trackio",
     "wandb": "wandb",
 }
@@ -299,17 +299,16 @@ def impossible(training: dict, typed: dict, deepspeed: dict | None, processes: i
         if typed.get(name) is not None and (deepspeed is not None or processes == 1):
             why = "DeepSpeed stands in for DDP" if deepspeed is not None else "one process needs no DDP"
             problems.append(f"--{name} {typed[name]}: {why}; leave it out")
-    if typed.get("dataloader_num_workers") == 0:
-        for name in (
-            "dataloader_prefetch_factor",
-            "dataloader_persistent_workers",
-            "dataloader_multiprocessing_context",
-        ):
-            if typed.get(name):
-                problems.append(f"--{name} {typed[name]} needs --dataloader_num_workers 1 or more")
     if any("tpu" in str(option).lower() for option in training["debug"] or ()):
         problems.append("--debug tpu_metrics_debug: there is no TPU here; give underflow_overflow, or leave it out")
     return problems
+
+
+def worker_problems(training: dict, typed: dict) -> list[str]:
+    """What torch's DataLoader refuses to have without data workers; `training` has their resolved number."""
+    names = [f"dataloader_{part}" for part in ("prefetch_factor", "persistent_workers", "multiprocessing_context")]
+    beside = [name for name in names if typed.get(name)] if training["dataloader_num_workers"] == 0 else []
+    return [f"--{name} {typed[name]} needs --dataloader_num_workers 1 or more" for name in beside]
 
 
 def installed(package: str) -> bool:
@@ -372,8 +371,8 @@ def schedule_problems(training: dict, typed: dict, deepspeed: dict | None) -> li
     keys, needed = SCHEDULES[schedule]
     for key in options:
         if key not in keys:
-            known = f"of {', '.join(keys)}" if keys else "at all"
-            problems.append(f"--lr_scheduler_kwargs {key}: --lr_scheduler_type {schedule} reads none but {known}")
+            known = f"reads {', '.join(keys)}" if keys else "reads none"
+            problems.append(f"--lr_scheduler_kwargs {key}: --lr_scheduler_type {schedule} {known}")
     if needed and not set(needed) & set(options):
         example = '{"num_decay_steps": 100}' if needed == ("num_decay_steps",) else '{"min_lr_rate": 0.1}'
         problems.append(f"--lr_scheduler_type {schedule} needs --lr_scheduler_kwargs, such as '{example}'")
@@ -392,8 +391,8 @@ def report_problems(training: dict, typed: dict) -> list[str]:
             continue
         if name not in REPORTS:
             problems.append(f"--report_to {name}: give none, all or one of {', '.join(REPORTS)}")
-        elif missing := [package for package in REPORTS[name].split() if not installed(package)]:
-            packages = " and ".join(missing)
+        elif missing := [either for either in REPORTS[name].split() if not any(map(installed, either.split("|")))]:
+            packages = " and ".join(missing).replace("|", " or ")
             problems.append(f"--report_to {name}: {packages} is not installed; install it, or give --report_to none")
         elif name == "kubeflow" and "KUBEFLOW_TRAINER_SERVER_URL" not in os.environ:
             problems.append("--report_to kubeflow: no Kubeflow trainer has started this; give --report_to none")
@@ -408,9 +407,7 @@ def checkpointing_problems(training: dict) -> list[str]:
     name = "activation_checkpointing_kwargs"
     options, problems = json_object(name, training[name])
     if "every_n_layers" in options:
-        problems.append(
-            f"--{name}: every_n_layers is overruled by --checkpoint_share, which says as much; leave it out"
-        )
+        problems.append(f"--{name}: every_n_layers is overruled here; give --checkpoint_share")
     return problems
 
 
