@@ -29,10 +29,10 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
-from training.settings import PageSettings, Resolved, check_settings, parse, penalties, resolve
+from training.settings import PageSettings, Resolved, answer, check_settings, penalties, resolve
 
-if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
-    parse(sys.argv[1:])  # answers and ends here: torch, and all that needs it, takes seconds to load
+if __name__ == "__main__" and {"-h", "--help", "--check_settings"} & {*sys.argv}:
+    answer(sys.argv[1:])  # and end here: torch, and all that needs it, takes seconds to load
 
 import torch
 from datasets import Dataset
@@ -725,9 +725,10 @@ def make_arguments(resolved: Resolved) -> TrainingArguments:
     Raises `SettingsError` for what transformers refuses, `PipelineError` where the Trainer counts other processes than
     the launcher has started: each would then train on all pages.
     """
-    # Started plainly, without any launcher: DeepSpeed would ask MPI who it is.
+    # Started plainly, without any launcher: DeepSpeed would ask MPI who it is. Port 0 is a free one, which the system
+    # gives to the one process: no other can take it in between.
     if resolved.deepspeed is not None and "RANK" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         os.environ.update({name: os.environ.get(name, value) for name, value in alone.items()})
     training = {**resolved.training, "deepspeed": resolved.deepspeed}
     if resolved.deepspeed is not None and not torch.cuda.is_available():
@@ -754,6 +755,8 @@ def run(argv: list[str]) -> None:
     resolved = resolve(argv)
     check_settings(resolved)
     settings = resolved.settings
+    if settings.check_settings:
+        return None
     if settings.plan:
         base = fetch_base(settings)
         parameters = sum(math.prod(tensor.shape) for tensor in base_tensors(base, settings).values())

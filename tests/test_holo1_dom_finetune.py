@@ -7,12 +7,14 @@ Sections: Before training, What is learned, What does not fit and several machin
 Adapters, Evaluation.
 """
 
+import contextlib
 import copy
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,6 +24,7 @@ import torch
 from conftest import (
     GATHERED,
     MAIN,
+    ON_CPU,
     PLAIN_JSON,
     PROGRAMS,
     ROOT,
@@ -41,6 +44,7 @@ from conftest import (
     start_torchrun,
     start_zero_3,
     weights,
+    zero_3,
 )
 
 import holo1_dom_finetune as pipeline
@@ -94,6 +98,16 @@ def test_supervision_is_shown_without_loading_a_model(tiny_base, pages_folder, t
     done = start_plain(small_run(tiny_base, pages_folder, show_supervision=True), tmp_path)
     assert done.returncode == 0, done.stderr
     assert "\033[32m<!DOCTYPE html>" in done.stdout and "rehearsal" not in done.stdout
+
+
+@pytest.mark.slow
+def test_zero_3_without_a_launcher_takes_a_port_that_is_free(tiny_base, pages_folder, tmp_path):
+    flags = [*zero_3(tmp_path, None), *small_run(tiny_base, pages_folder, show_supervision=True)]
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # another program has it already, which is as good
+            held.enter_context(socket.create_server(("", 29500)))
+        done = start_plain(flags, tmp_path, env=ON_CPU)
+    assert done.returncode == 0, output(done)
 
 
 @pytest.mark.slow
