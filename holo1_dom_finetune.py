@@ -725,11 +725,8 @@ def make_arguments(resolved: Resolved) -> TrainingArguments:
     Raises `SettingsError` for what transformers refuses, `PipelineError` where the Trainer counts other processes than
     the launcher has started: each would then train on all pages.
     """
-    # Started plainly, without any launcher: DeepSpeed would ask MPI who it is. Port 0 is a free one, which the system
-    # gives to the one process: no other can take it in between.
     if resolved.deepspeed is not None and "RANK" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        os.environ.update({name: os.environ.get(name, value) for name, value in alone.items()})
+        zero3.begin_alone()
     training = {**resolved.training, "deepspeed": resolved.deepspeed}
     if resolved.deepspeed is not None and not torch.cuda.is_available():
         training |= zero3.begin_on_cpu(training["ddp_timeout"])
