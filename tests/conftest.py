@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -412,10 +413,11 @@ def in_background(
     script: str = MAIN,
     cold: bool = False,
     env: dict | None = None,
+    log: str = "said.log",
 ):
-    """`start_plain` without waiting: a `Running` that is over when the block is."""
+    """`start_plain` without waiting: a `Running` that is over when the block is; it speaks into the file `log`."""
     environment = warm.usual_environment() | (env or {})
-    log = cwd / "said.log"
+    log = cwd / log
     with log.open("wb") as stream:
         pipes = {"stdout": stream.fileno(), "stderr": stream.fileno()}
         process = None if cold else warm.fork(script, flags, cwd, environment, **pipes)
@@ -429,6 +431,20 @@ def in_background(
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait(10)
+
+
+def call_in_processes(function: Callable, arguments: list[list], folder: Path, timeout: float = 120) -> None:
+    """A function of a test file in as many processes at once as there are lists of arguments (paths arrive as text);
+    each must end with 0."""
+    file, calls = sys.modules[function.__module__].__file__, str(PROGRAMS / "calls.py")
+    with contextlib.ExitStack() as block:
+        processes = []
+        for number, own in enumerate(arguments):
+            flags = [file, function.__name__, json.dumps(own, default=str)]
+            run = in_background(flags, folder, script=calls, log=f"said-{number}.log")
+            processes.append(block.enter_context(run))
+        codes = [process.wait(timeout) for process in processes]
+        assert codes == [0] * len(codes), [process.said()[-3000:] for process in processes]
 
 
 def start_deepspeed(flags: list[str], cwd: Path, processes: int = 1, config=None, script: str = MAIN, **options):

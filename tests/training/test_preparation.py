@@ -1,13 +1,12 @@
 """The pages of a run: read once, checked, and the same for every rank."""
 
 import json
-import multiprocessing
 import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import free_port, make_pages, make_processor
+from conftest import call_in_processes, free_port, make_pages, make_processor
 
 from training.errors import DataError
 from training.families import family_of
@@ -63,7 +62,7 @@ def test_data_that_cannot_be_trained_on_ends_the_run(twelve_pages, alone, tmp_pa
         prepare(twelve_pages, tmp_path, html_column="html")
 
 
-def be_a_machine(rank: int, port: int, pages: Path, folder: Path) -> None:
+def be_a_machine(rank: int, port: int, pages: str, folder: str) -> None:
     """One of two machines with a rank each, with disks of their own; leaves what came of it in `folder`."""
     import torch
 
@@ -72,21 +71,16 @@ def be_a_machine(rank: int, port: int, pages: Path, folder: Path) -> None:
     os.environ.update({name: str(value) for name, value in places.items()})
     torch.distributed.init_process_group("gloo")
     try:
-        told = prepare(pages, folder / f"disk-{rank}")[0].training["name"][:]
+        told = prepare(Path(pages), Path(folder) / f"disk-{rank}")[0].training["name"][:]
     except DataError as error:
         told = str(error)
-    (folder / f"{rank}.json").write_text(json.dumps(told))
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(told))
     torch.distributed.destroy_process_group()
 
 
 def what_machines_find(datasets: list[Path], folder: Path) -> list:
-    spawn, port = multiprocessing.get_context("spawn"), free_port()
-    machines = [spawn.Process(target=be_a_machine, args=(n, port, pages, folder)) for n, pages in enumerate(datasets)]
-    for machine in machines:
-        machine.start()
-    for machine in machines:
-        machine.join(timeout=120)
-    assert [machine.exitcode for machine in machines] == [0, 0]
+    port = free_port()
+    call_in_processes(be_a_machine, [[number, port, pages, folder] for number, pages in enumerate(datasets)], folder)
     return [json.loads((folder / f"{number}.json").read_text()) for number in range(2)]
 
 

@@ -1,13 +1,12 @@
 """Three real processes that talk over gloo: two on one machine, one on another, as far as they can tell."""
 
 import json
-import multiprocessing
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import free_port
+from conftest import call_in_processes, free_port
 
 from training import processes
 from training.errors import DataError, PipelineError, SettingsError
@@ -64,13 +63,13 @@ def what_a_rank_finds(folder: Path) -> dict:
     return found | {"worked": worked}
 
 
-def be_a_rank(rank: int, port: int, folder: Path) -> None:
+def be_a_rank(rank: int, port: int, folder: str) -> None:
     places = {"RANK": rank, "WORLD_SIZE": 3, "LOCAL_RANK": (0, 1, 0)[rank], "LOCAL_WORLD_SIZE": (2, 2, 1)[rank]}
     places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
     os.environ.update({name: str(value) for name, value in places.items()})
     torch.distributed.init_process_group("gloo")
     processes.emergency_group()
-    (folder / f"{rank}.json").write_text(json.dumps(what_a_rank_finds(folder)))
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(what_a_rank_finds(Path(folder))))
     os._exit(0)  # the group of a rank that has not come cannot be left in order
 
 
@@ -78,13 +77,7 @@ def be_a_rank(rank: int, port: int, folder: Path) -> None:
 def found(tmp_path_factory) -> list[dict]:
     """What each of the three ranks has found."""
     folder, port = tmp_path_factory.mktemp("ranks"), free_port()
-    spawn = multiprocessing.get_context("spawn")
-    ranks = [spawn.Process(target=be_a_rank, args=(rank, port, folder)) for rank in RANKS]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(timeout=120)
-    assert [rank.exitcode for rank in ranks] == [0, 0, 0]
+    call_in_processes(be_a_rank, [[rank, port, folder] for rank in RANKS], folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in RANKS]
 
 
