@@ -764,7 +764,7 @@ def run(argv: list[str]) -> None:
     own(Path(settings.final_dir), "--final_dir", f".{use.FINAL_FOLDER}.owner")
     heart.knows(args.output_dir, args.ddp_timeout, settings.hang_timeout)
     stop.looks_into(args.output_dir)
-    checkpoint = find_checkpoint(resolved)
+    checkpoint = find_checkpoint(resolved, args)
     # Before anything is read or loaded: a token that may not write is found out now, not after hours.
     if settings.push_to_hub:
         settings.hub_repo = on_main(lambda: check_hub_access(settings.hub_repo, settings.private_repo))

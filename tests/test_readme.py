@@ -28,6 +28,7 @@ import use_model_from_hub as use
 from training import settings as training_settings
 from training.dataset import KNOWN_DATASETS
 from training.evaluation import score_held_out
+from training.run_record import write_record
 
 README = ROOT / "README_DeepSpeed.md"
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in (README, ROOT / "README.md")}
@@ -81,7 +82,7 @@ def at_the_readers(tmp_path, monkeypatch) -> Path:
         (tmp_path / name / "config.json").write_text("{}")
     checkpoint = tmp_path / training_settings.TRAINING_DEFAULTS["output_dir"] / "checkpoint-8"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "trainer_state.json").write_text("{}")
+    write_record(checkpoint.parent, training_settings.resolve(["--deepspeed", str(ROOT / "ds_z3.json")]).record)
     for name in ("my_pages", "references", "predictions", "site", "holo1_dom_finetune_output/evaluation"):
         (tmp_path / name).mkdir()
     for name in ("PAGE.png", "reference.html", "prediction.html"):

@@ -1,6 +1,6 @@
 """How a run goes on: from which checkpoint, with which settings of its own, and with what was typed anew.
 
-checkpoint = find_checkpoint(resolved)              # (all ranks) verified before anything is read or loaded
+checkpoint = find_checkpoint(resolved, args)        # (all ranks) verified before anything is read or loaded
 checkpoints = begin_record(resolved, base, pages)   # (all ranks) noted for whoever goes on with this one
 honour_typed(trainer)                               # (all ranks) once the Trainer has loaded the checkpoint
 """
@@ -8,6 +8,8 @@ honour_typed(trainer)                               # (all ranks) once the Train
 from __future__ import annotations
 
 import os
+import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,15 +19,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from training import zero3
 from training.checkpoints import Checkpoints, check_whole, newest_whole, read_manifest, step_of
 from training.errors import SettingsError
-from training.processes import local_rank, say, world_size
+from training.processes import gather, local_rank, on_each_machine, say, world_size
 from training.run_record import write_record
 from training.settings import Resolved
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import Trainer, TrainingArguments
 
 
-def find_checkpoint(resolved: Resolved) -> Path | None:
+def find_checkpoint(resolved: Resolved, args: TrainingArguments) -> Path | None:
     """(all ranks) The whole checkpoint from which training goes on; None where it begins at step 0.
 
     Raises `SettingsError` where there is none that can be gone on from. From here on this process reads no pickle that
@@ -45,20 +47,40 @@ def find_checkpoint(resolved: Resolved) -> Path | None:
         return None
     written = read_manifest(checkpoint)
     files, processes = written["files"], written["record"]["processes"]
-    zero = resolved.deepspeed is not None
     if not any(name == "optimizer.pt" or name.endswith("optim_states.pt") for name in files):
         raise SettingsError(
             f"{checkpoint} holds weights only (--save_only_model): give them to a new run as --base_model"
         )
-    if zero and processes != world_size():
-        raise SettingsError(
-            f"{checkpoint} was written by {processes} processes and resumes on as many, not on {world_size()}; "
-            f"its weights alone go on with --base_model {checkpoint}"
-        )
-    if zero:
-        zero3.trust_own_classes()
     say(f"going on from {checkpoint}, whole by its manifest")
+    if resolved.deepspeed is not None:
+        zero3.trust_own_classes()
+        if processes != world_size():
+            return converted(checkpoint, processes, args)
     return checkpoint
+
+
+def converted(checkpoint: Path, processes: int, args: TrainingArguments) -> Path:
+    """(all ranks) The checkpoint of so many processes, for those that there are now.
+
+    Raises `SettingsError` where DeepSpeed cannot convert it.
+    """
+    start, place = time.monotonic(), Path(args.output_dir) / zero3.CONVERTED
+
+    def convert() -> Path:
+        try:
+            return zero3.convert(checkpoint, place)
+        except Exception as error:
+            shutil.rmtree(place, ignore_errors=True)
+            raise SettingsError(
+                f"{checkpoint} was written by {processes} processes, and DeepSpeed cannot convert it for "
+                f"{world_size()} ({type(error).__name__}: {error}); go on with {processes}, or give its weights alone "
+                f"to a new run as --base_model {checkpoint}"
+            ) from error
+
+    folder = on_each_machine(convert, Path.is_dir)
+    zero3.expect_converted(args.hf_deepspeed_config.config)
+    say(f"converted from {processes} to {world_size()} processes in {time.monotonic() - start:.1f} s")
+    return folder
 
 
 def steps_before(checkpoint: Path | None) -> int:
@@ -93,6 +115,9 @@ def honour_typed(trainer: Trainer) -> None:
     saved, whatever was typed since.
     """
     args, scheduler = trainer.args, trainer.lr_scheduler
+    gather(None)  # every rank has read it
+    if local_rank() == 0:
+        shutil.rmtree(Path(args.output_dir) / zero3.CONVERTED, ignore_errors=True)
     trainer.state.compute_steps(args, trainer.state.max_steps)
     groups = trainer.optimizer.param_groups
     for number, group in enumerate(groups):

@@ -21,12 +21,17 @@ THREE_EPOCHS |= {"learning_rate": 1e-2, "save_total_limit": 20, "eval_pages": 2}
 
 
 def trained(cwd) -> list[dict]:
-    """The pages of each micro-batch, in the order of steps and ranks; a step that was trained twice, as it was last."""
+    """The pages of each step, rank by rank, as they were trained since `forget`."""
     found = {}
     for file in sorted(cwd.glob("trained-*.jsonl")):
         for line in map(json.loads, file.read_text().splitlines()):
-            found[line["step"], line["rank"]] = line["pages"]
+            found.setdefault((line["step"], line["rank"]), []).extend(line["pages"])
     return [{"at": at, "pages": found[at]} for at in sorted(found)]
+
+
+def forget(cwd) -> None:
+    for file in cwd.glob("trained-*.jsonl"):
+        file.unlink()
 
 
 def keep_only(cwd, step: int) -> None:
@@ -54,12 +59,49 @@ def test_a_run_that_goes_on_inside_a_later_epoch_trains_the_same_pages(
     assert len(whole) == 11 * ranks
     for step in steps:
         keep_only(tmp_path, step)
+        forget(tmp_path)
         done = start(["--resume"], tmp_path, script=RECORDED, **options)
         assert done.returncode == 0, output(done)
         assert f"going on from {OUT}/checkpoint-{step}" in done.stdout and f"step {step + 1}/11" in done.stdout
-        assert trained(tmp_path) == whole
+        assert trained(tmp_path) == [at for at in whole if at["at"][0] > step]
         again = weights(tmp_path / FINAL)
         assert all(torch.equal(final[name], again[name]) for name in final)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ZeRO-3", "DDP"])
+def test_a_run_goes_on_with_another_number_of_processes(way, exact_base, pages_folder, tmp_path):
+    """Two processes, one, and two again: ZeRO's shards are dealt out anew, pages per step stay the same."""
+    step = {"max_steps": 6, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    step |= {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "warmup_steps": 0, "save_total_limit": 9}
+    start = start_zero_3 if way == "ZeRO-3" else start_torchrun
+    done = start(small_run(exact_base, pages_folder, **step), tmp_path, processes=2, script=RECORDED)
+    assert done.returncode == 0, output(done)
+    final, pages = weights(tmp_path / FINAL), pages_of_steps(tmp_path)
+    keep_only(tmp_path, 2)
+    for processes, accumulated, last in ((1, 4, 4), (2, 2, 6)):
+        forget(tmp_path)
+        more = ["--resume", "--max_steps", str(last)]
+        done = start(more, tmp_path, processes=processes, script=RECORDED)
+        assert done.returncode == 0, output(done)
+        words = f"1 pages x {accumulated} accumulated x {processes} processes = 4 pages per step"
+        assert words in done.stdout and f"going on from {OUT}/checkpoint-{last - 2}" in done.stdout
+        assert (f"to {processes} processes in" in done.stdout) == (way == "ZeRO-3")
+        assert pages_of_steps(tmp_path) == {step: pages[step] for step in (last - 1, last)}
+    assert not (tmp_path / OUT / "checkpoint.converted").exists()
+    again, before = weights(tmp_path / FINAL), weights(exact_base)
+    learned, apart = (
+        sum((other[name] - final[name]).square().sum() for name in final).sqrt() for other in (before, again)
+    )
+    assert learned > 0.1 and apart < 0.01 * learned, "moments that are lost or another's learn something else"
+
+
+def pages_of_steps(cwd) -> dict[int, list[str]]:
+    """The pages of each step, whichever rank had them."""
+    found = {}
+    for micro_batch in trained(cwd):
+        found.setdefault(micro_batch["at"][0], []).extend(micro_batch["pages"])
+    return {step: sorted(names) for step, names in found.items()}
 
 
 @pytest.mark.slow
