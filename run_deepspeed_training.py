@@ -226,6 +226,7 @@ def script_problems(args: argparse.Namespace, passed_on: list[str], known: list[
     env = {key: text for key, text in os.environ.items() if key not in apart}
     ranks = max(1, args.num_gpus)
     env |= {"WORLD_SIZE": str(ranks * args.num_nodes), "LOCAL_WORLD_SIZE": str(ranks)}
+    env["HOLO1_WRAPPER_FLAGS"] = " ".join(f"--{name}" for name in vars(args))  # for its "did you mean"
     config = [] if "--config" in flags else ["--deepspeed", args.config]
     command = [sys.executable, args.script, "--check_settings", *config, *passed_on]
     try:
