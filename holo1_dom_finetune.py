@@ -29,10 +29,10 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
-from training.settings import PageSettings, Resolved, check_settings, parse, penalties, resolve
+from training.settings import PageSettings, Resolved, answer, check_settings, penalties, resolve
 
-if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
-    parse(sys.argv[1:])  # answers and ends here: torch, and all that needs it, takes seconds to load
+if __name__ == "__main__" and {"-h", "--help", "--check_settings"} & {*sys.argv}:
+    answer(sys.argv[1:])  # and end here: torch, and all that needs it, takes seconds to load
 
 import torch
 from datasets import Dataset
@@ -450,7 +450,7 @@ class Steps(TrainerCallback):
         gc.freeze()
         trainer.meter.reset()
         stop.at_the_end_of_a_step()
-        heart.enter("training")
+        heart.enter("training", state.global_step)
 
     def on_pre_optimizer_step(
         self,
@@ -725,10 +725,8 @@ def make_arguments(resolved: Resolved) -> TrainingArguments:
     Raises `SettingsError` for what transformers refuses, `PipelineError` where the Trainer counts other processes than
     the launcher has started: each would then train on all pages.
     """
-    # Started plainly, without any launcher: DeepSpeed would ask MPI who it is.
     if resolved.deepspeed is not None and "RANK" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-        os.environ.update({name: os.environ.get(name, value) for name, value in alone.items()})
+        zero3.begin_alone()
     training = {**resolved.training, "deepspeed": resolved.deepspeed}
     if resolved.deepspeed is not None and not torch.cuda.is_available():
         training |= zero3.begin_on_cpu(training["ddp_timeout"])
@@ -754,6 +752,8 @@ def run(argv: list[str]) -> None:
     resolved = resolve(argv)
     check_settings(resolved)
     settings = resolved.settings
+    if settings.check_settings:
+        return None
     if settings.plan:
         base = fetch_base(settings)
         parameters = sum(math.prod(tensor.shape) for tensor in base_tensors(base, settings).values())
@@ -834,18 +834,31 @@ def fine_tune(
     seconds = time.monotonic() - start
     if memory_plan:
         compare_with_plan(trainer, memory_plan)
-    # Saved, with a card, before it is judged: whatever happens in evaluation, a whole model is on disk.
-    final = Path(settings.final_dir) / use.FINAL_FOLDER
-    save(final)
-    say(f"saved: {here(final)} has the base's {len(tensors)} tensors, same keys, shapes and dtypes")
     facts |= {"train_loss": result.training_loss, "steps": trainer.state.global_step, "seconds": seconds}
     facts |= {"pages_trained": len(training), "pages_held_out": len(pages.held_out), "drops": pages.report}
-    on_main(lambda: describe(final, settings, resolved.training, facts, recipe, evaluator.results.by_label))
-    stop.at_once(StoppedError.code, saved_words(final, checkpoints.newest, settings))
+    final = keep_model(save, evaluator, resolved, facts, recipe, checkpoints.newest)
     on_main(lambda: draw_loss(trainer.state.log_history, Path(args.output_dir) / "loss.png"))
     evaluator.evaluate("after")
     heart.enter("publishing")
     on_main(lambda: finish(final, evaluator, resolved, facts, recipe))
+
+
+def keep_model(
+    save: Callable[[Path], None],
+    evaluator: Evaluator,
+    resolved: Resolved,
+    facts: dict,
+    recipe: dict,
+    state: Path | None,
+) -> Path:
+    """(all ranks) The final folder, with a card before it is judged: whatever happens there, a whole model is on disk,
+    and a run that is stopped from here on ends at once. `state` is the newest checkpoint."""
+    final = Path(resolved.settings.final_dir) / use.FINAL_FOLDER
+    save(final)
+    say(f"saved: {here(final)} has the base's {len(evaluator.tensors)} tensors, same keys, shapes and dtypes")
+    on_main(lambda: describe(final, resolved.settings, resolved.training, facts, recipe, evaluator.results.by_label))
+    stop.at_once(StoppedError.code, saved_words(final, state, resolved.settings))
+    return final
 
 
 def finish(final: Path, evaluator: Evaluator, resolved: Resolved, facts: dict, recipe: dict) -> None:

@@ -177,3 +177,20 @@ def test_picture_formats_and_transparency():
     Image.new("L", (5000, 5000)).save(file, "PNG")
     with pytest.raises(ValueError, match="more than 20,000,000"):
         use.open_screenshot(file.getvalue())
+
+
+def test_a_batch_names_the_pages_that_are_trained_on(processor, pages):
+    """A replacement's own name; they travel through what moves a batch to a GPU, and the meter takes them out."""
+    from accelerate.utils import send_to_device
+    from conftest import make_config
+
+    from training.heartbeat import heart
+    from training.progress import Meter
+
+    collate = make_collate(processor, pages)
+    collate.config = make_config(processor.tokenizer)
+    batch = collate([pages[2], {"name": "bad one", "screenshot": b"", "html": "<p></p>"}])
+    moved = send_to_device(batch, "cpu")
+    assert moved["pages"][0] == "page 2" and moved["pages"][1] in {page["name"] for page in pages}
+    Meter().count(moved, collate.encoder.image_token_id)
+    assert heart.pages == batch["pages"] and heart.micro_batch == 2 and not {"pages", "flops"} & moved.keys()

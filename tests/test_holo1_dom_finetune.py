@@ -7,12 +7,14 @@ Sections: Before training, What is learned, What does not fit and several machin
 Adapters, Evaluation.
 """
 
+import contextlib
 import copy
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,6 +24,7 @@ import torch
 from conftest import (
     GATHERED,
     MAIN,
+    ON_CPU,
     PLAIN_JSON,
     PROGRAMS,
     ROOT,
@@ -41,10 +44,11 @@ from conftest import (
     start_torchrun,
     start_zero_3,
     weights,
+    zero_3,
 )
 
 import holo1_dom_finetune as pipeline
-from training.checkpoints import newest_checkpoint
+from training.checkpoints import checkpoints_in
 from training.settings import PageSettings
 
 # -----------------------------------------------------------------------------
@@ -94,6 +98,16 @@ def test_supervision_is_shown_without_loading_a_model(tiny_base, pages_folder, t
     done = start_plain(small_run(tiny_base, pages_folder, show_supervision=True), tmp_path)
     assert done.returncode == 0, done.stderr
     assert "\033[32m<!DOCTYPE html>" in done.stdout and "rehearsal" not in done.stdout
+
+
+@pytest.mark.slow
+def test_zero_3_without_a_launcher_takes_a_port_that_is_free(tiny_base, pages_folder, tmp_path):
+    flags = [*zero_3(tmp_path, None), *small_run(tiny_base, pages_folder, show_supervision=True)]
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # another program has it already, which is as good
+            held.enter_context(socket.create_server(("", 29500)))
+        done = start_plain(flags, tmp_path, env=ON_CPU)
+    assert done.returncode == 0, output(done)
 
 
 @pytest.mark.slow
@@ -288,15 +302,18 @@ def layout(folder) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_the_step_and_resume_goes_on_from_it(number, tiny_base, pages_folder, tmp_path):
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGUSR1, "SAVE_AND_STOP"])
+def test_a_request_saves_the_step_and_resume_goes_on_from_it(asked, tiny_base, pages_folder, tmp_path):
+    """By SLURM's warning and by a file, too; the other signals go the same way (tests/training/test_stopping.py)."""
     flags = small_run(tiny_base, pages_folder, max_steps=400, gradient_accumulation_steps=1)
-    cold = number == signal.SIGINT  # by hand, where it is Ctrl-C
-    with in_background(flags, tmp_path, cold=cold) as process:
+    with in_background(flags, tmp_path, cold=asked == signal.SIGTERM) as process:
         process.wait_for_line("step 3/", 120)
-        process.send_signal(number)
+        if isinstance(asked, str):
+            (tmp_path / "holo1_dom_finetune_output" / asked).touch()
+        else:
+            process.send_signal(asked)
         assert process.wait(timeout=60) == 85, process.said()
-    checkpoint = newest_checkpoint(tmp_path / "holo1_dom_finetune_output")
+    checkpoint = checkpoints_in(tmp_path / "holo1_dom_finetune_output")[0]
     step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
     assert step >= 3 and checkpoint.name == f"checkpoint-{step}"
     done = start_plain([*flags, "--max_steps", str(step + 2), "--resume"], tmp_path)

@@ -1,13 +1,13 @@
-"""The wrapper, driven for real: the true launcher, two ranks, true signals, and a look at who is left in /proc.
+"""The wrapper without its launcher: what it reads, refuses and shows, and what its last line says of a run that ended.
 
-    python -m pytest tests/test_run_deepspeed_training.py               # what needs no launcher
-    python -m pytest tests/test_run_deepspeed_training.py -m slow       # starts and kills ranks, some minutes
+The runs themselves are in test_run_deepspeed_training_launched.py.
 
-Sections: Command line, Checks, Several machines, Ends, Signals, Kills, Two machines.
+Sections: Command line, Checks, The script's own check, Port, Several machines, Last line, Out of memory.
 """
 
 import json
 import os
+import queue
 import shlex
 import shutil
 import signal
@@ -16,9 +16,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import PROGRAMS, free_port, loaded_for_help
+from conftest import PROGRAMS, loaded_for_help
 
 import run_deepspeed_training as wrapper
 
@@ -91,7 +92,7 @@ def test_help_answers_at_once_and_loads_no_torch():
     assert seconds < 3
     assert not [name for name in loaded if name.split(".")[0] in ("torch", "deepspeed")]
     shown = "--num_gpus --master_port --config --script --hub_repo --push_to_hub --private_repo --num_samples --dry_run"
-    shown += " --num_nodes --node_rank --no_ssh --master_addr --hostfile"
+    shown += " --num_nodes --node_rank --no_ssh --master_addr --hostfile --retry_smaller --no_retry_smaller"
     assert [flag for flag in shown.split() if flag not in said] == []
     assert [word for word in ["29500", "ds_z3.json", "holo1_dom_finetune.py", "1000"] if word not in said] == []
 
@@ -155,9 +156,9 @@ def test_all_problems_are_named_at_once(here, capsys, monkeypatch):
         "c",
     ]
     problems = refused(capsys, *flags).splitlines()
-    starts = ["--num_gpus", "--num_samples", "--master_port", "--script", "--config", "--deepspeed:", "deepspeed"]
+    starts = ["--num_gpus", "--num_samples", "--script", "--config", "--deepspeed:", "deepspeed", "--master_port"]
     assert [problem.split()[0] for problem in problems] == starts
-    assert problems[-1].endswith(f"{sys.executable} -m pip install deepspeed")
+    assert problems[-2].endswith(f"{sys.executable} -m pip install deepspeed")
 
 
 def test_dry_run_refuses_what_a_real_run_would(here, capsys):
@@ -215,6 +216,91 @@ def test_the_gpus_are_those_that_are_visible(here, capsys, monkeypatch, visible,
 def test_a_machine_without_a_gpu_trains_on_its_cpu_and_says_so(here, capsys):
     assert wrapper.main(["--dry_run", "--script", "train.py", "--config", "zero.json", "--num_gpus", "2"]) == 0
     assert "no GPU can be used here: 2 processes on the CPU, with gloo" in capsys.readouterr().err
+
+
+# -----------------------------------------------------------------------------
+# The script's own check
+
+
+def checked(here, capsys, *flags: str) -> tuple[int, str, str]:
+    """A dry run of a script that knows --check_settings: exit code, stdout, stderr."""
+    shutil.copy(PROGRAMS / "checks_settings.py", here / "train.py")
+    code = wrapper.main(["--dry_run", "--script", "train.py", "--config", "zero.json", *flags])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_the_script_s_own_settings_are_checked_for_as_many_ranks_as_there_will_be(here, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "99")  # a cluster's own
+    code, out, err = checked(here, capsys, *SECOND_OF_TWO, "--num_gpus", "3", "--learning_rate", "1e-5")
+    assert (code, shlex.split(out)[-3:]) == (0, ["zero.json", "--learning_rate", "1e-5"])
+    told = "checked for 6 ranks, 3 here: --check_settings --deepspeed zero.json --learning_rate 1e-5\n"
+    assert told in err
+
+
+def test_the_script_s_problems_are_told_beside_the_wrapper_s_and_none_twice(here, capsys):
+    code, out, err = checked(here, capsys, "--num_gpus", "0", "--num_samples", "0", "--learning_rat", "1", "--gone")
+    assert (code, out) == (2, "")
+    assert err.splitlines()[1:] == [
+        "--num_gpus 0: give 1 or more",
+        "--num_samples 0: give 1 or more",
+        "--learning_rat: unknown; did you mean --learning_rate?",
+        "--gone: unknown; did you mean --learning_rate?",
+    ]
+
+
+def test_a_configuration_that_cannot_be_read_does_not_hide_the_script_s_problems(here, capsys):
+    (here / "zero.json").write_text("{")
+    code, _, err = checked(here, capsys, "--learning_rat", "1")
+    lines = err.splitlines()
+    assert (code, lines[0]) == (2, "checked for 1 ranks, 1 here: --check_settings --learning_rat 1")
+    assert [line.split()[0] for line in lines[1:]] == ["--config", "--learning_rat:"]
+
+
+def test_a_check_that_fails_itself_is_told_apart_from_bad_settings(here, capsys):
+    code, _, err = checked(here, capsys, "--crash")
+    assert code == 2 and "RuntimeError: the check is broken" in err
+    assert err.endswith("train.py --check_settings ended with 1: the check itself has failed\n")
+
+
+def test_questions_for_help_go_to_the_script_unchecked(here, capsys):
+    code, out, err = checked(here, capsys, "--", "--help", "--gone")
+    assert code == 0 and out.endswith("--help --gone\n") and "checked for" not in err
+
+
+def test_a_script_that_knows_no_check_is_not_asked_and_that_is_said(here, capsys):
+    (here / "train.py").write_text("raise SystemExit('started')  # it would train")
+    assert wrapper.main(["--dry_run", "--script", "train.py", "--config", "zero.json", "--gone"]) == 0
+    said = "train.py knows no --check_settings: its own settings are not checked before it starts"
+    assert said in capsys.readouterr().err
+
+
+def test_a_script_that_takes_its_settings_from_ours_knows_the_check_where_they_do(here):
+    (here / "train.py").write_text("from training.settings import parse")
+    assert not wrapper.knows_its_check(here / "train.py")
+    (here / "training").mkdir()
+    (here / "training" / "settings.py").write_text('parser.add_argument("--check_settings")')
+    assert wrapper.knows_its_check(here / "train.py")
+    (here / "train.py").write_text("import training")
+    assert not wrapper.knows_its_check(here / "train.py")
+
+
+# -----------------------------------------------------------------------------
+# Port
+
+
+def test_a_port_that_another_run_has_chosen_is_not_taken_though_nobody_listens_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(wrapper.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(wrapper, "bind_trouble", lambda port: "")
+    args, _ = wrapper.read_command_line(["--num_nodes", "1"])
+    (tmp_path / f"holo1-port-{os.getuid()}-{wrapper.DEFAULT_PORT}").write_text("")  # of a wrapper that was killed
+    assert wrapper.port_problems(args) == [] and args.master_port == wrapper.DEFAULT_PORT
+    said = f"--master_port {args.master_port}: another run of yours has it; give another, or none for the next free one"
+    assert wrapper.port_problems(args) == [said]
+    args.master_port = None
+    assert wrapper.port_problems(args) == [] and args.master_port == wrapper.DEFAULT_PORT + 1
+    wrapper.release_ports()
+    assert [*tmp_path.iterdir()] == []
 
 
 # -----------------------------------------------------------------------------
@@ -298,7 +384,7 @@ def test_machines_that_do_not_fit_are_refused_with_the_remedy(here, capsys, flag
 def test_all_that_is_wrong_with_several_machines_is_named_at_once(here, capsys):
     flags = "--num_gpus 0 --num_nodes 2 --node_rank 5 --hostfile gone --master_port 0 --script gone.py".split()
     problems = refused(capsys, *flags).splitlines()
-    starts = ["--num_gpus", "--hostfile", "--node_rank", "--num_nodes", "--master_port", "--script"]
+    starts = ["--num_gpus", "--hostfile", "--node_rank", "--num_nodes", "--script", "--master_port"]
     assert [problem.split()[0] for problem in problems] == starts
 
 
@@ -323,7 +409,7 @@ def test_the_port_of_several_machines_never_moves_and_is_bound_on_the_first_only
     monkeypatch.setattr(wrapper, "port_trouble", lambda port: "busy" if port < 29502 else "")
     assert dry_run(capsys, *SECOND_OF_TWO) == expected_command(1, "10.0.0.1")
     first = [*SECOND_OF_TWO[:3], "0", *SECOND_OF_TWO[4:]]
-    assert refused(capsys, *first) == "--master_port 29500: busy; give every machine another\n"
+    assert refused(capsys, *first).endswith("\n--master_port 29500: busy; give every machine another\n")
     assert dry_run(capsys, *first, "--master_port", "29502") == expected_command(0, "10.0.0.1", 29502)
     assert "--master_port 0: give a number" in refused(capsys, *SECOND_OF_TWO, "--master_port", "0")
 
@@ -374,326 +460,131 @@ def test_a_batch_script_without_srun_trains_on_its_one_machine_and_says_so(here,
 
 
 # -----------------------------------------------------------------------------
-# Ends
-
-
-def eventually(condition, seconds: float):
-    """Waits until it is true, and returns how long that took."""
-    start = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start < seconds, "it never came true"
-        time.sleep(0.02)
-    return time.monotonic() - start
-
-
-def alive(run_id: str) -> list[str]:
-    """The command lines of the living processes that carry this run's mark."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"HOLO1_RUN_ID={run_id}".encode() in (folder / "environ").read_bytes():
-                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:
-            pass  # it has ended
-    return found
-
-
-class Started:
-    """The wrapper, in a folder of its own, with tests/programs/rank.py for a training script."""
-
-    def __init__(self, folder: Path, does: list, num_ranks: int = 2, more: tuple[str, ...] = (), first_rank: int = 0):
-        self.folder, self.ranks = folder, range(first_rank, first_rank + num_ranks)
-        self.log_file = folder / f"log-{first_rank}"
-        (folder / "zero.json").write_text("{}")
-        flags = ["--script", str(PROGRAMS / "rank.py"), "--config", "zero.json", "--num_gpus", str(num_ranks), *more]
-        if "--master_port" not in more:  # another run beside this one may be about to take the next free one
-            flags += ["--master_port", str(free_port())]
-        env = {key: text for key, text in os.environ.items() if not key.startswith(("OMP_NUM_THREADS", "SLURM_"))}
-        env["PATH"] = os.defpath  # a virtual environment that nobody activated
-        env["RANK_DOES"] = json.dumps(does)
-        with self.log_file.open("w") as log:
-            command = [sys.executable, wrapper.__file__, *flags]
-            # A shell's background job ignores SIGINT, nohup SIGHUP, and the wrapper respects what was ignored.
-            default = lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)]  # noqa: E731
-            self.process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log, preexec_fn=default)  # noqa: PLW1509
-
-    def wait_until_ready(self) -> "Started":
-        files = [self.folder / f"ready-{rank}" for rank in self.ranks]
-        eventually(lambda: all(file.exists() for file in files), 60)
-        self.pids = [int(file.read_text().split()[0]) for file in files]
-        self.run_id = files[0].read_text().split()[1]
-        time.sleep(0.5)  # the wrapper looks ten times a second
-        return self
-
-    def end(self, seconds: float = 60) -> int:
-        return self.process.wait(timeout=seconds)
-
-    def log(self) -> str:
-        return self.log_file.read_text()
-
-    def pid_of(self, module: str) -> int:
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                words = (folder / "cmdline").read_bytes().split(b"\0")
-                if self.run_id.encode() in (folder / "environ").read_bytes() and module.encode() in words:
-                    return int(folder.name)
-            except OSError:
-                pass
-        raise AssertionError(f"{module} does not run")
-
-    def clean_up(self) -> None:
-        self.process.kill()
-        self.process.wait()
+# Last line
 
 
 @pytest.fixture
-def start(tmp_path):
-    started = []
+def ended(tmp_path, monkeypatch):
+    """A run of two ranks by what it has left: no process, but the files that ranks write. The launcher is
+    played: a code of its own, that it can have at any time, is all that counts here."""
+    monkeypatch.setattr(wrapper.tempfile, "tempdir", str(tmp_path))
 
-    def start_one(function: str, *arguments, started_as: dict | None = None, **options) -> Started:
-        started.append(Started(tmp_path, [function, *arguments, options], **(started_as or {})))
-        return started[-1]
+    def make(codes: dict[int, int], stage: str = "", launcher: int = 1, **known) -> wrapper.Run:
+        run = wrapper.Run(2, 0, queue.SimpleQueue())
+        run.launcher = SimpleNamespace(returncode=launcher)
+        run.pids = {0: 10**8, 1: 10**8 + 1}
+        for rank, code in codes.items():
+            (Path(run.status_dir) / f"rank-{rank}").write_text(str(code))
+        for rank in range(2 if stage else 0):
+            beat = {"stage": stage, "step": 7, "since": time.time(), "limit_s": 5, "output_dir": "/out"}
+            (Path(run.status_dir) / f"beat-{rank}").write_text(json.dumps(beat))
+        vars(run).update(known)
+        return run
 
-    yield start_one
-    for one in started:
-        one.clean_up()
+    return make
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [0, 1, 137])
+@pytest.mark.parametrize(("codes", "expected"), [((0, 0), 0), ((85, 0), 85), ((86, 0), 86), ((1, 83), 83), ((1, 0), 1)])
+def test_when_all_ranks_have_left_their_codes_these_decide(ended, codes, expected, launcher):
+    run = ended(dict(enumerate(codes)), launcher=launcher)
+    assert run.verdict() == (expected, wrapper.MEANINGS[expected])
+
+
+@pytest.mark.parametrize(("left", "expected"), [(0, 1), (85, 1), (1, 1), (81, 81)])
+def test_a_rank_without_its_code_is_a_failure(ended, left, expected):
+    code, why = ended({0: left}, launcher=0, failed_first=[1]).verdict()
+    assert code == expected
+    assert "ranks [1] died first and left no exit code" in why
+
+
+TERM = int(signal.SIGTERM)
+
+
 @pytest.mark.parametrize(
-    ("codes", "expected", "meaning"),
+    ("codes", "stage", "expected"),
     [
-        ([0, 0], 0, "exit 0: done"),
-        ([80, 80], 80, "exit 80: data"),
-        ([85, 85], 85, "exit 85: stopped by a signal, state saved"),
-        ([86, 0], 86, "exit 86: trained and saved, but not uploaded"),
-        ([1, 1], 1, "exit 1: a bug"),
-        ([1, 83], 83, "exit 83: out of memory"),
-        ([82, 83], 82, "exit 82: loss or gradients not finite"),
+        ((85, 85), "", "stopped by a signal, state saved"),
+        ((85, 85), "training", "stopped by a signal, state saved in /out, --resume goes on"),
+        ((85, 85), "loading", "stopped by a signal while loading: nothing had been trained"),
+        ((85, 85), "reading pages", "stopped by a signal while reading pages: nothing had been trained"),
+        ((85, 85), "judging", "stopped by a signal while judging: what was trained is saved in /out"),
+        ((85, 85), "publishing", "stopped by a signal while publishing: what was trained is saved in /out"),
+        ((), "", "stopped by SIGTERM, state not saved"),
+        ((), "loading", "stopped by SIGTERM while loading: nothing had been trained"),
+        (
+            (),
+            "training",
+            "stopped by SIGTERM, state not saved; --resume goes on from the last whole checkpoint in /out",
+        ),
+        ((), "saving", "stopped by SIGTERM while saving, state not saved; --resume goes on from the last whole"),
+        ((), "judging", "stopped by SIGTERM while judging: what was saved before is in /out"),
     ],
-)  # fmt: skip
-def test_the_training_s_own_code_comes_back(start, codes, expected, meaning):
-    run = start("leaves", codes, meeting=expected == 0)
-    assert (run.end(), meaning in run.log()) == (expected, True), run.log()
-    assert alive(run.wait_until_ready().run_id) == []
+)
+def test_the_last_line_after_a_stop_says_what_is_on_disk(ended, codes, stage, expected):
+    run = ended(dict(enumerate(codes)), stage, signal=signal.SIGTERM)
+    code, why = run.verdict()
+    assert (code, why[: len(expected)]) == (85 if codes else 128 + TERM, expected)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("visible", "shown"), [(None, "0,1"), ("", "1000,1001")])
-def test_ranks_run_on_the_same_interpreter_with_what_a_cpu_needs(start, monkeypatch, visible, shown):
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)  # on a machine with GPUs, they would be hidden
-    names = "DS_ACCELERATOR LOCAL_SIZE WORLD_SIZE LOCAL_RANK OMP_NUM_THREADS CUDA_VISIBLE_DEVICES"
-    run = start("writes", names.split())
-    assert run.end() == 0, run.log()
-    threads = max(1, len(os.sched_getaffinity(0)) // 2)
-    assert [(run.folder / f"seen-{rank}").read_text() for rank in range(2)] == [
-        f"{sys.executable} cpu 2 2 {rank} {threads} {shown} --local_rank={rank} --deepspeed zero.json"
-        for rank in range(2)
-    ]
-
-
-@pytest.mark.slow
-def test_a_script_that_leaves_no_proof_is_not_believed(start):
-    run = start("exits", 0)
-    assert run.end() == 1
-    assert "no rank left the proof that it finished" in run.log()
-
-
-@pytest.mark.slow
-def test_the_code_of_a_script_that_does_not_know_the_contract_comes_back(start):
-    run = start("exits", 7, started_as={"num_ranks": 1})
-    assert run.end() == 7, run.log()
-
-
-@pytest.mark.slow
-def test_the_main_rank_may_go_on_long_after_the_others_are_done(start):
-    run = start("leaves_late", 13)
-    assert run.end() == 0, run.log()
-
-
-@pytest.mark.slow
-def test_a_rank_that_cannot_end_after_its_last_act_is_ended(start):
-    run = start("cannot_end")
-    assert run.end(30) == 1
-    assert "killing what still runs: ranks [1]" in run.log()
-
-
-@pytest.mark.slow
-def test_helpers_of_ranks_are_not_left_behind(start):
-    run = start("leaves_a_helper")
-    assert run.end() == 0
-    assert alive(run.wait_until_ready().run_id) == []
+def test_silence_while_the_wrapper_slept_itself_is_no_hang(ended):
+    """A machine that was suspended, or a clock that was set: whoever looks again gives everybody a new start."""
+    run = ended({}, "training")
+    living, now = {0: 1, 1: 1}, time.time()
+    for rank in range(2):
+        file = Path(run.status_dir) / f"beat-{rank}"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"since": now - 3600}))
+        os.utime(file, (now - 3600, now - 3600))
+    assert run.hanging(living, {}) == []
+    run.looked, run.counts_from = time.time(), 0.0  # as if it had looked all along
+    assert [rank for *_, rank in run.hanging(living, {})] == [0, 1]
+    assert run.hanging(living, {0: 0, 1: 0}) == [] and run.hanging({}, {}) == []
 
 
 # -----------------------------------------------------------------------------
-# Signals
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_reaches_all_ranks_at_once_and_their_85_comes_back(start, number):
-    # The second rank leaves first: the launcher would now end the main rank, which still saves.
-    run = start("saves", main_seconds=4, undo=True)
-    run.wait_until_ready()
-    sent = time.time()
-    run.process.send_signal(number)
-    assert run.end(20) == 85, run.log()
-    received = [(run.folder / f"stopped-{rank}").read_text().split() for rank in range(2)]
-    expected = signal.SIGTERM if number == signal.SIGHUP else number
-    assert [int(name) for name, _ in received] == [expected, expected]
-    assert max(float(when) for _, when in received) - sent < 1
-    assert "exit 85: stopped by a signal, state saved" in run.log()
-    assert alive(run.run_id) == []
-
-
-@pytest.mark.slow
-def test_a_rank_that_was_stopped_alone_does_not_cut_short_the_others(start):
-    run = start("saves", main_seconds=4, either=True)
-    run.wait_until_ready()
-    os.kill(run.pids[1], signal.SIGTERM)
-    assert run.end(20) == 85, run.log()
-    assert (run.folder / "stopped-0").read_text() == "0 0"  # nobody has signalled the main rank
-
-
-@pytest.mark.slow
-def test_a_second_ctrl_c_ends_everything_within_five_seconds(start):
-    run = start("saves", seconds=300).wait_until_ready()
-    run.process.send_signal(signal.SIGINT)
-    eventually(lambda: all((run.folder / f"stopped-{rank}").exists() for rank in range(2)), 5)
-    run.process.send_signal(signal.SIGINT)
-    assert run.end(5) == 128 + signal.SIGINT
-    assert alive(run.run_id) == []
-
-
-@pytest.mark.slow
-def test_the_two_hangups_of_a_closing_terminal_count_once(start):
-    run = start("saves", seconds=2).wait_until_ready()
-    run.process.send_signal(signal.SIGHUP)
-    time.sleep(0.5)
-    run.process.send_signal(signal.SIGHUP)
-    assert run.end(20) == 85, run.log()
-
-
-@pytest.mark.slow
-def test_a_signal_before_the_ranks_run_ends_at_once(start):
-    run = start("waits")
-    eventually(lambda: "deepspeed.launcher" in run.log(), 20)
-    time.sleep(0.5)
-    run.process.send_signal(signal.SIGTERM)
-    assert run.end(8) == 128 + signal.SIGTERM, run.log()
-    assert not (run.folder / "ready-0").exists()
-
-
-@pytest.mark.slow
-def test_a_script_without_handlers_ends_with_the_signal_s_code(start):
-    run = start("waits").wait_until_ready()
-    run.process.send_signal(signal.SIGTERM)
-    assert run.end(15) == 128 + signal.SIGTERM, run.log()
-    assert "stopped by SIGTERM, state not saved" in run.log()
-
-
-# -----------------------------------------------------------------------------
-# Kills
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_is_named_and_all_end_within_fifteen_seconds(start, rank):
-    run = start("waits", deaf=True).wait_until_ready()
-    os.kill(run.pids[rank], signal.SIGKILL)
-    assert run.end(15) == 1, run.log()
-    assert f"ranks [{rank}] have failed" in run.log()
-    assert alive(run.run_id) == []
-
-
-@pytest.mark.slow
-def test_a_rank_that_gloo_takes_down_with_a_killed_one_does_not_hide_it(start):
-    run = start("reduces").wait_until_ready()
-    os.kill(run.pids[1], signal.SIGKILL)
-    assert run.end(15) == 1, run.log()
-    assert "ranks [1] left no exit code" in run.log()
-    assert alive(run.run_id) == []
-
-
-@pytest.mark.slow
-def test_no_rank_outlives_a_killed_wrapper_by_five_seconds(start):
-    run = start("waits", deaf=True, helper=True).wait_until_ready()
-    assert len(alive(run.run_id)) == 6  # the launcher's two, the ranks, their helpers
-    run.process.kill()
-    eventually(lambda: not alive(run.run_id), 5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("module", ["deepspeed.launcher.launch", "deepspeed.launcher.runner"])
-@pytest.mark.parametrize("code", [0, 85])
-def test_a_killed_launcher_is_never_a_success_and_leaves_nobody(start, module, code):
-    run = start("saves", code=code) if code else start("waits", deaf=True)
-    run.wait_until_ready()
-    os.kill(run.pid_of(module), signal.SIGKILL)
-    eventually(lambda: not alive(run.run_id), 5)
-    assert run.end(5) == (code or 1), run.log()
-    assert "the launcher was killed" in run.log()
-
-
-@pytest.mark.slow
-def test_nothing_is_left_in_the_temporary_folder(start):
-    run = start("writes_where_codes_go")
-    assert run.end() == 0
-    eventually(lambda: not Path((run.folder / "where").read_text()).exists(), 5)
-
-
-# -----------------------------------------------------------------------------
-# Two machines
-
-# Both on this one, at the loopback address, each with a wrapper and one rank of its own.
+# Out of memory
 
 
 @pytest.fixture
-def start_two(start):
-    def start_both(*does, **options) -> list[Started]:
-        port = str(free_port())
-        flags = ["--num_nodes", "2", "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", port, "--node_rank"]
-        ways = [{"num_ranks": 1, "more": (*flags, str(node)), "first_rank": node} for node in range(2)]
-        return [start(*does, **options, started_as=way) for way in ways]
+def starts(monkeypatch):
+    """The flags of each start of a run whose memory never does. The run itself is played: real ones are slow, and a
+    signal that comes between two of them cannot be timed. `at_start` is called in each."""
+    made, at_start = [], []
+    handlers = {number: signal.getsignal(number) for number in wrapper.SIGNALS}
 
-    return start_both
+    def start(args, gpus, passed_on, arrived):
+        made.append(passed_on)
+        for call in at_start:
+            call()
+        return 83, {"micro_batch": 1, "resume": True}
 
-
-@pytest.mark.slow
-@pytest.mark.parametrize("visible", [None, ""])
-def test_two_machines_train_together(start_two, monkeypatch, visible):
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    names = "WORLD_SIZE LOCAL_RANK MASTER_ADDR CROSS_RANK CUDA_VISIBLE_DEVICES"
-    nodes = start_two("writes", names.split())
-    assert [node.end() for node in nodes] == [0, 0], nodes[0].log() + nodes[1].log()
-    shown = "0" if visible is None else "1000"
-    seen = [(nodes[0].folder / f"seen-{rank}").read_text().removeprefix(f"{sys.executable} ") for rank in range(2)]
-    assert [words.partition(" --")[0] for words in seen] == [f"2 0 127.0.0.1 {rank} {shown}" for rank in range(2)]
-    for rank, node in enumerate(nodes):
-        assert f"machine {rank} of 2 x 1 ranks, which meet at 127.0.0.1" in node.log()
-        assert alive(node.wait_until_ready().run_id) == []
+    monkeypatch.setattr(wrapper, "start", start)
+    yield made, at_start
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("failing", [0, 1])
-@pytest.mark.parametrize(("left", "code"), [(81, 81), (None, 1)], ids=["81", "killed"])
-def test_a_machine_that_fails_takes_the_other_down(start_two, failing, left, code):
-    nodes = start_two("fails", failing, left)
-    for node in nodes:
-        node.wait_until_ready()
-    expected = [code if rank == failing else 1 for rank in range(2)]
-    assert [node.end(20) for node in nodes] == expected, nodes[0].log() + nodes[1].log()
-    assert "or another machine failed: see there" in nodes[1 - failing].log()
-    assert [alive(node.run_id) for node in nodes] == [[], []]
+def test_memory_that_never_does_is_tried_six_times_more(starts):
+    args, passed_on = wrapper.read_command_line(["--num_nodes", "1", "--resume"])
+    assert wrapper.train(args, [], passed_on) == 83
+    assert starts[0] == [["--resume"]] + 6 * [["--resume", "--micro_batch", "1"]]
 
 
-@pytest.mark.slow
-def test_a_signal_on_one_machine_lets_both_save(start_two):
-    nodes = start_two("agrees_to_save")
-    for node in nodes:
-        node.wait_until_ready()
-    nodes[1].process.send_signal(signal.SIGTERM)
-    assert [node.end(20) for node in nodes] == [85, 85], nodes[0].log() + nodes[1].log()
-    assert [alive(node.run_id) for node in nodes] == [[], []]
+def test_memory_that_ran_out_is_left_at_that_where_it_was_asked(starts):
+    args, passed_on = wrapper.read_command_line(["--num_nodes", "1", "--no_retry_smaller"])
+    assert wrapper.train(args, [], passed_on) == 83
+    assert starts[0] == [[]]
+
+
+def test_a_signal_between_two_starts_ends_it(starts, capsys):
+    starts[1].append(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    args, passed_on = wrapper.read_command_line(["--num_nodes", "1"])
+    assert wrapper.train(args, [], passed_on) == 83
+    assert len(starts[0]) == 1 and "SIGTERM: not starting again" in capsys.readouterr().err
+
+
+def test_on_several_machines_the_start_again_is_the_user_s(starts, capsys):
+    args, passed_on = wrapper.read_command_line(SECOND_OF_TWO)
+    assert wrapper.train(args, [], passed_on) == 83
+    assert len(starts[0]) == 1
+    assert "start again on every machine, with --micro_batch 1 --resume" in capsys.readouterr().err

@@ -108,8 +108,9 @@ class Heart:
             self.stacks = str(path)
             faulthandler.register(signal.SIGUSR2, file=self.file, all_threads=True, chain=False)
 
-    def enter(self, stage: str) -> None:
-        """A stage begins, until the next one does."""
+    def enter(self, stage: str, step: int | None = None) -> None:
+        """A stage begins, until the next one does; after so many steps, where a run goes on with an earlier one."""
+        self.step = self.step if step is None else step
         self.place = Place(stage, time.monotonic())
 
     @contextlib.contextmanager

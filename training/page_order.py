@@ -33,7 +33,8 @@ class PageSampler(BatchRebalanceSampler):  # the Trainer deals with its kind, ra
             raise DataError(
                 f"{len(costs)} training pages for {world_size()} processes: each needs one; give more pages"
             )
-        self.costs, self.seed, self.epoch = costs, args.seed, 0
+        self.costs, self.epoch = costs, 0
+        self.seed = args.seed if args.data_seed is None else args.data_seed
         self.micro_batch, self.accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
 
     def steps(self) -> Iterator[list[list[int]]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +138,15 @@ def take_over(
     values |= {BATCH[0]: micro, BATCH[1]: share // micro}
 
 
-def differences(record: Mapping[str, Any], current: Mapping[str, Any], where: Path) -> list[str]:
-    """What the run in `where` cannot change but a record of the settings now, `current`, would; each by its flag."""
+def differences(
+    record: Mapping[str, Any], current: Mapping[str, Any], where: Path, unknown: Collection[str] = ()
+) -> list[str]:
+    """What the run in `where` cannot change but a record of the settings now, `current`, would; each by its flag, but
+    for those whose value is still `unknown`."""
     problems = []
     for name, reason in FIXED.items():
         before, now = record["fixed"].get(name), current["fixed"][name]
-        if before != now:
+        if before != now and name not in unknown:
             problems.append(
                 f"--{name} {now}: the run in {where} began with {before}, and {WHY[reason]}; leave it out, or begin "
                 "a new run"

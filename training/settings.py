@@ -3,23 +3,26 @@ loads.
 
     resolved = resolve(sys.argv[1:])      # typed beats JSON, JSON beats default
     check_settings(resolved)              # raises once, naming every problem
+    answer(sys.argv[1:])                  # --help, or the same for --check_settings, without torch; ends the process
 
 Sections: Settings, Resolution, Checks.
 """
 
 from __future__ import annotations
 
-import argparse
+import importlib.util
 import json
 import os
+import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import use_model_from_hub as use
+from training import training_arguments as fields_of_transformers
 from training.checkpoints import checkpoints_in, read_manifest
 from training.cleaning import cleaning_steps
+from training.command_line import forbid_torch, make_parser, read, training_arguments
 from training.dataset import resolve_dataset
 from training.errors import SettingsError
 from training.families import FAMILIES
@@ -111,6 +114,7 @@ class PageSettings:
         None, "Seconds without a finished step after which training hangs and is ended (not set: by the steps so far)."
     )
     show_supervision: bool = setting(False, "Print one example with the supervised tokens in colour, then stop.")
+    check_settings: bool = setting(False, "Check all that can be checked without loading anything, then stop.")
     demo: bool = setting(False, "The bundled tiny model on the bundled pages: no network, no GPU, a few minutes.")
 
 
@@ -186,35 +190,58 @@ class Resolved:
     problems: list[str]
     record: dict
     earlier: dict | None
+    machine: Machine
 
 
-def parse(argv: list[str]) -> tuple[dict, dict]:
-    """Parse the command line: (all values, only the typed ones). Exits with 2 on unknown flags."""
-    from transformers.hf_argparser import HfArgumentParser
+@dataclass(frozen=True)
+class Machine:
+    """What the settings have to know of this machine; None where nobody has looked."""
 
-    options = {"allow_abbrev": False, "description": __doc__.split("\n")[0]}
+    gpu: bool | None = None
+    bf16: bool | None = None
+    gpu_name: str = ""
+
+
+def look_at_machine() -> Machine:
+    """Asks torch, and imports it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return Machine(gpu=False)
+    return Machine(True, torch.cuda.is_bf16_supported(including_emulation=False), torch.cuda.get_device_name())
+
+
+def parse(argv: list[str], problems: list[str] | None = None) -> tuple[dict, dict]:
+    """Parse the command line: (all values, only the typed ones). What is wrong with it, a flag that does not exist, a
+    value of the wrong type, a field that has no effect here, is added to `problems`, all of it; or, where these are not
+    given, raises `SettingsError`. Ends the process where help is asked for."""
+    about = {"description": __doc__.split("\n")[0]}
     if {"-h", "--help"} & set(argv):  # without torch, hence at once
         more = "Every field of transformers.TrainingArguments is a flag, too; --help_training lists them."
-        HfArgumentParser([PageSettings], epilog=more, **options).parse_args(["--help"])
-    from transformers import TrainingArguments
-
-    # Both have push_to_hub; "resolve" lets the later class win, and the Trainer must never push by itself.
-    usage = None if "--help_training" in argv else "%(prog)s [settings]; --help lists them"
-    classes = [TrainingArguments, PageSettings]
-    parser = HfArgumentParser(classes, conflict_handler="resolve", usage=usage, **options)
-    parser.add_argument("--local_rank", type=int, help="Set by the launcher.")
+        make_parser([PageSettings], epilog=more, **about).parse_args(["--help"])
+    # Both have push_to_hub; the later class wins, and the Trainer must never push by itself.
+    parser = make_parser([training_arguments(), PageSettings], **about)
     if "--help_training" in argv:
         parser.parse_args(["--help"])
-    values = {**vars(parser.parse_args([])), **TRAINING_DEFAULTS}
-    for action in parser._actions:  # argparse has no public way to leave out what was not typed
-        action.default = argparse.SUPPRESS
-    typed = vars(parser.parse_args(argv))
+    found: list[str] = []
+    defaults, typed = read(parser, argv, found)
+    values = {**defaults, **TRAINING_DEFAULTS}
+    found += fields_of_transformers.not_here(typed, values)
+    if problems is None and found:
+        raise SettingsError(in_one(found))
+    if problems is not None:
+        problems += found
     if typed.get("demo"):  # --demo stands for these flags; what was typed beside it still wins
         share = max(1, DEMO["per_device_train_batch_size"] // world_size())
         typed = {**DEMO, "per_device_train_batch_size": share, **typed}
     values.update(typed)
-    del values["local_rank"]
+    del values["local_rank"]  # the launcher's own; the environment says it, too
     return values, typed
+
+
+def in_one(problems: list[str]) -> str:
+    """All problems in the one message of a `SettingsError`."""
+    return "these settings cannot work:\n" + "\n".join(f"  - {problem}" for problem in problems)
 
 
 def get_json(config: dict, path: str) -> Any:
@@ -258,15 +285,22 @@ def read_deepspeed_json(path: str, problems: list[str]) -> dict:
     return config
 
 
-def resolve(argv: list[str]) -> Resolved:
-    """Bring command line, DeepSpeed JSON and defaults together: typed beats JSON, JSON beats default."""
-    values, typed = parse(argv)
-    import torch  # after --help has answered
+def resolve(argv: list[str], machine: Machine | None = None) -> Resolved:
+    """Bring command line, DeepSpeed JSON and defaults together: typed beats JSON, JSON beats default.
 
+    `machine` is what the settings are resolved for; not given, torch is asked what this one has. Where nobody has
+    looked (`Machine()`), what depends on it stays as it was asked for. Raises nothing: `problems` has what is wrong.
+    """
     notes, problems = [], []
+    values, typed = parse(argv, problems)
+    values["output_dir"] = os.path.expanduser(values["output_dir"])
     earlier = earlier_record(values, problems)
     if earlier is not None:
         take_over(earlier, values, typed, world_size(), problems)
+    machine = look_at_machine() if machine is None else machine
+    gpu = False if values["use_cpu"] else machine.gpu
+    if machine.gpu and values["use_cpu"] and values["deepspeed"]:
+        problems.append("--use_cpu: DeepSpeed takes the GPUs that it sees; hide them by CUDA_VISIBLE_DEVICES= instead")
     config = read_deepspeed_json(values["deepspeed"], problems) if values["deepspeed"] else None
     if config is not None:
         for path, name in JSON_TWINS.items():
@@ -280,13 +314,15 @@ def resolve(argv: list[str]) -> Resolved:
     for asked, other in (("fp16", "bf16"), ("bf16", "fp16")):
         if typed.get(asked) and other not in typed:
             values[other] = False
-    resolve_precision(values, torch, notes)
-    resolve_quantization(values, torch, notes)
+    resolve_precision(values, machine, gpu, notes)
+    resolve_quantization(values, gpu, notes)
     for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):  # transformers' older names
         if name in typed:
             values[name.replace("gradient", "activation")] = values[name]
-    gpus = 0 if values["use_cpu"] or not torch.cuda.is_available() else local_world_size()
+    gpus = local_world_size() if gpu else 0
     resolve_workers(values, typed, gpus, notes)
+    if gpu is not None or "dataloader_num_workers" in typed:
+        problems += fields_of_transformers.worker_problems(values, typed)
     resolve_micro_batch(values, typed, gpus, problems)
     if (values["lora"] or values["quantize"] == "4bit") and not {"learning_rate", "demo"} & set(typed):
         values["learning_rate"] = LORA_LEARNING_RATE
@@ -294,17 +330,18 @@ def resolve(argv: list[str]) -> Resolved:
     if config is not None:
         asked = config.pop("train_batch_size", "auto")  # DeepSpeed multiplies it itself, and so do we
         typed_pages = {"per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch"} & set(typed)
-        finish_deepspeed_json(config, values, notes)
+        finish_deepspeed_json(config, values, typed, notes)
         total = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] * world_size()
         if not typed_pages and asked not in ("auto", total):
             problems.append(
                 f"--deepspeed {values['deepspeed']}: train_batch_size is {json.dumps(asked)}, but pages x "
                 f"accumulated x processes are {total}; leave it out, or make them agree"
             )
+    problems += fields_of_transformers.impossible(values, typed, config, world_size())
     record = make_record(typed, values, config, world_size())
     names = {item.name for item in fields(PageSettings)}
     settings = PageSettings(**{name: values.pop(name) for name in names})
-    return Resolved(settings, values, config, notes, problems, record, earlier)
+    return Resolved(settings, values, config, notes, problems, record, earlier, machine)
 
 
 def earlier_record(values: dict, problems: list[str]) -> dict | None:
@@ -334,31 +371,32 @@ def earlier_record(values: dict, problems: list[str]) -> dict | None:
     return None
 
 
-def resolve_precision(values: dict, torch: ModuleType, notes: list[str]) -> None:
+def resolve_precision(values: dict, machine: Machine, gpu: bool | None, notes: list[str]) -> None:
     """bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
-    gpu = torch.cuda.is_available() and not values["use_cpu"]
+    if gpu is None:
+        return
     if not gpu and (values["bf16"] or values["fp16"]):
         values["bf16"] = values["fp16"] = False
         notes.append("precision: fp32, because there is no GPU")
-    elif values["bf16"] and not torch.cuda.is_bf16_supported(including_emulation=False):
+    elif values["bf16"] and not machine.bf16:
         values["bf16"], values["fp16"] = False, True
-        notes.append(f"precision: fp16, because {torch.cuda.get_device_name()} has no bf16")
+        notes.append(f"precision: fp16, because {machine.gpu_name} has no bf16")
     values["dataloader_pin_memory"] = values["dataloader_pin_memory"] and gpu
     if not gpu and not values["deepspeed"]:
         values["use_cpu"] = True  # accelerate then picks gloo; DeepSpeed chooses its own accelerator
 
 
-def resolve_quantization(values: dict, torch: ModuleType, notes: list[str]) -> None:
+def resolve_quantization(values: dict, gpu: bool | None, notes: list[str]) -> None:
     """4-bit only where adapters can train on it: never under DeepSpeed, whose ZeRO-3 cannot shard it."""
     if values["deepspeed"]:
         chosen, why = "none", "DeepSpeed shards full-precision weights"
     elif values["quantize"] != "auto":
         chosen, why = values["quantize"], "asked for"
-    elif values["random_weights"] or not torch.cuda.is_available():
+    elif gpu is None:
+        return
+    elif values["random_weights"] or not gpu:
         chosen, why = "none", "random weights" if values["random_weights"] else "no GPU to save memory on"
     else:
-        import importlib.util
-
         found = importlib.util.find_spec("bitsandbytes") is not None
         chosen, why = ("4bit", "bitsandbytes works here") if found else ("none", "bitsandbytes is not installed")
     values["quantize"] = chosen
@@ -398,14 +436,18 @@ def resolve_workers(values: dict, typed: dict, gpus: int, notes: list[str]) -> N
         notes.append(f"data workers: {values['dataloader_num_workers']} for each GPU")
 
 
-def finish_deepspeed_json(config: dict, values: dict, notes: list[str]) -> None:
+def finish_deepspeed_json(config: dict, values: dict, typed: dict, notes: list[str]) -> None:
     """Write the resolved values into the JSON, so that DeepSpeed and the Trainer cannot disagree."""
     for path, name in JSON_TWINS.items():
-        if "." not in path or get_json(config, path) is not None:
+        # An optimizer or schedule of its own would use its own value for what was typed and is not in the JSON.
+        wanted = name in typed and path.split(".")[0] in config
+        if "." not in path or wanted or get_json(config, path) is not None:
             set_json(config, path, values[name])
     set_json(config, "bf16.enabled", values["bf16"])
     set_json(config, "fp16.enabled", values["fp16"])
-    if get_json(config, "optimizer.params.betas") is not None:
+    if get_json(config, "optimizer.params.betas") is not None or (
+        "optimizer" in config and {"adam_beta1", "adam_beta2"} & set(typed)
+    ):
         set_json(config, "optimizer.params.betas", [values["adam_beta1"], values["adam_beta2"]])
     if get_json(config, "scheduler.params.warmup_num_steps") is not None:
         set_json(config, "scheduler.params.warmup_num_steps", "auto")  # counts steps; ours may be a share
@@ -423,59 +465,106 @@ def finish_deepspeed_json(config: dict, values: dict, notes: list[str]) -> None:
 
 
 def check_settings(resolved: Resolved) -> None:
-    """Gather every setting that cannot work and raise once, before anything loads."""
-    settings, training, problems = resolved.settings, resolved.training, list(resolved.problems)
-    base, data = Path(settings.base_model), Path(settings.dataset)
-    at_least = {"num_samples": 1, "eval_pages": 1, "eval_every": 0, "max_html_tokens": 1, "lora_rank": 1}
-    at_least |= {"early_stopping_patience": 0} | ({} if settings.hang_timeout is None else {"hang_timeout": 1})
-    for name, least in {**at_least, "max_pixels": use.Recipe.min_pixels}.items():
-        if getattr(settings, name) < least:
-            problems.append(f"--{name} {getattr(settings, name)}: at least {least}")
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size"):
-        if training[name] < 1:
-            problems.append(f"--{name} {training[name]}: at least 1")
+    """Gather every setting that cannot work and raise `SettingsError` once, before anything loads."""
+    if problems := find_problems(resolved):
+        raise SettingsError(in_one(problems))
+
+
+def answer(argv: list[str]) -> NoReturn:
+    """--help and --check_settings: says what there is to say, and ends the process.
+
+    --check_settings ends it with 0, or with 2 and a line on stderr for each problem. The code is the one that training
+    resolves and checks with, for a machine at which nobody has looked: so it needs no torch, and a second or two. The
+    wrapper asks this before it starts the launcher, with WORLD_SIZE set.
+    """
+    forbid_torch()
+    resolved = resolve(argv, Machine())
+    problems = find_problems(resolved)
+    if not resolved.settings.check_settings:
+        problems.append("--check_settings False: leave it out")
+    for problem in problems:
+        print(" ".join(problem.split()), file=sys.stderr, flush=True)
+    sys.exit(2 if problems else 0)
+
+
+def find_problems(resolved: Resolved) -> list[str]:
+    """Every problem of the resolved settings, each with its remedy; what is merely worth knowing becomes a note."""
+    settings, problems = resolved.settings, list(resolved.problems)
+    problems += number_problems(settings) + place_problems(resolved) + resume_problems(resolved)
     if settings.early_stopping_patience and not settings.eval_every:
         problems.append(f"--early_stopping_patience {settings.early_stopping_patience} needs --eval_every N")
-    try:
-        penalties(settings)
-    except ValueError:
-        problems.append(f"--penalty_grid {settings.penalty_grid}: numbers above 0 by commas, such as 1.0,1.05")
-    if not 0 <= settings.max_bad_share <= 1:
-        problems.append(f"--max_bad_share {settings.max_bad_share}: a share between 0 and 1")
-    if str(training["eval_strategy"]).rpartition(".")[2].lower() != "no":
-        problems.append(f"--eval_strategy {training['eval_strategy']}: held-out pages are written with --eval_every N")
-    if training.get("hub_token"):
-        problems.append("--hub_token: a token on the command line is seen by others; put it into HF_TOKEN")
-    if base.is_dir() and base.resolve() == (Path(settings.final_dir) / use.FINAL_FOLDER).resolve():
-        problems.append(f"--base_model {settings.base_model} is where the result will be written; rename it first")
     if not settings.prompt.strip():
         problems.append("--prompt is empty: say what the model shall write")
-    local = settings.base_model.startswith((".", "/", "~")) or settings.base_model.count("/") > 1
-    if (base.is_dir() or local) and not (base / "config.json").is_file():
-        problems.append(f"--base_model {settings.base_model}: no config.json there; give a model folder or a Hub name")
-    if settings.dataset.startswith((".", "/", "~")) and not data.exists():
-        problems.append(f"--dataset {settings.dataset}: no such folder; give a folder or a Hub name")
     if settings.random_weights and settings.quantize == "4bit":
         problems.append("--random_weights with --quantize 4bit: quantised weights cannot train; leave one out")
     if settings.quantize == "4bit" and settings.freeze_vision:
         resolved.notes.append("--freeze_vision changes nothing: adapters train on the language model only")
-    if training["bf16"] and training["fp16"]:
+    if resolved.training["bf16"] and resolved.training["fp16"]:
         problems.append("bf16 and fp16 are both on: choose one, on the command line or in the DeepSpeed JSON")
-    if resolved.earlier is not None:
-        problems += differences(resolved.earlier, resolved.record, Path(training["output_dir"]))
-        if get_json(resolved.deepspeed or {}, "scheduler") and training["learning_rate"] != resolved.earlier["rate"]:
-            problems.append(f"--learning_rate {training['learning_rate']}: DeepSpeed's own scheduler keeps the old one")
-    steps = get_json(resolved.deepspeed or {}, "zero_optimization.stage")
-    if resolved.deepspeed is not None and steps not in (None, 0, 1, 2, 3):
-        problems.append(f"--deepspeed: zero_optimization.stage is {steps!r}; 0, 1, 2 or 3")
+    stage = get_json(resolved.deepspeed or {}, "zero_optimization.stage")
+    if resolved.deepspeed is not None and stage not in (None, 0, 1, 2, 3):
+        problems.append(f"--deepspeed: zero_optimization.stage is {stage!r}; 0, 1, 2 or 3")
     try:
         cleaning_steps(settings.clean)
         if note := resolve_dataset(settings.dataset).note:
             resolved.notes.append(f"{settings.dataset}: {note}")
     except SettingsError as error:
         problems.append(str(error))
-    if problems:
-        raise SettingsError("these settings cannot work:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    return problems
+
+
+def number_problems(settings: PageSettings) -> list[str]:
+    """Numbers of `PageSettings` that are out of range."""
+    at_least = {"num_samples": 1, "eval_pages": 1, "eval_every": 0, "max_html_tokens": 1, "lora_rank": 1}
+    at_least |= {"lora_alpha": 1, "early_stopping_patience": 0, "max_pixels": use.Recipe.min_pixels}
+    at_least |= {} if settings.hang_timeout is None else {"hang_timeout": 1}
+    problems = [
+        f"--{name} {getattr(settings, name)}: at least {least}"
+        for name, least in at_least.items()
+        if getattr(settings, name) < least
+    ]
+    try:
+        penalties(settings)
+    except ValueError:
+        problems.append(f"--penalty_grid {settings.penalty_grid}: numbers above 0 by commas, such as 1.0,1.05")
+    if not 0 <= settings.max_bad_share <= 1:
+        problems.append(f"--max_bad_share {settings.max_bad_share}: a share between 0 and 1")
+    return problems
+
+
+def place_problems(resolved: Resolved) -> list[str]:
+    """Folders that are not there, hold nothing that can be used, or cannot be written into."""
+    settings, output_dir, problems = resolved.settings, resolved.training["output_dir"], []
+    base, data = Path(settings.base_model), Path(settings.dataset)
+    if base.is_dir() and base.resolve() == (Path(settings.final_dir) / use.FINAL_FOLDER).resolve():
+        problems.append(f"--base_model {settings.base_model} is where the result will be written; rename it first")
+    local = settings.base_model.startswith((".", "/", "~")) or settings.base_model.count("/") > 1
+    if (base.is_dir() or local) and not (base / "config.json").is_file():
+        problems.append(f"--base_model {settings.base_model}: no config.json there; give a model folder or a Hub name")
+    if settings.dataset.startswith((".", "/", "~")) and not data.exists():
+        problems.append(f"--dataset {settings.dataset}: no such folder; give a folder or a Hub name")
+    if settings.plan:  # writes nothing
+        return problems
+    if trouble := fields_of_transformers.folder_trouble(output_dir):
+        problems.append(f"--output_dir {output_dir}: {trouble}; give a folder that can be written into")
+    if trouble := fields_of_transformers.folder_trouble(settings.final_dir):
+        problems.append(f"--final_dir {settings.final_dir}: {trouble}; give a folder that can be written into")
+    return problems
+
+
+def resume_problems(resolved: Resolved) -> list[str]:
+    """What a run that is gone on with cannot change; the checkpoint itself is looked at later (resuming.py)."""
+    before, now = resolved.earlier, resolved.record
+    if before is None:
+        return []
+    # Where nobody has looked at the machine, what it decides is not known yet.
+    unknown = {"bf16", "fp16", "quantize"} if resolved.machine.gpu is None else set()
+    problems = differences(before, now, Path(resolved.training["output_dir"]), unknown)
+    if get_json(resolved.deepspeed or {}, "scheduler") and before["rate"] != now["rate"]:
+        problems.append(
+            f"--learning_rate {now['rate']}: the DeepSpeed JSON's own scheduler would keep {before['rate']}"
+        )
+    return problems
 
 
 def penalties(settings: PageSettings) -> list[float]:

@@ -33,6 +33,9 @@ STATE_SAVED = 85
 NOTHING_TRAINED = "nothing was trained, and checkpoints are as they were"
 
 
+_entered: list[StopRequest | None] = []  # the last one is that of this moment
+
+
 class StopRequest:
     """Whether this run is asked to stop (`wanted`), and by what; one for each process."""
 
@@ -67,13 +70,14 @@ class StopRequest:
                 self.before[number] = signal.signal(number, self.note)
         self.thread = threading.Thread(target=self.watch, name="stopping", daemon=True)
         self.thread.start()
-        if not hasattr(StopRequest, "forked"):  # cannot be taken back: once for each process
-            StopRequest.forked = True
+        if not _entered:  # what is registered stays so: once for each process
             os.register_at_fork(after_in_child=leave_signals_alone)
+        _entered.append(self)
         return self
 
     def __exit__(self, *unused: object) -> None:
         self.over = True
+        _entered.append(None)
         os.write(self.writing, b"\0")
         self.thread.join(timeout=5)
         for number, handler in self.before.items():
@@ -178,9 +182,10 @@ def ignored(number: int, frame: FrameType | None) -> None:
 def leave_signals_alone() -> None:
     """In a forked process, a data worker as a rule: Ctrl-C reaches it, too, and the rank still needs it to save. What
     it is sent is no request to the rank, whose pipe it would write to."""
-    with contextlib.suppress(ValueError):  # forked by another thread than Python's main one
+    request = _entered[-1]
+    if request is not None:
         signal.set_wakeup_fd(-1)
-        for number in stop.before:
+        for number in request.before:
             signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else ignored)
 
 

@@ -80,6 +80,13 @@ def is_on() -> bool:
     return is_deepspeed_zero3_enabled()
 
 
+def begin_alone() -> None:
+    """(one process) Started plainly, without any launcher: DeepSpeed would ask MPI who this is."""
+    # Port 0 is a free one, which the system gives to the one process: no other can take it in between.
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ.update({name: os.environ.get(name, value) for name, value in alone.items()})
+
+
 def begin_on_cpu(timeout_seconds: float) -> dict:
     """(all ranks) Begin the process group of DeepSpeed on a machine without a GPU.
 

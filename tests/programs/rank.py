@@ -3,11 +3,13 @@
 Each leaves `ready-<rank>` (its id and the run's) in the current folder before it does what the test is about.
 """
 
+import faulthandler
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -51,6 +53,33 @@ def start_a_helper() -> None:
     subprocess.Popen(["sleep", "300"], start_new_session=True)
 
 
+class Beats(threading.Thread):
+    """What a rank tells of itself, five times a second; SIGUSR2 writes its stacks."""
+
+    def __init__(self, stage: str, **fields):
+        super().__init__(daemon=True)
+        folder = Path.cwd()
+        stacks = folder / f"stacks-{rank}"
+        self.beat = {"stage": stage, "step": 0, "since": time.time(), "limit_s": None, "pages": [], "micro_batch": 1}
+        self.beat |= {"output_dir": str(folder), "stacks": str(stacks)} | fields
+        faulthandler.register(signal.SIGUSR2, file=stacks.open("w"), all_threads=True)
+        self.write()
+        self.start()
+
+    def write(self) -> None:
+        file = Path(os.environ["HOLO1_STATUS_DIR"]) / f"beat-{rank}"
+        file.with_suffix(".part").write_text(json.dumps(self.beat | {"time": time.time()}))
+        file.with_suffix(".part").rename(file)
+
+    def progress(self, **fields) -> None:
+        self.beat |= {"since": time.time()} | fields
+
+    def run(self) -> None:
+        while True:
+            time.sleep(0.2)
+            self.write()
+
+
 # -----------------------------------------------------------------------------
 # Ends
 
@@ -62,6 +91,29 @@ def leaves(codes: list[int], meeting: bool = False) -> None:
     if meeting:
         meet()
     leave(codes[rank])
+
+
+def leaves_when_told() -> None:
+    ready()
+    while not Path("go").exists():
+        time.sleep(0.05)
+    leave(0)
+
+
+def runs_out_of_memory() -> None:
+    """Until --micro_batch is 1; `starts-<rank>` has a line for each start: the folder for codes and the arguments."""
+    ready()
+    with Path(f"starts-{rank}").open("a") as file:
+        print(os.environ["HOLO1_STATUS_DIR"], os.environ["MASTER_PORT"], *sys.argv[2:], file=file)
+    typed = [number for flag, number in zip(sys.argv, sys.argv[1:], strict=False) if flag == "--micro_batch"]
+    pages = int(typed[-1])
+    if pages == 1:
+        leave(0)
+    if rank == 0:
+        asked = {"micro_batch": pages // 2, "resume": pages == 2}
+        (Path(os.environ["HOLO1_STATUS_DIR"]) / "smaller").write_text(json.dumps(asked))
+    time.sleep(0.5)
+    leave(83)
 
 
 def exits(code: int) -> None:
@@ -127,7 +179,7 @@ def saves(main_seconds: float = 0, seconds: float = 0, code: int = 85, undo: boo
     Saving takes the main rank `main_seconds`, every rank `seconds`. With `undo`, a second SIGTERM would kill it; with
     `either`, the second rank's signal stops both."""
     stopped: list[tuple[int, float]] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: stopped.append((number, time.time())))
     ready()
     while not stopped and not (either and Path("stopped-1").exists()):
@@ -138,6 +190,48 @@ def saves(main_seconds: float = 0, seconds: float = 0, code: int = 85, undo: boo
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(seconds + (main_seconds if rank == 0 else 0))
     leave(code)
+
+
+def stops_in(stage: str, code: int | None, seconds: float = 0) -> None:
+    """At a signal, in this stage: with a code, `seconds` later, or by the signal where no code is given."""
+    stopped = []
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(1) if code is not None else os._exit(143))
+    Beats(stage, step=7, limit_s=None)
+    ready()
+    while not stopped:
+        time.sleep(0.05)
+    time.sleep(seconds)
+    leave(code)
+
+
+def hangs(stops: bool, limit_s: float | None) -> None:
+    """Rank 1 makes no progress after its third step and does not listen to SIGTERM; or it is stopped as a whole, and
+    rank 0 waits for it."""
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    beats = Beats("training", limit_s=limit_s)
+    ready()
+    for step in range(1, 4):
+        time.sleep(0.3)
+        beats.progress(step=step, pages=[f"page {step}-{rank}"])
+    if stops and rank == 1:
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    while True:
+        time.sleep(0.2)
+        if rank == 0 and not stops:
+            beats.progress()
+
+
+def imports_for_long(limit_s: float, seconds: float) -> None:
+    """Rank 1 says nothing of itself for longer than the limit of rank 0, which goes on."""
+    if rank == 1:
+        time.sleep(seconds)
+    beats = Beats("loading", limit_s=limit_s)
+    ready()
+    while not Path("ready-1").exists():
+        time.sleep(0.1)
+        beats.progress()
+    leave(0)
 
 
 def reduces() -> None:

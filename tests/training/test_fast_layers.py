@@ -47,7 +47,7 @@ def collate(processor, made, packed=False):
     encoder = PageEncoder(processor, "write this page", family_of("qwen2_5_vl"))
     config = make_config(processor.tokenizer)
     batch = pipeline.PageCollator(processor, encoder, made, 4, config=config, packed=packed)(made)
-    assert batch.pop("flops") > 0
+    assert batch.pop("flops") > 0 and batch.pop("pages")
     return batch
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import math
 import os
 import sys
@@ -228,3 +229,23 @@ def test_a_restart_recomputes_all_layers_unless_a_share_was_typed(typed, share, 
     assert (scope.sizes, scope.shares) == ((4,), (share,)), (
         "nothing is left to choose, so a second failure ends the run"
     )
+
+
+@pytest.mark.parametrize(
+    ("at_once", "accumulated", "checkpoint", "wanted"),
+    [
+        (4, 2, "checkpoint-3", {"micro_batch": 2, "resume": True}),
+        (6, 1, "checkpoint-best", {"micro_batch": 3, "resume": False}),
+        (1, 8, "checkpoint-3", None),
+    ],
+)
+def test_full_memory_leaves_what_a_smaller_start_should_ask_for(
+    at_once, accumulated, checkpoint, wanted, tmp_path, monkeypatch
+):
+    """The next smaller number that divides the pages of a step; nothing where a single page was too much."""
+    (tmp_path / "output" / checkpoint).mkdir(parents=True)
+    monkeypatch.setenv("HOLO1_STATUS_DIR", str(tmp_path))
+    pages = {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": accumulated}
+    memory_fit.note_smaller(SimpleNamespace(**pages, output_dir=str(tmp_path / "output")))
+    found = tmp_path / "smaller"
+    assert (json.loads(found.read_text()) if found.exists() else None) == wanted

@@ -132,6 +132,26 @@ def test_the_deepspeed_launchers_name_of_a_machines_size_is_read(monkeypatch):
     assert processes.local_world_size() == 4
 
 
+def test_a_rank_finds_out_how_another_has_failed(tmp_path, monkeypatch, capfd):
+    """As its collective only tells that the other is gone."""
+    monkeypatch.setenv("RANK", "1")
+    gone = RuntimeError("Connection closed by peer")
+    monkeypatch.delenv("HOLO1_STATUS_DIR", raising=False)
+    assert processes.code_of_another(range(80, 85)) is None and processes.say_failure(gone) == 1
+    monkeypatch.setenv("HOLO1_STATUS_DIR", str(tmp_path))
+    (tmp_path / "rank-0").write_text("8")  # half written, or another failure
+    assert processes.say_failure(gone) == 1
+    (tmp_path / "rank-0").write_text("83")
+    assert processes.code_of_another(range(80, 85)) == (0, 83)
+    capfd.readouterr()
+    assert processes.say_failure(gone) == 83 and "rank 0 had ended before: 83, out of memory" in capfd.readouterr().err
+    assert processes.say_failure(DataError("no page can be read")) == 80, "what it knows of itself goes before"
+    processes.report_end(83)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"rank-0": "83", "rank-1": "83"}
+    (tmp_path / "rank-0").unlink()
+    assert processes.code_of_another(range(80, 85)) is None, "its own does not count"
+
+
 def test_only_the_main_process_speaks(monkeypatch, capsys):
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)

@@ -96,7 +96,7 @@ def test_pages_per_step_stay_the_same_on_another_number_of_processes(tmp_path, m
         go_on(tmp_path, "--resume")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert go_on(tmp_path, "--resume", "--micro_batch", "3").training["gradient_accumulation_steps"] == 2
-    with pytest.raises(SettingsError, match="8 pages per step: the run in .* began with 6"):
+    with pytest.raises(SettingsError, match=r"8 pages per step: the run in .* began with 6"):
         go_on(tmp_path, "--resume", "--gradient_accumulation_steps", "8")
 
 
@@ -108,16 +108,16 @@ def test_deepspeed_and_plain_runs_do_not_go_on_with_each_other(tmp_path, monkeyp
 
 
 def test_a_folder_without_a_run_is_not_gone_on_with(tmp_path, monkeypatch):
-    with pytest.raises(SettingsError, match="no run has begun in .*nowhere; leave --resume out"):
+    with pytest.raises(SettingsError, match=r"no run has begun in .*nowhere; leave --resume out"):
         go_on(tmp_path / "nowhere", "--resume")
     (tmp_path / "old" / "checkpoint-3").mkdir(parents=True)
-    with pytest.raises(SettingsError, match="no run.json that says what their run was"):
+    with pytest.raises(SettingsError, match=r"no run.json that says what their run was"):
         go_on(tmp_path / "old", "--resume")
     with pytest.raises(SettingsError, match=r"has no manifest.json: .*give a whole checkpoint, or --resume"):
         go_on(tmp_path, "--resume_from_checkpoint", str(tmp_path / "old" / "checkpoint-3"))
     begin(tmp_path / "run", monkeypatch)
     (tmp_path / "run" / RECORD_FILE).write_text('{"format": 1, "ty')
-    with pytest.raises(SettingsError, match="run.json is damaged"):
+    with pytest.raises(SettingsError, match=r"run\.json is damaged"):
         go_on(tmp_path / "run", "--resume")
 
 

@@ -1,13 +1,29 @@
-"""Settings: what meets where, and what is refused before anything loads."""
+"""Settings: what meets where, and what is refused before anything loads.
+
+Sections: What meets where, What is refused, Without torch, The real script.
+"""
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import PLAIN_JSON, ROOT
+from conftest import MAIN, PLAIN_JSON, ROOT, run_script
 
 from training.errors import SettingsError
-from training.settings import DEMO, LORA_LEARNING_RATE, PageSettings, check_settings, resolve
+from training.settings import (
+    DEMO,
+    LORA_LEARNING_RATE,
+    Machine,
+    PageSettings,
+    check_settings,
+    find_problems,
+    parse,
+    resolve,
+)
+
+# -----------------------------------------------------------------------------
+# What meets where
 
 
 def write_json(folder, config, name="ds.json") -> str:
@@ -101,6 +117,9 @@ def test_demo_stands_for_flags_that_typing_overrides():
     assert resolved.settings.compare_base
 
 
+# -----------------------------------------------------------------------------
+# What is refused
+
 BAD_SETTINGS = [
     (["--num_samples", "0"], "--num_samples 0: at least 1"),
     (["--eval_pages", "-1"], "--eval_pages -1: at least 1"),
@@ -116,15 +135,20 @@ BAD_SETTINGS = [
     (["--deepspeed", "./nowhere.json"], "--deepspeed ./nowhere.json: No such file"),
     (["--micro_batch", "5"], "--micro_batch 5 must divide the 8 pages"),
     (["--micro_batch", "0"], "--micro_batch 0 must divide the 8 pages"),
-    (["--eval_strategy", "steps"], "held-out pages are written with --eval_every"),
+    (["--eval_strategy", "steps"], "held-out pages are written and scored with --eval_every"),
     (["--hub_token", "hf_secret"], "put it into HF_TOKEN"),
     (["--clean", "comments,everything"], "everything"),
+    (["--lora_alpha", "0"], "--lora_alpha 0: at least 1"),
+    (["--resume_from_checkpoint", "gone"], "--resume_from_checkpoint gone: no such folder"),
+    (["--output_dir", "file/below"], "--output_dir file/below: "),
+    (["--output_dir", "/proc/below"], "--output_dir /proc/below: /proc: "),
 ]
 
 
 @pytest.mark.parametrize(("argv", "message"), BAD_SETTINGS, ids=lambda value: " ".join(value)[:40])
 def test_impossible_settings_are_named_with_a_remedy(argv, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("file").touch()
     with pytest.raises(SettingsError) as error:
         check_settings(resolve(argv))
     assert message in str(error.value)
@@ -206,3 +230,98 @@ def test_what_is_known_of_a_dataset_is_said_when_it_is_taken(dataset, note):
     check_settings(resolved)
     said = [one for one in resolved.notes if one.startswith(dataset)]
     assert len(said) == len(note) and all(one.startswith(start) for one, start in zip(said, note))
+
+
+def test_looking_for_problems_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert not find_problems(resolve(["--output_dir", "one/two"]))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_typed_reaches_an_optimizer_of_the_json_that_does_not_name_it(tmp_path):
+    config = PLAIN_JSON | {"optimizer": {"type": "AdamW", "params": {}}}
+    typed = ["--weight_decay", "0.1", "--adam_epsilon", "1e-6", "--adam_beta2", "0.95", "--learning_rate", "3e-6"]
+    params = resolve(["--deepspeed", write_json(tmp_path, config), *typed]).deepspeed["optimizer"]["params"]
+    assert params == {"weight_decay": 0.1, "eps": 1e-6, "betas": [0.9, 0.95], "lr": 3e-6}
+
+
+def test_a_home_folder_is_one_folder_for_everybody(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve(["--output_dir", "~/out"]).training["output_dir"] == str(tmp_path / "out")
+
+
+# -----------------------------------------------------------------------------
+# Without torch
+
+ON_A_CPU, ON_A_GPU = Machine(gpu=False), Machine(True, True, "a GPU")
+
+
+def test_a_machine_at_which_nobody_has_looked_decides_nothing():
+    resolved = resolve(["--micro_batch", "4"], Machine())
+    assert (resolved.settings.quantize, resolved.training["bf16"], resolved.training["use_cpu"]) == (
+        "auto",
+        True,
+        False,
+    )
+    assert not resolved.problems and not [note for note in resolved.notes if note.startswith(("precision", "data"))]
+    resolved = resolve(["--dataloader_prefetch_factor", "4"], Machine())
+    assert not resolved.problems, "a GPU would have data workers"
+
+
+def test_a_cpu_and_a_gpu_resolve_to_what_they_can_do():
+    cpu, gpu = resolve([], ON_A_CPU), resolve([], ON_A_GPU)
+    assert (cpu.training["bf16"], cpu.training["use_cpu"], cpu.settings.quantize) == (False, True, "none")
+    assert (gpu.training["bf16"], gpu.training["use_cpu"], gpu.settings.quantize) == (True, False, "4bit")
+    old = resolve([], Machine(True, False, "an old GPU"))
+    assert (old.training["bf16"], old.training["fp16"]) == (False, True)
+    assert "precision: fp16, because an old GPU has no bf16" in old.notes
+
+
+def test_a_gpu_that_is_not_to_be_used_counts_as_none(tmp_path):
+    assert resolve(["--use_cpu"], ON_A_GPU).settings.quantize == "none"
+    argv = ["--use_cpu", "--deepspeed", write_json(tmp_path, PLAIN_JSON)]
+    assert "--use_cpu: DeepSpeed takes the GPUs that it sees" in resolve(argv, ON_A_GPU).problems[0]
+    assert not resolve(argv, ON_A_CPU).problems
+
+
+# -----------------------------------------------------------------------------
+# The real script
+
+THREE = ["--learning_rat", "1e-5", "--dataset", "./nowhere", "--max_html_tokens", "-4"]
+THREE_PROBLEMS = [
+    "--learning_rat: no such flag; did you mean --learning_rate?",
+    "--max_html_tokens -4: at least 1",
+    "--dataset ./nowhere: no such folder; give a folder or a Hub name",
+]
+
+
+@pytest.mark.slow
+def test_the_check_names_all_problems_a_line_each_and_loads_nothing_heavy(tmp_path):
+    done = run_script("-X", "importtime", MAIN, "--check_settings", *THREE, cwd=tmp_path)
+    lines = done.stderr.splitlines()
+    assert [line for line in lines if not line.startswith("import time:")] == THREE_PROBLEMS
+    assert (done.returncode, done.stdout) == (2, "")
+    loaded = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+    assert "transformers.training_args" in loaded, "the fields are transformers' own"
+    assert not {"torch", "datasets", "deepspeed", "peft", "accelerate"} & loaded
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_check_of_good_settings_is_silent(tmp_path):
+    flags = ["--deepspeed", str(ROOT / "ds_z3.json"), "--optim", "adafactor", "--data_seed", "3"]
+    world = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+    done = run_script(MAIN, "--check_settings", *flags, cwd=tmp_path, env=world)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.slow
+def test_training_refuses_what_the_check_refuses(tmp_path):
+    done = run_script(MAIN, *THREE, "--check_settings=True", cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert not [problem for problem in THREE_PROBLEMS if f"  - {problem}\n" not in done.stderr]
+
+
+def test_what_is_wrong_with_the_command_line_alone_is_raised_where_nobody_gathers_it():
+    with pytest.raises(SettingsError, match="did you mean --learning_rate"):
+        parse(THREE)

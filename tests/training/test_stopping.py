@@ -1,39 +1,159 @@
-"""How a run is asked to stop: by real signals to a real process."""
+"""How a run is asked to stop: by real signals to a real process, by a file, by a terminal that closes."""
 
+import hashlib
 import multiprocessing
 import os
 import signal
+import time
+from pathlib import Path
 
 import pytest
 
-from training.stopping import StopRequest
+from training import stopping
+from training.stopping import FILE, SIGNALS, StopRequest
 
-LATER = 3.0  # seconds, more than between the two signals of a scheduler that signals wrapper and ranks
+
+def within(condition, seconds: float = 20.0) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
+
+
+def process_of(work, *arguments) -> multiprocessing.Process:
+    process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
+    process.start()
+    return process
 
 
 def signal_twice(number: int, seconds_between: float) -> None:
     """Ends with 0 where the second one did not end it, 1 where the flag was not set."""
+    stopping.AGAIN_S = 1.0
     with StopRequest() as stop:
+        stop.at_the_end_of_a_step()
         os.kill(os.getpid(), number)
-        if stop.signal != number:
+        if stop.signal != number or not stop.wanted or not within(lambda: stop.first is not None):
             os._exit(1)
-        stop.first -= seconds_between
+        time.sleep(seconds_between)
         os.kill(os.getpid(), number)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 3_000_000)  # a second or more in C
     os._exit(0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize(("seconds_between", "ends"), [(0.0, False), (LATER, True)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(("seconds_between", "ends"), [(0.0, False), (1.5, True)])
 def test_the_first_signal_sets_a_flag_and_only_a_later_one_ends_at_once(number, seconds_between, ends):
-    process = multiprocessing.get_context("spawn").Process(target=signal_twice, args=(number, seconds_between))
-    process.start()
+    process = process_of(signal_twice, number, seconds_between)
     process.join(timeout=60)
-    # Ctrl-C, too, ends it as the system does: a KeyboardInterrupt could be caught on its way.
-    assert process.exitcode == (-number if ends else 0)
+    # A terminal that closes sends SIGHUP twice.
+    assert process.exitcode == (128 + number if ends and number != signal.SIGHUP else 0)
 
 
-def test_signals_mean_what_they_meant_before_once_nobody_trains():
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+def stuck_in_c(ready: Path, code: int) -> None:
+    with StopRequest() as stop:
+        if code:
+            stop.at_once(code, "the model is on disk")
+        ready.touch()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # minutes, without the interpreter's lock
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("code", "words"), [(0, stopping.NOTHING_TRAINED), (85, "the model is on disk")])
+def test_a_run_that_does_not_train_ends_at_once_also_while_stuck_in_c(code, words, tmp_path, capfd):
+    process = process_of(stuck_in_c, tmp_path / "ready", code)
+    assert within((tmp_path / "ready").exists, 60)
+    os.kill(process.pid, signal.SIGUSR1)
+    process.join(timeout=20)
+    assert process.exitcode == (code or 128 + signal.SIGUSR1)
+    assert f"rank 0: stopped by SIGUSR1: {words}" in capfd.readouterr().err
+
+
+def asked_while_it_moves_a_folder(folder: Path) -> None:
+    with StopRequest() as stop:
+        stop.at_once(85, "")
+        with stop.held_off():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1.0)
+            (folder / "moved").touch()
+        time.sleep(60)
+
+
+@pytest.mark.slow
+def test_what_must_not_be_broken_off_is_finished_first(tmp_path):
+    process = process_of(asked_while_it_moves_a_folder, tmp_path)
+    process.join(timeout=40)
+    assert process.exitcode == 85 and (tmp_path / "moved").exists()
+
+
+def on_a_terminal(path: str, ready: Path, done: Path) -> None:
+    os.setsid()
+    terminal = os.open(path, os.O_RDWR)  # a session's first one is the one whose end it is told of
+    for file in (0, 1, 2):
+        os.dup2(terminal, file)
+    with StopRequest() as stop:
+        stop.at_the_end_of_a_step()
+        ready.touch()
+        if within(lambda: stop.wanted and stop.first is not None):
+            time.sleep(0.2)
+            print("a line of the step that is saved", flush=True)
+            done.write_text(stop.name)
+    os._exit(0)
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_does_not_keep_the_state_from_being_saved(tmp_path):
+    terminal, other = os.openpty()
+    ready, done = tmp_path / "ready", tmp_path / "done"
+    process = process_of(on_a_terminal, os.ttyname(other), ready, done)
+    assert within(ready.exists, 60)
+    os.close(other)
+    os.close(terminal)
+    process.join(timeout=40)
+    assert done.exists() and done.read_text() == "SIGHUP"
+
+
+def test_a_file_in_the_output_folder_is_a_request_and_goes_once_it_is_honoured(tmp_path, monkeypatch):
+    monkeypatch.setattr(stopping, "LOOK_S", 0.05)
+    with StopRequest() as stop:
+        stop.at_the_end_of_a_step()
+        stop.looks_into(tmp_path)
+        time.sleep(0.2)
+        assert not stop.wanted
+        (tmp_path / FILE).touch()
+        assert within(lambda: stop.wanted) and stop.name == FILE
+        assert (tmp_path / FILE).exists(), "other ranks look for it, too"
+        stop.honoured()
+        assert not (tmp_path / FILE).exists()
+
+
+def test_nohups_sighup_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            stop.at_the_end_of_a_step()
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.2)
+            assert not stop.wanted
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_to_a_forked_process_is_no_request():
+    """As Ctrl-C in a terminal reaches data workers, whose pipe is the rank's."""
+    with StopRequest() as stop:
+        stop.at_the_end_of_a_step()
+        child = os.fork()
+        if not child:
+            os.kill(os.getpid(), signal.SIGINT)
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7, "the rank needs it to save"
+        time.sleep(0.2)
+        assert not stop.wanted
+
+
+def test_signals_mean_what_they_meant_before_once_the_run_has_ended():
+    before = [signal.getsignal(number) for number in SIGNALS]
     with StopRequest() as stop:
         assert signal.getsignal(signal.SIGTERM) == stop.note and not stop.signal
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
