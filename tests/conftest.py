@@ -364,10 +364,12 @@ def start_plain(
     cold: bool = False,
     timeout: int = 300,
     env: dict | None = None,
+    ours: bool = True,
 ) -> subprocess.CompletedProcess:
-    """`python script *flags`: the script as `__main__` in a forked process (tests/warm.py); cold, in a fresh one."""
+    """`python script *flags`: the script as `__main__` in a forked process (tests/warm.py); cold, in a fresh one. Not
+    `ours`: in one that has loaded transformers and no module of this project."""
     environment = warm.usual_environment() | (env or {})
-    done = None if cold else warm.run(script, flags, cwd, environment, timeout)
+    done = None if cold else warm.run(script, flags, cwd, environment, timeout, ours=ours)
     return done or run_script(script, *flags, cwd=cwd, timeout=timeout, env=env)
 
 

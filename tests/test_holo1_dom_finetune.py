@@ -83,7 +83,7 @@ def test_a_refusal_is_the_exit_code_of_the_process(tmp_path):
 @pytest.mark.slow
 def test_plan_needs_neither_gpu_nor_weights(tmp_path):
     base = make_base(tmp_path / "base", weights=False)
-    done = run_script(MAIN, "--plan", "--base_model", str(base), cwd=tmp_path)
+    done = start_plain(["--plan", "--base_model", str(base)], tmp_path)
     assert done.returncode == 0, done.stderr
     table = done.stdout.split("  sum\n")[1].splitlines()
     rows = [line.split() for line in table if line.strip()[:1].isdigit()]

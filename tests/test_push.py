@@ -11,12 +11,16 @@ from fake_hub import READER, WRITER, FakeHub
 TRAIN = {"max_steps": 1, "push_to_hub": True, "private_repo": True, "hub_repo": "my_model"}
 
 
-def train(hub: FakeHub, base, pages, cwd, token: str | None = WRITER) -> subprocess.CompletedProcess:
-    environment, flags = hub.environment(cwd / "home", token=token), small_run(base, pages, **TRAIN)
+def start(script: str, flags: list[str], cwd, environment: dict[str, str]) -> subprocess.CompletedProcess:
+    """With this environment and nothing else of this process's."""
     options = {"cwd": cwd, "timeout": 300}
-    return warm.run(MAIN, flags, environment=environment, **options) or subprocess.run(
-        [sys.executable, MAIN, *flags], env=environment, capture_output=True, text=True, **options
+    return warm.run(script, flags, environment=environment, **options) or subprocess.run(
+        [sys.executable, script, *flags], env=environment, capture_output=True, text=True, **options
     )
+
+
+def train(hub: FakeHub, base, pages, cwd, token: str | None = WRITER) -> subprocess.CompletedProcess:
+    return start(MAIN, small_run(base, pages, **TRAIN), cwd, hub.environment(cwd / "home", token=token))
 
 
 @pytest.mark.slow
@@ -34,12 +38,9 @@ def test_a_trained_model_is_pushed_in_one_commit_and_used_from_there(tiny_base, 
         elsewhere = tmp_path / "elsewhere"
         elsewhere.mkdir()
         picture = make_pages(tmp_path / "one", 1) / "000.png"
-        command = [sys.executable, str(ROOT / "use_model_from_hub.py"), "--image", str(picture)]
-        command += ["--model", "user/my_model", "--output", "page.html"]
+        command = ["--image", str(picture), "--model", "user/my_model", "--output", "page.html"]
         environment = hub.environment(tmp_path / "other_home")
-        used = subprocess.run(
-            command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=120, check=False
-        )
+        used = start(str(ROOT / "use_model_from_hub.py"), command, elsewhere, environment)
         assert used.returncode == 0, used.stderr
         assert (elsewhere / "page.html").is_file() and '"max_html_tokens": 120' in used.stderr
         assert WRITER not in done.stdout + done.stderr + used.stderr

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import ROOT, loaded_for_help, make_pages, run_script
+from conftest import ROOT, loaded_for_help, make_pages, run_script, start_plain
 
 import use_model_from_hub as use
 
@@ -75,7 +75,7 @@ def test_answer_goes_to_stdout_and_the_rest_to_stderr(tiny_base, tmp_path):
     (tmp_path / "model").symlink_to(tiny_base)
     recipe = {"prompt": "write", "max_html_tokens": 8}
     common = ["--image", str(picture), "--model", str(tmp_path / "model")]
-    done = run_script(SCRIPT, *common, cwd=tmp_path)
+    done = run_script(SCRIPT, *common, cwd=tmp_path)  # as a user starts it; the others forked
     assert done.returncode == 0, done.stderr
     assert "tokens/s" in done.stderr and "tokens/s" not in done.stdout
     assert "was not trained by this project" in done.stderr
@@ -84,11 +84,11 @@ def test_answer_goes_to_stdout_and_the_rest_to_stderr(tiny_base, tmp_path):
     shutil.copytree(tiny_base, tmp_path / "trained")
     (tmp_path / "trained" / "dom_recipe.json").write_text(json.dumps(recipe))
     files = ["--image", str(picture), "--model", "./trained", "--output", "page.html"]
-    done = run_script(SCRIPT, *files, cwd=tmp_path)
+    done = start_plain(files, tmp_path, script=SCRIPT)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert "cut off at 8 tokens" in done.stderr
     page = (tmp_path / "page.html").read_text()
-    assert run_script(SCRIPT, *files, "--show_html", cwd=tmp_path).stdout == page
+    assert start_plain([*files, "--show_html"], tmp_path, script=SCRIPT).stdout == page
 
 
 BAD = [
@@ -110,6 +110,6 @@ def test_bad_input_gets_a_message_and_a_code(flags, code, message, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"nothing")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text("{}")
-    done = run_script(SCRIPT, *flags, cwd=tmp_path)
+    done = start_plain(flags, tmp_path, script=SCRIPT)
     assert (done.returncode, done.stdout) == (code, ""), done.stderr
     assert message in done.stderr and "Traceback" not in done.stderr

@@ -35,9 +35,9 @@ OURS = ("HOLO1_", "TORCHELASTIC_", "FAULT_")  # prefixes of such names
 # Loaded by all; nothing of it reads what huggingface_hub and DeepSpeed read.
 NEUTRAL = "numpy torch torchvision pyarrow pandas PIL.Image scipy.ndimage skimage.metrics".split()
 # By those that ask the same Hub as this process, or none.
-TRAINING = "holo1_dom_finetune accelerate peft deepspeed matplotlib.pyplot torchvision.transforms.v2".split()
-TRAINING += [f"transformers.models.qwen2_5_vl.{room}_qwen2_5_vl" for room in ("modeling", "processing")]
-TRAINING += ["transformers.models.qwen2_vl.image_processing_qwen2_vl"]
+OTHERS = [f"transformers.models.qwen2_5_vl.{room}_qwen2_5_vl" for room in ("modeling", "processing")]
+OTHERS += ["transformers.models.qwen2_vl.image_processing_qwen2_vl", "torchvision.transforms.v2"]
+TRAINING = [*OTHERS, *"holo1_dom_finetune accelerate peft deepspeed matplotlib.pyplot".split()]
 # What they read of the environment when they are imported.
 OF_THE_HUB = ("HF_", "HUGGING", "TRANSFORMERS_", "TOKENIZERS_", "DS_", "ACCELERATE_", "HOME", "XDG_CACHE_HOME")
 OF_THE_HUB += tuple(form(f"{kind}_proxy") for kind in ("no", "http", "https", "all") for form in (str.lower, str.upper))
@@ -148,22 +148,31 @@ def training(accelerator: str) -> Warm:
     return neutral().with_modules(TRAINING, kept | chosen)
 
 
-def warm_for(environment: dict[str, str]) -> Warm | None:
-    """What a process with this environment can be forked from; None where it has to start cold."""
+@cache
+def bare() -> Warm:
+    """With transformers alone, and nothing of ours."""
+    return neutral().with_modules(OTHERS, neutral().environment)
+
+
+def warm_for(environment: dict[str, str], ours: bool = True) -> Warm | None:
+    """What a process with this environment can be forked from; None where it has to start cold. `ours`: whether it may
+    find modules of this project loaded."""
     # Whoever has a GPU has it initialised by the imports, and no fork can use it then.
     if os.environ.get("COLD") or Path("/dev/nvidiactl").exists():
         return None
     apart = differ(environment, neutral().environment)
+    if not ours:
+        return None if apart else bare()
     if not apart - {"DS_ACCELERATOR"}:
         return training(environment.get("DS_ACCELERATOR", ""))
     return neutral() if all(name.startswith(OF_THE_HUB) for name in apart) else None
 
 
 def fork(
-    script: str, flags: list[str], cwd: Path, environment: dict[str, str], stdout: int, stderr: int
+    script: str, flags: list[str], cwd: Path, environment: dict[str, str], stdout: int, stderr: int, ours: bool = True
 ) -> Forked | None:
-    """`python script *flags`, with these file descriptors; None where it has to be started cold."""
-    warm = warm_for(environment)
+    """`python script *flags`, with these file descriptors; None where it has to be started cold (see `warm_for`)."""
+    warm = warm_for(environment, ours)
     if warm is None:
         return None
     facts = {"script": script, "arguments": flags, "folder": str(cwd), "environment": environment}
@@ -219,14 +228,15 @@ def run(
     environment: dict[str, str],
     timeout: float,
     processes: int | None = None,
+    ours: bool = True,
 ) -> subprocess.CompletedProcess | None:
     """What a script says and how it ends, plainly or with so many ranks as under torchrun; None: it must start cold."""
-    if warm_for(environment) is None:
+    if warm_for(environment, ours) is None:
         return None
     with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as complained:
         pipes = {"stdout": said.fileno(), "stderr": complained.fileno()}
         if processes is None:
-            process = fork(script, flags, cwd, environment, **pipes)
+            process = fork(script, flags, cwd, environment, ours=ours, **pipes)
             try:
                 code = process.wait(timeout)
             finally:

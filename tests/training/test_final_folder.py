@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -39,9 +37,7 @@ def assert_final_is_like(base, cwd):
     assert wanted <= {path.name for path in final.iterdir()}
     recipe = json.loads((final / "dom_recipe.json").read_text())
     assert recipe["max_html_tokens"] == 120 and recipe["prompt"] and recipe["versions"]["transformers"]
-    done = subprocess.run(
-        [sys.executable, str(PROGRAMS / "loads_anywhere.py")], cwd=cwd, capture_output=True, text=True, check=False
-    )
+    done = start_plain([], cwd, script=str(PROGRAMS / "loads_anywhere.py"), ours=False)
     assert done.returncode == 0, done.stderr
 
 
