@@ -25,7 +25,7 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from training import page_costs, zero3
-from training.checkpoints import RESTARTED, checkpoints_in
+from training.checkpoints import RESTARTED, STAGING, checkpoints_in
 from training.errors import PipelineError, is_out_of_memory
 from training.families import Family, family_of, trains_fast
 from training.memory_plan import (
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, Trainer, TrainingArguments
 
 GIB = 2**30
+FINISHED_S = 120.0  # in which a checkpoint that was saved is put into its place
 
 # -----------------------------------------------------------------------------
 # Decision
@@ -329,12 +330,16 @@ class Fit:
 
 def note_smaller(args: TrainingArguments) -> None:
     """(any rank) Memory ran out in training: tell the wrapper what a new start should ask for, the next smaller
-    micro-batch that divides the pages of a step, and whether there is a checkpoint. Nothing where there is none."""
+    micro-batch that divides the pages of a step, and whether there is a checkpoint. Nothing where no smaller one is."""
     size = args.per_device_train_batch_size
     smaller = [fewer for fewer in sizes_of(size * args.gradient_accumulation_steps) if fewer < size]
+    output_dir, start = Path(args.output_dir), time.monotonic()
+    # The main process may still be flushing and hashing one that was saved just before. It waits for this rank in a
+    # collective meanwhile, and would be ended as soon as this rank is.
+    while smaller and (output_dir / STAGING).exists() and time.monotonic() - start < FINISHED_S:
+        time.sleep(0.1)
     if smaller:
-        resume = bool(checkpoints_in(Path(args.output_dir)))
-        leave_note("smaller", json.dumps({"micro_batch": smaller[-1], "resume": resume}))
+        leave_note("smaller", json.dumps({"micro_batch": smaller[-1], "resume": bool(checkpoints_in(output_dir))}))
 
 
 def recompute_some_layers(model: torch.nn.Module, share: float) -> None:
