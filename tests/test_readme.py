@@ -26,6 +26,7 @@ import page_scores
 import run_deepspeed_training as wrapper
 import use_model_from_hub as use
 from training import settings as training_settings
+from training.checkpoints import MANIFEST
 from training.dataset import KNOWN_DATASETS
 from training.evaluation import score_held_out
 from training.run_record import write_record
@@ -355,7 +356,9 @@ def test_every_output_is_named_as_the_code_names_it():
     folders = {name.split("/")[0] for name in rows("Outputs") if "/" in name}
     output_dir = training_settings.TRAINING_DEFAULTS["output_dir"]
     assert folders == {use.FINAL_FOLDER, output_dir, training.EMERGENCY_FOLDER}
-    source = "".join((ROOT / name).read_text() for name in ("holo1_dom_finetune.py", "training/dataset.py"))
+    source = "".join(
+        (ROOT / name).read_text() for name in ("holo1_dom_finetune.py", "training/dataset.py", "training/run_record.py")
+    )
     files = {name.split("/")[-1] for name in rows("Outputs") if re.search(r"\.\w+$", name)} - {use.RECIPE_FILE}
     assert not [name for name in files if name not in source]
 
@@ -394,7 +397,7 @@ def test_every_link_leads_somewhere(name):
 def test_every_file_named_in_the_text_exists():
     text = re.sub(r"^```.*?^```$", "", PAGES[README.name], flags=re.MULTILINE | re.DOTALL)
     named = set(re.findall(r"`([\w./-]+\.(?:py|json|md|txt|toml))`", text))
-    written = {"metadata.jsonl", "results.json", use.RECIPE_FILE}
+    written = {"metadata.jsonl", "results.json", use.RECIPE_FILE, MANIFEST}
     assert not [name for name in named - written if not (ROOT / name).exists() and "finetune_" not in name]
 
 
