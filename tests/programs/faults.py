@@ -45,7 +45,9 @@ def hang() -> None:
 
 
 def run_out_of_gpu_memory() -> None:
-    """Raised by hand: no GPU here."""
+    """The GPU's own error; raised by hand where there is none."""
+    if torch.cuda.is_available():
+        torch.empty(1 << 45, dtype=torch.uint8, device="cuda")
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
 
