@@ -133,7 +133,7 @@ class Killer:
     def __init__(self, drill: Drill, log: Path, seconds: float):
         self.log, rng = log, drill.rng
         # Half of the instants anywhere in a run, half of them among its steps, where checkpoints are written.
-        self.after_s = rng.uniform(0, seconds)
+        self.after_s = rng.uniform(0, 0.9 * seconds)
         self.steps, self.then_s = (rng.randint(1, 6), rng.uniform(0, 0.4)) if rng.random() < 0.5 else (0, 0.0)
         self.whom = rng.choice(["one", "all"])
         self.rng, self.killed, self.begun, self.struck = rng, False, time.monotonic(), 0.0
