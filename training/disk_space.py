@@ -46,13 +46,15 @@ def checkpoint_bytes(parameters: int, trained: int, weight_bytes: int, sharded: 
 def checkpoints_at_once(strategy: str, save_steps: float, steps: int, steps_per_epoch: int, limit: int | None) -> int:
     """The most checkpoints that lie on the disk at one time: those that are kept, and the one that is being written.
 
-    One is written also without any strategy, where a signal stops the run.
+    Without a strategy there is none, but where a signal stops the run.
     """
     every = {
         "steps": save_steps if save_steps >= 1 else max(1, math.ceil(save_steps * steps)),
         "epoch": steps_per_epoch,
     }
-    written = math.ceil(steps / every[strategy]) if strategy in every else 1
+    if strategy not in every:
+        return 0
+    written = math.ceil(steps / every[strategy])
     return max(1, written if limit is None else min(written, limit + 1))
 
 
@@ -89,8 +91,10 @@ def check_space(
         wrong = shortage([(folder, int(MARGIN * bytes_)) for folder, bytes_ in needs])
     for text in filter(None, gather(wrong)):
         raise DiskError(text)
-    plural = "s" if checkpoints > 1 else ""
+    plural = "" if checkpoints == 1 else "s"
     say(f"disk: at most {checkpoints} checkpoint{plural} of {size / 1e9:.2f} GB and {finals} x {final / 1e9:.2f} GB")
+    if not checkpoints and shortage([(Path(args.output_dir), int(MARGIN * (size + final)))]):
+        say(f"disk: no room for the {size / 1e9:.1f} GB of state that a signal would save: stopped, it would be lost")
 
 
 def shortage(needs: Sequence[tuple[Path, int]]) -> str:
