@@ -221,6 +221,17 @@ def make_pages(folder: Path, count: int, seed: int = 0) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def environment_as_it_was():
+    """A main that ran in this process has set variables for torch and the launchers; the next test's processes would
+    inherit them, and no warm one could be forked for it any more."""
+    kept = dict(os.environ)
+    yield
+    for name in os.environ.keys() - kept.keys() - {"PYTEST_CURRENT_TEST"}:
+        del os.environ[name]
+    os.environ.update({name: value for name, value in kept.items() if name != "PYTEST_CURRENT_TEST"})
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
     return make_base(tmp_path_factory.mktemp("base"))

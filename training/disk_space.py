@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.base_model import DTYPES, BaseTensor
+from training.checkpoints import checkpoints_in
 from training.errors import DiskError
 from training.families import family_of
 from training.processes import gather, local_rank, say, world_size
@@ -58,6 +59,11 @@ def checkpoints_at_once(strategy: str, save_steps: float, steps: int, steps_per_
     return max(1, written if limit is None else min(written, limit + 1))
 
 
+def still_to_write(at_once: int, there: int) -> int:
+    """Checkpoints that need new room where some are there already: each of those goes once a new one has come."""
+    return at_once - min(there, max(0, at_once - 1))
+
+
 def check_space(
     settings: PageSettings,
     args: TrainingArguments,
@@ -87,12 +93,14 @@ def check_space(
     final, finals = final_bytes(tensors), 1 + (settings.eval_every > 0)  # the best weights so far are one more
     wrong = None
     if local_rank() == 0:
+        checkpoints = still_to_write(checkpoints, len(checkpoints_in(Path(args.output_dir))))
         needs = [(Path(args.output_dir), size * checkpoints), (Path(settings.final_dir), final * finals)]
         wrong = shortage([(folder, int(MARGIN * bytes_)) for folder, bytes_ in needs])
     for text in filter(None, gather(wrong)):
         raise DiskError(text)
     plural = "" if checkpoints == 1 else "s"
-    say(f"disk: at most {checkpoints} checkpoint{plural} of {size / 1e9:.2f} GB and {finals} x {final / 1e9:.2f} GB")
+    more = f"{checkpoints} checkpoint{plural} of {size / 1e9:.2f} GB and {finals} x {final / 1e9:.2f} GB of weights"
+    say(f"disk: room for {more} more at once")
     if not checkpoints and shortage([(Path(args.output_dir), int(MARGIN * (size + final)))]):
         say(f"disk: no room for the {size / 1e9:.1f} GB of state that a signal would save: stopped, it would be lost")
 

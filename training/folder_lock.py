@@ -66,6 +66,7 @@ def _lock(folder: Path, flag: str, name: str, mark: str) -> str:
     owner = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T"), "run": mark}
     os.ftruncate(number, 0)
     os.pwrite(number, json.dumps(owner).encode(), 0)
+    os.fsync(number)  # another machine reads it next
     return mark
 
 

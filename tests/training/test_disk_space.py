@@ -3,9 +3,17 @@
 import shutil
 
 import pytest
+from conftest import output, small_run, start_plain
 
 from training.base_model import BaseTensor
-from training.disk_space import checkpoint_bytes, checkpoints_at_once, final_bytes, shortage, trained_numbers
+from training.disk_space import (
+    checkpoint_bytes,
+    checkpoints_at_once,
+    final_bytes,
+    shortage,
+    still_to_write,
+    trained_numbers,
+)
 from training.settings import PageSettings
 
 
@@ -31,6 +39,23 @@ def test_a_checkpoint_of_3b_under_zero_3_takes_what_was_measured():
 )
 def test_the_checkpoints_that_lie_there_at_once(strategy, save_steps, steps, limit, expected):
     assert checkpoints_at_once(strategy, save_steps, steps, 25, limit) == expected
+
+
+@pytest.mark.parametrize(
+    ("at_once", "there", "expected"), [(3, 0, 3), (3, 1, 2), (3, 2, 1), (3, 9, 1), (1, 5, 1), (0, 2, 0)]
+)
+def test_a_run_that_goes_on_needs_room_for_one_more(at_once, there, expected):
+    assert still_to_write(at_once, there) == expected
+
+
+@pytest.mark.slow
+def test_a_run_that_cannot_fit_is_refused_before_anything_loads(tiny_base, pages_folder, tmp_path):
+    """A million checkpoints of 1.4 MB, none of which may go."""
+    steps = {"max_steps": 1_000_000, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1_000_000}
+    done = start_plain(small_run(tiny_base, pages_folder, **steps), tmp_path)
+    assert done.returncode == 81, output(done)
+    assert "GB free, and this run may write" in done.stderr and "--save_total_limit 1" in done.stderr
+    assert "parameters in" not in done.stdout, "the model was loaded first"
 
 
 def test_a_disk_that_is_too_small_is_named_with_both_sizes(tmp_path):
