@@ -552,7 +552,7 @@ def train(trainer: PageTrainer, steps: Steps, checkpoint: Path | None) -> TrainO
         stop.honoured()
         raise StoppedError(
             f"stopped by {stop.name or 'a signal to another rank'} at step {trainer.state.global_step}: its state is "
-            f"saved in {trainer.checkpoints.newest}; --resume goes on from there"
+            f"saved in {args.output_dir}/checkpoint-{trainer.state.global_step}; --resume goes on from there"
         )
     return result
 

@@ -368,6 +368,11 @@ def small_run(base: Path, pages: Path, **settings) -> list[str]:
     return flags
 
 
+# Nowhere is a browser found then. It takes more of the CPU than the training of a tiny model, so only tests of what it
+# renders have one.
+UNRENDERED = {"PATH": str(Path(sys.executable).parent), "PLAYWRIGHT_BROWSERS_PATH": "/nowhere"}
+
+
 def start_plain(
     flags: list[str],
     cwd: Path,
@@ -376,10 +381,12 @@ def start_plain(
     timeout: int = 300,
     env: dict | None = None,
     ours: bool = True,
+    renders: bool = False,
 ) -> subprocess.CompletedProcess:
     """`python script *flags`: the script as `__main__` in a forked process (tests/warm.py); cold, in a fresh one. Not
-    `ours`: in one that has loaded transformers and no module of this project."""
-    environment = warm.usual_environment() | (env or {})
+    `ours`: in one that has loaded transformers and no module of this project. Pages are rendered if `renders`."""
+    env = ({} if renders else UNRENDERED) | (env or {})
+    environment = warm.usual_environment() | env
     done = None if cold else warm.run(script, flags, cwd, environment, timeout, ours=ours)
     return done or run_script(script, *flags, cwd=cwd, timeout=timeout, env=env)
 
@@ -392,10 +399,12 @@ def start_torchrun(
     cold: bool = False,
     timeout: int = 300,
     env: dict | None = None,
+    renders: bool = False,
 ) -> subprocess.CompletedProcess:
     """The script as `__main__` of so many forked processes, with the environment, the store and the ends that torchrun
-    gives them (tests/warm.py); cold, by torchrun itself."""
-    environment = warm.usual_environment() | (env or {})
+    gives them (tests/warm.py); cold, by torchrun itself. Pages are rendered where that is asked."""
+    env = ({} if renders else UNRENDERED) | (env or {})
+    environment = warm.usual_environment() | env
     done = None if cold else warm.run(script, flags, cwd, environment, timeout, processes)
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
     return done or run_script(*launcher, script, *flags, cwd=cwd, timeout=timeout, env=env)

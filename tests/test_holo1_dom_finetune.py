@@ -221,7 +221,7 @@ def test_every_step_is_logged_and_drawn(tiny_base, pages_folder, tmp_path):
     from PIL import Image
 
     flags = small_run(tiny_base, pages_folder, max_steps=3, eval_every=2, eval_pages=4, report_to="tensorboard")
-    done = start_plain(flags, tmp_path, cold=True)
+    done = start_plain(flags, tmp_path, cold=True, renders=True)
     assert done.returncode == 0, output(done)
     steps = [line for line in done.stdout.splitlines() if line.startswith("step ") and "loss" in line]
     assert len(steps) == 3
@@ -354,7 +354,7 @@ def test_an_earlier_run_is_neither_resumed_nor_deleted_silently(tiny_base, pages
     assert "step 1/2" in second.stdout
     assert "1 checkpoint and the evaluation of an earlier run; --resume would go on" in second.stdout
     folder = tmp_path / "holo1_dom_finetune_output"
-    assert {path.name for path in folder.glob("earlier-*/*")} == {"checkpoint-2", "evaluation"}
+    assert {path.name for path in folder.glob("earlier-*/*")} == {"checkpoint-2", "evaluation", "run.json"}
     assert len(list(folder.glob("earlier-*/evaluation/page-*"))) == 3
     assert len(list(folder.glob("evaluation/page-*"))) == 2, (
         "pages of the earlier run would be scored with the new ones"
@@ -373,7 +373,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(start, exact_base, pa
     status = tmp_path / "status"
     status.mkdir()
     done = start(flags, tmp_path, env={"HOLO1_STATUS_DIR": str(status)}, **options)
-    ranks = [(status / f"rank-{rank}").read_text() for rank in range(len(list(status.iterdir())))]
+    ranks = [(status / f"rank-{rank}").read_text() for rank in range(len(list(status.glob("rank-*"))))]
     assert ranks == ["82"] * options.get("processes", 1), output(done)
     assert "lower --learning_rate" in done.stderr
     assert 'holo1_dom_finetune.py", line' not in done.stderr, "torchrun has a traceback of its own; ours would be a bug"
@@ -528,7 +528,9 @@ def test_without_a_browser_training_goes_on_and_says_what_is_missing(tiny_base, 
 @pytest.mark.slow
 def test_base_and_tuned_are_compared_by_rendering(tiny_base, pages_folder, tmp_path):
     need_browser()
-    done = start_plain(small_run(tiny_base, pages_folder, max_steps=1, eval_pages=4, compare_base=True), tmp_path)
+    done = start_plain(
+        small_run(tiny_base, pages_folder, max_steps=1, eval_pages=4, compare_base=True), tmp_path, renders=True
+    )
     assert done.returncode == 0, output(done)
     evaluation = tmp_path / "holo1_dom_finetune_output" / "evaluation"
     results = json.loads((evaluation / "results.json").read_text())

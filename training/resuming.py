@@ -115,6 +115,8 @@ def honour_typed(trainer: Trainer) -> None:
     saved, whatever was typed since.
     """
     args, scheduler = trainer.args, trainer.lr_scheduler
+    if args.deepspeed:
+        zero3.count_steps_apart(trainer.model_wrapped)
     gather(None)  # every rank has read it
     if local_rank() == 0:
         shutil.rmtree(Path(args.output_dir) / zero3.CONVERTED, ignore_errors=True)

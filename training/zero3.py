@@ -166,6 +166,14 @@ def expect_converted(config: dict) -> None:
     config.setdefault("checkpoint", {})["load_universal"] = True
 
 
+def count_steps_apart(engine: DeepSpeedEngine) -> None:
+    """After a converted checkpoint is loaded: DeepSpeed 0.19.8 gives all of its groups one and the same tensor that
+    counts the steps, so that AdamW adds one to it for each group, and corrects the moments for steps never taken."""
+    for state in engine.optimizer.optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
+
+
 def check_sharded(model: torch.nn.Module) -> None:
     """Raises `PipelineError` where a model was loaded whole although ZeRO-3 is on: TrainingArguments came too late."""
     if not all(hasattr(parameter, "ds_id") for parameter in model.parameters()):
