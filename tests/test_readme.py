@@ -158,7 +158,7 @@ def check_python(flags: list[str]) -> None:
     expression = re.sub(r"\b(not|or|and)\b|[()]", "", expression_of(flags))
     markers = re.findall(r'"(\w+):', re.search(r"markers = \[(.*)\]", (ROOT / "pyproject.toml").read_text())[1])
     assert {*expression.split()} <= {*markers}, f"{expression}: unknown markers, there are {markers}"
-    assert not {*flags[2:]} - {"-m", "-n", "2", "--dist", "worksteal", expression_of(flags)}
+    assert not {*flags[2:]} - {"-m", "-n", "3", "--dist", "worksteal", expression_of(flags)}
 
 
 def expression_of(flags: list[str]) -> str:
