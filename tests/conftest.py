@@ -221,6 +221,12 @@ def make_pages(folder: Path, count: int, seed: int = 0) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def environment_at_the_beginning():
+    """Once every module of tests has been imported, and before the first test changes anything."""
+    warm.beginning.update(warm.usual_environment())
+
+
 @pytest.fixture(autouse=True)
 def environment_as_it_was():
     """A main that ran in this process has set variables for torch and the launchers; the next test's processes would

@@ -119,6 +119,11 @@ class Warm:
         return Warm(ours, environment, self.complaint)
 
 
+# The environment of the tests before the first of them has begun, where somebody has noted it: a test may have changed
+# it when the first warm process is asked for, and every later start would differ, and be cold.
+beginning: dict[str, str] = {}
+
+
 def usual_environment() -> dict[str, str]:
     """Of every script that a test starts: this process's, without the network."""
     return {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -128,7 +133,7 @@ def usual_environment() -> dict[str, str]:
 def neutral() -> Warm:
     """Started once for this process, on first use; ends with it."""
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    complaint, environment = tempfile.TemporaryFile(), usual_environment()  # noqa: SIM115 (for as long as it lives)
+    complaint, environment = tempfile.TemporaryFile(), beginning or usual_environment()  # noqa: SIM115 (for as long as it lives)
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": complaint}
     command = [sys.executable, str(PROGRAM), str(its.fileno()), *NEUTRAL]
     with its:
