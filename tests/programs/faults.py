@@ -33,10 +33,10 @@ def send(number: int) -> None:
 
 
 def fill() -> None:
-    """The disk is full for this process: what it writes into one file ends at 20 kB. A write fails with an error of its
-    own then, and where the library that wrote makes something else of it, that is real, too."""
+    """The disk is full for this process: what it writes into one file ends at 150 kB: no log is that long, all files of
+    weights are. A write fails with an error of its own then; what the library that wrote makes of it is real, too."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
 def hang() -> None:
