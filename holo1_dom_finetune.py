@@ -889,8 +889,9 @@ def main(argv: list[str] | None = None) -> int:
 def leave(code: int) -> None:
     """End this process at once. Everything is written; NCCL, the compiler and data workers may take long to tidy up,
     and after a failure wait for ranks that hang."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a log on a full disk
+            stream.flush()
     os._exit(code)
 
 

@@ -129,10 +129,12 @@ def say_failure(error: Exception) -> int:
         number, code = found
         tell(f"error (rank {rank()}): {error}\nrank {number} had ended before: {code}, {MEANINGS[code]}")
         return code
-    # A bug shows where it is, and out of memory where it was asked for; what the user can mend needs no traceback.
-    if code in (1, 83) and not isinstance(error, PipelineError):
-        traceback.print_exc()
-    print(f"error (rank {rank()}): {error}{HINTS.get(code, '')}", file=sys.stderr, flush=True)
+    # A log on the disk that is full takes no word more: the code says what the words cannot.
+    with contextlib.suppress(OSError):
+        # A bug shows where it is, and out of memory where it was asked for; what the user can mend needs no traceback.
+        if code in (1, 83) and not isinstance(error, PipelineError):
+            traceback.print_exc()
+        print(f"error (rank {rank()}): {error}{HINTS.get(code, '')}", file=sys.stderr, flush=True)
     return code
 
 

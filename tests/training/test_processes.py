@@ -1,7 +1,9 @@
 """Three real processes that talk over gloo: two on one machine, one on another, as far as they can tell."""
 
+import contextlib
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from conftest import call_in_processes, free_port
 
 from training import processes
-from training.errors import DataError, PipelineError, SettingsError
+from training.errors import DataError, DiskError, PipelineError, SettingsError
 
 CPU = torch.device("cpu")
 RANKS, MACHINES = range(3), (0, 0, 1)
@@ -158,3 +160,11 @@ def test_only_the_main_process_speaks(monkeypatch, capsys):
         processes.say(f"hello from {rank}")
         processes.say_from_here("here")
     assert capsys.readouterr().out == "hello from 0\nrank 0: here\nrank 1: here\n"
+
+
+def test_a_log_on_a_full_disk_does_not_hide_the_code(monkeypatch):
+    with contextlib.suppress(OSError), open("/dev/full", "w") as log:
+        monkeypatch.setattr(sys, "stderr", log)
+        codes = [processes.say_failure(DiskError("no space for a checkpoint")), processes.say_failure(MemoryError())]
+        monkeypatch.undo()
+    assert codes == [81, 83]
