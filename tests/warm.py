@@ -28,6 +28,7 @@ PROGRAM = Path(__file__).parent / "programs" / "warm_ranks.py"
 # Read when a training runs, never when something is imported: by torch, accelerate and the launchers; by us; by tests.
 AT_RUN_TIME = set("RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT GROUP_RANK ROLE_RANK".split())
 AT_RUN_TIME |= set("GROUP_WORLD_SIZE ROLE_WORLD_SIZE ROLE_NAME PATH PYTHONUNBUFFERED".split())
+AT_RUN_TIME |= {"PYTORCH_NVML_BASED_CUDA_CHECK"}  # which accelerate sets in the middle of a test
 AT_RUN_TIME |= set("PLAYWRIGHT_BROWSERS_PATH PYTEST_CURRENT_TEST".split())
 AT_RUN_TIME |= set("PLANNED UNRENDERED OUT_OF_MEMORY IN_THE_COPY PLAIN_STEPS FAILING_RANKS FAULT TRAINED".split())
 OURS = ("HOLO1_", "TORCHELASTIC_", "FAULT_")  # prefixes of such names
