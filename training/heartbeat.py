@@ -32,6 +32,7 @@ from training.errors import MEANINGS, HangError
 from training.processes import Result, code_of_another, leave_note, on_main, rank, report_end, several, tell
 
 BEAT_S = 1.0
+OTHERS_S = 3.0  # that a rank leaves the others for finding the same hang
 # Seconds without progress after which a rank hangs. Kernels are compiled in the first step; later ones are known by
 # what they have taken. A batch of held-out pages is written until its longest page ends.
 FIRST_STEP_S, LEAST_STEP_S, TIMES_THE_LONGEST, WRITTEN_BATCH_S = 1800.0, 300.0, 10, 1800.0
@@ -219,6 +220,8 @@ class Heart:
             f"{error}; its stacks: {where}. --resume goes on from the last checkpoint; where steps only take long, "
             "give --hang_timeout SECONDS"
         )
+        # The others are about to find the same, and would otherwise find a lost connection, which says less.
+        time.sleep(OTHERS_S if several() else 0)
         end(error.code)
 
 
