@@ -495,13 +495,14 @@ def test_a_resumed_run_knows_the_best_weights_and_what_they_wrote(tiny_base, pag
     step = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     flags = small_run(tiny_base, pages_folder, eval_every=1, eval_pages=4, compare_base=True, **step)
     planned = {"before": 0.0, "step 1": 0.5, "step 2": 0.4}
-    done = start_plain(flags, tmp_path, script=PLANNED, env={"PLANNED": json.dumps(planned)})
+    done = start_plain(flags, tmp_path, script=PLANNED, renders=True, env={"PLANNED": json.dumps(planned)})
     assert done.returncode == 1 and "KeyError: 'step 3'" in done.stderr, output(done)
     planned |= {"step 3": 0.3, "after": 0.1}
     evaluation = tmp_path / "holo1_dom_finetune_output" / "evaluation"
     for folder in evaluation.glob("rendered_step_1*"):  # then they are rendered again
         shutil.rmtree(folder)
-    done = start_plain([*flags, "--resume"], tmp_path, script=PLANNED, env={"PLANNED": json.dumps(planned)})
+    planned = {"PLANNED": json.dumps(planned)}
+    done = start_plain([*flags, "--resume"], tmp_path, script=PLANNED, renders=True, env=planned)
     assert done.returncode == 0, output(done)
     assert "step 1 scored 0.500, the end 0.100: the better is final" in done.stdout
     results = json.loads((evaluation / "results.json").read_text())
