@@ -22,7 +22,7 @@ from scoring.many_pages import Pair, Progress, browser_facts, pairs_of, read, ru
 from scoring.metrics import names, worst_words
 from scoring.proof import ScorerError, prove
 from scoring.renders import BrowserMissing, Renderer
-from scoring.statistics import means, scores_line, shares
+from scoring.statistics import left_out_words, means, scores_line, shares
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -57,7 +57,7 @@ def summary_line(found: Mapping[str, Any]) -> str:
     if found["failures"]:
         text += f"; without them: {scores_line(found, '_without_failures')}"
         text += f"; failed: {', '.join(map(str, found['failed'][:20]))}"
-    return text
+    return text + left_out_words(found)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,14 +1,16 @@
-"""The text blocks of a page: where each text stands and in which colour, found by rendering the page.
+"""The texts of a page: where each stands and in which colour, found by rendering the page.
 
     with Renderer() as renderer:
         page = page_of(renderer.render(job_for(html)), html)
-        page.blocks[0].text, page.blocks[0].center, page.image.shape
+        page.texts[0].text, page.texts[0].center, page.image.shape
 
-The page is rendered once as it is, and twice with a colour for each text.
+The page is rendered as it is; without its texts, which tells every text that is seen, in whatever element, from what is
+not (`Page.texts`); and twice with a colour for each text of Design2Code's 19 tags (`Page.blocks`, by its definition).
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +23,9 @@ TEXT_TAGS = "p h1 h2 h3 h4 h5 h6 div span a b li table td th button footer heade
 LEVELS = tuple(range(10, 251, 16))  # of red, green and blue; 16 apart, so that each is known within 4
 PALETTE, SHIFT = len(LEVELS) ** 3, 50  # colours; what the second render adds to each, modulo 256
 NEAR_COLOUR, NEAR_SHIFT = 4, 8  # by Design2Code's definition
+SEEN = 8  # of 255: from which difference on a text stands out from what is behind it
+STRONG = 0.8  # of a text's strongest pixels: those of the letters' inside, whose colour is not mixed with the ground's
+REACH = (0, 50, 200)  # CSS px around an element in which a text that it generates is looked for
 BAND = 1024  # rows of a picture that are compared at once, to need less memory
 MAX_PASSES = 4  # pairs of renders: a page with more texts than colours is coloured in parts
 
@@ -49,8 +54,8 @@ class Block:
 
 @dataclass(frozen=True)
 class Page:
-    """A rendered page: picture (H, W, 3) uint8, text blocks, `tag(child, child)` of every element, the HTML it was
-    rendered from; or why it could not be rendered."""
+    """A rendered page: picture (H, W, 3) uint8, text blocks by Design2Code's definition, `tag(child, child)` of every
+    element, the HTML it was rendered from, all texts that are seen; or why it could not be rendered."""
 
     image: np.ndarray | None
     blocks: tuple[Block, ...] = ()
@@ -58,17 +63,20 @@ class Page:
     failure: str | None = None
     clipped: bool = False
     html: str = field(default="", repr=False)
+    texts: tuple[Block, ...] = ()
 
 
 def job_for(html: str, width: int = 1280, height: int = 720) -> Job:
     """What is to be rendered of a page, in a window of so many CSS pixels, so that `page_of` can read it."""
     tags = len(re.findall(rf"<(?:{'|'.join(TEXT_TAGS)})\b", html, re.IGNORECASE))
     passes = min(MAX_PASSES, max(1, -(-tags // PALETTE)))
-    steps = [SHOT, step("subtrees")]
+    steps = [SHOT, step("subtrees"), step("texts"), step("bare", hide=True), SHOT, step("bare", hide=False)]
     for number in range(passes):
         for shift in (0, SHIFT):
             options = {"levels": LEVELS, "tags": ",".join(TEXT_TAGS), "shift": shift, "pass": number}
             steps += [step("recolour", **options), SHOT]
+    # Closed shadow roots look the same open, and let us read what is in them; no script is there to tell.
+    html = re.sub(r"(\sshadowrootmode\s*=\s*[\"']?)closed\b", r"\1open", html, flags=re.IGNORECASE)
     return Job(html, width, height, tuple(steps))
 
 
@@ -76,14 +84,73 @@ def page_of(render: Render, html: str) -> Page:
     """What a render of `job_for(html)` shows; a page that failed says why."""
     if render.failure is not None:
         return Page(None, failure=render.failure, html=html)
-    # One picture as it is; then for each pass: the texts, a picture, the number of elements, a shifted picture.
-    image, subtrees, *passes = render.values
+    # One picture as it is, one without texts; then for each pass: texts, a picture, their number, a shifted picture.
+    image, subtrees, every_text, _, bare, _, *passes = render.values
     found: list[Block] = []
     for texts, first, elements, second in zip(passes[::4], passes[1::4], passes[2::4], passes[3::4]):
         if elements > PALETTE * len(passes) // 4:
             return Page(None, failure=f"{elements:,} text elements, more than colours", html=html)
         found += blocks_of(image, first, second, texts)
-    return Page(image, same_boxes_merged(found), frozenset(subtrees), clipped=render.clipped, html=html)
+    seen = texts_of(image, bare, every_text)
+    return Page(image, same_boxes_merged(found), frozenset(subtrees), clipped=render.clipped, html=html, texts=seen)
+
+
+def texts_of(
+    image: np.ndarray, bare: np.ndarray, texts: Sequence[tuple[str, Sequence[Sequence[float]], bool]]
+) -> tuple[Block, ...]:
+    """Those of `texts` (text, its boxes in pixels, whether they are its own) that are seen: where `image` differs from
+    the same page without texts, both (H, W, 3) uint8."""
+    contrast = contrast_of(image, bare)
+    free = contrast >= SEEN  # of which no text is known that has boxes of its own
+    for _, boxes, own in texts:
+        for box in boxes if own else ():
+            free[within(box, contrast.shape)] = False
+    found = []
+    for text, boxes, own in texts:
+        mask = contrast >= SEEN if own else free
+        for reach in (0,) if own else REACH:
+            places = [within(box, contrast.shape, reach) for box in boxes]
+            if block := block_in(image, contrast, mask, places, text):
+                found.append(block)
+                break
+    return tuple(found)
+
+
+def contrast_of(image: np.ndarray, bare: np.ndarray) -> np.ndarray:
+    """(H, W) uint8: the largest difference of red, green and blue; where both pictures reach."""
+    height, width = (min(sizes) for sizes in zip(image.shape[:2], bare.shape[:2]))
+    found = np.empty((height, width), np.uint8)
+    for top in range(0, height, BAND):
+        one, two = (part[top : min(top + BAND, height), :width] for part in (image, bare))
+        found[top : top + BAND] = (np.maximum(one, two) - np.minimum(one, two)).max(axis=-1)
+    return found
+
+
+def within(box: Sequence[float], shape: tuple[int, int], reach: int = 0) -> tuple[slice, slice]:
+    """(rows, columns) of a box (x, y, width, height), `reach` pixels wider on every side, inside a picture."""
+    x, y, width, height = box
+    rows = max(0, math.floor(y) - reach), min(shape[0], math.ceil(y + height) + reach)
+    columns = max(0, math.floor(x) - reach), min(shape[1], math.ceil(x + width) + reach)
+    return slice(rows[0], max(rows)), slice(columns[0], max(columns))
+
+
+def block_in(
+    image: np.ndarray, contrast: np.ndarray, mask: np.ndarray, places: Sequence[tuple[slice, slice]], text: str
+) -> Block | None:
+    """The text in the box around the pixels of `mask` (H, W) in these places, with the mean colour of the strongest."""
+    found = []
+    for rows, columns in places:
+        y, x = np.nonzero(mask[rows, columns])
+        found.append((y + rows.start, x + columns.start))
+    y, x = (np.concatenate(parts) for parts in zip(*found))
+    if not len(y):
+        return None
+    strength = contrast[y, x]
+    strong = strength >= STRONG * strength.max()
+    color = image[y[strong], x[strong]].mean(axis=0)
+    height, width = image.shape[:2]
+    box = x.min() / width, y.min() / height, (x.max() - x.min() + 1) / width, (y.max() - y.min() + 1) / height
+    return Block(text, *map(float, box), tuple(map(float, color)))
 
 
 def blocks_of(

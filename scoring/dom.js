@@ -2,8 +2,8 @@
 // document's or the form's own property.
 () => {
   const get = (type, name) => Object.getOwnPropertyDescriptor(type.prototype, name).get;
-  const kindOf = (node) =>
-    node instanceof SVGElement ? SVGElement : node instanceof HTMLElement ? HTMLElement : MathMLElement;
+  const kinds = {"http://www.w3.org/2000/svg": SVGElement, "http://www.w3.org/1998/Math/MathML": MathMLElement};
+  const kindOf = (node) => kinds[get(Element, "namespaceURI").call(node)] ?? HTMLElement;  // of a frame's, too
   const styleOf = (node) => get(kindOf(node), "style").call(node);
   return {
     get,
@@ -15,6 +15,10 @@
     attribute: (node, name) => Element.prototype.getAttribute.call(node, name),
     setAttribute: (node, name, value) => Element.prototype.setAttribute.call(node, name, value),
     removeAttribute: (node, name) => Element.prototype.removeAttribute.call(node, name),
+    frameOf: (node) => {  // the root of a frame's document, where it is one that came with the page
+      const inner = node.localName === "iframe" ? get(HTMLIFrameElement, "contentDocument").call(node) : null;
+      return inner && get(Document, "documentElement").call(inner);
+    },
     setStyle: (node, name, value) =>
       CSSStyleDeclaration.prototype.setProperty.call(styleOf(node), name, value, "important"),
   };

@@ -199,6 +199,7 @@ def page_result(pair: Pair, progress: Progress, more: Mapping[str, Any]) -> Page
         failure=score.failure,
         causes=score.causes,
         chooses=bool(more.get("chooses")),
+        reference_failed=score.reference_failed,
     )
 
 

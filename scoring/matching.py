@@ -185,6 +185,26 @@ class Matching:
     invented: tuple[Block, ...]  # of the prediction only
 
 
+def matching_by_place(reference: Sequence[Block], prediction: Sequence[Block]) -> Matching:
+    """Equal texts first, each with one near it, so that the order in which a page names them does not count; what is
+    left as in `matching_of`."""
+    places: dict[str, tuple[list[Block], list[Block]]] = {}
+    for side, blocks in enumerate((reference, prediction)):
+        for block in blocks:
+            places.setdefault(block.text, ([], []))[side].append(block)
+    pairs: list[tuple[Block, Block]] = []
+    for wanted, written in places.values():
+        if wanted and written:
+            one, two = (np.array([block.center for block in blocks]) for blocks in (wanted, written))
+            rows, columns = assigned(np.abs(one[:, None] - two).max(axis=-1))
+            pairs += [(wanted[row], written[column]) for row, column in zip(rows, columns)]
+    taken = {id(block) for pair in pairs for block in pair}
+    rest = matching_of(*([block for block in blocks if id(block) not in taken] for blocks in (reference, prediction)))
+    return Matching(
+        (*pairs, *rest.matched), (*(1.0 for _ in pairs), *rest.similarities), tuple(rest.missing), tuple(rest.invented)
+    )
+
+
 def matching_of(reference: Sequence[Block], prediction: Sequence[Block]) -> Matching:
     """`match`, or nothing matched where a page has no blocks at all."""
     predicted, wanted, pairs = match(prediction, reference) if prediction and reference else (prediction, reference, [])

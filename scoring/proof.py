@@ -31,6 +31,35 @@ PROOF = [  # (tag, left, top, colour, text), in pixels of a page of 640 by 480
 ]
 
 
+KINDS = {  # of text, most of which Design2Code's definition does not see: (markup around it, the text, other words)
+    "definition list": ("<dl><dt>{}</dt></dl>", "Ferry north", "Bridge south"),
+    "preformatted": ("<pre>{}</pre>", "departs 07:15", "sails at noon"),
+    "straight in the body": ("{}", "weather permitting", "until further notice"),
+    "beside a block": ("<article>{}<div>inner</div></article>", "Island museum", "Harbour school"),
+    "label": ("<label>{}</label>", "Your surname", "Old address"),
+    "coloured emphasis": ('<p><em style="color:#c03010">{}</em></p>', "sold out", "few seats"),
+    "drawing": ('<svg width="300" height="30"><text x="5" y="20">{}</text></svg>', "Sea chart", "Tide table"),
+    "form value": ('<input size="30" value="{}">', "two adults", "one child"),
+    "placeholder": ('<input size="30" placeholder="{}">', "Search quays", "Find boats"),
+    "closed list": ("<select><option>{}</option></select>", "First class", "Deck only"),
+    "generated": (
+        '<b data-text="{}"></b><style>b::before{{content:attr(data-text)}}</style>',
+        "New route",
+        "Closed pier",
+    ),
+    "faded": ('<section style="opacity:.5"><i>{}</i></section>', "since 1902", "no longer"),
+    "gradient": (
+        '<h2 style="background:linear-gradient(#a00,#00a);background-clip:text;color:transparent">{}</h2>',
+        "Lighthouse",
+        "Warehouse",
+    ),
+    "shadow root": ("<div><template shadowrootmode=open><i>{}</i></template></div>", "Tickets here", "Ask aboard"),
+    "frame": ('<iframe height="40" srcdoc="{}"></iframe>', "Live ferries", "Old photos"),
+    "right to left": ('<p dir="rtl"><i>{}</i></p>', "ميناء هادئ", "سوق صاخب"),
+    "without spaces": ("<main>{}</main>", "安静的港口", "喧闹市场"),
+}
+
+
 class ScorerError(RuntimeError):
     """The scorer does not score what it should; no number of it can be trusted."""
 
@@ -69,12 +98,38 @@ def proof_cases() -> dict[str, str]:
     }
 
 
+def kinds_page(words: int) -> str:
+    """A page with every kind of text; `words` 0: as it should be, 1: each kind's other words."""
+    lines = "".join(f"<div>{kind[0].format(kind[1 + words])}</div>\n" for kind in KINDS.values())
+    return f"<!DOCTYPE html>\n<html><head><title>kinds</title></head><body>{lines}</body></html>"
+
+
+def prove_kinds(renderer: Renderer) -> None:
+    """Raise `ScorerError` unless every kind of text is seen, a copy is alike, and other words are not."""
+    html = [kinds_page(words) for words in (0, 1)]
+    page, other = map(page_of, renderer.map(job_for(one, width=640) for one in html), html)
+    found = {"every kind of text": compare(page, page), "other words": compare(page, other)}
+    for name, score in found.items():
+        claim(found, score.failure is None, f"{name!r} could not be rendered", name)
+    for words, seen in enumerate((page, other)):
+        texts = [text.text for text in seen.texts]
+        unseen = [name for name, kind in KINDS.items() if kind[1 + words] not in texts]
+        claim(found, not unseen, f"texts that are not seen: {', '.join(unseen)}")
+    copy = found["every kind of text"]["likeness"]
+    claim(found, copy == 1, f"likeness of a copy with every kind of text is {copy}, not 1", "every kind of text")
+    wrong = {one.text for one, two in found["other words"].matched if one.text == two.text} - {"inner"}
+    alike = found["other words"]["likeness"] < 0.5
+    claim(found, not wrong and alike, "likeness does not see other words", "other words")
+
+
 def prove(renderer: Renderer, cases: Mapping[str, str] | None = None, clip: Clip | None = None) -> dict[str, PageScore]:
     """Raise `ScorerError`, naming the case, unless known pages score as they must. Returns their scores."""
     try:
         metrics.check_table()
     except ValueError as error:
         raise ScorerError(str(error)) from error
+    if cases is None:
+        prove_kinds(renderer)
     known = dict(cases or proof_cases())
     renders = renderer.map(job_for(page, width=640) for page in known.values())
     pages = {name: page_of(render, known[name]) for name, render in zip(known, renders)}

@@ -68,6 +68,7 @@ class PageResult:
     failure: str | None = None  # why there is no render; then every metric is the worst
     causes: tuple[str, ...] = ()
     chooses: bool = False  # it chose the weights that wrote it: shown, and left out of every mean
+    reference_failed: bool = False  # which says nothing of what was written: shown, and left out of every mean
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Row:
     failure: str | None
     causes: tuple[str, ...]
     chooses: bool = False
+    left_out: bool = False
     start: int = 0
     size: int = 0
 
@@ -115,7 +117,7 @@ def row_of(page: PageResult, number: int) -> Row:
     values = {name: in_range(value) if name in metrics.names() else float(value) for name, value in numbers.items()}
     flags = {name: bool(value) for name, value in page.scores.items() if is_flag(value)}
     failure = None if page.failure is None else page.failure[: MAX_REASON + 1]
-    return Row(number, page.name, values, flags, failure, page.causes, page.chooses)
+    return Row(number, page.name, values, flags, failure, page.causes, page.chooses, page.reference_failed)
 
 
 # -----------------------------------------------------------------------------
@@ -534,8 +536,9 @@ def tiles_of(rows: Sequence[Row]) -> list[Tile]:
 
 
 def counted(rows: Sequence[Row]) -> list[Row]:
-    """The pages that numbers are taken over: the best of several weights is too good by chance on those that chose."""
-    return [row for row in rows if not row.chooses]
+    """The pages that numbers are taken over: the best of several weights is too good by chance on those that chose, and
+    a reference that cannot be rendered says nothing of what was written."""
+    return [row for row in rows if not row.chooses and not row.left_out]
 
 
 def chose_words(rows: Sequence[Row]) -> str:

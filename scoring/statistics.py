@@ -53,10 +53,16 @@ def paired_comparison(before: Sequence[float], after: Sequence[float], draws: in
 def means(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """n, failures, and the mean of each metric: failures as the worst, and (`..._without_failures`) without them.
 
-    `scores` are `PageScore.as_json` of each page, with its name as `page`. A mean of nothing is None.
+    `scores` are `PageScore.as_json` of each page, with its name as `page`. A mean of nothing is None. Pages whose
+    reference could not be rendered say nothing of a model: they are named, and counted nowhere else.
     """
+    unusable = [row.get("page") for row in scores if row.get("reference_failed")]
+    scores = [row for row in scores if not row.get("reference_failed")]
     failed = [row for row in scores if row.get("failure")]
     found: dict[str, Any] = {"n": len(scores), "failures": len(failed), "failed": [row.get("page") for row in failed]}
+    found["references_failed"] = unusable
+    known = (row.get("words_in_blocks") for row in scores)
+    found["words_in_blocks"] = mean_of(share for share in known if share is not None)
     rendered = [row for row in scores if not row.get("failure")]
     for metric in metrics.METRICS:
         if metric.needs_clip and not any(metric.name in row for row in scores):
@@ -79,8 +85,21 @@ def scores_line(found: Mapping[str, Any], suffix: str = "") -> str:
     return ", ".join(f"{label} {'-' if value is None else f'{value:.3f}'}" for label, value in known)
 
 
+def left_out_words(found: Mapping[str, Any]) -> str:
+    """Of `means`: which pages were left out, and the share of words that Design2Code's scores count; "" for neither."""
+    words = ""
+    if names := found["references_failed"]:
+        more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+        words = f"; left out, since the reference itself cannot be rendered: {', '.join(map(str, names[:5]))}{more}"
+    share = found.get("words_in_blocks")
+    if share is not None and share < 1:
+        words += f"; block, text, position and color count {100 * share:.0f} % of the words that are seen, likeness all"
+    return words
+
+
 def shares(scores: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Of the pages: `valid`, and each cause that a page has."""
+    scores = [row for row in scores if not row.get("reference_failed")]
     causes = Counter(cause for row in scores for cause in row["causes"])
     counts = {"valid": sum(row["valid"] for row in scores), **causes}
     return {name: count / max(1, len(scores)) for name, count in counts.items()}

@@ -30,7 +30,7 @@ from scoring.clip import Clip, find_clip
 from scoring.many_pages import Pair, Progress, browser_facts, run_pairs, window_of, write_pages_report
 from scoring.proof import ScorerError, prove
 from scoring.renders import BrowserMissing, Renderer
-from scoring.statistics import means, scores_line, summarise
+from scoring.statistics import left_out_words, means, scores_line, summarise
 from scoring.validity import looping, same_html, validity
 from training import zero3
 from training.errors import OUT_OF_MEMORY_CODE, PipelineError, StoppedError, exit_code, is_out_of_memory
@@ -168,9 +168,9 @@ def score_held_out(
     # All of them: the seconds are those of writing every page, whichever part it belongs to.
     result["tokens_per_second"] = sum(row["tokens"] for row in rows) / max(row["seconds"] for row in rows)
     if scores is not None:
-        result |= means([scores[place] for place in parts.comparing])
-        if parts.choosing:
-            found = means([scores[place] for place in parts.choosing])
+        # `n` stays that of all these pages: shares of exact and valid ones need no render.
+        result |= {**means([scores[place] for place in parts.comparing]), "n": result["n"]}
+        if parts.choosing and (found := means([scores[place] for place in parts.choosing]))["n"]:
             result["choosing"] = {"n": found["n"], metrics.CHOOSING: found[metrics.CHOOSING], "apart": parts.apart}
     return {**result, "pages": scored}
 
@@ -332,4 +332,6 @@ def rendered_words(result: Mapping[str, Any]) -> str:
     """The end of `announce`: failures and the mean of each metric; "" where nothing was rendered."""
     if "failures" not in result:
         return ""
-    return f"; rendered, {result['failures']} failures counted as the worst: {scores_line(result)}"
+    return (
+        f"; rendered, {result['failures']} failures counted as the worst: {scores_line(result)}{left_out_words(result)}"
+    )

@@ -87,9 +87,14 @@ def decoding_words(decoding: use.Recipe) -> str:
 def compare_results(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
     """Base against tuned on the same pages under the same decoding, page by page, and the means under others.
 
-    Over the pages that did not choose the weights. "apart" is False where there was but one page for both.
+    Over the pages that did not choose the weights and whose reference could be rendered. "apart" is False where there
+    was but one page for both.
     """
-    runs = [[page for page in run["pages"] if not page.get("chooses")] for run in (before, after)]
+    unusable = {page["page"] for run in (before, after) for page in run["pages"] if page.get("reference_failed")}
+    runs = [
+        [page for page in run["pages"] if not page.get("chooses") and page["page"] not in unusable]
+        for run in (before, after)
+    ]
     known = set.intersection(*({*page} for pages in runs for page in pages))  # a metric may have left a page out
     names = [name for name in (*metrics.names(), "exact", "valid") if name in known]
     differences = {
