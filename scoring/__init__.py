@@ -11,7 +11,8 @@ Rooms from top to bottom; each may import those below it, and none above:
     matching     which block of one stands for which of the other
     blocks       where each text of a page stands and in which colour
     validity     whether a page is whole, repeats itself, equals another
-    renders      draws hostile pages in Chromium, safely; of ours it needs use_model_from_hub.py alone
+    renders      draws hostile pages in Chromium, safely; of ours it needs the clock and use_model_from_hub.py alone
+    clock        how long a page has taken by its own work
 
 Everything here is started as a module (`python -m scoring.renders`): started as a file, this folder would come first on
 Python's path, and `statistics` would hide Python's own.

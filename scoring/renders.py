@@ -6,9 +6,9 @@
         renderer.render(html).image                                  # (H, W, 3) uint8
         for render in renderer.map(Job(html, width=390) for html in many): ...
 
-A worker process owns a browser and renders one page at a time; this process holds the clock, and kills a worker with
-all its children when a page takes too long. Of ours it needs use_model_from_hub.py alone. Sections: What is rendered,
-Browser, In the worker, In the parent, Command line.
+A worker process owns a browser and renders one page at a time; this process holds the clock (scoring/clock.py), and
+kills a worker with all its children when a page takes too long. Beside the clock it needs use_model_from_hub.py alone.
+Sections: What is rendered, Browser, In the worker, In the parent, Command line.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from scoring.clock import Clock
 from use_model_from_hub import MAX_PICTURE_PIXELS
 
 if TYPE_CHECKING:  # playwright is loaded by the worker, and missed with a remedy
@@ -330,20 +331,20 @@ class Worker:
         self.process = subprocess.Popen(command, start_new_session=True, env=environment, **pipes)
         os.set_blocking(self.process.stdin.fileno(), False)  # a worker may hang before it reads
 
-    def ask(self, job: Job, deadline: float) -> tuple[dict, list[bytes]]:
-        """Its answer and the pictures; raises `WorkerGone`, `TimeoutError` at the deadline (monotonic seconds)."""
+    def ask(self, job: Job, clock: Clock) -> tuple[dict, list[bytes]]:
+        """Its answer and the pictures; raises `WorkerGone`, `TimeoutError` once the clock has run down."""
         content = json.dumps(asdict(job)).encode("utf-8", "replace")
-        self.write(struct.pack(">Q", len(content)) + content, deadline)
-        answer = json.loads(self.read(deadline))
+        self.write(struct.pack(">Q", len(content)) + content, clock)
+        answer = json.loads(self.read(clock))
         shots = job.steps.count(SHOT) if "values" in answer else 0
-        return answer, [self.read(deadline) for _ in range(shots)]
+        return answer, [self.read(clock) for _ in range(shots)]
 
-    def write(self, content: bytes, deadline: float) -> None:
+    def write(self, content: bytes, clock: Clock) -> None:
         """Raises as `ask` does: who does not read blocks the writer once the pipe is full."""
         stream, left = self.process.stdin.fileno(), memoryview(content)
         while left:
-            if not select.select([], [stream], [], max(0.0, deadline - time.monotonic()))[1]:
-                raise TimeoutError
+            while not select.select([], [stream], [], clock.tick())[1]:
+                pass
             try:
                 left = left[os.write(stream, left) :]
             except BlockingIOError:
@@ -351,16 +352,16 @@ class Worker:
             except OSError:
                 raise WorkerGone from None
 
-    def read(self, deadline: float) -> bytes:
+    def read(self, clock: Clock) -> bytes:
         """A frame."""
-        return self.read_bytes(struct.unpack(">Q", self.read_bytes(8, deadline))[0], deadline)
+        return self.read_bytes(struct.unpack(">Q", self.read_bytes(8, clock))[0], clock)
 
-    def read_bytes(self, count: int, deadline: float) -> bytes:
+    def read_bytes(self, count: int, clock: Clock) -> bytes:
         """Exactly `count` bytes; raises as `ask` does."""
         stream, parts = self.process.stdout.fileno(), []
         while count:
-            if not select.select([stream], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise TimeoutError
+            while not select.select([stream], [], [], clock.tick())[0]:
+                pass
             part = os.read(stream, min(count, 1 << 20))
             if not part:
                 raise WorkerGone
@@ -450,8 +451,7 @@ class Renderer:
             yield decoded(waiting.popleft().result())
 
     def _render(self, job: Job) -> Render:
-        start = time.monotonic()
-        deadline, failure = start + self.seconds_per_page, "the renderer was closed"
+        start, used_s, failure = time.monotonic(), 0.0, "the renderer was closed"
         for again in (False, True):  # a browser may wedge or die without the page being at fault
             with self.lock:
                 if self.closed:
@@ -459,9 +459,11 @@ class Renderer:
                 worker = self.idle.get() or Worker(self.chromium)
                 self.working.add(worker)
             kept: Worker | None = None
+            clock = Clock(
+                worker.process.pid, (self.seconds_per_page - used_s) if again else self.seconds_per_page * 2 / 3
+            )
             try:
-                limit = deadline if again else min(deadline, start + self.seconds_per_page * 2 / 3)
-                answer, shots = worker.ask(job, limit)
+                answer, shots = worker.ask(job, clock)
                 kept = worker
                 if "values" in answer:
                     self.version = answer["version"]
@@ -470,7 +472,7 @@ class Renderer:
                     return Render(values, None, answer["clipped"], time.monotonic() - start)
                 failure = answer["failure"]
             except TimeoutError:
-                failure = f"took over {limit - start:.0f} s"
+                failure = f"took over {used_s + clock.seconds:.0f} s"
             except WorkerGone:
                 failure = "the browser died"
             finally:
@@ -478,7 +480,8 @@ class Renderer:
                 if kept is None:
                     worker.kill()
                 self.idle.put(kept)
-            if time.monotonic() > deadline - 1:
+            used_s += clock.used_s
+            if used_s > self.seconds_per_page - 1:
                 break
         return Render((), failure, False, time.monotonic() - start)
 
@@ -487,7 +490,7 @@ class Renderer:
         """What pictures depend on, besides the page."""
         fonts = subprocess.run(["fc-list", ":", "family"], capture_output=True, text=True, check=False).stdout
         families = sorted({line.split(",")[0].strip() for line in fonts.splitlines() if line.strip()})
-        return {"chromium": self.version or "unknown", "sandbox": os.geteuid() != 0, "fonts": families[:100]}
+        return {"chromium": self.version or "unknown", "sandbox": os.geteuid() != 0, "fonts": families}
 
 
 def decoded(render: Render) -> Render:

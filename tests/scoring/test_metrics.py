@@ -23,10 +23,13 @@ def test_colours_differ_by_ciede2000():
 
 def test_without_a_match_all_four_are_0(renderer):
     for one, two in (([], []), ([], SOME), (SOME, [])):
-        pair = Compared(Page(None, tuple(two)), Page(None, tuple(one)))
-        assert pair.of_blocks == (0, 0, 0, 0) and overall(pair) == likeness(pair) == 0
-    nothing = score("<!DOCTYPE html><html><body>No element of texts</body></html>", "", renderer)
-    assert nothing["overall"] == nothing["likeness"] == 0 and nothing.causes == ("no text to compare",)
+        white = np.full((64, 64, 3), 255, np.uint8)
+        pair = Compared(*(Page(white, tuple(texts), texts=tuple(texts)) for texts in (two, one)))
+        assert pair.of_blocks == (0, 0, 0, 0) and overall(pair) == 0
+        assert likeness(pair) == (0 if one or two else 1), "without any text pictures are all there is to compare"
+    outside = "<!DOCTYPE html><html><body>No element of texts</body></html>"
+    nothing = score(outside, "", renderer)
+    assert nothing["overall"] == nothing["likeness"] == 0 and nothing.causes == ("blank",)
 
 
 # -----------------------------------------------------------------------------
@@ -99,7 +102,8 @@ def test_the_table_is_what_the_command_line_prints(renderer):
     """Keys and their order are an interface."""
     found = score(PAGE.format("<p>A</p>"), PAGE.format("<p>A</p>"), renderer).as_json()
     table = "block text position color overall likeness tree_bleu ssim".split()
-    assert [*found] == [*table, "valid", "blocks_reference", "blocks_prediction", "failure", "causes"]
+    counts = ["blocks_reference", "blocks_prediction", "texts_reference", "texts_prediction", "words_in_blocks"]
+    assert [*found] == [*table, "valid", *counts, "failure", "reference_failed", "causes"]
 
 
 @pytest.mark.parametrize(
