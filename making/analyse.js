@@ -56,6 +56,8 @@
     const root = document.querySelector("html").cloneNode(true);
     all("style", root).forEach((style, place) => style.textContent = `/*sheet ${place}*/`);
     all("img[src]", root).forEach((image) => image.setAttribute("src", "data:,"));  // the renderer put its grey there
+    all("pre, textarea, listing", root).filter((node) => node.firstChild?.data?.startsWith("\n"))
+      .forEach((node) => node.prepend("\n"));  // a parser drops the first line break
     return root.outerHTML;
   };
   answer.plain = page();

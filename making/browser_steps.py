@@ -2,10 +2,13 @@
 
     Job(html, steps=(step("cut", limit=2000), step("extract")))
 
+decode      {base64, label, second} -> {encoding, text, agreed} of bytes that the document holds, too; or null
+references  {html, xml, token, scripts} -> {html, wants: [[kind, ...]], base, shadow, frames}, or {broken: why}; html
+            has `token`, a number and a semicolon at the place of each thing wanted
 normalise   {scripts, grey, most_tried, most_svg_characters} -> how many pictures are grey now; scripts, pictures,
             comments and metadata are gone
 cut         {limit}, px from the top -> how many elements and texts that began below it are gone
-extract     {} -> {html, sheets: [[css, media]], doctype, quirks, text}
+extract     {} -> {html, sheets: [[css, media]], doctype, quirks, shadow, text}
 analyse     {selectors, media, supports, declared[, gone]} -> {media, supports, declared: [bool], after: [1, 0 or -1 for
             each selector], plain, spaced: HTML, dropped: how many elements nobody sees}
 """

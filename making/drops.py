@@ -9,7 +9,10 @@ from __future__ import annotations
 
 REASONS = {  # of a dropped page, with what the summary calls them
     "unreadable": "unreadable",
+    "encoding": "in no encoding that is sure",
     "empty": "empty",
+    "frames": "a frameset",
+    "shadow": "with shadow roots",
     "without text": "without text",
     "render": "did not render",
     "blank": "blank",

@@ -163,12 +163,12 @@ def worked_on(
     source: Source, settings: Settings, folder: Folder, renderer: Renderer, count: Callable[[str], int]
 ) -> tuple[dict[str, Any], bytes | None, bool]:
     """(the page's line, its screenshot if it is new, whether an earlier run made it)."""
-    files = LocalFiles(source.root)
+    files = LocalFiles(source.root, renderer)
     row: dict[str, Any] = {"page": source.name, "source": "", "settings": folder.digest}
     try:
-        html = read_html(source)
+        page = read_html(source, renderer)
         where = source.path.resolve().parent if source.path else None
-        html = inline_files(html, where, files, settings.scripts == "run")
+        html = inline_files(page, where, files, settings.scripts == "run", settings.width_of(source.name))
         row["source"] = hashlib.sha256(html.encode("utf-8", "replace")).hexdigest()
         if files.notes:
             row["notes"] = dict(files.notes)

@@ -130,6 +130,8 @@ def drawn(
     pictures, cut, extract = rendered(
         renderer, Job(html, *window, steps=steps, scripts=settings.scripts == "run")
     ).values
+    if extract["shadow"]:
+        raise PageDropped("shadow", "scripts have put a part of it into a shadow root")
     if not extract["text"]:
         raise PageDropped("without text", "no text in its body")
     draft = draft_of(extract)

@@ -136,8 +136,9 @@ def reduced_rule(rule: Rule, draft: Draft, inner: list[Rule]) -> list[Rule]:
     return [Rule(", ".join(selectors), body, None, rule.number)] if selectors and body.strip() else []
 
 
-def sheet_texts(draft: Draft, dropped: Collection[Item]) -> list[str]:
-    """The text of each style sheet without what is dropped; as many as the page has, since each has its mark there."""
+def sheet_texts(draft: Draft, dropped: Collection[Item], styles: str = "") -> list[str]:
+    """The text of each style sheet without what is dropped; as many as the page has, since each has its mark there.
+    `styles` is the text of its style attributes."""
 
     def reduced(rules: list[Rule]) -> list[Rule]:
         found: list[Rule] = []
@@ -152,6 +153,8 @@ def sheet_texts(draft: Draft, dropped: Collection[Item]) -> list[str]:
     sheets = [reduced(rules) for rules in draft.sheets]
     if ("text", "merged") in dropped:
         sheets = [list(itertools.chain(*sheets)), *([] for _ in sheets[1:])]
+    if ("text", "unused names") in dropped:
+        sheets = without_unused_names(sheets, styles)
     if ("text", "minified") in dropped:
         sheets = [minified(joined(rules)) for rules in sheets]
     return [write_css(rules) for rules in sheets]
@@ -166,13 +169,7 @@ def compose(draft: Draft, dropped: Collection[Item]) -> str:
     if ("text", "spaces") in dropped:
         html = re.sub(r"\n[ \n]+(?=<)", "\n", html) if "<pre" not in html and "<textarea" not in html else html
         html = re.sub(r"\s+(?=</body>)", "", html)
-    sheets = sheet_texts(draft, dropped)
-    if ("text", "unused names") in dropped:
-        styles = " ".join(re.findall(r'\sstyle="([^"]*)"', html))
-        sheets = [
-            without_unused_names(css, " ".join([styles, *sheets[:place], *sheets[place + 1 :]]))
-            for place, css in enumerate(sheets)
-        ]
+    sheets = sheet_texts(draft, dropped, " ".join(re.findall(r'\sstyle="([^"]*)"', html)))
     html = without_attributes(html, "\n".join(sheets), {name for kind, name in dropped if kind == "attribute"})
     for number, css in enumerate(sheets):
         empty = not css.strip() and ("text", "merged") in dropped

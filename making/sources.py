@@ -1,7 +1,7 @@
 """Which pages there are, and their text.
 
     for source in find_pages("site/"):
-        html = read_html(source)                    # decoded as browsers do; PageDropped where it is no page
+        page = read_html(source, renderer)          # decoded as browsers do; PageDropped where it is no page
 
 A source is a folder of HTML files, one of them, a list of them, or a dataset (training/dataset.py reads those).
 """
@@ -11,15 +11,20 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from making.decoding import decode_page
 from making.drops import PageDropped
-from making.local_files import MAX_FILE_BYTES
+from making.local_files import MAX_FILE_BYTES, Page
+from scoring.renders import Renderer
 from training import dataset
 from training.dataset import FILE_KINDS, BadPage, DatasetSource
 from training.errors import DataError, SettingsError
+
+HTML_KINDS = (".html", ".htm")
+XML_KINDS = (".xhtml", ".xht")  # read by the rules of XML, whatever the page says of itself
 
 
 @dataclass(frozen=True)
@@ -41,12 +46,12 @@ def find_pages(source: str, known: DatasetSource | None = None) -> Iterator[Sour
     if path.is_dir() and not (path / "metadata.jsonl").is_file():
         root, seen = path.resolve(), False
         for file in sorted(path.rglob("*")):
-            if file.suffix.lower() in (".html", ".htm", ".xhtml") and file.is_file():
+            if file.suffix.lower() in (*HTML_KINDS, *XML_KINDS) and file.is_file():
                 seen = True
                 yield Source(file.relative_to(path).as_posix(), file, root)
         if not seen:
             raise SettingsError(f"{source}: no .html or .htm file in it, nor a metadata.jsonl")
-    elif path.is_file() and path.suffix.lower() in (".html", ".htm", ".xhtml"):
+    elif path.is_file() and path.suffix.lower() in (*HTML_KINDS, *XML_KINDS):
         yield Source(path.name, path, path.resolve().parent)
     elif path.is_file() and path.suffix.lower() in (".txt", ".lst", ""):
         yield from _listed_pages(path)
@@ -77,48 +82,31 @@ def _dataset_pages(path: Path, source: str, known: DatasetSource) -> Iterator[So
         raise SettingsError(str(error)) from error
 
 
-def read_html(source: Source) -> str:
-    """The page's text, decoded as a browser would; PageDropped where that makes no text."""
+def read_html(source: Source, renderer: Renderer | None = None) -> Page:
+    """The page's text, decoded as a browser would; PageDropped where that makes no text.
+
+    Without a `renderer` only UTF-8 can be read.
+    """
     if source.path is None:
         if isinstance(source.html, BadPage):
             raise PageDropped("unreadable", str(source.html))
         if not isinstance(source.html, str):
             raise PageDropped("unreadable", f"html is no text but {type(source.html).__name__}")
-        return _not_empty(source.html)
+        return _not_empty(Page(source.html))
     try:
         if source.path.stat().st_size > MAX_FILE_BYTES:
             raise PageDropped("unreadable", f"{source.path.stat().st_size:,} bytes, more than {MAX_FILE_BYTES:,}")
         data = source.path.read_bytes()
     except OSError as error:
         raise PageDropped("unreadable", str(error)) from error
-    return _not_empty(decode(data))
+    xml = source.path.suffix.lower() in XML_KINDS
+    return _not_empty(Page(*decode_page(data, renderer, xml), xml))
 
 
-def _not_empty(html: str) -> str:
-    if "\0" in html:
+def _not_empty(page: Page) -> Page:
+    if "\0" in page.html:
         raise PageDropped("unreadable", "holds NUL characters: no HTML")
-    if not re.search("<[a-z]", html, re.I):
-        raise PageDropped("empty", f"no element in {html[:40]!r}")
-    return html.encode(errors="replace").decode()  # half a character (a lone surrogate) becomes a question mark
-
-
-def decode(data: bytes) -> str:
-    """By its byte order mark, by what it declares, as UTF-8, and at last as Windows-1252 (WHATWG's order)."""
-    for mark, name in ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be")):
-        if data.startswith(mark):
-            return data[len(mark) :].decode(name, "replace")
-    declared = re.search(rb"""<meta[^>]+charset\s*=\s*["']?\s*([\w:.-]+)""", data[:4096], re.I)
-    name = declared[1].decode().lower() if declared else ""
-    if name in ("iso-8859-1", "latin1", "ascii", "us-ascii"):  # all of them mean Windows-1252 on the web
-        name = "cp1252"
-    if name.startswith(("utf-16", "utf16")):  # what could be read as far as here is not
-        name = "utf-8"
-    try:
-        return data.decode(name or "utf-8")
-    except UnicodeDecodeError:
-        text = data.decode(name or "cp1252", "replace")
-        if text.count("\ufffd") > 0.01 * len(text):
-            raise PageDropped("unreadable", f"is not in {name or 'utf-8'}, nor in Windows-1252") from None
-        return text
-    except (LookupError, UnicodeError):  # Python's "undefined", "idna" and the like are encodings, but of no page
-        raise PageDropped("unreadable", f"no such encoding: {name}") from None
+    if not re.search("<[a-z]", page.html, re.I):
+        raise PageDropped("empty", f"no element in {page.html[:40]!r}")
+    # half a character (a lone surrogate) becomes a question mark
+    return replace(page, html=page.html.encode(errors="replace").decode())

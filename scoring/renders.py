@@ -54,7 +54,9 @@ MAX_HEIGHT, MAX_WIDTH, MAX_PIXELS = 16_384, 16_384, MAX_PICTURE_PIXELS
 class Job:
     """`steps`, in order: SHOT takes the full page's picture; anything else is the source of a JavaScript function
     `() => ...` whose JSON result is kept. `scripts` lets the page's own run, without any network; `pictures` gives
-    those that cannot load a grey placeholder, since a broken picture ignores its size and moves the layout."""
+    those that cannot load a grey placeholder, since a broken picture ignores its size and moves the layout. Where
+    `content_type` names no charset, `html` holds bytes, as characters up to U+00FF, and the browser finds out what they
+    are in."""
 
     html: str
     width: int = 1280  # of the window, CSS px
@@ -62,6 +64,7 @@ class Job:
     steps: tuple[str, ...] = (SHOT,)
     scripts: bool = False
     pictures: bool = True
+    content_type: str = "text/html; charset=utf-8"
 
 
 @dataclass(frozen=True)
@@ -237,8 +240,9 @@ class Tab:
         if request.url == self.address and request.is_navigation_request() and not self.served:
             self.served += 1
             policy = CSP.format("'unsafe-inline'" if self.job.scripts else "'none'")
-            headers = {"content-type": "text/html; charset=utf-8", "content-security-policy": policy}
-            route.fulfill(status=200, headers=headers, body=self.job.html.encode("utf-8", "replace"))
+            headers = {"content-type": self.job.content_type, "content-security-policy": policy}
+            encoding = "utf-8" if "charset" in self.job.content_type else "latin-1"
+            route.fulfill(status=200, headers=headers, body=self.job.html.encode(encoding, "replace"))
         elif request.is_navigation_request() and request.frame == self.page.main_frame:
             route.fulfill(status=204)  # the page stays; an aborted one would give way to the browser's error page
         else:

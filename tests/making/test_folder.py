@@ -46,6 +46,7 @@ def fake_page(monkeypatch, made: list) -> None:
         return {**record, "characters": sizes}, np.full((10, 10, 3), len(html) % 256, np.uint8)
 
     monkeypatch.setattr(folder_room, "make_page", make_page)
+    monkeypatch.setattr(folder_room, "inline_files", lambda page, *_: page.html)
 
 
 def test_a_folder_is_carried_on_and_only_changed_pages_are_made_again(tmp_path, monkeypatch):

@@ -72,9 +72,9 @@ def renderer():
 
 def made(site, page: str, renderer, **changes):
     settings = Settings(**changes)
-    files = LocalFiles(site.resolve())
-    html = read_html(Source(page, site / page, site.resolve()))
-    html = inline_files(html, site.resolve(), files, settings.scripts == "run")
+    files, width = LocalFiles(site.resolve(), renderer), settings.width_of(page)
+    text = read_html(Source(page, site / page, site.resolve()), renderer)
+    html = inline_files(text, site.resolve(), files, settings.scripts == "run", width)
     return make_page(page, html, settings, renderer, COUNT)
 
 
