@@ -83,7 +83,12 @@ class LocalFiles:
                 file = (self.root / path).resolve() if self.root and base else None
                 if file is not None and file.is_relative_to(self.root):
                     problem = "missing"
-                    if not path.endswith("/") and file.is_file() and file.stat().st_size <= MAX_FILE_BYTES and os.access(file, os.R_OK):
+                    if (
+                        not path.endswith("/")
+                        and file.is_file()
+                        and file.stat().st_size <= MAX_FILE_BYTES
+                        and os.access(file, os.R_OK)
+                    ):
                         return file
             except (OSError, RuntimeError, ValueError):  # too long a name, links in a circle
                 problem = "missing"

@@ -70,7 +70,7 @@ BESIDE = {  # name: (head, body, what is seen)
         '<source srcset="wide.png" media="(min-width:601px)"><img src=logo.png></picture>',
         {"boxes": "600x100"},
     ),
-    "picture_type": ("", '<picture><source type="image/jxl" srcset=small.png><img src=logo.png></picture>', LOGO),
+    "picture_type": ("", '<picture><source type="image/x-unknown" srcset=small.png><img src=logo.png></picture>', LOGO),
     "source_size": (
         "",
         "<picture><source srcset=wide.png width=60 height=10><img src=logo.png></picture>",
@@ -100,7 +100,7 @@ BESIDE = {  # name: (head, body, what is seen)
     "unnamed": (LINK.format("unnamed.css"), "", {"looks": f"{BLUE} 40px"}),
     "open": (LINK.format("open.css"), "", LARGE),
     "gbk_sheet": (
-        LINK.format("gbk.css") + "<style>.x{color:#00c}</style>",
+        LINK.format("gbk.css"),
         '<p class="x 中">B<p>',
         {"looks": f"{RED} 16px"},
     ),
