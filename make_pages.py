@@ -26,8 +26,9 @@ from pathlib import Path
 
 from making.folder import Folder, write_pages
 from making.page_settings import Settings, check_settings
-from making.sources import find_pages
-from scoring.renders import BrowserMissing, Renderer
+from making.sources import count_pages, find_pages
+from making.workers import PageMaker, Workers, most_at_once
+from scoring.renders import BrowserMissing, facts_of_browser, find_chromium
 from training.dataset import known_dataset
 from training.errors import SettingsError
 
@@ -56,7 +57,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--html_column", help="of a dataset; default: known sets by name, else text")
     parser.add_argument("--dataset_config", help="of a dataset on the Hub; default: known sets by name")
     parser.add_argument("--dataset_split", help="of a dataset; default: known sets by name, else train")
-    parser.add_argument("--pages_at_once", type=int, default=2, help="browsers; one needs a core and 0.4 GB")
+    parser.add_argument("--pages_at_once", type=int, help="worker processes, each with a browser; default: one a core")
     return parser.parse_args(argv)
 
 
@@ -84,19 +85,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = known_dataset(args.source, **typed)
         if note := known.refused or known.note:
             print(f"{args.source}: {note}", file=sys.stderr)
-        pages = find_pages(args.source, known)
-        pages = itertools.islice(pages, args.num_samples)
+        pages = itertools.islice(find_pages(args.source, known), args.num_samples)
         first = list(itertools.islice(pages, 1))  # before anything is written: there may be no such source
-        pages = first + list(pages) if Path(args.source).expanduser().exists() else itertools.chain(first, pages)
-        with Renderer(args.pages_at_once, SECONDS_PER_RENDER) as renderer:
-            folder = Folder(args.out, settings.digest())
-            report = write_pages(pages, settings, folder, renderer, args.pages_at_once)
-            facts = {"settings": asdict(settings), "source": args.source, "browser": renderer.facts}
+        find_chromium()
+        at_once = args.pages_at_once or most_at_once()
+        maker = PageMaker(settings, SECONDS_PER_RENDER)
+        total = min(filter(None, (count_pages(args.source), args.num_samples)), default=None)
+        with Folder(args.out, settings.digest()) as folder, Workers(at_once, maker) as workers:
+            report = write_pages(itertools.chain(first, pages), folder, workers, total)
+            summary = report.summary()
+            facts = {"settings": asdict(settings), "source": args.source, "browser": facts_of_browser(report.browser)}
+            folder.write_summary(summary | facts)
     except (SettingsError, BrowserMissing) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    summary = report.summary()
-    folder.finish(report, summary | facts)
     for note, number in summary["could not be had"].items():
         print(f"{number:,} {note}", file=sys.stderr)
     print(report)

@@ -1,6 +1,7 @@
 """The rooms of make_pages.py: a page's way from its source to a screenshot and the HTML that shows it.
 
 folder          the dataset on disk, and what became of each page that was asked for
+workers         processes that make pages, each with a browser
 one_page        a page's target and screenshot: rendered, tried, compared
 reductions      what of a page can go, and the page without it
 browser_steps   what only a browser can do; normalise.js, cut.js, extract.js and analyse.js beside it do it

@@ -62,7 +62,7 @@ def test_main_says_what_is_wrong_and_exits_2(tmp_path, capsys, monkeypatch):
     def missing(*arguments):
         raise renders.BrowserMissing("no Chromium here: install one")
 
-    monkeypatch.setattr(mp, "Renderer", missing)
+    monkeypatch.setattr(mp, "find_chromium", missing)
     (tmp_path / "a.html").write_text(PAGE)
     assert mp.main([str(tmp_path / "a.html"), "--out", str(tmp_path / "out")]) == 2
     assert "error: no Chromium here: install one" in capsys.readouterr().err
@@ -76,7 +76,7 @@ def test_what_is_known_of_a_dataset_is_said_and_holds_where_nothing_is_typed(tmp
     def missing(*arguments):
         raise renders.BrowserMissing("no Chromium here")
 
-    monkeypatch.setattr(mp, "Renderer", missing)
+    monkeypatch.setattr(mp, "find_chromium", missing)
     entry = DatasetSource(html_column="talk.0", note="one page alone")
     monkeypatch.setitem(KNOWN_DATASETS, str(rows), entry)
     flags = [str(rows), "--out", str(tmp_path / "out")]
