@@ -4,7 +4,8 @@
     python make_pages.py list.txt --out pages --scripts run                 # files that a text file names, one a line
     python make_pages.py site/ --out pages --widths 1280,390 --tokenizer holo1_dom_finetune_final --max_html_tokens 8192
     python make_pages.py SALT-NLP/Design2Code-hf --out pages --num_samples 50           # a dataset, rendered again
-    python holo1_dom_finetune.py --dataset pages
+    python make_pages.py site/ --out pages --push_to_hub USER/NAME --private_repo       # as parquet, to the Hub, too
+    python holo1_dom_finetune.py --dataset pages                                        # or --dataset USER/NAME
 
 A target holds what its screenshot shows: local style sheets inlined, no scripts, pictures and icon fonts as grey boxes,
 what is invisible or unused dropped where the new render is the same to the pixel. Chromium renders through
@@ -18,11 +19,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 
 from making.folder import Folder, write_pages
 from making.page_settings import Settings, check_settings
@@ -30,7 +33,7 @@ from making.sources import count_pages, find_pages
 from making.workers import PageMaker, Workers, most_at_once
 from scoring.renders import BrowserMissing, facts_of_browser, find_chromium
 from training.dataset import known_dataset
-from training.errors import SettingsError
+from training.errors import SettingsError, UploadError
 
 SECONDS_PER_RENDER = 30.0
 
@@ -58,6 +61,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset_config", help="of a dataset on the Hub; default: known sets by name")
     parser.add_argument("--dataset_split", help="of a dataset; default: known sets by name, else train")
     parser.add_argument("--pages_at_once", type=int, help="worker processes, each with a browser; default: one a core")
+    parser.add_argument("--push_to_hub", metavar="USER/NAME", help="then upload them as a dataset, in parquet files")
+    parser.add_argument("--private_repo", action="store_true", help="with --push_to_hub: only you see it")
     return parser.parse_args(argv)
 
 
@@ -71,6 +76,8 @@ def settings_from(args: argparse.Namespace) -> Settings:
         if (value := getattr(args, name)) is not None and value < 1:
             raise SettingsError(f"--{name} {value}: at least 1")
     limits = {name: getattr(args, name) for name in ("height", "max_height", "max_html_tokens", "max_html_characters")}
+    if args.private_repo and not args.push_to_hub:
+        raise SettingsError("--private_repo needs --push_to_hub USER/NAME")
     settings = Settings(args.scripts, widths, tokenizer=args.tokenizer, **limits)
     check_settings(settings)
     return settings
@@ -88,14 +95,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         pages = itertools.islice(find_pages(args.source, known), args.num_samples)
         first = list(itertools.islice(pages, 1))  # before anything is written: there may be no such source
         find_chromium()
+        repo = args.push_to_hub and pushing().check_access(args.push_to_hub, args.private_repo)
         at_once = args.pages_at_once or most_at_once()
         maker = PageMaker(settings, SECONDS_PER_RENDER)
         total = min(filter(None, (count_pages(args.source), args.num_samples)), default=None)
         with Folder(args.out, settings.digest()) as folder, Workers(at_once, maker) as workers:
             report = write_pages(itertools.chain(first, pages), folder, workers, total)
-            summary = report.summary()
             facts = {"settings": asdict(settings), "source": args.source, "browser": facts_of_browser(report.browser)}
-            folder.write_summary(summary | facts)
+            summary = report.summary() | facts
+            folder.write_summary(summary)
     except (SettingsError, BrowserMissing) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -107,7 +115,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not report.written:
         print(f"error: no page left: {args.out / 'dropped.jsonl'} says why", file=sys.stderr)
         return 80
+    if repo:
+        command = shlex.join(["python", "make_pages.py", *(sys.argv[1:] if argv is None else argv)])
+        try:
+            print(pushing().push_pages(args.out, repo, args.private_repo, summary, known, command))
+        except UploadError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.code
+        except KeyboardInterrupt:
+            print(f"interrupted; the pages are whole in {args.out}. To upload them: {command}", file=sys.stderr)
+            return 85
     return 0
+
+
+def pushing() -> ModuleType:
+    """The room that talks to the Hub: loaded when that is asked."""
+    from making import pushing as room
+
+    return room
 
 
 if __name__ == "__main__":
