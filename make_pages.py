@@ -21,6 +21,7 @@ import argparse
 import itertools
 import shlex
 import signal
+import sqlite3
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -33,7 +34,7 @@ from making.sources import count_pages, find_pages
 from making.workers import PageMaker, Workers, most_at_once
 from scoring.renders import BrowserMissing, facts_of_browser, find_chromium
 from training.dataset import known_dataset
-from training.errors import SettingsError, UploadError
+from training.errors import SettingsError, UploadError, is_disk_full
 
 SECONDS_PER_RENDER = 30.0
 
@@ -107,6 +108,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (SettingsError, BrowserMissing) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (OSError, sqlite3.OperationalError) as error:
+        if not is_disk_full(error) and "disk is full" not in str(error):  # the latter is SQLite's
+            raise
+        print(f"error: {error}. Free some space; the same command goes on", file=sys.stderr)
+        return 81
     for note, number in summary["could not be had"].items():
         print(f"{number:,} {note}", file=sys.stderr)
     print(report)
