@@ -3,7 +3,7 @@
     for source in find_pages("site/"):
         html = read_html(source)                    # decoded as browsers do; PageDropped where it is no page
 
-A source is a folder of HTML files, one of them, a list of them, or a dataset (training/dataset.py reads those).
+A source is a folder of HTML files, one of them, a list of them, or a dataset (training/reading.py reads those).
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing import Any
 
 from making.drops import PageDropped
 from making.local_files import MAX_FILE_BYTES
-from training import dataset
-from training.dataset import FILE_KINDS, BadPage, DatasetSource
+from training import dataset, reading
+from training.dataset import BadPage, DatasetSource
 from training.errors import DataError, SettingsError
+from training.reading import FILE_KINDS
 
 HTML, LISTS = (".html", ".htm", ".xhtml"), (".txt", ".lst", "")  # by the ends of their names
 NAMES_AT_ONCE = 10_000  # of a folder's, held while they are put in order
@@ -127,7 +128,7 @@ def _dataset_pages(path: Path, source: str, known: DatasetSource) -> Iterator[So
     if path.is_file() and path.suffix not in FILE_KINDS:
         raise SettingsError(f"{source}: neither HTML, nor a list (.txt), nor a dataset ({', '.join(FILE_KINDS)})")
     try:
-        for number, (_, html) in enumerate(dataset.read_html(source, known)):
+        for number, (_, html) in enumerate(reading.read_html(source, known)):
             yield Source(f"row-{number:07d}", html=html)
     except DataError as error:  # here the source is an argument like any other: exit code 2
         raise SettingsError(str(error)) from error

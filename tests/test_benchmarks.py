@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, make_base, make_tokenizer, need_browser, output, run_script, weights
 
 from training.cleaning import CLEANING_STEPS, clean_html
-from training.dataset import screenshot_size
+from training.page_checks import screenshot_size
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import make_pages_like_real

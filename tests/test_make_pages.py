@@ -20,8 +20,10 @@ from small_site import write_site
 import make_pages as mp
 from making.page_settings import Settings
 from scoring import renders
-from training.dataset import KNOWN_DATASETS, DatasetSource, read_pages, screenshot_size
+from training.dataset import KNOWN_DATASETS, DatasetSource
 from training.errors import SettingsError
+from training.page_checks import screenshot_size
+from training.reading import read_pages
 
 PAGE = "<!DOCTYPE html>\n<html><head><title>t</title></head><body><p>words</p></body></html>"
 
