@@ -18,7 +18,8 @@ from PIL import Image
 
 from making import pushing
 from making.pushing import card_of, columns, write_shards
-from training.dataset import DatasetSource, known_dataset, read_pages
+from training.dataset import DatasetSource, known_dataset
+from training.reading import read_pages
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import datasets
 
-from training.dataset import known_dataset, read_pages
+from training.dataset import known_dataset
+from training.reading import read_pages
 
 name = sys.argv[1]
 loaded = datasets.load_dataset(name, split="train")
