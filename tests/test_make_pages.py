@@ -139,12 +139,18 @@ def test_the_command_line_is_interrupted_carried_on_and_its_folder_loads(browser
     command = [sys.executable, str(ROOT / "make_pages.py"), str(site), "--out", str(out), "--pages_at_once", "2"]
     mark = f"MAKE_PAGES_TEST={os.getpid()}"
     environment = os.environ | {"MAKE_PAGES_TEST": str(os.getpid())}
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    options = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "env": environment,
+        "start_new_session": True,
+    }
     process = subprocess.Popen(command, **options)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if (out / "metadata.jsonl").is_file() and (out / "metadata.jsonl").stat().st_size:
-            process.send_signal(signal.SIGINT)
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers hear it, too
             break
         time.sleep(0.05)
     text, errors = process.communicate(timeout=120)
