@@ -187,7 +187,7 @@ def test_an_unwhole_final_folder_is_never_left(tiny_base, tmp_path, monkeypatch)
     def full(*unused, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(processor), "save_pretrained", full)
+    monkeypatch.setattr("training.final_folder.copy_base_files", full)
     with pytest.raises(errors.DiskError, match="nothing half-written is left"):
         save_final(model, tensors, tiny_base, processor, recipe, folder)
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
