@@ -148,8 +148,11 @@ def lay_out_for_transformers_4(folder: Path) -> None:
     """The files of `folder`, which transformers 5 has written, as 4 writes them: 5 reads those as well, 4 not its own.
 
     `rope_scaling` and `rope_theta` instead of `rope_parameters`, an image processor in a file of its own, special
-    tokens as a list by their older name.
+    tokens as a list by their older name, and how text is split: 5.23 splits as Qwen does whatever the file says.
     """
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(folder).backend_tokenizer.save(str(folder / "tokenizer.json"))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["torch_dtype"] = config.pop("dtype")
     rope = config["text_config"].pop("rope_parameters")

@@ -207,7 +207,11 @@ def make_base(folder: Path, tie: bool = True, weights: bool = True, dtype=None, 
 def make_transformers_4_base(folder: Path) -> Path:
     """A tiny base as the repositories of Qwen2.5-VL-3B and Holo1-3B lay theirs out, which no transformers 5 writes:
     flat text fields, `rope_scaling` of type mrope, shards, the chat template beside the tokenizer."""
+    from transformers import AutoTokenizer
+
     make_base(folder)
+    # Qwen's own normalisation and splits, which transformers 5.23 takes whatever the file says.
+    AutoTokenizer.from_pretrained(folder).backend_tokenizer.save(str(folder / "tokenizer.json"))
     config = json.loads((folder / "config.json").read_text())
     text, vision = config.pop("text_config"), config.pop("vision_config")
     rope = text.pop("rope_parameters")
