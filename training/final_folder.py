@@ -250,7 +250,8 @@ def load_weights(model: PreTrainedModel, folder: Path, settings: PageSettings) -
     older names, looks for the newer ones, finds none, and goes on with the base's weights and a warning."""
 
     state = {}
-    for key, tensor in base_tensors(folder, replace(settings, random_weights=False, plan=False)).items():
+    stored = replace(settings, base_model=str(folder), random_weights=False, plan=False)
+    for key, tensor in base_tensors(folder, stored).items():
         with safe_open(tensor.file, framework="pt") as file:
             state[tensor.name] = file.get_tensor(key)
     missing, _ = model.load_state_dict(state, strict=False)
