@@ -24,8 +24,9 @@ from training.settings import PageSettings
 Result = TypeVar("Result")
 PUBLISHED = (  # all that may leave the machine; arguments, optimizer states, logs and pickles stay
     "*.safetensors *.safetensors.index.json config.json generation_config.json *processor_config.json tokenizer*.json "
-    "special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.json chat_template.jinja "
-    "dom_recipe.json evaluation/results.json README.md LICENSE* NOTICE*"
+    "tokenizer.model special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.json "
+    "chat_template.jinja additional_chat_templates/*.jinja dom_recipe.json evaluation/results.json README.md LICENSE* "
+    "NOTICE*"
 ).split()
 
 
