@@ -63,7 +63,7 @@ from training.disk_space import check_space
 from training.errors import DataError, NotFiniteError, PipelineError, SettingsError, StoppedError, is_out_of_memory
 from training.evaluation import Rendering, announce, keep_outputs, parts_of, score_held_out, write_held_out
 from training.families import Family, Picture, family_of, trains_fast
-from training.final_folder import copy_generation_config, load_weights, save_final, whole_copy
+from training.final_folder import copy_base_files, load_weights, save_final, whole_copy
 from training.folder_lock import let_go, own
 from training.heartbeat import heart, on_main_alone
 from training.memory_fit import Fit, choose_micro_batch, compare_with_plan, costs_of, note_smaller, print_plan
@@ -330,8 +330,7 @@ class PageTrainer(Trainer):
         **options,
     ):
         super().__init__(**options)
-        self.base = base
-        self.costs, self.settings, self.checkpoints, self.meter = costs, settings, checkpoints, Meter()
+        self.base, self.costs, self.settings, self.checkpoints, self.meter = base, costs, settings, checkpoints, Meter()
         self.shapes = {tensor.name: tensor.shape for tensor in tensors.values()}
         # Tokens, patches and supervised tokens of this rank's heaviest batch, beside which the plan is held at the end.
         self.heaviest = (0, 0, 0)
@@ -417,7 +416,8 @@ class PageTrainer(Trainer):
             }
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
-            copy_generation_config(self.base, Path(output_dir or self.args.output_dir))
+            trusted = self.settings.trust_remote_code
+            copy_base_files(self.base, Path(output_dir or self.args.output_dir), self.processing_class, trusted)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
         # The Trainer of transformers 5.23 would find none of the names it looks for, and go on with the base's weights.
@@ -772,6 +772,7 @@ def run(argv: list[str]) -> None:
     base = on_each_machine(lambda: fetch_base(settings), Path.is_dir)
     processor = load_processor(base, settings)
     encoder = PageEncoder(processor, settings.prompt, family_of(load_config(base, settings)))
+    tensors = {} if settings.show_supervision else base_tensors(base, settings)  # refused before pages are read
     with heart.stage("reading pages"):
         pages = prepare_pages(settings, args, encoder, processor, (resolved.earlier or {}).get("pages"))
     if settings.show_supervision:
@@ -779,13 +780,14 @@ def run(argv: list[str]) -> None:
         (picture,) = encoder.family.pictures(processor, [use.open_screenshot(first["screenshot"])])
         ids, labels = encoder.encode(first["html"], picture.ids)
         return say(colour_supervision(ids, labels, processor.tokenizer, encoder.image_token_id))
-    fine_tune(resolved, args, base, processor, encoder, pages, checkpoint)
+    fine_tune(resolved, args, base, tensors, processor, encoder, pages, checkpoint)
 
 
 def fine_tune(
     resolved: Resolved,
     args: TrainingArguments,
     base: Path,
+    tensors: dict[str, BaseTensor],
     processor: ProcessorMixin,
     encoder: PageEncoder,
     pages: Pages,
@@ -795,16 +797,14 @@ def fine_tune(
     settings, training = resolved.settings, pages.training
     # Before anything is written: old checkpoints and pages would be resumed from, deleted or scored as this run's own.
     keep_earlier_results(Path(args.output_dir), resumes=bool(settings.resume or args.resume_from_checkpoint))
-    tensors = base_tensors(base, settings)
     checkpoints = begin_record(resolved, fingerprint(base, tensors), pages.known)
     check_space(settings, args, load_config(base, settings), tensors, len(training))
     memory_plan = choose_micro_batch(args, settings, load_config(base, settings), training, encoder)
     say_batch(args)
     start = time.monotonic()
     model = load_model(base, settings, args)
-    say_memory(
-        f"{settings.base_model}: {sum(math.prod(t.shape) for t in tensors.values()) / 1e6:,.1f} M parameters", start
-    )
+    millions = sum(math.prod(tensor.shape) for tensor in tensors.values()) / 1e6
+    say_memory(f"{settings.base_model}: {millions:,.1f} M parameters", start)
     recipe = make_recipe(settings, facts := on_main(lambda: gather_facts(settings, args, base)))
     chunk = CHUNK_DEEPSPEED if args.deepspeed else CHUNK_FALLBACK
     notes = Path(args.output_dir) / "replaced_pages.jsonl"

@@ -120,7 +120,7 @@ class Pages:
 
     def __init__(self, args: argparse.Namespace):
         import holo1_dom_finetune as training
-        from training.dataset import load_pages_from_disk
+        from training.collecting import load_pages_from_disk
 
         settings, output = page_settings(args), args.work / OUTPUT
         processor = training.load_processor(args.base_model, settings)

@@ -15,6 +15,7 @@ REASONS = {  # of a dropped page, with what the summary calls them
     "shadow": "with shadow roots",
     "without text": "without text",
     "render": "did not render",
+    "died": "ended the process that made it",
     "blank": "blank",
     "too long": "too long",
     "duplicate": "duplicate",

@@ -26,6 +26,7 @@ from use_model_from_hub import MAX_PICTURE_PIXELS
 
 CHANCE = 0.0011  # share of the pixels: what two renders of one page were seen to differ by
 MAX_RENDERS = 16  # to find out which reductions stay: what is kept back costs tokens, a render time
+MOST_PNG_PIXELS = 300_000  # of a larger screenshot PNG was never the smaller file, and took a twelfth of a page's time
 MAX_CUTS = 4  # attempts to meet a token limit
 MAX_SVG_CHARACTERS = 400  # of markup with what it uses; a longer drawing becomes a grey picture
 MAX_TRIED_PICTURES = 200  # whose own rules are tried first; each try makes the browser lay the page out again
@@ -182,16 +183,16 @@ def make_page(
 
 
 def encode(image: np.ndarray) -> tuple[str, bytes]:
-    """(suffix, file) of a picture (H, W, 3): the smaller of a lossless WebP and a PNG."""
+    """(suffix, file) of a picture (H, W, 3): lossless WebP, or PNG where that may be smaller or nothing else goes."""
     from PIL import Image
 
     files, picture = {}, Image.fromarray(image)
-    for suffix, options in {
-        ".png": {"compress_level": 6},
-        ".webp": {"lossless": True, "quality": 30, "method": 3},
-    }.items():
-        if suffix == ".webp" and max(picture.size) > 16_383:  # px, which is all that WebP can hold
-            continue
+    kinds = {".png": {"compress_level": 6}, ".webp": {"lossless": True, "quality": 30, "method": 3}}
+    if max(picture.size) > 16_383:  # px, which is all that WebP can hold
+        del kinds[".webp"]
+    elif picture.width * picture.height > MOST_PNG_PIXELS:
+        del kinds[".png"]
+    for suffix, options in kinds.items():
         file = io.BytesIO()
         picture.save(file, suffix[1:].upper(), **options)
         files[suffix] = file.getvalue()

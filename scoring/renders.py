@@ -311,13 +311,44 @@ MARK = "PAGE_RENDERS_WORKER"
 
 
 def marked(mark: str) -> list[int]:
-    """Processes with the mark in their environment, where /proc tells."""
+    """Processes with the mark, NAME=value, in their environment, where /proc tells."""
     found = []
     for entry in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
-            if f"{MARK}={mark}".encode() in entry.read_bytes():
+            if mark.encode() in entry.read_bytes():
                 found.append(int(entry.parent.name))
     return found
+
+
+def end_family(pid: int | None, mark: str) -> None:
+    """Kills a process (None: it is gone) and all that it started, which has the mark, NAME=value, in its environment.
+
+    Playwright starts Chromium in a process group of its own, so the family is looked up. Who is stopped starts nobody
+    new, so all of them are stopped before the first is killed.
+    """
+    import psutil
+
+    family: list[int] = []
+    new = [pid] if pid else []
+    while new:
+        for one in new:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(one, signal.SIGSTOP)
+        family += new
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = psutil.Process(pid).children(recursive=True)
+            new = [child.pid for child in children if child.pid not in family]
+            continue
+        break
+    for one in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
+    patience = time.monotonic() + 5  # a killed process takes a moment to go, and its helpers may be starting
+    while (left := marked(mark)) and time.monotonic() < patience:  # the crash handler leaves the family
+        for one in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(one, signal.SIGKILL)
+        time.sleep(0.02)
 
 
 class Worker:
@@ -373,32 +404,9 @@ class Worker:
         return b"".join(parts)
 
     def kill(self) -> None:
-        """Playwright starts Chromium in a process group of its own, so the family is looked up. Who is stopped starts
-        nobody new, so all of them are stopped before the first is killed."""
-        import psutil
-
-        family: list[int] = []
-        new = [self.process.pid]
-        while new:
-            for pid in new:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGSTOP)
-            family += new
-            with contextlib.suppress(psutil.NoSuchProcess):
-                children = psutil.Process(self.process.pid).children(recursive=True)
-                new = [child.pid for child in children if child.pid not in family]
-                continue
-            break
-        for pid in family:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        """Ends it with its browser."""
+        end_family(self.process.pid, f"{MARK}={self.mark}")
         self.process.wait()
-        patience = time.monotonic() + 5  # a killed process takes a moment to go, and its helpers may be starting
-        while (left := marked(self.mark)) and time.monotonic() < patience:  # the crash handler leaves the family
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.02)
         for stream in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(OSError):
                 stream.close()
@@ -489,9 +497,17 @@ class Renderer:
     @property
     def facts(self) -> dict[str, Any]:
         """What pictures depend on, besides the page."""
+        return facts_of_browser(self.version)
+
+
+def facts_of_browser(version: str) -> dict[str, Any]:
+    """What pictures depend on, besides the page: the browser of that version, and the fonts of this machine."""
+    try:
         fonts = subprocess.run(["fc-list", ":", "family"], capture_output=True, text=True, check=False).stdout
-        families = sorted({line.split(",")[0].strip() for line in fonts.splitlines() if line.strip()})
-        return {"chromium": self.version or "unknown", "sandbox": os.geteuid() != 0, "fonts": families[:100]}
+    except FileNotFoundError:  # a browser without fontconfig's tools
+        fonts = ""
+    families = sorted({line.split(",")[0].strip() for line in fonts.splitlines() if line.strip()})
+    return {"chromium": version or "unknown", "sandbox": os.geteuid() != 0, "fonts": families[:100]}
 
 
 def decoded(render: Render) -> Render:

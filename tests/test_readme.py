@@ -357,7 +357,8 @@ def test_every_output_is_named_as_the_code_names_it():
     output_dir = training_settings.TRAINING_DEFAULTS["output_dir"]
     assert folders == {use.FINAL_FOLDER, output_dir, training.EMERGENCY_FOLDER}
     source = "".join(
-        (ROOT / name).read_text() for name in ("holo1_dom_finetune.py", "training/dataset.py", "training/run_record.py")
+        (ROOT / name).read_text()
+        for name in ("holo1_dom_finetune.py", "training/collecting.py", "training/run_record.py")
     )
     files = {name.split("/")[-1] for name in rows("Outputs") if re.search(r"\.\w+$", name)} - {use.RECIPE_FILE}
     assert not [name for name in files if name not in source]

@@ -167,16 +167,16 @@ class Checkpoints:
         self.settle()
         try:
             yield
-        except Exception as error:
+            mark = f".shared-{uuid.uuid4().hex}"
+            mark = on_main(lambda: (self.staging / mark).touch() or mark)
+            # One of each machine that does not share the main process's disk has shards of its own to vouch for.
+            works = is_main() or (local_rank() == 0 and self.staging.is_dir() and not (self.staging / mark).exists())
+            gather(None)  # every rank has written, every machine has looked
+        except Exception as error:  # or another rank has gone, and this one has written since
             shutil.rmtree(self.staging, ignore_errors=True)
             if is_disk_full(error):
                 raise DiskError(self.full_words(error)) from error
             raise
-        mark = f".shared-{uuid.uuid4().hex}"
-        mark = on_main(lambda: (self.staging / mark).touch() or mark)
-        # One of each machine that does not share the main process's disk has shards of its own to vouch for.
-        works = is_main() or (local_rank() == 0 and self.staging.is_dir() and not (self.staging / mark).exists())
-        gather(None)  # every rank has written, every machine has looked
         if works:
             (self.staging / mark).unlink(missing_ok=True)
             self.worker = threading.Thread(target=self._finish, name="checkpoint", daemon=True)

@@ -68,6 +68,10 @@ def derived_licence(base_model: str, base_licence: str | None = None) -> tuple[s
 # -----------------------------------------------------------------------------
 # Card
 
+LOADED_IN = (
+    "4.57",
+    "5.23",
+)  # versions of transformers: tests/training/test_final_folder.py loads final folders in both
 MEASURES = "n valid exact shuffled_exact truncated looping mean_tokens tokens_per_second failures".split()  # of a run
 APART = {"results", "results_before", "base_licence", "licence", "settings", "recipe", "versions"}  # not plain facts
 ASKS = {"by": "asks for credit", "sa": "asks for the same licence", "nc": "forbids commercial use"}  # of cc-by-...
@@ -118,6 +122,7 @@ def write_model_card(final_folder: Path, facts: Mapping[str, Any]) -> str:
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         head=hub.ModelCardData(**head).to_yaml(),
         where=where,
+        loaded_in=" and ".join(LOADED_IN),
         quoted=shlex.quote(where),
         base=base,
         data=data,

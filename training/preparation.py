@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import pyarrow
 from transformers import ProcessorMixin, TrainingArguments
 
-from training.dataset import load_pages, load_pages_from_disk
+from training.collecting import load_pages, load_pages_from_disk
 from training.errors import DataError, SettingsError
 from training.processes import on_each_machine, same_everywhere, say
 from training.progress import say_memory

@@ -545,6 +545,13 @@ def place_problems(resolved: Resolved) -> list[str]:
         problems.append(f"--dataset {settings.dataset}: no such folder; give a folder or a Hub name")
     if settings.plan:  # writes nothing
         return problems
+    places, output = [base.resolve(), *base.resolve().parents], Path(output_dir).resolve()
+    moved = [place.name for place in places if place.parent == output]
+    if base.is_dir() and any(name.startswith("checkpoint-") or name == "best" for name in moved):
+        problems.append(
+            f"--base_model {settings.base_model} is moved aside when another run begins in --output_dir {output_dir}; "
+            "move it out of there yourself, or give another --output_dir"
+        )
     if trouble := fields_of_transformers.folder_trouble(output_dir):
         problems.append(f"--output_dir {output_dir}: {trouble}; give a folder that can be written into")
     if trouble := fields_of_transformers.folder_trouble(settings.final_dir):

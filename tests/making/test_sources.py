@@ -1,12 +1,14 @@
 """Sources: which pages there are, and their text."""
 
 import json
+import os
 
 import datasets
 import pytest
 
+from making import sources
 from making.drops import PageDropped
-from making.sources import Source, find_pages, read_html
+from making.sources import Source, count_pages, find_pages, read_html
 from training.dataset import KNOWN_DATASETS, DatasetSource
 from training.errors import SettingsError
 
@@ -30,6 +32,49 @@ def test_sources_are_found_in_folders_lists_and_datasets(tmp_path):
     message = r"no column text; there are: file_name, page\. --html_column names the right one"
     with pytest.raises(SettingsError, match=message):
         list(find_pages(str(tmp_path / "data")))
+
+
+def test_the_order_of_a_folder_stays_however_few_names_are_held_at_once(tmp_path, monkeypatch):
+    names = ["a/x.html", "a.html", "b/b/1.htm", "b/b/2.xhtml", "b/c.HTML", "c.html", "d/e.html", "f.html"]
+    for name in reversed([*names, "a/none.txt", ".html", "e/empty"]):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "g").symlink_to(tmp_path / "b")
+    (tmp_path / "z.html").symlink_to(tmp_path / "nowhere")
+    for at_once in (1, 3, 10_000):
+        monkeypatch.setattr(sources, "NAMES_AT_ONCE", at_once)
+        assert [page.name for page in find_pages(str(tmp_path))] == names
+    assert count_pages(str(tmp_path)) == 8
+
+
+def test_pages_are_counted_where_that_is_cheap(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text("{}\n\n{}\n")
+    (tmp_path / "list.txt").write_text("# two\na.html\n\nb.html")
+    (tmp_path / "a.html").write_text(PAGE)
+    counts = [count_pages(str(tmp_path / name)) for name in ("", "list.txt", "a.html", "rows.parquet")]
+    assert counts == [2, 2, 1, None] and count_pages("USER/NAME") is None
+
+
+def test_a_file_whose_name_is_no_utf_8_has_a_name_of_its_own(tmp_path):
+    for name in (b"caf\xe9.html", b"caf\xe8.html"):
+        (tmp_path / os.fsdecode(name)).write_text(PAGE)
+    (tmp_path / "list.txt").write_bytes(b"caf\xe9.html\n")
+    names = [page.name for page in find_pages(str(tmp_path))]
+    assert names == ["caf\\udce8.html", "caf\\udce9.html"]
+    (listed,) = find_pages(str(tmp_path / "list.txt"))
+    assert listed.name == names[1] and read_html(listed).html == PAGE
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "data/train-00000.parquet"])
+def test_a_folder_of_parquet_files_is_a_dataset(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    (folder / name).parent.mkdir(parents=True)
+    datasets.Dataset.from_dict({"text": [PAGE, PAGE.replace("words", "more")]}).to_parquet(folder / name)
+    assert [read_html(page).html for page in find_pages(str(folder))] == [PAGE, PAGE.replace("words", "more")]
+    assert [page.name for page in find_pages(str(folder))] == ["row-0000000", "row-0000001"]
+    with pytest.raises(SettingsError, match="no column code; there are: text"):
+        list(find_pages(str(folder), DatasetSource(html_column="code")))
 
 
 @pytest.mark.parametrize(

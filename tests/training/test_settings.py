@@ -162,6 +162,17 @@ def test_all_problems_are_named_at_once(tmp_path, monkeypatch):
     assert str(error.value).count("\n  - ") == 4
 
 
+@pytest.mark.parametrize("name", ["checkpoint-2", "checkpoint-best/inner", "best"])
+def test_a_base_that_the_run_would_move_aside_is_refused(name, tmp_path):
+    """What lies there of an earlier run is moved before the base is loaded, which then was no longer there."""
+    (base := tmp_path / "out" / name).mkdir(parents=True)
+    (base / "config.json").write_text("{}")
+    argv = ["--base_model", str(base), "--final_dir", str(tmp_path), "--output_dir"]
+    with pytest.raises(SettingsError, match=r"is moved aside when another run begins in --output_dir .*/out;"):
+        check_settings(resolve([*argv, str(tmp_path / "out")]))
+    check_settings(resolve([*argv, str(tmp_path / "other")]))
+
+
 def test_the_older_name_of_checkpointing_is_heard():
     assert resolve(["--gradient_checkpointing", "False"]).training["activation_checkpointing"] is False
 

@@ -1,0 +1,75 @@
+"""Small pages in a folder, for the tests of the rooms that read, check and collect them."""
+
+import io
+import json
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+from training.collecting import load_pages, load_pages_from_disk
+
+WORDS = "river stone amber cloud maple ember lake north garden silver piano coral meadow lantern harbour".split()
+
+
+def picture(number: int, kind: str = "PNG", size: tuple[int, int] = (40, 30)) -> bytes:
+    from PIL import Image
+
+    file = io.BytesIO()
+    noise = random.Random(number).randbytes(size[0] * size[1] * 3)
+    Image.frombytes("RGB", size, noise).save(file, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    return file.getvalue()
+
+
+def page_html(number: int, words: int = 30) -> str:
+    text = " ".join(random.Random(number).choices(WORDS, k=words))
+    return f"<!DOCTYPE html>\n<html><body><h1>Page</h1><p>{text}</p></body></html>"
+
+
+def write_folder(folder: Path, pages: list[tuple[str, bytes | None, object]]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for name, data, html in pages:
+        if data is not None:
+            (folder / name).write_bytes(data)
+        lines.append(json.dumps({"file_name": name, "text": html}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def good_pages(count: int) -> list[tuple[str, bytes, str]]:
+    kinds = [("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp")]
+    return [(f"p{n:03d}.{kinds[n % 3][1]}", picture(n, kinds[n % 3][0]), page_html(n)) for n in range(count)]
+
+
+def count_tokens(html: str, width: int, height: int) -> tuple[int, int]:
+    return len(html.split()), width * height // 100
+
+
+def load(dataset, output: Path, seed: int = 0, **changes):
+    settings = {"dataset": str(dataset), "dataset_config": None, "dataset_split": None, "dataset_revision": None}
+    settings |= {
+        "image_column": None,
+        "html_column": None,
+        "num_samples": 100,
+        "eval_pages": 4,
+        "max_html_tokens": 1000,
+    }
+    settings |= {"max_bad_share": 0.02, "clean": "comments,scripts,tracking,base64"} | changes
+    report = load_pages(SimpleNamespace(**settings), output, count_tokens, seed)
+    return (*load_pages_from_disk(output), report)
+
+
+def dropped(output: Path) -> dict[str, str]:
+    lines = (output / "dropped_pages.jsonl").read_text().splitlines()
+    return {row["name"]: row["reason"] for row in map(json.loads, lines)}
+
+
+def header_bomb(width: int = 20_000, height: int = 20_000) -> bytes:
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
