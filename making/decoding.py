@@ -5,8 +5,8 @@
 
 What is no UTF-8 is decoded by the browser itself: by the byte order mark, by what is declared, with the tables and the
 replacements that it knows. What declares nothing is guessed, and the guess counts only where two detectors make the
-same text of it: the browser's and chardet's. Of 168 texts in 24 encodings each of them read some 20 wrongly; where they
-agreed, they were right, but for Czech in another trial, which is now looked at on its own.
+same text of it: the browser's and chardet's. Of 168 short texts in 27 encodings the browser read 21 wrongly, chardet
+7; 140 times they agreed, and were right. In a trial of 23 more they agreed on a wrong one, for Czech: see below.
 """
 
 from __future__ import annotations
