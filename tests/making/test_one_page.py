@@ -7,10 +7,11 @@ from small_site import write_site
 
 from making.drops import PageDropped
 from making.local_files import LocalFiles, inline_files
-from making.one_page import MAX_RENDERS, Trials, make_page, shortest
+from making.one_page import make_page, shortest
 from making.page_settings import Settings
 from making.reductions import draft_of
 from making.sources import Source, read_html
+from making.trials import MAX_RENDERS, Trials
 from scoring import renders
 
 PAGE = "<!DOCTYPE html>\n<html><head><title>t</title></head><body><p>words</p></body></html>"
@@ -45,17 +46,11 @@ def test_a_reduction_that_shows_is_kept_back_and_the_others_are_not():
         image[5:, :] = image[0, 0]
         return (image,)
 
-    trials = Trials(Canvas(answer), (1280, 720), answer(renders.Job("e:f"))[0])
+    page = "<style>d{e:f}</style>"
+    trials = Trials(Canvas(answer), (1280, 720), page, answer(renders.Job(page))[0], rows=10)
     html, kept_back = shortest(made, trials, lambda gone: [0, 0, 0])
     assert "d{e:f}" in html and "a{" not in html and "g{" not in html
     assert kept_back == 1 and trials.made <= MAX_RENDERS
-
-
-def test_a_render_that_differs_by_chance_is_made_once_more():
-    images = [white(100), white(100)]
-    images[0][0, 0] = 0  # one pixel of a thousand
-    trials = Trials(Canvas(lambda job: (images.pop(0),)), (1280, 720), white(100))
-    assert trials.same(PAGE) and trials.made == 2
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +157,6 @@ def test_real_pages_come_out_shorter_and_render_to_the_same_pixels(renderer):
     before = after = 0
     for page in pages:
         record, image = made(page.parent, "page.html", renderer)
-        assert any(np.array_equal(rerendered(record, renderer), image) for _ in range(2)), page  # chance, see CHANCE
+        assert any(np.array_equal(rerendered(record, renderer), image) for _ in range(2)), page  # it may flicker
         before, after = before + record["characters"][1], after + record["characters"][2]
     assert after < 0.8 * before
