@@ -1,6 +1,6 @@
 // The words of the body with the boxes in which they would stand, dealt into groups in which no two boxes overlap;
 // with `group`, the words of that one become transparent. Text that the browser draws itself (controls, SVG, glyphs
-// that cut a background) goes with its element.
+// that cut a background or throw a shadow) goes with its element.
 ({group, most_groups}) => {
   const body = document.body, words = [];
   const add = (length, boxes, range, owner, show) => words.push({length, range, owner, show,
@@ -11,16 +11,28 @@
   const owner = (node) => {
     for (let one = node.parentElement; one; one = one.parentElement) {
       if (one instanceof SVGElement) return {owner: one, show: ["fill", "stroke"]};
-      if (/(^|,)\s*text/.test(getComputedStyle(one).backgroundClip)) return {owner: one, show: ["background"]};
+      const {backgroundClip, textShadow} = getComputedStyle(one);
+      if (/(^|,)\s*text/.test(backgroundClip)) return {owner: one, show: ["background"]};
+      if (textShadow !== "none") return {owner: one, show: ["text-shadow", "color"]};
     }
     return {};
   };
   const control = (node) => {
     const boxes = [...node.getClientRects()];
     if (node.localName === "textarea") {
-      const all = length(node.value), seen = Math.ceil(all * Math.min(1, node.clientHeight / node.scrollHeight || 0));
-      add(seen, boxes, null, node, ["color"]);
-      add(all - seen, [], null, node, ["color"]);
+      const whole = node.value, high = node.clientHeight, css = node.getAttribute("style") ?? "";
+      node.style.setProperty("height", "0", "important");
+      const words = [...whole.matchAll(/\S+/g)], {lineHeight, fontSize, paddingBottom} = getComputedStyle(node);
+      const line = (parseFloat(lineHeight) || 1.15 * parseFloat(fontSize)) + parseFloat(paddingBottom);
+      const below = words.findIndex((word) => {  // the line that this word begins or goes on, below the box
+        node.value = whole.slice(0, word.index + word[0].length);
+        return node.scrollHeight - line > high - 1;
+      });
+      node.value = whole;
+      node.setAttribute("style", css);
+      const seen = below < 0 ? whole : whole.slice(0, words[below].index);
+      add(length(seen), boxes, null, node, ["color"]);
+      add(length(whole) - length(seen), [], null, node, ["color"]);
       return;
     }
     const closed = !node.multiple && node.size < 2;
@@ -71,6 +83,6 @@
   CSS.highlights.set("word", new Highlight(...chosen.filter((word) => !word.owner).map((word) => word.range)));
   for (const {owner: node, show} of words) if (show) show.forEach((name) => node.style.removeProperty(name));
   for (const {owner: node, show} of chosen) for (const name of show ?? [])
-    node.style.setProperty(name, name === "background" ? "none" : "transparent", "important");
+    node.style.setProperty(name, /background|shadow/.test(name) ? "none" : "transparent", "important");
   return chosen.length;
 }

@@ -4,7 +4,8 @@
   sheet.replaceSync("*,*::before,*::after{transition:none!important}::highlight(clear){color:transparent;"
     + "-webkit-text-fill-color:transparent;-webkit-text-stroke-color:transparent;text-shadow:none}");
   document.adoptedStyleSheets = [sheet];
-  const ranges = globalThis.words.list.filter((word) => !word.own && (turn === null || word.turn === turn)).map((word) => {
+  const chosen = globalThis.words.list.filter((word) => !word.own && (turn === null || word.turn === turn));
+  const ranges = chosen.map((word) => {
     const range = document.createRange();
     range.setStart(word.node, word.start);
     range.setEnd(word.node, word.end);

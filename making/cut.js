@@ -5,7 +5,8 @@
   let removed = 0;
   const above = (node) => {
     const {overflowY, display} = getComputedStyle(node);
-    return overflowY !== "visible" && !/^(inline|contents)$/.test(display) && node.getBoundingClientRect().bottom + scrollY <= limit;
+    const clips = overflowY !== "visible" && !/^(inline|contents)$/.test(display);
+    return clips && node.getBoundingClientRect().bottom + scrollY <= limit;
   };
   const clipped = new Set();
   const tops = (node) => [...node.getClientRects()].map((box) => box.top + scrollY);

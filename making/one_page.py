@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from making.browser_steps import step
 from making.drops import PageDropped
 from making.page_settings import Settings
-from making.reductions import Draft, compose, draft_of, learn, questions, reducible_items
+from making.reductions import Draft, Item, compose, draft_of, learn, questions, reducible_items
 from making.style_sheets import GREY
 from making.trials import Trials, rendered
 from scoring.renders import SHOT, Job, Renderer
@@ -70,7 +70,10 @@ def shortest(draft: Draft, trials: Trials, rematch: Callable[[list[int]], list[i
     dropped, best, after = set(), "", draft.matched
     draft.matched = dict(zip(after, rematch([])))
     waiting = [group for group in (list(everything - set(elements)), elements) if group]
-    while waiting and trials.left > 1:
+    shells: list[Item] = []  # of elements that must stay, what may stay of them
+    while (waiting or shells) and trials.left > 1:
+        if not waiting:
+            waiting, shells = [shells], []
         group = waiting.pop(0)
         html = compose(draft, dropped | set(group))
         if trials.same(html):
@@ -78,6 +81,8 @@ def shortest(draft: Draft, trials: Trials, rematch: Callable[[list[int]], list[i
             best = html
         elif len({kind for kind, _ in group}) > 1:
             waiting += [kind for kind in kinds if kind[0][0] != "element"]
+        elif len(group) == 1 and group[0][0] == "element":
+            shells += [("shell", group[0][1])] if draft.shells[group[0][1]] else []
         elif len(group) > 1:
             waiting += [group[: len(group) // 2], group[len(group) // 2 :]]
             waiting.sort(key=len, reverse=True)  # the larger, the more there is to gain
@@ -85,7 +90,8 @@ def shortest(draft: Draft, trials: Trials, rematch: Callable[[list[int]], list[i
         draft.matched = dict(zip(after, rematch(gone)))
         html = compose(draft, dropped)
         best = html if trials.same(html) else best
-    return best or compose(draft, ()), len(everything - dropped)
+    hollow = {("element", number) for kind, number in dropped if kind == "shell"}
+    return best or compose(draft, ()), len(everything - dropped - hollow)
 
 
 def looked_at(
@@ -129,7 +135,7 @@ def drawn(
     normalised, asked = compose(draft, ()), questions(draft)
     image, unseen = looked_at(normalised, window, settings.max_height, renderer)
     answers = rendered(renderer, Job(normalised, *window, steps=(*unseen, step("analyse", **asked)))).values
-    learn(draft, asked, answers[-1], answers[-2]["replacements"])
+    learn(draft, asked, answers[-1], answers[-2])
     trials = Trials(renderer, window, normalised, image, settings.max_height)
 
     def rematch(gone: list[int]) -> list[int]:

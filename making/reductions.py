@@ -32,7 +32,8 @@ from making.style_sheets import (
     write_css,
 )
 
-# ("rule", its number), ("attribute", its name), ("text", what is done to it) or ("element", its number in unseen.js)
+# ("rule", its number), ("attribute", its name), ("text", what is done to it), ("element", its number in unseen.js) or,
+# where that must stay, ("shell", the same number): its content alone
 Item = tuple[str, Any]
 _PIECE = re.compile(r"<!--drop (\d+)-->(.*?)<!--/drop \1-->", re.S)
 _TAG = re.compile(r"""<([a-zA-Z][^\s/>]*)((?:\s+[^\s=>]+(?:="[^"]*")?)*)\s*/?>""")
@@ -60,6 +61,7 @@ class Draft:
     sheets: list[list[Rule]]
     spaced: str = ""
     replacements: list[str] = field(default_factory=list)  # of what nobody sees, each piece's own, mostly ""
+    shells: list[str | None] = field(default_factory=list)  # the pieces without their content
     matched: dict[str, int] = field(default_factory=dict)  # selector: 1 matches, 0 does not, -1 is no selector
     media: dict[str, bool] = field(default_factory=dict)
     supports: dict[str, bool] = field(default_factory=dict)
@@ -96,9 +98,10 @@ def questions(draft: Draft) -> dict[str, list]:
     return {name: list(values) for name, values in asked.items()}
 
 
-def learn(draft: Draft, asked: Mapping[str, list], answer: Mapping[str, Any], replacements: list[str]) -> None:
-    """Puts analyse.js's answer to `asked` into the draft, and unseen.js's replacements."""
-    draft.plain, draft.spaced, draft.replacements = answer["plain"], answer["spaced"], replacements
+def learn(draft: Draft, asked: Mapping[str, list], answer: Mapping[str, Any], unseen: Mapping[str, Any]) -> None:
+    """Puts analyse.js's answer to `asked` into the draft, and unseen.js's."""
+    draft.plain, draft.spaced = answer["plain"], answer["spaced"]
+    draft.replacements, draft.shells = unseen["replacements"], unseen["shells"]
     draft.matched = dict(zip(asked["selectors"], answer["after"]))
     draft.media, draft.supports = (dict(zip(asked[name], answer[name])) for name in ("media", "supports"))
     draft.declared = dict(zip(asked["declared"], answer["declared"]))
@@ -164,7 +167,9 @@ def compose(draft: Draft, dropped: Collection[Item]) -> str:
 
     def piece(found: re.Match[str]) -> str:
         number = int(found[1])
-        return draft.replacements[number] if ("element", number) in dropped else found[2]
+        if ("element", number) in dropped:
+            return draft.replacements[number]
+        return draft.shells[number] if ("shell", number) in dropped else found[2]
 
     html = _PIECE.sub(piece, html)
     if ("text", "spaces") in dropped:

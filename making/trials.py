@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MAX_RENDERS = 16  # to find out which reductions stay: what is kept back costs tokens, a render time
 FIRST_LOOK, LONG_LOOK = 4, 8  # renders of the unchanged page: where a candidate differs, and where much flickers
-MAX_NOISE = 0.01  # share of the pixels that may flicker; of more, nothing can be said
+MAX_NOISE = 0.05  # share of the pixels that may flicker; with more, too little is left to compare
 CHANCE = (
     0.0022  # share of the pixels: where no more differ it may be a flicker not seen yet, so both are rendered again
 )
@@ -102,7 +102,7 @@ class Trials:
             if shot.shape != self.low.shape:
                 raise PageDropped("changing", f"{shot.shape[:2]} px in one render and {self.low.shape[:2]} in another")
             self.low, self.high = np.minimum(self.low, shot), np.maximum(self.high, shot)
-            if self.looks == looks < LONG_LOOK and self.noise() > MAX_NOISE / 2:
+            if self.looks == looks < LONG_LOOK and self.noise() > MAX_NOISE / 10:
                 looks = LONG_LOOK
         if (share := self.noise()) > MAX_NOISE:
             pixels = round(share * self.low.shape[0] * self.low.shape[1])

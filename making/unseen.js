@@ -2,18 +2,20 @@
 // before) whether it has a pixel. Layout alone is asked here, for that costs no render; pixels decide later. The pieces
 // stay in our world, as `pieces`, and stand between marks; the answer is each one's replacement, mostly "".
 ({flags, most_checks}) => {
-  const {list, texts, page, visible, region, box, meet, area} = globalThis.words;
+  const {list, page, visible, region, box, meet, area} = globalThis.words;
   const root = document.documentElement, body = document.querySelector("body") ?? root;
   const all = (selector, node = document) => [...node.querySelectorAll(selector)];
   const none = (colour) => /^transparent$|, 0\)$|\/ 0\)$/.test(colour);
 
   // --- what is seen: texts up to their last word with a pixel, and boxes that paint something
-  const seen = new Map(), unended = new Map();  // text: where what is seen of it ends; where the next word does
-  list.forEach(({node, end}, place) => {
-    if (flags[place] === "1") { seen.set(node, end); unended.delete(node); }
-    else if (seen.has(node) && !unended.has(node)) unended.set(node, end);
+  const runs = new Map();  // text: [start, end, whether it has a pixel] of its words, neighbours alike joined
+  list.forEach(({node, start, end}, place) => {
+    const own = runs.get(node) ?? [], last = own.at(-1), held = flags[place] === "1";
+    runs.set(node, own);
+    if (last && last[2] === held) last[1] = end; else own.push([start, end, held, end]);
   });
-  const REPLACED = "img, svg, input, select, textarea, button, progress, meter, hr, video, canvas, iframe, object, embed";
+  const seen = new Set([...runs].filter(([, own]) => own.some(([,, held]) => held)).map(([node]) => node));
+  const REPLACED = "img, svg, input, select, textarea, button, progress, meter, hr, video, canvas, iframe, object";
   const drawn = (node, pseudo) => {
     const {content, display} = getComputedStyle(node, pseudo);
     return display !== "none" && !/^(none|normal)$/.test(content);
@@ -31,7 +33,7 @@
   const within = (node) => area(meet(meet(box(node), region(node)), page));
   const full = new Set(), painters = [];
   const fill = (node) => { for (let one = node; one && !full.has(one); one = one.parentElement) full.add(one); };
-  for (const node of seen.keys()) fill(node.parentElement);
+  for (const node of seen) fill(node.parentElement);
   for (const node of all("*", body)) {
     if (node.matches("style, br, wbr, option, optgroup, svg *") || !visible(node)) continue;
     if (!paints(node) || (!within(node) && !drawn(node, "::before") && !drawn(node, "::after"))) continue;
@@ -40,32 +42,34 @@
     fill(node);
   }
 
-  // --- where everything is, to be asked before and after
-  const range = document.createRange(), standins = new Map(), known = new Set(texts);
+  // --- where everything is, and in which colours (:nth-child() counts what nobody sees), to be asked before and after
+  const range = document.createRange(), standins = new Map();
   const places = () => {
-    const now = [Math.max(root.scrollWidth, body.scrollWidth), Math.min(Math.max(root.scrollHeight, body.scrollHeight), page[3])];
+    const high = Math.max(root.scrollHeight, body.scrollHeight);
+    const now = [Math.max(root.scrollWidth, body.scrollWidth), Math.min(high, page[3])];
     for (const [node, around] of painters) {
       const part = meet(box(standins.get(node) ?? node), around);
       now.push(...(area(part) ? part : [0, 0, 0, 0]));
+      const {color, backgroundColor, borderTopColor, borderTopWidth} = getComputedStyle(standins.get(node) ?? node);
+      now.push(`${color} ${backgroundColor} ${borderTopColor} ${borderTopWidth}`);
     }
-    for (const [node, end] of seen) {
-      range.setStart(node, 0);
-      range.setEnd(node, Math.min(end, node.data.length));
+    for (const node of seen) {
+      range.selectNodeContents(node);
       const {left, top, right, bottom} = range.getBoundingClientRect();
       now.push(left, top, right, bottom);
     }
     return now;
   };
-  const before = places();
-  let checks = 0;
+  let before = null, checks = 0;
   const still = () => {
     checks++;
     const now = places();
-    return now.length === before.length && now.every((side, place) => Math.abs(side - before[place]) < 0.02);
+    return now.length === before.length
+      && now.every((one, place) => one === before[place] || Math.abs(one - before[place]) < 0.02);
   };
 
   // --- pieces: each with ways to go without it, the shortest first; a way does it and returns how to undo it
-  const swap = (nodes, other) => {
+  const swap = (nodes, other = null) => {
     const mark = document.createComment("");
     nodes[0].before(mark);
     nodes.forEach((node) => node.remove());
@@ -75,7 +79,8 @@
   };
   const emptied = (node, sides, filling) => {
     const other = node.cloneNode(false), {width, height, display} = getComputedStyle(node);
-    if (display === "none" || other.localName === "svg") return null;
+    if (other.localName === "svg") return null;
+    if (display === "none") return other;
     if (filling) other.append(filling);
     if (display === "inline") {
       other.style.setProperty("display", "inline-block");
@@ -87,51 +92,51 @@
     return other;
   };
   const elementWays = (node, brief) => {
-    const ways = [() => swap([node])];
+    const ways = node.localName === "legend" ? [] : [() => swap([node])];  // its frame would close over it
     const sized = (sides, filling) => () => {
       const other = emptied(node, sides, filling);
       return other && swap([node], other);
     };
-    if (!brief) ways.push(sized([]), sized(["height"]), sized(["width", "height"]), sized(["width", "height"], "\u00a0"));
+    const both = ["width", "height"];
+    if (!brief) ways.push(sized([]), sized(["height"]), sized(both), sized(both, "\u00a0"));
     return ways;
   };
-  const textWays = (node, start, end) => {
-    if (end < node.data.length) node.splitText(end);
-    const middle = start > 0 ? node.splitText(start) : node;
+  const textWays = (node) => {
     const spacer = () => {
-      range.selectNodeContents(middle);
+      range.selectNodeContents(node);
       const boxes = [...range.getClientRects()];
       if (boxes.length !== 1) return null;
       const other = document.createElement("span");
       other.setAttribute("style", `display:inline-block;width:${Math.round(boxes[0].width * 100) / 100}px`);
-      return swap([middle], other);
+      return swap([node], other);
     };
-    const nbsp = () => swap([middle], document.createTextNode("\u00a0"));
-    return {nodes: [middle], ways: [() => swap([middle]), nbsp, spacer]};
+    return [() => swap([node]), () => swap([node], document.createTextNode("\u00a0")), spacer];
   };
   const pieces = [];
-  const inText = (node) => {
-    const [start, end] = [node.data.search(/\S/), node.data.trimEnd().length];
-    if (!seen.has(node)) return pieces.push(textWays(node, start, end));
-    if (!unended.has(node)) return 0;
-    const one = {seen: seen.get(node), next: unended.get(node)};  // an ellipsis stands for what does not fit
-    const cut = (from) => {
-      const whole = node.data;
-      node.data = whole.slice(0, from);
-      return {undo: () => { node.data = whole; }, from};
-    };
-    let shortens = false;
-    for (let outer = node.parentElement; outer && !shortens; outer = outer.parentElement) {
+  const shortened = (node) => {  // an ellipsis stands for what does not fit
+    for (let outer = node.parentElement; outer; outer = outer.parentElement) {
       const {textOverflow, webkitLineClamp} = getComputedStyle(outer);
-      shortens = textOverflow === "ellipsis" || webkitLineClamp !== "none";
+      if (textOverflow === "ellipsis" || webkitLineClamp !== "none") return true;
     }
-    const ways = [() => cut(one.next)];
-    if (!shortens) ways.unshift(() => cut(one.seen));
-    return one.next < end || !shortens ? pieces.push({nodes: [node], ways}) : 0;
+    return false;
+  };
+  const inText = (node) => {
+    const own = runs.get(node), dots = own.length > 1 && shortened(node);
+    runs.delete(node);
+    seen.delete(node);
+    for (const [start, end, held, first] of [...own].reverse()) {  // from the end, so that places stay right
+      const tail = !held && start > 0 && own.at(-1)[1] === end;
+      const from = tail ? (dots ? first : node.data.slice(0, start).trimEnd().length) : start;
+      if (from >= end) continue;
+      if (end < node.data.length) node.splitText(end);
+      const part = from > 0 ? node.splitText(from) : node;
+      if (held) seen.add(part);
+      else pieces.push({nodes: [part], ways: textWays(part)});
+    }
   };
   const inSelect = (node) => {
     const closed = !node.multiple && node.size < 2, options = [...node.options];
-    const {bottom} = node.getBoundingClientRect();
+    const bottom = node.getBoundingClientRect().top + node.clientTop + node.clientHeight - 3;  // px above the first ink
     const kept = options.filter((option, place) => closed ? place === node.selectedIndex
       : option.getBoundingClientRect().top < bottom || option.selected);
     if (kept.length === options.length) return;
@@ -142,6 +147,7 @@
         if (closed) ["value", "selected", "disabled", "hidden"].forEach((name) => copy.removeAttribute(name));
         other.append(copy);
       }
+      if (!closed) other.append(document.createElement("option"));  // what overflows may be scrolled, and is drawn so
       if (sized) other.style.setProperty("width", getComputedStyle(node).width);
       return swap([node], other);
     };
@@ -149,22 +155,27 @@
   };
   const inTextarea = (node) => {
     if (!node.value.trim() || node.scrollHeight <= node.clientHeight) return;
-    const other = node.cloneNode(true), whole = node.value, line = parseFloat(getComputedStyle(node).lineHeight) || 20;
+    const other = node.cloneNode(true), whole = node.value;
+    const {lineHeight, fontSize, paddingBottom} = getComputedStyle(node);
+    const line = (parseFloat(lineHeight) || 1.15 * parseFloat(fontSize)) + parseFloat(paddingBottom);  // px
     node.after(other);
-    let low = 0, high = whole.length;
+    other.style.setProperty("height", "0", "important");
+    const ends = [...whole.matchAll(/\S+/g)].map((word) => word.index + word[0].length);
+    let low = 0, high = ends.length;
     while (low < high) {
       const middle = (low + high) >> 1;
-      other.value = whole.slice(0, middle);
-      if (other.scrollHeight > node.clientHeight + line) high = middle; else low = middle + 1;
+      other.value = whole.slice(0, ends[middle]);
+      if (other.scrollHeight - line > node.clientHeight - 1) high = middle; else low = middle + 1;
     }
     other.remove();
-    const text = whole.slice(0, low).replace(/\S*$/, "").trimEnd();
-    if (!text || text.length >= whole.trimEnd().length) return;
-    other.textContent = text;
-    pieces.push({nodes: [node], ways: [() => swap([node], other)]});
+    if (low === 0 || low === ends.length) return;
+    const shorter = node.cloneNode(false);
+    shorter.textContent = `${whole.slice(0, ends[low - 1])}\n\n`;  // still overflows
+    pieces.push({nodes: [node], ways: [() => swap([node], shorter)]});
   };
   const used = all("use, textPath, [fill^='url('], [filter^='url('], [mask^='url('], [clip-path^='url(']").length > 0;
-  const defines = (node) => used && (node.localName === "svg" || node.querySelector("svg")) && node.querySelector("[id]");
+  const defines = (node) => used && node.querySelector("[id]")
+    && (node.localName === "svg" || node.querySelector("svg"));
   const unsized = (node) => [...node.getClientRects()].every((one) => one.width === 0 && one.height === 0)
     && !drawn(node, "::before") && !drawn(node, "::after");
   const goes = (node) => {
@@ -173,9 +184,9 @@
     if (rendered && node.matches("[type=checkbox], [type=radio]")) return false;
     return !rendered || node.textContent.trim() || unsized(node) || !visible(node) || !within(node);
   };
-  const KEPT = "style, br, wbr, title, option, optgroup, col, colgroup, area, source, rt, legend";
+  const KEPT = "style, br, wbr, title, option, optgroup, col, colgroup, area, source";
   const visit = (node) => { for (const child of Array.from(node.childNodes)) {
-    if (child.nodeType === 3) { if (/\S/.test(child.data) && known.has(child)) inText(child); continue; }
+    if (child.nodeType === 3) { if (runs.has(child)) inText(child); continue; }
     if (child.nodeType !== 1) continue;
     if (child.localName === "svg" && !goes(child)) {
       all("title, desc, metadata", child).forEach((one) => pieces.push({nodes: [one], ways: elementWays(one, true)}));
@@ -187,13 +198,15 @@
     else visit(child);
   } };
   visit(body);
+  before = places();
 
   // --- all at once, then halves of what moves something
   const taken = [];
   const solve = (group, way) => {
     if (!group.length) return [];
     if (checks >= most_checks) return group;
-    const done = group.map((piece) => { piece.done = piece.ways[way]?.() ?? null; return piece; }).filter((piece) => piece.done);
+    group.forEach((piece) => { piece.done = piece.ways[way]?.() ?? null; });
+    const done = group.filter((piece) => piece.done);
     if (done.length && still()) {
       taken.push(...done);
       return group.filter((piece) => !piece.done);
@@ -217,11 +230,15 @@
   gone.forEach((piece) => piece.done.undo());
   taken.sort((one, two) => one.nodes[0].compareDocumentPosition(two.nodes[0]) & 4 ? -1 : 1);
   globalThis.pieces = taken.map(({nodes: [node], done}, number) => {
-    const first = done.from === undefined ? node : node.splitText(done.from);
-    first.before(document.createComment(`drop ${number}`));
-    first.after(document.createComment(`/drop ${number}`));
-    return {node: first, other: done.other ?? null};
+    node.before(document.createComment(`drop ${number}`));
+    node.after(document.createComment(`/drop ${number}`));
+    return {node, other: done.other};
   });
   const written = (other) => other.nodeType === 3 ? "&nbsp;" : other.outerHTML;
-  return {replacements: globalThis.pieces.map(({other}) => other ? written(other) : ""), checks};
+  const shell = (node) => {
+    if (node.nodeType !== 1 || !node.textContent.trim() || node.matches("select, textarea, svg *")) return null;
+    return emptied(node, ["width", "height"])?.outerHTML;
+  };
+  return {replacements: globalThis.pieces.map(({other}) => other ? written(other) : ""),
+    shells: globalThis.pieces.map(({node}) => shell(node) ?? null), checks};
 }

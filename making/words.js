@@ -14,9 +14,11 @@
   const style = remembered((node) => {
     const all = getComputedStyle(node);
     return {position: all.position, display: all.display, visibility: all.visibility, x: all.overflowX,
-      y: all.overflowY, clip: all.clip, holds: all.transform !== "none" || all.filter !== "none"
+      y: all.overflowY, clip: all.clip, skips: all.contentVisibility === "hidden",
+      paint: /paint|strict|content/.test(all.contain),
+      holds: all.transform !== "none" || all.filter !== "none"
         || all.perspective !== "none" || /paint|layout|strict|content/.test(all.contain),
-      glyphs: /(^|, *)text/.test(all.backgroundClip)};
+      own: /(^|, *)text/.test(all.backgroundClip) || all.textShadow !== "none"};
   });
   const visible = remembered((node) => node.isConnected && style(node).visibility === "visible"
     && (style(node).display === "contents" ? visible(node.parentElement)
@@ -38,22 +40,25 @@
     return meet(around, [left + far, top + up, left + right, top + down]);
   });
   const inner = remembered((node) => {
-    const {x, y, display} = style(node), around = region(node);
+    const {display, paint} = style(node), around = region(node);
+    const [x, y] = paint ? ["clip", "clip"] : [style(node).x, style(node).y];
     if (node === root || node === document.body || /^(inline|contents)$/.test(display)) return around;
-    if (x === "visible" && y === "visible") return around;
+    if (x === "visible" && y === "visible" && !paint) return around;
     const [left, top] = box(node), across = left + node.clientLeft, down = top + node.clientTop;
     return meet(around, [x === "visible" ? -Infinity : across, y === "visible" ? -Infinity : down,
       x === "visible" ? Infinity : across + node.clientWidth, y === "visible" ? Infinity : down + node.clientHeight]);
   });
-  const glyphs = remembered((node) => Boolean(node) && (style(node).glyphs || glyphs(node.parentElement)));
+  const own = remembered((node) => Boolean(node)
+    && (node instanceof SVGElement || style(node).own || own(node.parentElement)));
   const walker = document.createTreeWalker(document.querySelector("body") ?? root, NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
     const node = walker.currentNode, parent = node.parentElement;
     if (!/\S/.test(node.data) || parent.closest("style, script, textarea, select, title")) continue;
     texts.push(node);
-    const range = document.createRange(), own = parent instanceof SVGElement || glyphs(parent);
+    const range = document.createRange();
     range.selectNodeContents(node);
-    const around = visible(parent) ? inner(parent) : [0, 0, 0, 0];
+    const shows = visible(parent) && !style(parent).skips && !parent.matches("details:not([open])");
+    const around = shows ? inner(parent) : [0, 0, 0, 0];
     const boxes = () => [...range.getClientRects()].map(({left, top, right, bottom}) =>
       meet(around, [left + scrollX, top + scrollY, right + scrollX, bottom + scrollY])).filter(area);
     const shown = area(around) && boxes().length > 0;
@@ -61,11 +66,11 @@
       const end = word.index + word[0].length;
       range.setStart(node, word.index);
       range.setEnd(node, end);
-      list.push({node, start: word.index, end, own, boxes: shown ? boxes() : [], turn: 0});
+      list.push({node, start: word.index, end, own: own(parent), boxes: shown ? boxes() : [], turn: 0});
     }
   }
   const CELL = 64, cells = new Map();  // px
-  const lean = ([left, top, right, bottom]) => [left + 1, top + (bottom - top) / 5, right - 1, bottom - (bottom - top) / 5];
+  const lean = ([left, top, right, bottom]) => [left + 1, top + 2, right - 1, bottom - 2];  // lines may touch
   const near = ([left, top, right, bottom]) => {
     const found = [];
     for (let x = Math.floor(left / CELL); x <= right / CELL; x++)
