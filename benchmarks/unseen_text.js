@@ -13,7 +13,7 @@
       if (one instanceof SVGElement) return {owner: one, show: ["fill", "stroke"]};
       const {backgroundClip, textShadow} = getComputedStyle(one);
       if (/(^|,)\s*text/.test(backgroundClip)) return {owner: one, show: ["background"]};
-      if (textShadow !== "none") return {owner: one, show: ["text-shadow", "color"]};
+      if (one === node.parentElement && textShadow !== "none") return {owner: one, show: ["text-shadow", "color"]};
     }
     return {};
   };

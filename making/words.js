@@ -18,8 +18,9 @@
       paint: /paint|strict|content/.test(all.contain),
       holds: all.transform !== "none" || all.filter !== "none"
         || all.perspective !== "none" || /paint|layout|strict|content/.test(all.contain),
-      own: /(^|, *)text/.test(all.backgroundClip) || all.textShadow !== "none"};
+      own: /(^|, *)text/.test(all.backgroundClip)};
   });
+  const shadow = remembered((node) => getComputedStyle(node).textShadow !== "none");
   const visible = remembered((node) => node.isConnected && style(node).visibility === "visible"
     && (style(node).display === "contents" ? visible(node.parentElement)
       : node.checkVisibility({opacityProperty: true})));
@@ -66,7 +67,8 @@
       const end = word.index + word[0].length;
       range.setStart(node, word.index);
       range.setEnd(node, end);
-      list.push({node, start: word.index, end, own: own(parent), boxes: shown ? boxes() : [], turn: 0});
+      const alone = shadow(parent) || own(parent);
+      list.push({node, start: word.index, end, own: alone, boxes: shown ? boxes() : [], turn: 0});
     }
   }
   const CELL = 64, cells = new Map();  // px

@@ -7,7 +7,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, make_base, make_tokenizer, output, run_script, weights
+from conftest import ROOT, make_base, make_tokenizer, need_browser, output, run_script, weights
+from hidden_texts import GHOST, document
 
 from training.cleaning import CLEANING_STEPS, clean_html
 from training.dataset import screenshot_size
@@ -18,7 +19,9 @@ import make_shapes
 import other_order
 import random_weights
 import step_speed
+import unseen_text
 
+from scoring.renders import Renderer
 from training import page_costs
 from training.families import family_of
 from training.page_order import PageSampler
@@ -238,3 +241,25 @@ def test_all_ways_train_the_same_pages_from_the_same_weights(tiny_base, pages_fo
         # One token more per page, of some forty here: near, not equal.
         assert losses.get("trl", losses["ours"]) == pytest.approx(losses["ours"], abs=1e-2)
     assert step_speed.table(results) in done.stdout
+
+
+# -----------------------------------------------------------------------------
+# Text without a pixel
+
+
+def test_text_without_a_pixel_is_counted_to_the_character():
+    need_browser()
+    ghost = len(GHOST.replace(" ", ""))
+    unseen = {
+        "covered": 2 * ghost,
+        "transparent in a sentence": ghost,
+        "right of the page": ghost,
+        "closed details": 3 * ghost,
+    }
+    with Renderer(1, 60.0) as renderer:
+        facts, image = unseen_text.measure(document(unseen), 1280, 720, renderer)
+        assert facts["unseen"] == sum(unseen.values()) and image.shape == (720, 1280, 3)
+        facts, _ = unseen_text.measure(
+            document(["shadow", "stroke", "gradient", "drawing", "emoji"]), 1280, 720, renderer
+        )
+        assert facts["unseen"] == 0 < facts["characters"]
