@@ -3,7 +3,8 @@
 pushing         the push of a dataset to the Hub, as parquet files, with dataset_card.md
 folder          the dataset on disk, and what became of each page that was asked for
 workers         processes that make pages, each with a browser
-one_page        a page's target and screenshot: rendered, tried, compared
+one_page        a page's target and screenshot: rendered, tried
+trials          whether a candidate looks like the page, whatever flickers there
 reductions      what of a page can go, and the page without it
 sources         which pages there are, and their text
 local_files     what a page asks for, brought into it

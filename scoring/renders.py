@@ -109,6 +109,7 @@ FLAGS = [
     *"--force-device-scale-factor=1 --font-render-hinting=none --disable-lcd-text --hide-scrollbars".split(),
     *"--disable-gpu --disable-font-subpixel-positioning --force-color-profile=srgb --disable-checker-imaging".split(),
     *"--run-all-compositor-stages-before-draw --disable-threaded-animation --disable-threaded-scrolling".split(),
+    "--blink-settings=imageAnimationPolicy=2",  # a picture that moves shows its first frame
     # no way out: a proxy where nobody listens, for loopback addresses, too, and nothing past it
     *"--proxy-server=127.0.0.1:1 --proxy-bypass-list=<-loopback> --disable-quic --dns-prefetch-disable".split(),
     *"--force-webrtc-ip-handling-policy=disable_non_proxied_udp --no-pings --disable-domain-reliability".split(),

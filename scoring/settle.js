@@ -31,4 +31,9 @@ async ({pictures}, dom) => {
   for (const moving of Document.prototype.getAnimations.call(document)) {
     try { moving.finish(); } catch { moving.cancel(); }  // an endless one has no end to go to
   }
+  for (const node of dom.all("svg")) {
+    SVGSVGElement.prototype.pauseAnimations.call(node);
+    SVGSVGElement.prototype.setCurrentTime.call(node, 3600);  // s: past the end of those that have one
+  }
+  for (const node of dom.all("marquee")) dom.setAttribute(node, "scrollamount", "0");  // stands still once parsed anew
 }

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, make_base, make_tokenizer, need_browser, output, run_script, weights
+from hidden_texts import GHOST, document
 
 from training.cleaning import CLEANING_STEPS, clean_html
 from training.page_checks import screenshot_size
@@ -19,7 +20,9 @@ import make_shapes
 import other_order
 import random_weights
 import step_speed
+import unseen_text
 
+from scoring.renders import Renderer
 from training import page_costs
 from training.families import family_of
 from training.page_order import PageSampler
@@ -262,3 +265,25 @@ def test_make_pages_is_measured_by_its_real_main(tmp_path):
     shown = make_pages_speed.table([run, run], run)
     assert f"| 1 | 3 | {run.seconds:.1f} | {run.pages_per_second:.2f} | 1.00 |" in shown
     assert "MiB each after" in shown and min(run.parent_mib_at.values()) > 20
+
+
+# -----------------------------------------------------------------------------
+# Text without a pixel
+
+
+def test_text_without_a_pixel_is_counted_to_the_character():
+    need_browser()
+    ghost = len(GHOST.replace(" ", ""))
+    unseen = {
+        "covered": 2 * ghost,
+        "transparent in a sentence": ghost,
+        "right of the page": ghost,
+        "closed details": 3 * ghost,
+    }
+    with Renderer(1, 60.0) as renderer:
+        facts, image = unseen_text.measure(document(unseen), 1280, 720, renderer)
+        assert facts["unseen"] == sum(unseen.values()) and image.shape == (720, 1280, 3)
+        facts, _ = unseen_text.measure(
+            document(["shadow", "stroke", "gradient", "drawing", "emoji"]), 1280, 720, renderer
+        )
+        assert facts["unseen"] == 0 < facts["characters"]
