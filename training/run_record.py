@@ -93,9 +93,14 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def make_record(
-    typed: Mapping[str, Any], values: Mapping[str, Any], deepspeed: Mapping[str, Any] | None, processes: int
+    typed: Mapping[str, Any],
+    values: Mapping[str, Any],
+    deepspeed: Mapping[str, Any] | None,
+    processes: int,
+    batch: list[int],
 ) -> dict[str, Any]:
-    """The record of a run before its base and pages are known: `typed` flags, resolved `values` by name."""
+    """The record of a run before its base and pages are known: `typed` flags, resolved `values` by name, the `batch`
+    that was asked for (`keep_pages_per_step`)."""
     stage = (deepspeed or {}).get("zero_optimization", {}).get("stage", 0) if deepspeed is not None else None
     return plain(
         {
@@ -105,6 +110,7 @@ def make_record(
             "rate": values["learning_rate"],
             "zero_stage": stage,
             "pages_per_step": pages_per_step(values, processes),
+            "batch": batch,
             "processes": processes,
         }
     )
@@ -115,27 +121,46 @@ def pages_per_step(values: Mapping[str, Any], processes: int) -> int:
     return values[BATCH[0]] * values[BATCH[1]] * processes
 
 
-def take_over(
-    record: Mapping[str, Any], values: dict[str, Any], typed: dict[str, Any], processes: int, problems: list[str]
-) -> None:
-    """Put what was typed when the run began into `values` and `typed`, beneath what is typed now; pages per step stay
-    the same on any number of `processes`, or become one of the `problems`."""
-    now = set(typed)
+def take_over(record: Mapping[str, Any], values: dict[str, Any], typed: dict[str, Any]) -> None:
+    """Put what was typed when the run began into `values` and `typed`, beneath what is typed now."""
     for name, value in record["typed"].items():
-        if name not in now:
+        if name not in typed:
             values[name] = typed[name] = value
+
+
+def keep_pages_per_step(
+    record: Mapping[str, Any] | None,
+    values: dict[str, Any],
+    now: Collection[str],
+    processes: int,
+    problems: list[str],
+) -> list[int]:
+    """The batch that was asked for, by flags, JSON or defaults: pages at once, accumulated.
+
+    Where the run of `record` goes on and asks for the same, `values` become such that any number of `processes` has its
+    pages per step, however often that number changes, or that is one of the `problems`. What is typed `now` stays.
+    """
+    batch = [values[name] for name in BATCH]
+    # An edited JSON asks for another batch as much as a flag does, and is compared with the run's as it is.
+    if record is None or {*BATCH} & {*now} or record.get("batch", batch) != batch:
+        return batch
     total = record["pages_per_step"]
-    if {*BATCH, "micro_batch"} & now or record["processes"] == processes:
-        return
-    if total % processes:
+    share, left = divmod(total, processes)
+    if left or not share:
         problems.append(
             f"--resume: its {total} pages per step cannot be dealt out to {processes} processes; take a divisor"
         )
-        return
-    share = total // processes
-    micro = values[BATCH[0]]
-    micro = micro if share % micro == 0 else max(size for size in range(1, share + 1) if share % size == 0)
+        return batch
+    micro = at_most(batch[0], share)
     values |= {BATCH[0]: micro, BATCH[1]: share // micro}
+    if "micro_batch" not in now and values["micro_batch"].isdecimal():
+        values["micro_batch"] = str(at_most(int(values["micro_batch"]), share))
+    return batch
+
+
+def at_most(size: int, pages: int) -> int:
+    """The largest number of pages at once that is no larger than `size` and divides `pages`."""
+    return max(fewer for fewer in range(1, max(1, size) + 1) if pages % fewer == 0)
 
 
 def differences(

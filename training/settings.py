@@ -27,7 +27,7 @@ from training.dataset import resolve_dataset
 from training.errors import SettingsError
 from training.families import FAMILIES
 from training.processes import local_world_size, world_size
-from training.run_record import differences, make_record, read_record, take_over
+from training.run_record import differences, keep_pages_per_step, make_record, read_record, take_over
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -294,23 +294,17 @@ def resolve(argv: list[str], machine: Machine | None = None) -> Resolved:
     notes, problems = [], []
     values, typed = parse(argv, problems)
     values["output_dir"] = os.path.expanduser(values["output_dir"])
-    earlier = earlier_record(values, problems)
+    now, earlier = {*typed}, earlier_record(values, problems)
     if earlier is not None:
-        take_over(earlier, values, typed, world_size(), problems)
+        take_over(earlier, values, typed)
     machine = look_at_machine() if machine is None else machine
     gpu = False if values["use_cpu"] else machine.gpu
     if machine.gpu and values["use_cpu"] and values["deepspeed"]:
         problems.append("--use_cpu: DeepSpeed takes the GPUs that it sees; hide them by CUDA_VISIBLE_DEVICES= instead")
     config = read_deepspeed_json(values["deepspeed"], problems) if values["deepspeed"] else None
     if config is not None:
-        for path, name in JSON_TWINS.items():
-            if name not in typed and get_json(config, path) not in (None, "auto"):
-                values[name] = get_json(config, path)
-        betas = get_json(config, "optimizer.params.betas")
-        if isinstance(betas, list) and not {"adam_beta1", "adam_beta2"} & set(typed):
-            values["adam_beta1"], values["adam_beta2"] = betas
-        if not {"bf16", "fp16"} & set(typed) and get_json(config, "fp16.enabled") is True:
-            values["bf16"] = False  # the default must not contradict a JSON that asks for fp16
+        take_from_json(config, values, typed)
+    batch = keep_pages_per_step(earlier, values, now, world_size(), problems)
     for asked, other in (("fp16", "bf16"), ("bf16", "fp16")):
         if typed.get(asked) and other not in typed:
             values[other] = False
@@ -338,10 +332,22 @@ def resolve(argv: list[str], machine: Machine | None = None) -> Resolved:
                 f"accumulated x processes are {total}; leave it out, or make them agree"
             )
     problems += fields_of_transformers.impossible(values, typed, config, world_size())
-    record = make_record(typed, values, config, world_size())
+    record = make_record(typed, values, config, world_size(), batch)
     names = {item.name for item in fields(PageSettings)}
     settings = PageSettings(**{name: values.pop(name) for name in names})
     return Resolved(settings, values, config, notes, problems, record, earlier, machine)
+
+
+def take_from_json(config: dict, values: dict, typed: dict) -> None:
+    """What the DeepSpeed JSON says in numbers beats defaults, and nothing that was typed."""
+    for path, name in JSON_TWINS.items():
+        if name not in typed and get_json(config, path) not in (None, "auto"):
+            values[name] = get_json(config, path)
+    betas = get_json(config, "optimizer.params.betas")
+    if isinstance(betas, list) and not {"adam_beta1", "adam_beta2"} & set(typed):
+        values["adam_beta1"], values["adam_beta2"] = betas
+    if not {"bf16", "fp16"} & set(typed) and get_json(config, "fp16.enabled") is True:
+        values["bf16"] = False  # the default must not contradict a JSON that asks for fp16
 
 
 def earlier_record(values: dict, problems: list[str]) -> dict | None:

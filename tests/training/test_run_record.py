@@ -6,8 +6,8 @@ import pytest
 
 from training.checkpoints import Checkpoints
 from training.errors import SettingsError
-from training.run_record import FIXED, RECORD_FILE, write_record
-from training.settings import check_settings, resolve
+from training.run_record import BATCH, FIXED, RECORD_FILE, write_record
+from training.settings import Machine, check_settings, resolve
 
 
 def begin(folder, monkeypatch, *flags: str, processes: int = 1):
@@ -98,6 +98,57 @@ def test_pages_per_step_stay_the_same_on_another_number_of_processes(tmp_path, m
     assert go_on(tmp_path, "--resume", "--micro_batch", "3").training["gradient_accumulation_steps"] == 2
     with pytest.raises(SettingsError, match=r"8 pages per step: the run in .* began with 6"):
         go_on(tmp_path, "--resume", "--gradient_accumulation_steps", "8")
+
+
+def batch_of(resolved) -> tuple[int, int]:
+    return tuple(resolved.training[name] for name in BATCH)
+
+
+@pytest.mark.parametrize("way", ["defaults", "typed", "json"])
+def test_pages_per_step_stay_the_same_however_often_the_number_of_processes_changes(way, tmp_path, monkeypatch):
+    """Each start notes what the run is now, as begin_record does; the next one must not take that for the beginning."""
+    json_file = tmp_path / "ds.json"
+    json_file.write_text(json.dumps({"zero_optimization": {"stage": 3}, "gradient_accumulation_steps": 8}))
+    flags = {"defaults": [], "typed": ["--gradient_accumulation_steps", "8"], "json": ["--deepspeed", str(json_file)]}
+    ds = flags["json"] if way == "json" else []
+    run = tmp_path / "run"
+    begin(run, monkeypatch, *flags[way], processes=2)
+    for processes, more, expected in (
+        (1, [], (1, 16)),
+        (1, [], (1, 16)),
+        (2, [], (1, 8)),
+        (1, [], (1, 16)),
+        (1, ["--micro_batch", "4"], (4, 4)),
+        (8, [], (2, 1)),
+        (1, ["--micro_batch", "1"], (1, 16)),
+        (2, [], (1, 8)),
+    ):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        after = go_on(run, "--resume", *more, *ds)
+        assert batch_of(after) == expected, (processes, more)
+        if ds:
+            assert after.deepspeed["gradient_accumulation_steps"] == expected[1]
+        write_record(run, after.record)
+
+
+def test_an_edited_batch_is_refused_and_auto_goes_on_choosing(tmp_path, monkeypatch):
+    json_file, run = tmp_path / "ds.json", tmp_path / "run"
+    json_file.write_text(json.dumps({"zero_optimization": {"stage": 3}, "gradient_accumulation_steps": 8}))
+    begin(run, monkeypatch, "--deepspeed", str(json_file), processes=2)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    json_file.write_text(json.dumps({"zero_optimization": {"stage": 3}, "gradient_accumulation_steps": 4}))
+    with pytest.raises(SettingsError, match=r"4 pages per step: the run in .* began with 16"):
+        go_on(run, "--resume", "--deepspeed", str(json_file))
+    monkeypatch.setattr("training.settings.local_world_size", lambda: 1)
+    gpu = resolve(["--output_dir", str(run), "--resume", "--deepspeed", str(json_file)], Machine(True, True, "a GPU"))
+    assert gpu.settings.micro_batch == "auto", "what the run itself has dealt out is nothing that anybody has typed"
+
+
+def test_no_more_pages_go_through_at_once_than_were_asked_for(tmp_path, monkeypatch):
+    """2 at once do not divide the 3 pages that each of two processes has; 3 at once were never tried."""
+    begin(tmp_path, monkeypatch, "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "3")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert batch_of(go_on(tmp_path, "--resume")) == (1, 3)
 
 
 def test_deepspeed_and_plain_runs_do_not_go_on_with_each_other(tmp_path, monkeypatch):
