@@ -64,7 +64,6 @@ from training.errors import DataError, NotFiniteError, PipelineError, SettingsEr
 from training.evaluation import Rendering, announce, keep_outputs, parts_of, score_held_out, write_held_out
 from training.families import Family, Picture, family_of, trains_fast
 from training.final_folder import copy_generation_config, load_weights, save_final, whole_copy
-from training.folder_lock import let_go, own
 from training.heartbeat import heart, on_main_alone
 from training.memory_fit import Fit, choose_micro_batch, compare_with_plan, costs_of, note_smaller, print_plan
 from training.model_card import describe
@@ -89,7 +88,7 @@ from training.prompt_and_mask import IGNORED, PageEncoder, check_same_question, 
 from training.publishing import check_hub_access, push_final_folder, saved_words
 from training.recipe import gather_facts, make_recipe
 from training.results import Results
-from training.resuming import begin_record, find_checkpoint, honour_typed, steps_before
+from training.resuming import begin_record, find_checkpoint, honour_typed, leave_folders, steps_before, take_folders
 from training.stopping import stop
 
 EMERGENCY_FOLDER = "holo1_dom_finetune_checkpoint"
@@ -759,9 +758,7 @@ def run(argv: list[str]) -> None:
         parameters = sum(math.prod(tensor.shape) for tensor in base_tensors(base, settings).values())
         return print_plan(resolved, load_config(base, settings), parameters)
     args = make_arguments(resolved)
-    # Before anything is written: a second run in the same folders would destroy this one's checkpoints.
-    own(Path(args.output_dir), "--output_dir")
-    own(Path(settings.final_dir), "--final_dir", f".{use.FINAL_FOLDER}.owner")
+    take_folders(resolved)
     heart.knows(args.output_dir, args.ddp_timeout, settings.hang_timeout)
     stop.looks_into(args.output_dir)
     checkpoint = find_checkpoint(resolved, args)
@@ -881,7 +878,7 @@ def main(argv: list[str] | None = None) -> int:
             code = error.code if isinstance(error.code, int) else 1
         except Exception as error:
             code = say_failure(error)
-    let_go()
+    leave_folders(code)
     report_end(code)
     return code
 

@@ -1,5 +1,6 @@
 """How a run goes on: from which checkpoint, with which settings of its own, and with what was typed anew.
 
+take_folders(resolved)                              # (all ranks) nobody else's from here on, and marked as this run's
 checkpoint = find_checkpoint(resolved, args)        # (all ranks) verified before anything is read or loaded
 checkpoints = begin_record(resolved, base, pages)   # (all ranks) noted for whoever goes on with this one
 honour_typed(trainer)                               # (all ranks) once the Trainer has loaded the checkpoint
@@ -16,15 +17,37 @@ from typing import TYPE_CHECKING
 
 from torch.optim.lr_scheduler import LambdaLR
 
+import use_model_from_hub as use
 from training import zero3
 from training.checkpoints import Checkpoints, check_whole, newest_whole, read_manifest, step_of
-from training.errors import SettingsError
+from training.errors import DataError, SettingsError
+from training.folder_lock import let_go, own
 from training.processes import gather, local_rank, on_each_machine, say, world_size
-from training.run_record import write_record
+from training.run_record import mark_beginning, take_mark_away, write_record
 from training.settings import Resolved
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
+
+
+def take_folders(resolved: Resolved) -> None:
+    """(all ranks) Own what this run writes into, before anything is written: a second run there would destroy this
+    one's checkpoints. A new run leaves its mark, so that killed at any time it is this one that --resume means.
+
+    Raises `SettingsError` where another run is going on there.
+    """
+    settings, output_dir = resolved.settings, Path(resolved.training["output_dir"])
+    own(output_dir, "--output_dir")
+    own(Path(settings.final_dir), "--final_dir", f".{use.FINAL_FOLDER}.owner")
+    if local_rank() == 0 and not (settings.resume or settings.show_supervision):
+        mark_beginning(output_dir, resolved.record)
+
+
+def leave_folders(code: int) -> None:
+    """(any rank) At the end of a run, with its exit code; one that could not work as it was typed is no run at all."""
+    if code in (SettingsError.code, DataError.code):
+        take_mark_away()
+    let_go()
 
 
 def find_checkpoint(resolved: Resolved, args: TrainingArguments) -> Path | None:
@@ -38,7 +61,9 @@ def find_checkpoint(resolved: Resolved, args: TrainingArguments) -> Path | None:
     asked, output_dir = resolved.training["resume_from_checkpoint"], Path(resolved.training["output_dir"])
     if resolved.settings.resume:
         checkpoint = newest_whole(output_dir)
-        if checkpoint is None:
+        if checkpoint is None and resolved.record["from"]:  # killed before it had written one of its own
+            check_whole(checkpoint := Path(resolved.record["from"]))
+        elif checkpoint is None:
             say(f"{output_dir} has no checkpoint yet: this run begins at step 0 again, with its settings and pages")
             return None
     elif asked:
@@ -101,8 +126,9 @@ def begin_record(resolved: Resolved, base: str, pages: Mapping[str, str]) -> Che
             "put those back, or begin a new run"
         )
     record = resolved.record | {"base": base, "pages": dict(pages)}
-    if local_rank() == 0:  # on a shared disk all write the same
+    if local_rank() == 0:
         write_record(output_dir, record)
+        take_mark_away()
     checkpoints = Checkpoints(output_dir, resolved.training["save_total_limit"], record)
     checkpoints.clear()
     return checkpoints

@@ -2,7 +2,8 @@
 
     typed = recorded_typed(output_dir)          # what was typed when it began, for --resume
     problems = differences(record, resolved)    # what --resume was asked to change and cannot
-    record = make_record(resolved, base, pages) # of a new run; written as output_dir/run.json
+    record = make_record(typed, values, ...)    # of this run; written as output_dir/run.json
+    mark_beginning(output_dir, record)          # of a new run, before its base and its pages are known
 
 --resume goes on with the settings of the run. What can be honoured when it is typed anew (more steps, another learning
 rate) is; what cannot, because trained pages, weights or moments would mean something else, is refused by name.
@@ -10,6 +11,7 @@ rate) is; what cannot, because trained pages, weights or moments would mean some
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Collection, Mapping
@@ -17,8 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import SettingsError
+from training.processes import rank
 
 RECORD_FILE = "run.json"
+# Of a run that has not come to its first step: minutes may pass until base and pages are there, and what lies beside it
+# is an earlier run's. Killed meanwhile, it begins again.
+BEGINNING = "run_begins.json"
 FORMAT = 1  # of the record
 
 # What a run cannot change, and why, as it is told to whoever types another value.
@@ -68,8 +74,9 @@ def plain(value: Any) -> Any:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record in an output folder; None where no run was. Raises `SettingsError` for one that cannot be read."""
-    path = folder / RECORD_FILE
+    """The record of the last run in an output folder, whether it came to its first step or not (`has_begun`); None
+    where no run was. Raises `SettingsError` for one that cannot be read."""
+    path = folder / BEGINNING if (folder / BEGINNING).exists() else folder / RECORD_FILE
     try:
         record = json.loads(path.read_bytes())
         if record["format"] != FORMAT:
@@ -81,15 +88,37 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         raise SettingsError(f"{path} is damaged ({error!r}); leave --resume out to begin again") from error
 
 
-def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """(one process of each disk) Written aside and renamed: a run killed meanwhile keeps what it knew."""
+def has_begun(record: Mapping[str, Any]) -> bool:
+    """Whether the run has come so far that a checkpoint could be its own."""
+    return record.get("begun", True)
+
+
+def write_record(folder: Path, record: Mapping[str, Any], name: str = RECORD_FILE) -> None:
+    """(one process of each machine) Written aside and renamed: a run killed meanwhile keeps what it knew."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{RECORD_FILE}.partial"
+    partial = folder / f"{name}.partial-{rank()}"  # on a shared disk all write the same, each aside
     with partial.open("w", encoding="utf-8") as file:
         json.dump(record, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(folder / RECORD_FILE)
+    partial.replace(folder / name)
+
+
+_marked: list[Path] = []  # marks of runs of this process
+
+
+def mark_beginning(folder: Path, record: Mapping[str, Any]) -> None:
+    """(one process of each machine) Note what a new run is before anything is read, for --resume."""
+    write_record(folder, {**record, "begun": False}, BEGINNING)
+    _marked.append(folder / BEGINNING)
+
+
+def take_mark_away() -> None:
+    """(any rank) The run has begun and has its record; or it was broken off by hand, or cannot work as it was typed:
+    --resume then goes on with the run before it."""
+    while _marked:
+        with contextlib.suppress(OSError):
+            _marked.pop().unlink()
 
 
 def make_record(
@@ -111,6 +140,7 @@ def make_record(
             "zero_stage": stage,
             "pages_per_step": pages_per_step(values, processes),
             "batch": batch,
+            "from": values["resume_from_checkpoint"] and os.path.abspath(values["resume_from_checkpoint"]),
             "processes": processes,
         }
     )

@@ -27,7 +27,7 @@ from training.dataset import resolve_dataset
 from training.errors import SettingsError
 from training.families import FAMILIES
 from training.processes import local_world_size, world_size
-from training.run_record import differences, keep_pages_per_step, make_record, read_record, take_over
+from training.run_record import differences, has_begun, keep_pages_per_step, make_record, read_record, take_over
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -294,7 +294,7 @@ def resolve(argv: list[str], machine: Machine | None = None) -> Resolved:
     notes, problems = [], []
     values, typed = parse(argv, problems)
     values["output_dir"] = os.path.expanduser(values["output_dir"])
-    now, earlier = {*typed}, earlier_record(values, problems)
+    now, earlier = {*typed}, earlier_record(values, notes, problems)
     if earlier is not None:
         take_over(earlier, values, typed)
     machine = look_at_machine() if machine is None else machine
@@ -333,8 +333,11 @@ def resolve(argv: list[str], machine: Machine | None = None) -> Resolved:
             )
     problems += fields_of_transformers.impossible(values, typed, config, world_size())
     record = make_record(typed, values, config, world_size(), batch)
+    record["from"] = record["from"] or (earlier or {}).get("from")
     names = {item.name for item in fields(PageSettings)}
     settings = PageSettings(**{name: values.pop(name) for name in names})
+    if earlier is not None and not has_begun(earlier):
+        earlier = None
     return Resolved(settings, values, config, notes, problems, record, earlier, machine)
 
 
@@ -350,30 +353,43 @@ def take_from_json(config: dict, values: dict, typed: dict) -> None:
         values["bf16"] = False  # the default must not contradict a JSON that asks for fp16
 
 
-def earlier_record(values: dict, problems: list[str]) -> dict | None:
-    """What the run was that --resume or --resume_from_checkpoint goes on with; None for a new run."""
+def earlier_record(values: dict, notes: list[str], problems: list[str]) -> dict | None:
+    """What the run was that --resume or --resume_from_checkpoint goes on with; None for a new run.
+
+    One that was killed before its first step has nothing to go on with, and is begun again: no --resume any more.
+    """
     output_dir, asked = Path(values["output_dir"]), values["resume_from_checkpoint"]
     if values["resume"] and asked:
         problems.append(f"--resume and --resume_from_checkpoint {asked}: give one of them")
-    elif values["resume"]:
-        try:
-            record = read_record(output_dir)
-        except SettingsError as error:
-            problems.append(f"--resume: {error}")
-            return None
-        if record is None and not checkpoints_in(output_dir):
-            problems.append(f"--resume: no run has begun in {output_dir}; leave --resume out to begin one")
-        elif record is None:
-            problems.append(
-                f"--resume: {output_dir} has checkpoints, but no run.json that says what their run was (an earlier "
-                "version wrote them, or it is lost); their weights go on in a new run with --base_model"
-            )
-        return record
-    elif asked:
-        try:
-            return read_manifest(Path(asked))["record"]
-        except ValueError as error:
-            problems.append(f"--resume_from_checkpoint {asked} {error}; give a whole checkpoint, or --resume")
+        return None
+    if not values["resume"]:
+        return record_of(asked, problems) if asked else None
+    try:
+        record = read_record(output_dir)
+    except SettingsError as error:
+        problems.append(f"--resume: {error}")
+        return None
+    if record is None and not checkpoints_in(output_dir):
+        problems.append(f"--resume: no run has begun in {output_dir}; leave --resume out to begin one")
+    elif record is None:
+        problems.append(
+            f"--resume: {output_dir} has checkpoints, but no run.json that says what their run was (an earlier "
+            "version wrote them, or it is lost); their weights go on in a new run with --base_model"
+        )
+    elif not has_begun(record):
+        values["resume"], values["resume_from_checkpoint"] = False, record["from"]
+        notes.append(f"--resume: the last run in {output_dir} was ended before its first step, and begins again")
+        if record["from"] and (before := record_of(record["from"], problems)):
+            return {**before, "typed": record["typed"], "batch": record["batch"]}
+    return record
+
+
+def record_of(checkpoint: str, problems: list[str]) -> dict | None:
+    """The record of the run that wrote the checkpoint of --resume_from_checkpoint."""
+    try:
+        return read_manifest(Path(checkpoint))["record"]
+    except ValueError as error:
+        problems.append(f"--resume_from_checkpoint {checkpoint} {error}; give a whole checkpoint, or --resume")
     return None
 
 

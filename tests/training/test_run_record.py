@@ -6,7 +6,8 @@ import pytest
 
 from training.checkpoints import Checkpoints
 from training.errors import SettingsError
-from training.run_record import BATCH, FIXED, RECORD_FILE, write_record
+from training.resuming import find_checkpoint
+from training.run_record import BATCH, FIXED, RECORD_FILE, mark_beginning, take_mark_away, write_record
 from training.settings import Machine, check_settings, resolve
 
 
@@ -170,6 +171,42 @@ def test_a_folder_without_a_run_is_not_gone_on_with(tmp_path, monkeypatch):
     (tmp_path / "run" / RECORD_FILE).write_text('{"format": 1, "ty')
     with pytest.raises(SettingsError, match=r"run\.json is damaged"):
         go_on(tmp_path / "run", "--resume")
+
+
+def test_a_run_that_was_killed_before_its_first_step_begins_again_as_itself(tmp_path, monkeypatch):
+    """Where nothing else lies, and where the checkpoints of an earlier run do, with which it must not go on."""
+    for folder in (tmp_path / "new", tmp_path / "used"):
+        if folder.name == "used":
+            begin(folder, monkeypatch, "--learning_rate", "1e-4", processes=2)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        flags = ["--learning_rate", "3e-4", "--seed", "7", "--gradient_accumulation_steps", "4"]
+        mark_beginning(folder, go_on(folder, *flags).record)
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        after = go_on(folder, "--resume", "--max_steps", "9")
+        assert after.earlier is None and not after.settings.resume and after.record["pages_per_step"] == 8
+        assert after.training["learning_rate"] == 3e-4 and after.training["seed"] == 7
+        assert after.training["max_steps"] == 9
+        assert any("ended before its first step, and begins again" in note for note in after.notes)
+        mark_beginning(folder, after.record)
+        assert go_on(folder, "--resume").training["max_steps"] == 9, "killed once more"
+        take_mark_away()
+    assert go_on(tmp_path / "used", "--resume").training["learning_rate"] == 1e-4, "withdrawn: the earlier one is meant"
+
+
+def test_a_run_that_began_from_a_checkpoint_begins_again_from_there(tmp_path, monkeypatch):
+    """Killed before it had begun, and before it had a checkpoint of its own."""
+    begin(tmp_path / "first", monkeypatch, "--learning_rate", "1e-4")
+    checkpoint, folder = str(tmp_path / "first" / "checkpoint-2"), tmp_path / "second"
+    started = go_on(folder, "--resume_from_checkpoint", checkpoint, "--max_steps", "9")
+    mark_beginning(folder, started.record)
+    after = go_on(folder, "--resume")
+    assert after.training["resume_from_checkpoint"] == checkpoint and after.training["max_steps"] == 9
+    assert after.earlier["fixed"] == started.earlier["fixed"] and after.training["learning_rate"] == 1e-4
+    with pytest.raises(SettingsError, match=r"--seed 7: the run in .* began with 42"):
+        go_on(folder, "--resume", "--seed", "7")
+    write_record(folder, after.record)
+    take_mark_away()
+    assert find_checkpoint(go_on(folder, "--resume"), None) == tmp_path / "first" / "checkpoint-2"
 
 
 def test_no_token_is_recorded(tmp_path, monkeypatch):
