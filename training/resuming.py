@@ -2,28 +2,42 @@
 
 take_folders(resolved)                              # (all ranks) nobody else's from here on, and marked as this run's
 checkpoint = find_checkpoint(resolved, args)        # (all ranks) verified before anything is read or loaded
+keep_what_is_not_ours(resolved)                     # (all ranks) moved aside before anything is written
 checkpoints = begin_record(resolved, base, pages)   # (all ranks) noted for whoever goes on with this one
 honour_typed(trainer)                               # (all ranks) once the Trainer has loaded the checkpoint
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import LambdaLR
 
 import use_model_from_hub as use
 from training import zero3
-from training.checkpoints import Checkpoints, check_whole, newest_whole, read_manifest, step_of
+from training.checkpoints import (
+    BEST,
+    Checkpoints,
+    check_whole,
+    keep_apart,
+    keep_earlier_results,
+    move_aside,
+    newest_whole,
+    read_manifest,
+    step_of,
+)
 from training.errors import DataError, SettingsError
 from training.folder_lock import let_go, own
-from training.processes import gather, local_rank, on_each_machine, say, world_size
-from training.run_record import mark_beginning, take_mark_away, write_record
+from training.processes import gather, local_rank, on_each_machine, on_main, say, world_size
+from training.run_record import RECORD_FILE, mark_beginning, take_mark_away, why_foreign, write_record
 from training.settings import Resolved
 
 if TYPE_CHECKING:
@@ -60,7 +74,7 @@ def find_checkpoint(resolved: Resolved, args: TrainingArguments) -> Path | None:
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     asked, output_dir = resolved.training["resume_from_checkpoint"], Path(resolved.training["output_dir"])
     if resolved.settings.resume:
-        checkpoint = newest_whole(output_dir)
+        checkpoint = newest_whole(output_dir, partial(why_foreign, resolved.earlier))
         if checkpoint is None and resolved.record["from"]:  # killed before it had written one of its own
             check_whole(checkpoint := Path(resolved.record["from"]))
         elif checkpoint is None:
@@ -113,6 +127,48 @@ def steps_before(checkpoint: Path | None) -> int:
     return 0 if checkpoint is None else step_of(checkpoint) or 0
 
 
+def goes_on_here(resolved: Resolved) -> bool:
+    """Whether this run is the one whose checkpoints lie in its output folder: by --resume, or back to one of them."""
+    asked = resolved.training["resume_from_checkpoint"]
+    inside = bool(asked) and Path(asked).resolve().parent == Path(resolved.training["output_dir"]).resolve()
+    return resolved.settings.resume or inside
+
+
+def keep_what_is_not_ours(resolved: Resolved) -> None:
+    """(all ranks) What this run does not go on with moves to a dated folder: all that an earlier run has left, or
+    another run's checkpoints, and those after the one to which it goes back. Neither counted, nor deleted, nor taken by
+    the next --resume."""
+    output_dir, asked = Path(resolved.training["output_dir"]), resolved.training["resume_from_checkpoint"]
+    keep_earlier_results(output_dir, resumes=goes_on_here(resolved))
+    if not goes_on_here(resolved):
+        return
+
+    def apart(folder: Path) -> str:
+        if asked and step_of(folder) > step_of(Path(asked)):
+            return f"comes after {Path(asked).name}"
+        try:
+            return why_foreign(resolved.earlier, read_manifest(folder)["record"])
+        except ValueError:
+            return ""  # damaged, and replaced when that step is trained again
+
+    keep_apart(output_dir, apart)
+    if asked:
+        on_main(lambda: forget_best_after(output_dir, step_of(Path(asked)), resolved.earlier))
+
+
+def forget_best_after(output_dir: Path, step: int, earlier: Mapping[str, Any]) -> None:
+    """(main process only) The best weights move aside where they are another run's, or from after the step to which
+    this one goes back."""
+    try:
+        best = json.loads((output_dir / BEST[1]).read_text(encoding="utf-8"))["step"]
+        other = json.loads((output_dir / RECORD_FILE).read_bytes())
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # none, or not to be read: BestWeights says so
+    if (best is not None and best > step) or why_foreign(earlier, other):
+        place = move_aside(output_dir, [path for path in (output_dir / name for name in BEST) if path.exists()])
+        say(f"moved to {place}: the best weights so far, of step {best}")
+
+
 def begin_record(resolved: Resolved, base: str, pages: Mapping[str, str]) -> Checkpoints:
     """(all ranks) Note what this run is, once its base and its pages are known by their fingerprints; returns where its
     checkpoints go.
@@ -126,6 +182,8 @@ def begin_record(resolved: Resolved, base: str, pages: Mapping[str, str]) -> Che
             "put those back, or begin a new run"
         )
     record = resolved.record | {"base": base, "pages": dict(pages)}
+    known = resolved.earlier.get("run") if goes_on_here(resolved) and resolved.earlier else None
+    record["run"] = known or on_main(lambda: uuid.uuid4().hex)
     if local_rank() == 0:
         write_record(output_dir, record)
         take_mark_away()

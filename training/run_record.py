@@ -218,3 +218,24 @@ def differences(
         ]
         problems.append(f"--resume: the run in {where} trains {words[0]} and cannot go on {words[1]}")
     return problems
+
+
+def why_foreign(own: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Why a checkpoint with the record `other` is none of the run with the record `own`; "" where it is."""
+    if own.get("run") and own.get("run") == other.get("run"):
+        return ""
+    found = [f"--{name} {other['fixed'].get(name)}" for name in FIXED if own["fixed"][name] != other["fixed"].get(name)]
+    found += [f"other {name}" for name in ("base", "pages") if print_of(own.get(name)) != print_of(other.get(name))]
+    found += [
+        f"{other.get(name)} {name}, here {own[name]}"
+        for name in ("pages_per_step", "zero_stage")
+        if own[name] != other.get(name)
+    ]
+    if not found and not (own.get("run") and other.get("run")):  # of an earlier version, without a name
+        return ""
+    return f"is of another run ({', '.join(found) or 'the same settings, begun apart'})"
+
+
+def print_of(value: Any) -> Any:
+    """What of a base or of pages is compared: the fingerprint."""
+    return value.get("fingerprint") if isinstance(value, Mapping) else value

@@ -6,9 +6,17 @@ import pytest
 
 from training.checkpoints import Checkpoints
 from training.errors import SettingsError
-from training.resuming import find_checkpoint
+from training.resuming import begin_record, find_checkpoint, keep_what_is_not_ours, leave_folders, take_folders
 from training.run_record import BATCH, FIXED, RECORD_FILE, mark_beginning, take_mark_away, write_record
 from training.settings import Machine, check_settings, resolve
+
+
+def save(kept: Checkpoints, *steps: int) -> None:
+    for step in steps:
+        with kept.staged():
+            (kept.staging / f"checkpoint-{step}").mkdir(parents=True)
+            (kept.staging / f"checkpoint-{step}" / "optimizer.pt").write_text("x")
+        kept.settle()
 
 
 def begin(folder, monkeypatch, *flags: str, processes: int = 1):
@@ -16,12 +24,23 @@ def begin(folder, monkeypatch, *flags: str, processes: int = 1):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     resolved = resolve(["--output_dir", str(folder), *flags])
     write_record(folder, resolved.record)
-    kept = Checkpoints(folder, None, resolved.record)
-    with kept.staged():
-        (kept.staging / "checkpoint-2").mkdir(parents=True)
-        (kept.staging / "checkpoint-2" / "optimizer.pt").write_text("x")
-    kept.settle()
+    save(Checkpoints(folder, None, resolved.record), 2)
     return resolved
+
+
+def train(folder, *flags: str, steps: tuple[int, ...] = ()):
+    """As far as the real thing goes without a model: what is moved, noted and saved; where it goes on."""
+    resolved = go_on(folder, *flags)
+    take_folders(resolved)
+    checkpoint = find_checkpoint(resolved, None)
+    keep_what_is_not_ours(resolved)
+    save(begin_record(resolved, "base", {"fingerprint": "pages"}), *steps)
+    leave_folders(0)
+    return checkpoint
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
 
 
 def go_on(folder, *flags: str):
@@ -207,6 +226,56 @@ def test_a_run_that_began_from_a_checkpoint_begins_again_from_there(tmp_path, mo
     write_record(folder, after.record)
     take_mark_away()
     assert find_checkpoint(go_on(folder, "--resume"), None) == tmp_path / "first" / "checkpoint-2"
+
+
+def test_another_runs_checkpoint_is_neither_gone_on_with_nor_deleted(tmp_path, monkeypatch, capsys):
+    """Whole, newer, and of a run with another seed, or with the very same settings."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    for number, flags in enumerate((["--seed", "7"], [])):
+        mine, other = tmp_path / f"mine-{number}", tmp_path / f"other-{number}"
+        train(mine, steps=(2, 4))
+        train(other, *flags, steps=(3, 9))
+        for step in (3, 9):
+            (other / f"checkpoint-{step}").rename(mine / f"checkpoint-{step}")
+        assert train(mine, "--resume", steps=(6, 8)) == mine / "checkpoint-4"
+        said, why = capsys.readouterr().out, (flags and "--seed 7") or "the same settings, begun apart"
+        assert f"passed over: checkpoint-9 is of another run ({why})" in said
+        assert names(mine) == ["checkpoint-6", "checkpoint-8"]
+        (kept,) = mine.glob("earlier-*")
+        assert names(kept) == ["checkpoint-3", "checkpoint-9"] and f"moved to {kept}: checkpoint-9, which is" in said
+    with pytest.raises(SettingsError, match=r"none of the checkpoints in .* is whole and of this run"):
+        for step in (6, 8):
+            (mine / f"checkpoint-{step}").rename(other / f"checkpoint-{step}")
+        train(other, "--resume")
+
+
+def test_a_run_that_goes_back_leaves_the_branch_behind(tmp_path, monkeypatch, capsys):
+    """To 100 of 100, 150 and 200: the later ones are none of its own any more, nor are the best weights of 150."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    train(tmp_path, "--save_total_limit", "9", steps=(100, 150, 200))
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best.json").write_text('{"step": 150}')
+    back = tmp_path / "checkpoint-100"
+    assert train(tmp_path, "--resume_from_checkpoint", str(back), "--learning_rate", "1e-6", steps=(110,)) == back
+    assert names(tmp_path) == ["checkpoint-100", "checkpoint-110"] and not (tmp_path / "best").exists()
+    assert names(min(tmp_path.glob("earlier-*"))) == ["checkpoint-150", "checkpoint-200"]
+    assert "checkpoint-150, which comes after checkpoint-100" in capsys.readouterr().out
+    assert train(tmp_path, "--resume") == tmp_path / "checkpoint-110"
+
+
+def test_a_run_from_another_folders_checkpoint_leaves_that_of_the_earlier_run_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    out, other = tmp_path / "out", tmp_path / "other"
+    train(out, steps=(100, 200))
+    (out / "best").mkdir()
+    train(other, steps=(50,))
+    from_there = other / "checkpoint-50"
+    assert train(out, "--resume_from_checkpoint", str(from_there)) == from_there and names(out) == []
+    (kept,) = out.glob("earlier-*")
+    assert names(kept) == ["checkpoint-100", "checkpoint-200"]
+    assert (kept / "best").is_dir() and (kept / RECORD_FILE).is_file()
+    assert train(out, "--resume", steps=(60,)) == from_there, "it has none of its own yet"
+    assert train(out, "--resume") == out / "checkpoint-60"
 
 
 def test_no_token_is_recorded(tmp_path, monkeypatch):
