@@ -68,7 +68,7 @@ from training.heartbeat import heart, on_main_alone
 from training.memory_fit import Fit, choose_micro_batch, compare_with_plan, costs_of, note_smaller, print_plan
 from training.model_card import describe
 from training.packing import image_geometry, pack
-from training.page_order import PageSampler, write_page_order
+from training.page_order import PageSampler, check_steps, write_page_order
 from training.preparation import Pages, prepare_pages
 from training.processes import (
     agree,
@@ -339,7 +339,7 @@ class PageTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> PageSampler:
         """The Trainer's own would deal pages out by number; ranks then wait for whoever got the long ones."""
-        self.sampler = PageSampler(self.costs, self.args)
+        self.sampler = PageSampler(self.costs, self.args, self.checkpoints.record["began_on"])
         return self.sampler
 
     def _run_epoch(self, **state) -> None:
@@ -515,7 +515,8 @@ def make_trainer(
     # It prints the dictionary that log_line puts into words.
     trainer.remove_callback(PrinterCallback)
     file = Path(args.output_dir) / "page_order.jsonl"
-    on_main(lambda: write_page_order(PageSampler(costs, args), pages, file))
+    sampler = PageSampler(costs, args, checkpoints.record["began_on"])
+    on_main(lambda: write_page_order(sampler, pages, file))
     return trainer
 
 
@@ -795,6 +796,7 @@ def fine_tune(
     checkpoints = resuming.begin_record(resolved, fingerprint(base, tensors), pages.known)
     check_space(settings, args, load_config(base, settings), tensors, len(training))
     memory_plan = choose_micro_batch(args, settings, load_config(base, settings), training, encoder)
+    check_steps(len(training), args, checkpoints.record["began_on"])
     say_batch(args)
     start = time.monotonic()
     model = load_model(base, settings, args)

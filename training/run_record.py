@@ -142,6 +142,7 @@ def make_record(
             "batch": batch,
             "from": values["resume_from_checkpoint"] and os.path.abspath(values["resume_from_checkpoint"]),
             "processes": processes,
+            "began_on": processes,
         }
     )
 
@@ -149,6 +150,14 @@ def make_record(
 def pages_per_step(values: Mapping[str, Any], processes: int) -> int:
     """Of all processes together."""
     return values[BATCH[0]] * values[BATCH[1]] * processes
+
+
+def inherit(record: dict[str, Any], earlier: Mapping[str, Any] | None) -> None:
+    """Put into the `record` of a run that goes on what stays as it was in its `earlier` one, whatever becomes of it:
+    from which checkpoint it began, and on how many processes, which decides on the steps of an epoch."""
+    if earlier is not None:
+        record["from"] = record["from"] or earlier.get("from")
+        record["began_on"] = earlier.get("began_on", earlier["processes"])
 
 
 def take_over(record: Mapping[str, Any], values: dict[str, Any], typed: dict[str, Any]) -> None:

@@ -27,7 +27,15 @@ from training.dataset import resolve_dataset
 from training.errors import SettingsError
 from training.families import FAMILIES
 from training.processes import local_world_size, world_size
-from training.run_record import differences, has_begun, keep_pages_per_step, make_record, read_record, take_over
+from training.run_record import (
+    differences,
+    has_begun,
+    inherit,
+    keep_pages_per_step,
+    make_record,
+    read_record,
+    take_over,
+)
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -333,11 +341,10 @@ def resolve(argv: list[str], machine: Machine | None = None) -> Resolved:
             )
     problems += fields_of_transformers.impossible(values, typed, config, world_size())
     record = make_record(typed, values, config, world_size(), batch)
-    record["from"] = record["from"] or (earlier or {}).get("from")
+    earlier = earlier if earlier is None or has_begun(earlier) else None
+    inherit(record, earlier)
     names = {item.name for item in fields(PageSettings)}
     settings = PageSettings(**{name: values.pop(name) for name in names})
-    if earlier is not None and not has_begun(earlier):
-        earlier = None
     return Resolved(settings, values, config, notes, problems, record, earlier, machine)
 
 

@@ -148,6 +148,7 @@ def test_pages_per_step_stay_the_same_however_often_the_number_of_processes_chan
         assert batch_of(after) == expected, (processes, more)
         if ds:
             assert after.deepspeed["gradient_accumulation_steps"] == expected[1]
+        assert after.record["began_on"] == 2, "by which the steps of an epoch are counted"
         write_record(run, after.record)
 
 
