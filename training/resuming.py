@@ -34,7 +34,8 @@ from training.checkpoints import (
     read_manifest,
     step_of,
 )
-from training.errors import DataError, SettingsError
+from training.disk_space import shortage
+from training.errors import DataError, DiskError, SettingsError, is_disk_full, is_out_of_memory
 from training.folder_lock import let_go, own
 from training.processes import gather, local_rank, on_each_machine, on_main, say, world_size
 from training.run_record import RECORD_FILE, mark_beginning, take_mark_away, why_foreign, write_record
@@ -73,6 +74,8 @@ def find_checkpoint(resolved: Resolved, args: TrainingArguments) -> Path | None:
     # torch.load then ignores the weights_only=False that DeepSpeed 0.19.8 asks for: a manifest can be forged, too.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     asked, output_dir = resolved.training["resume_from_checkpoint"], Path(resolved.training["output_dir"])
+    if local_rank() == 0:  # of a run that was killed after it had been converted, and may go on unconverted now
+        shutil.rmtree(output_dir / zero3.CONVERTED, ignore_errors=True)
     if resolved.settings.resume:
         checkpoint = newest_whole(output_dir, partial(why_foreign, resolved.earlier))
         if checkpoint is None and resolved.record["from"]:  # killed before it had written one of its own
@@ -94,32 +97,49 @@ def find_checkpoint(resolved: Resolved, args: TrainingArguments) -> Path | None:
     if resolved.deepspeed is not None:
         zero3.trust_own_classes()
         if processes != world_size():
-            return converted(checkpoint, processes, args)
+            return converted(checkpoint, written, args)
     return checkpoint
 
 
-def converted(checkpoint: Path, processes: int, args: TrainingArguments) -> Path:
-    """(all ranks) The checkpoint of so many processes, for those that there are now.
+def converted(checkpoint: Path, written: Mapping[str, Any], args: TrainingArguments) -> Path:
+    """(all ranks) The checkpoint, whose manifest is `written`, for as many processes as there are now.
 
-    Raises `SettingsError` where DeepSpeed cannot convert it.
+    Raises `DiskError` where the disk is too small or full, `SettingsError` where DeepSpeed cannot convert it.
     """
     start, place = time.monotonic(), Path(args.output_dir) / zero3.CONVERTED
+    processes = written["record"]["processes"]
+    instead = f"go on with {processes} processes, or give its weights alone to a new run as --base_model {checkpoint}"
 
     def convert() -> Path:
+        if short := shortage([(place, bytes_of_conversion(written["files"]))]):
+            raise DiskError(f"{checkpoint} has to be converted for {world_size()} processes: {short}; or {instead}")
         try:
             return zero3.convert(checkpoint, place)
         except Exception as error:
             shutil.rmtree(place, ignore_errors=True)
+            if is_disk_full(error):
+                raise DiskError(
+                    f"no space to convert {checkpoint} for {world_size()} processes ({error}); nothing half-written is "
+                    f"left, and it is untouched; free some space in {place.parent}, or {instead}"
+                ) from error
+            if is_out_of_memory(error):
+                raise
             raise SettingsError(
                 f"{checkpoint} was written by {processes} processes, and DeepSpeed cannot convert it for "
-                f"{world_size()} ({type(error).__name__}: {error}); go on with {processes}, or give its weights alone "
-                f"to a new run as --base_model {checkpoint}"
+                f"{world_size()} ({type(error).__name__}: {error}); {instead}"
             ) from error
 
     folder = on_each_machine(convert, Path.is_dir)
     zero3.expect_converted(args.hf_deepspeed_config.config)
     say(f"converted from {processes} to {world_size()} processes in {time.monotonic() - start:.1f} s")
     return folder
+
+
+def bytes_of_conversion(files: Mapping[str, Mapping[str, Any]]) -> int:
+    """The most that lies on the disk at once while a checkpoint of these files is converted (deepspeed 0.19.8): its
+    moments and fp32 weights twice, in pieces and put together, or in the end all of it."""
+    states = sum(file["bytes"] for name, file in files.items() if name.endswith("optim_states.pt"))
+    return max(2 * states, sum(file["bytes"] for file in files.values()))
 
 
 def steps_before(checkpoint: Path | None) -> int:
