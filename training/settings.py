@@ -166,6 +166,8 @@ DEMO = {
     "save_strategy": "no",
 }
 
+PLACES = ("output_dir", "final_dir", "resume_from_checkpoint", "base_model", "deepspeed")  # may begin with ~
+
 # DeepSpeed's name for a value that TrainingArguments has, too.
 JSON_TWINS = {
     "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
@@ -243,6 +245,11 @@ def parse(argv: list[str], problems: list[str] | None = None) -> tuple[dict, dic
         share = max(1, DEMO["per_device_train_batch_size"] // world_size())
         typed = {**DEMO, "per_device_train_batch_size": share, **typed}
     values.update(typed)
+    for name in PLACES:
+        # A shell leaves the ~ of "~/x", and of --name=~/x, as it is.
+        if isinstance(values[name], str):
+            values[name] = os.path.expanduser(values[name])
+            typed |= {name: values[name]} if name in typed else {}
     del values["local_rank"]  # the launcher's own; the environment says it, too
     return values, typed
 
@@ -301,7 +308,6 @@ def resolve(argv: list[str], machine: Machine | None = None) -> Resolved:
     """
     notes, problems = [], []
     values, typed = parse(argv, problems)
-    values["output_dir"] = os.path.expanduser(values["output_dir"])
     now, earlier = {*typed}, earlier_record(values, notes, problems)
     if earlier is not None:
         take_over(earlier, values, typed)
