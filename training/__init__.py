@@ -10,6 +10,7 @@ Rooms from top to bottom; each may import those below it, and none above:
     model_card      the model card, by model_card.md beside it
     publishing      the push to the Hub
     memory_fit      the one decision what fits, for --plan and for training, and its proof before step one
+    resuming        how a run goes on: its checkpoint, its own settings, what was typed anew
     disk_space      what a run will write, and whether the disks have room for it
     base_model      the base: its folder, its architecture, every tensor of its checkpoint
     preparation     the pages of a run: read once, checked, found by every rank
@@ -17,7 +18,6 @@ Rooms from top to bottom; each may import those below it, and none above:
     reading         the rows of a dataset, wherever it lies
     page_checks     which pages can be trained on: read, cleaned, short enough, none of them twice
     page_order      which pages are trained on when
-    resuming        how a run goes on: its checkpoint, its own settings, what was typed anew
     packing         pages as one row, and where each picture's patches lie
     fast_layers     layers that take packed pages, each faster than the model's own way to the same
     attention       attention inside packed pages, by the kernel that proves right

@@ -27,7 +27,15 @@ from training.dataset import resolve_dataset
 from training.errors import SettingsError
 from training.families import FAMILIES
 from training.processes import local_world_size, world_size
-from training.run_record import differences, make_record, read_record, take_over
+from training.run_record import (
+    differences,
+    has_begun,
+    inherit,
+    keep_pages_per_step,
+    make_record,
+    read_record,
+    take_over,
+)
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -158,6 +166,8 @@ DEMO = {
     "save_strategy": "no",
 }
 
+PLACES = ("output_dir", "final_dir", "resume_from_checkpoint", "base_model", "deepspeed")  # may begin with ~
+
 # DeepSpeed's name for a value that TrainingArguments has, too.
 JSON_TWINS = {
     "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
@@ -235,6 +245,11 @@ def parse(argv: list[str], problems: list[str] | None = None) -> tuple[dict, dic
         share = max(1, DEMO["per_device_train_batch_size"] // world_size())
         typed = {**DEMO, "per_device_train_batch_size": share, **typed}
     values.update(typed)
+    for name in PLACES:
+        # A shell leaves the ~ of "~/x", and of --name=~/x, as it is.
+        if isinstance(values[name], str):
+            values[name] = os.path.expanduser(values[name])
+            typed |= {name: values[name]} if name in typed else {}
     del values["local_rank"]  # the launcher's own; the environment says it, too
     return values, typed
 
@@ -293,24 +308,17 @@ def resolve(argv: list[str], machine: Machine | None = None) -> Resolved:
     """
     notes, problems = [], []
     values, typed = parse(argv, problems)
-    values["output_dir"] = os.path.expanduser(values["output_dir"])
-    earlier = earlier_record(values, problems)
+    now, earlier = {*typed}, earlier_record(values, notes, problems)
     if earlier is not None:
-        take_over(earlier, values, typed, world_size(), problems)
+        take_over(earlier, values, typed)
     machine = look_at_machine() if machine is None else machine
     gpu = False if values["use_cpu"] else machine.gpu
     if machine.gpu and values["use_cpu"] and values["deepspeed"]:
         problems.append("--use_cpu: DeepSpeed takes the GPUs that it sees; hide them by CUDA_VISIBLE_DEVICES= instead")
     config = read_deepspeed_json(values["deepspeed"], problems) if values["deepspeed"] else None
     if config is not None:
-        for path, name in JSON_TWINS.items():
-            if name not in typed and get_json(config, path) not in (None, "auto"):
-                values[name] = get_json(config, path)
-        betas = get_json(config, "optimizer.params.betas")
-        if isinstance(betas, list) and not {"adam_beta1", "adam_beta2"} & set(typed):
-            values["adam_beta1"], values["adam_beta2"] = betas
-        if not {"bf16", "fp16"} & set(typed) and get_json(config, "fp16.enabled") is True:
-            values["bf16"] = False  # the default must not contradict a JSON that asks for fp16
+        take_from_json(config, values, typed)
+    batch = keep_pages_per_step(earlier, values, now, world_size(), problems)
     for asked, other in (("fp16", "bf16"), ("bf16", "fp16")):
         if typed.get(asked) and other not in typed:
             values[other] = False
@@ -338,36 +346,63 @@ def resolve(argv: list[str], machine: Machine | None = None) -> Resolved:
                 f"accumulated x processes are {total}; leave it out, or make them agree"
             )
     problems += fields_of_transformers.impossible(values, typed, config, world_size())
-    record = make_record(typed, values, config, world_size())
+    record = make_record(typed, values, config, world_size(), batch)
+    earlier = earlier if earlier is None or has_begun(earlier) else None
+    inherit(record, earlier)
     names = {item.name for item in fields(PageSettings)}
     settings = PageSettings(**{name: values.pop(name) for name in names})
     return Resolved(settings, values, config, notes, problems, record, earlier, machine)
 
 
-def earlier_record(values: dict, problems: list[str]) -> dict | None:
-    """What the run was that --resume or --resume_from_checkpoint goes on with; None for a new run."""
+def take_from_json(config: dict, values: dict, typed: dict) -> None:
+    """What the DeepSpeed JSON says in numbers beats defaults, and nothing that was typed."""
+    for path, name in JSON_TWINS.items():
+        if name not in typed and get_json(config, path) not in (None, "auto"):
+            values[name] = get_json(config, path)
+    betas = get_json(config, "optimizer.params.betas")
+    if isinstance(betas, list) and not {"adam_beta1", "adam_beta2"} & set(typed):
+        values["adam_beta1"], values["adam_beta2"] = betas
+    if not {"bf16", "fp16"} & set(typed) and get_json(config, "fp16.enabled") is True:
+        values["bf16"] = False  # the default must not contradict a JSON that asks for fp16
+
+
+def earlier_record(values: dict, notes: list[str], problems: list[str]) -> dict | None:
+    """What the run was that --resume or --resume_from_checkpoint goes on with; None for a new run.
+
+    One that was killed before its first step has nothing to go on with, and is begun again: no --resume any more.
+    """
     output_dir, asked = Path(values["output_dir"]), values["resume_from_checkpoint"]
     if values["resume"] and asked:
         problems.append(f"--resume and --resume_from_checkpoint {asked}: give one of them")
-    elif values["resume"]:
-        try:
-            record = read_record(output_dir)
-        except SettingsError as error:
-            problems.append(f"--resume: {error}")
-            return None
-        if record is None and not checkpoints_in(output_dir):
-            problems.append(f"--resume: no run has begun in {output_dir}; leave --resume out to begin one")
-        elif record is None:
-            problems.append(
-                f"--resume: {output_dir} has checkpoints, but no run.json that says what their run was (an earlier "
-                "version wrote them, or it is lost); their weights go on in a new run with --base_model"
-            )
-        return record
-    elif asked:
-        try:
-            return read_manifest(Path(asked))["record"]
-        except ValueError as error:
-            problems.append(f"--resume_from_checkpoint {asked} {error}; give a whole checkpoint, or --resume")
+        return None
+    if not values["resume"]:
+        return record_of(asked, problems) if asked else None
+    try:
+        record = read_record(output_dir)
+    except SettingsError as error:
+        problems.append(f"--resume: {error}")
+        return None
+    if record is None and not checkpoints_in(output_dir):
+        problems.append(f"--resume: no run has begun in {output_dir}; leave --resume out to begin one")
+    elif record is None:
+        problems.append(
+            f"--resume: {output_dir} has checkpoints, but no run.json that says what their run was (an earlier "
+            "version wrote them, or it is lost); their weights go on in a new run with --base_model"
+        )
+    elif not has_begun(record):
+        values["resume"], values["resume_from_checkpoint"] = False, record["from"]
+        notes.append(f"--resume: the last run in {output_dir} was ended before its first step, and begins again")
+        if record["from"] and (before := record_of(record["from"], problems)):
+            return {**before, "typed": record["typed"], "batch": record["batch"]}
+    return record
+
+
+def record_of(checkpoint: str, problems: list[str]) -> dict | None:
+    """The record of the run that wrote the checkpoint of --resume_from_checkpoint."""
+    try:
+        return read_manifest(Path(checkpoint))["record"]
+    except ValueError as error:
+        problems.append(f"--resume_from_checkpoint {checkpoint} {error}; give a whole checkpoint, or --resume")
     return None
 
 

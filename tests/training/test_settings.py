@@ -11,6 +11,7 @@ import pytest
 from conftest import MAIN, PLAIN_JSON, ROOT, run_script
 
 from training.errors import SettingsError
+from training.run_record import write_record
 from training.settings import (
     DEMO,
     LORA_LEARNING_RATE,
@@ -322,3 +323,20 @@ def test_training_refuses_what_the_check_refuses(tmp_path):
 def test_what_is_wrong_with_the_command_line_alone_is_raised_where_nobody_gathers_it():
     with pytest.raises(SettingsError, match="did you mean --learning_rate"):
         parse(THREE)
+
+
+def test_every_place_may_be_in_the_home_folder(tmp_path, monkeypatch):
+    """Typed so that the shell leaves the ~, and where the run is gone on with."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "ds.json").write_text("{}")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    again = ["--output_dir=~/out", "--deepspeed", "~/ds.json"]
+    for more in (["--final_dir=~/final", "--base_model", "~/base"], ["--resume"]):
+        resolved = resolve([*again, *more])
+        assert find_problems(resolved) == []
+        write_record(tmp_path / "out", resolved.record)
+        found = (resolved.training["output_dir"], resolved.settings.final_dir, resolved.settings.base_model)
+        assert found == tuple(f"{tmp_path}/{name}" for name in ("out", "final", "base"))
+    asked = resolve(["--resume_from_checkpoint=~/out/checkpoint-2"])
+    assert f"--resume_from_checkpoint {tmp_path}/out/checkpoint-2 has no manifest.json" in str(asked.problems)
