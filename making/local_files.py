@@ -20,6 +20,7 @@ from pathlib import Path
 from urllib.parse import unquote, unquote_to_bytes
 
 from making.style_sheets import SizeOf, grey_declarations, grey_sheet, in_style_element
+from use_model_from_hub import turned_size, upright
 
 MAX_FILE_BYTES = 20 * 2**20
 MAX_CSS_CHARACTERS = 5_000_000  # of all style sheets of a page
@@ -211,6 +212,8 @@ def picture_size(data: bytes) -> tuple[float, float] | None:
             return None
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            return picture.size
+            # As Chromium 156 shows it, which turns no WebP.
+            turn = upright(picture) if picture.format in ("JPEG", "PNG") else None
+            return turned_size(picture.size, turn)
     except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError):
         return None

@@ -1,7 +1,9 @@
 """Local files: what a page asks for comes into it, and nothing from outside its folder."""
 
+import io
 import time
 
+import pytest
 from PIL import Image
 
 from making.local_files import LocalFiles, inline_files, picture_size
@@ -101,3 +103,11 @@ def test_references_that_no_file_can_have_are_missing_and_stop_nobody(tmp_path):
         assert files.find(reference, tmp_path, "style sheets") is None
     assert files.notes == {"style sheets missing": 3}
     assert picture_size((tmp_path / "odd.svg").read_bytes()) is None
+
+
+@pytest.mark.parametrize(("kind", "size"), [("JPEG", (30, 40)), ("PNG", (30, 40)), ("WEBP", (40, 30))])
+def test_a_photo_that_its_exif_turns_has_the_size_that_chromium_shows(kind, size):
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(file, kind, exif=exif.tobytes())
+    assert picture_size(file.getvalue()) == size
