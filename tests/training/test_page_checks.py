@@ -7,7 +7,7 @@ from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, SHARED
+from conftest import ROOT, need_shared
 from small_pages import count_tokens, dropped, good_pages, header_bomb, load, page_html, picture, write_folder
 
 import use_model_from_hub as use
@@ -146,9 +146,7 @@ def test_the_tokens_of_any_stored_page_count_as_exact(tokenizer, clean):
     """A perfect model's answer, through what use and evaluation make of it."""
     from transformers import AutoTokenizer
 
-    place = ROOT / "demo" / "tiny_holo1" if tokenizer == "demo" else SHARED / "qwen_tokenizer"
-    if not place.is_dir():
-        pytest.skip("shared/qwen_tokenizer does not lie beside the repository")
+    place = ROOT / "demo" / "tiny_holo1" if tokenizer == "demo" else need_shared("qwen_tokenizer")
     known = AutoTokenizer.from_pretrained(place)
     wrong = {}
     for name, html in PAGES.items():
