@@ -111,15 +111,13 @@ def open_screenshot(picture: bytes) -> Image:
     Raises `PictureError`, a `ValueError`, on another format than PNG, JPEG or WebP, on more than 20 M pixels, on a
     strip that no processor takes, and on a damaged file.
     """
-    from PIL import Image
 
     image, turn = _decode(picture)
-    flat = _in_eight_bits(image, depth=picture[24] if image.format == "PNG" else 8)
+    shown = _in_eight_bits(image, depth=picture[24] if image.format == "PNG" else 8)
     if turn is not None:
-        flat = flat.transpose(turn)
-    clean = Image.new("RGB", flat.size)  # without what the file said of itself: saved again, it would turn once more
-    clean.paste(flat)
-    return clean
+        shown = shown.transpose(turn)
+    shown.info = {}  # what the file said of itself: saved again, the picture would turn once more
+    return shown
 
 
 def picture_size(picture: bytes) -> tuple[int, int]:

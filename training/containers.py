@@ -25,8 +25,8 @@ MAX_FILE_BYTES = 64 * 2**20
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # in the order in which one of several of the same name is taken
 PAGES = (".html", ".htm", ".xhtml")
 # The kind of each file that holds rows; the last three are read by `datasets`, which knows tar as WebDataset.
-FILE_KINDS = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".zip": "zip", ".parquet": "parquet"}
-FILE_KINDS |= {".arrow": "arrow", ".tar": "webdataset"}
+FILE_KINDS = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".zip": "zip"}
+FILE_KINDS |= {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _METADATA = ("jsonl", "csv", "parquet")  # kinds of the imagefolder convention's table
 _FACTS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # JSON that holds no rows
@@ -158,6 +158,8 @@ def find_container(path: Path, split: str) -> Container | None:
             raise DataError(f"{path}: no dataset in one file is called so ({', '.join(FILE_KINDS)}){packed}")
         if kind != "zip":
             return Container(Folder(path.parent), kind, (path.name,))
+    elif not path.is_dir():  # a pipe would keep us waiting
+        raise DataError(f"{path}: neither a file nor a folder")
     elif not has_metadata(path) and _has_configurations(path):
         return None
     place = Folder(path) if path.is_dir() else Archive.opened(path)
@@ -189,7 +191,11 @@ def _places(place: Folder | Archive, split: str) -> list[Folder | Archive]:
     """`place`, or the only folder in it (a ZIP often has one at its top), and the folder of the split in that."""
     for _ in range(3):
         files, folders = place.top()
-        if files or len(folders) != 1 or split in folders:
+        if (
+            {name for name in files if not name.upper().startswith(("README", "LICENSE"))}
+            or len(folders) != 1
+            or split in folders
+        ):
             break
         place = place.inside(next(iter(folders)))
     _, folders = place.top()
@@ -237,25 +243,42 @@ def _holds(place: Folder | Archive, suffixes: tuple[str, ...]) -> bool:
 def _pairs(place: Folder | Archive) -> Container | None:
     """Pictures and pages of the same names, at any depth; a page without a picture is named, too. DataError where no
     page has one."""
-    pictures: dict[str, str] = {}
-    pages: dict[str, str] = {}
-    for name in place.files():
-        stem, dot, kind = name.rpartition(".")
-        kind = dot + kind.lower()
-        if kind in PAGES:
-            pages.setdefault(stem, name)
-        elif kind in PICTURES and (stem not in pictures or PICTURES.index(kind) < _rank(pictures[stem])):
-            pictures[stem] = name
-    if pages.keys() & pictures.keys():
-        return Container(place, "pairs", tuple((pictures.get(stem, ""), page) for stem, page in pages.items()))
-    if pages and not _holds(place, tuple(FILE_KINDS)):
-        where = place.path if isinstance(place, Folder) else place.file.filename
-        raise DataError(
-            f"{where} holds {len(pages):,} pages, but no picture of the same name beside one; "
-            f"`python make_pages.py {where} --out FOLDER` draws them"
-        )
-    return None
+    names = place.files()
+    pages = [name for name in names if name.lower().endswith(PAGES)]
+    pictures = [name for name in names if name.lower().endswith(PICTURES)]
+    if not pages:
+        return None
+    # Beside the page as a rule, else by the names alone, in folders for each (html/1.html, images/1.png).
+    for paired in (_paired(pages, pictures), _paired(pages, pictures, anywhere=True)):
+        if any(picture for picture, _ in paired):
+            return Container(place, "pairs", tuple(paired))
+    if any(name.lower().endswith(tuple(FILE_KINDS)) for name in names):
+        return None
+    where = place.path if isinstance(place, Folder) else place.file.filename
+    raise DataError(
+        f"{where} holds {len(pages):,} pages and {len(pictures):,} pictures, none of which have the same name: call "
+        f"them alike (a.png, a.html), or name them in a metadata.jsonl; `python make_pages.py {where} --out FOLDER` draws "
+        "pictures of pages"
+    )
 
 
-def _rank(picture: str) -> int:
-    return PICTURES.index("." + picture.rpartition(".")[2].lower())
+def _paired(pages: list[str], pictures: list[str], anywhere: bool = False) -> list[tuple[str, str]]:
+    """(picture or "", page) of each page; a.png or a.html.png belongs to a.html, A.PNG too where there is no other.
+    `anywhere`: in whatever folder, but no picture to two pages."""
+
+    def key(name: str) -> str:
+        return posixpath.basename(name) if anywhere else name
+
+    found: dict[str, str] = {}
+    by_rank = sorted(pictures, key=lambda name: PICTURES.index(posixpath.splitext(name)[1].lower()))
+    for alike in (str, str.lower):
+        for picture in by_rank:
+            found.setdefault(alike(key(posixpath.splitext(picture)[0])), picture)
+    pairs, taken = [], set()
+    for page in pages:
+        stem = key(posixpath.splitext(page)[0])
+        candidates = (stem, key(page), stem.lower())
+        picture = next((found[name] for name in candidates if name in found), "")
+        pairs.append(("" if anywhere and picture in taken else picture, page))
+        taken.add(picture)
+    return pairs

@@ -36,9 +36,10 @@ def open_table(file: BinaryIO, kind: str) -> Table:
     """The rows of a file that can be read from any place; `kind` is jsonl, json or csv. DataError."""
     if kind == "csv":
         return CsvTable(file)
-    if kind == "json" and file.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+    lines = JsonLines(file)
+    if kind == "json" and not lines.begin_well():
         return JsonList(file)
-    return JsonLines(file)
+    return lines
 
 
 class JsonLines:
@@ -53,6 +54,13 @@ class JsonLines:
 
     def place(self, number: int) -> str:
         return f"byte {self.starts[number]}"
+
+    def begin_well(self) -> bool:
+        """Whether the first of several lines is a row, or there is none; a JSON file of one line is one value."""
+        try:
+            return not self.starts or (len(self.starts) > 1 and self.row(0) is not None)
+        except BadPage:
+            return False
 
     def row(self, number: int) -> Row | None:
         self.file.seek(self.starts[number])
@@ -79,14 +87,18 @@ def _starts(file: BinaryIO) -> array:
 
 
 class JsonList:
-    """A list of JSON objects, which only the whole file tells: it is in memory."""
+    """A list of JSON objects, or the one list in a JSON object, or that object alone; in memory, since only the whole
+    file tells."""
 
     def __init__(self, file: BinaryIO) -> None:
         file.seek(0)
         try:
-            self.rows = json.loads(file.read())
+            value = json.loads(file.read())
         except (ValueError, RecursionError) as error:
-            raise DataError(f"no list of JSON objects: {str(error)[:200]}") from error
+            raise DataError(f"neither a JSON object a line nor a list of them: {str(error)[:200]}") from error
+        lists = [part for part in value.values() if isinstance(part, list)] if isinstance(value, dict) else []
+        only = lists[0] if len(lists) == 1 and all(isinstance(row, dict) for row in lists[0]) else [value]
+        self.rows = value if isinstance(value, list) else only
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -2,7 +2,7 @@
 
 import csv
 import json
-import re
+import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -171,8 +171,10 @@ def test_pages_without_a_picture_are_named_and_where_none_has_one_the_remedy(tmp
     folder.mkdir()
     for name in ("a", "b", "c"):
         (folder / f"{name}.html").write_text("<p>page")
-    with pytest.raises(DataError, match=re.escape(f"make_pages.py {folder} --out FOLDER` draws them")):
+    (folder / "logo.png").write_bytes(picture(9))
+    with pytest.raises(DataError, match="3 pages and 1 pictures, none of which have the same name") as error:
         arrived(folder)
+    assert f"make_pages.py {folder} --out FOLDER` draws" in str(error.value)
     (folder / "a.png").write_bytes(picture(1))
     (folder / "b.png").write_bytes(picture(2))
     (folder / "b.html").write_bytes("<p>caf\u00e9".encode("latin-1"))
@@ -184,6 +186,24 @@ def test_pages_without_a_picture_are_named_and_where_none_has_one_the_remedy(tmp
     assert said["c.html"] == "no picture of the same name beside the page"
     assert "not in UTF-8" in said["b.png"] and "make_pages.py reads other encodings" in said["b.png"]
     assert "only files inside" in said["secret.png"] and "a.png" not in said
+
+
+@pytest.mark.parametrize("layout", ["images/{0}{1} html/{0}.html", "{0}.html{1} {0}.html", "{0}{1} {2}.HTML"])
+def test_pairs_in_folders_of_their_own_and_in_other_spellings(tmp_path, layout):
+    for name, data, html in PAGES:
+        stem, dot, kind = name.partition(".")
+        parts = layout.format(stem, dot + kind, stem.upper()).split()
+        for part, content in zip(parts, (data, html.encode())):
+            (tmp_path / "in" / part).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "in" / part).write_bytes(content)
+    assert arrived(tmp_path / "in") == WANTED
+
+
+def test_a_clone_whose_rows_lie_below_its_card(tmp_path):
+    folder = pictures_in(tmp_path / "in" / "data" / "images").parent
+    write_rows(folder / "rows.jsonl", rows("images/"))
+    (tmp_path / "in" / "README.md").write_text("What this is.")
+    assert arrived(tmp_path / "in") == WANTED
 
 
 @pytest.mark.slow
@@ -227,3 +247,9 @@ def test_a_file_that_holds_no_dataset_is_refused_by_name(tmp_path, name, said):
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(DataError, match=said):
         arrived(tmp_path / name)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "p.parquet")
+    with pytest.raises(DataError, match="neither a file nor a folder"):
+        arrived(tmp_path / "p.parquet")

@@ -28,8 +28,14 @@ def test_lines_of_json_and_lists_of_it():
     assert rows_of(b"\xef\xbb\xbf" + b"\r\n".join(lines), "jsonl") == [*expected, {"a": "\u4e2d"}]
     assert rows_of(b"\n".join(lines), "json") == [*expected, {"a": "\u4e2d"}]
     assert rows_of(b' [{"a": 1},\n 7, {"a": ["x"]}]', "json") == [{"a": 1}, "no JSON object but int", {"a": ["x"]}]
+    assert rows_of(b'[{"a": 1}, {"a": 2}]', "json") == rows_of(b'{"v": 1, "d": [{"a": 1}, {"a": 2}]}', "json")
+    assert (
+        rows_of(b'{\n"a": 1,\n"b": ["x"]}', "json")
+        == [{"a": 1, "b": ["x"]}]
+        == rows_of(b'{"a": 1, "b": ["x"]}', "json")
+    )
     assert rows_of(b"", "jsonl") == rows_of(b"", "json") == []
-    with pytest.raises(DataError, match="no list of JSON objects"):
+    with pytest.raises(DataError, match="neither a JSON object a line nor a list of them"):
         open_table(io.BytesIO(b'[{"a": 1}, '), "json")
 
 
