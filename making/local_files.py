@@ -27,12 +27,12 @@ from making.decoding import decode_sheet
 from making.drops import PageDropped
 from making.style_sheets import grey_declarations, grey_sheet, imports_of, in_style_element, parse_css, write_css
 from scoring.renders import PLACE, Job, Renderer
+from use_model_from_hub import turned_size, upright
 
 MAX_FILE_BYTES = 20 * 2**20
 MAX_CSS_CHARACTERS = 5_000_000  # of all style sheets of a page
 MAX_IMPORTS = 8  # style sheets in style sheets; a browser has no such limit, a circle of them no end
-ORIENTATION = 0x0112  # in a photo's EXIF data
-TURNED = ("JPEG", "MPO", "PNG", "AVIF")  # formats in which Chromium 156 follows it; it does not in WebP
+TURNED = ("JPEG", "MPO", "PNG", "AVIF")  # formats in which Chromium 156 follows EXIF's orientation; not in WebP
 SIZING = ("width", "height", "viewBox", "preserveAspectRatio")  # an SVG's attributes
 NOTED = {"sheet": "style sheets", "script": "scripts"}  # anything else that is wanted is a picture
 
@@ -230,8 +230,8 @@ def picture_sides(data: bytes) -> dict[str, str] | None:
         return {name: root.attrib[name] for name in SIZING if name in root.attrib}
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            width, height = picture.size
-            turned = picture.format in TURNED and picture.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+            turn = upright(picture) if picture.format in TURNED else None
+            width, height = turned_size(picture.size, turn)
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, EOFError, Image.DecompressionBombError):
         return None
-    return dict(zip(("height", "width") if turned else ("width", "height"), map(str, (width, height))))
+    return {"width": str(width), "height": str(height)}

@@ -3,6 +3,8 @@
 import io
 import json
 import random
+import struct
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,12 +66,20 @@ def dropped(output: Path) -> dict[str, str]:
     return {row["name"]: row["reason"] for row in map(json.loads, lines)}
 
 
+def png(
+    width: int, height: int, depth: int, colour: int, data: bytes, transparent: bytes = b"", exif: bytes = b""
+) -> bytes:
+    """A PNG of any kind: `depth` bits a sample, `colour` 0 grey, 2 RGB, 4 grey with alpha, 6 RGBA; `data` the rows,
+    each after a zero; `transparent` the chunk tRNS."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)), (b"eXIf", exif)]
+    chunks += [(b"tRNS", transparent), (b"IDAT", zlib.compress(data)), (b"IEND", b"")]
+    written = b"\x89PNG\r\n\x1a\n"
+    for kind, content in chunks:
+        if content or kind == b"IEND":
+            check = struct.pack(">I", zlib.crc32(kind + content))
+            written += struct.pack(">I", len(content)) + kind + content + check
+    return written
+
+
 def header_bomb(width: int = 20_000, height: int = 20_000) -> bytes:
-    import struct
-    import zlib
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return png(width, height, 8, 2, bytes(1000))

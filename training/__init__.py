@@ -16,6 +16,8 @@ Rooms from top to bottom; each may import those below it, and none above:
     preparation     the pages of a run: read once, checked, found by every rank
     collecting      the pages of a run, from a dataset to the disk, each kept or dropped for a counted reason
     reading         the rows of a dataset, wherever it lies
+    containers      what holds a dataset on a disk, and where a name in it leads
+    tables          the rows of JSON Lines, JSON and CSV, a row at a time
     page_checks     which pages can be trained on: read, cleaned, short enough, none of them twice
     page_order      which pages are trained on when
     packing         pages as one row, and where each picture's patches lie

@@ -78,6 +78,11 @@ def load_pages_from_disk(output_dir: str | Path) -> tuple[Dataset, Dataset]:
     return train, held_out
 
 
+def _bars_total(asked: int, known: list[int]) -> int | None:
+    """What the bar counts to: pages kept as asked, rows read where there are fewer, nothing where nobody knows."""
+    return min(asked, known[0]) if known else None
+
+
 def _collect_pages(
     settings: WantedPages, output_dir: str | Path, count_tokens: CountTokens, seed: int, held_out: int
 ) -> DropReport:
@@ -92,7 +97,8 @@ def _collect_pages(
         image_column=settings.image_column,
         html_column=settings.html_column,
     )
-    rows = read_pages(settings.dataset, source, seed, settings.dataset_revision)
+    known: list[int] = []  # how many rows there are, before the first one comes
+    rows = read_pages(settings.dataset, source, seed, settings.dataset_revision, known.append)
     report, seen, sizes, pages_with = DropReport(held_out + settings.num_samples), set(), [], defaultdict(list)
     folder, schema = Path(output_dir) / "pages", pyarrow.schema(list(PAGE_FIELDS.items()))
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,13 +108,15 @@ def _collect_pages(
             files.enter_context(pyarrow.ipc.new_stream(str(folder / f"{split}.tmp"), schema))
             for split in ("held_out", "train")
         ]
-        progress = files.enter_context(tqdm(total=report.asked, desc="pages", unit="page", mininterval=1))
+        progress = files.enter_context(tqdm(desc="pages", unit="page", mininterval=1))
         while report.kept < report.asked:
             row = next(rows, None)
+            progress.total = _bars_total(report.asked, known)
             if row is None or report.read == 10 * report.asked + 1000:  # or a tiny budget would read millions of them
                 report.ending = f"; {'the dataset ended' if row is None else 'gave up'} after {report.read:,} pages"
                 break
             report.read += 1
+            progress.update(progress.total != report.asked)  # all rows are read where fewer are there than asked
             try:
                 page = check_page(*row, settings, count_tokens)
                 check_new(page, seen, sizes, pages_with, is_held_out=report.kept < held_out)
@@ -120,7 +128,7 @@ def _collect_pages(
                 continue
             writers[report.kept >= held_out].write_batch(pyarrow.RecordBatch.from_pylist([page], schema=schema))
             report.kept += 1
-            progress.update()
+            progress.update(progress.total == report.asked)
     for split in ("held_out", "train"):  # renamed only now: another process may still be reading the old file
         os.replace(folder / f"{split}.tmp", folder / f"{split}.arrow")
     return report

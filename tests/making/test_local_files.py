@@ -1,6 +1,7 @@
 """Local files: what a page asks for comes into it, and nothing from outside its folder."""
 
 import html as entities
+import io
 import re
 import time
 
@@ -145,3 +146,11 @@ def test_addresses_that_lead_elsewhere_are_remote():
         "http://[a",
     ):
         assert not joined_address(reference, PLACE).startswith(PLACE)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("JPEG", (30, 40)), ("PNG", (30, 40)), ("WEBP", (40, 30))])
+def test_a_photo_that_its_exif_turns_has_the_size_that_chromium_shows(kind, size):
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(file, kind, exif=exif.tobytes())
+    assert picture_sides(file.getvalue()) == {"width": str(size[0]), "height": str(size[1])}

@@ -106,6 +106,22 @@ def test_the_shared_pages_load_with_the_real_tokenizer(tmp_path, monkeypatch):
     assert max(training["html_tokens"]) <= 8192
 
 
+@pytest.mark.parametrize(
+    ("pages", "asked", "said"), [(24, 1000, ["24/24", "24/24"]), (24, 6, ["10/10"]), (None, 1000, ["24page ["] * 2)]
+)
+def test_the_bar_counts_to_what_there_is(tmp_path, monkeypatch, capfd, pages, asked, said):
+    """It said 1/1004 and hours of a folder of 24 pages; of a dataset that does not say how many it has, it says none.
+
+    A folder of fewer pages than asked is read twice, the second time for fewer held-out ones."""
+    folder = write_folder(tmp_path / "in", [*good_pages(22), ("a.png", b"x", "<p>"), ("b.png", picture(7), "")])
+    if pages is None:
+        read = collecting.read_pages
+        monkeypatch.setattr(collecting, "read_pages", lambda *args: read(*args[:4]))
+    load(folder, tmp_path / "out", num_samples=asked, eval_pages=4 if asked == 6 else 16, max_bad_share=0.5)
+    bars = [line.split("\r")[-1] for line in capfd.readouterr().err.split("\n") if "page" in line]
+    assert [part in bar for part, bar in zip(said, bars, strict=True)] == [True] * len(said), bars
+
+
 def anonymous_mib() -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
