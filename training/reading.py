@@ -26,15 +26,17 @@ FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow
 
 
 def read_pages(
-    dataset: str, source: DatasetSource, seed: int, revision: str | None = None
+    dataset: str, source: DatasetSource, seed: int, revision: str | None = None, skip: int = 0
 ) -> Iterator[tuple[str, bytes | BadPage, Any]]:
-    """Yields (name, the screenshot's file or what is wrong with the row, html) in an order that `seed` alone decides.
+    """Yields (name, the screenshot's file or what is wrong with the row, html) in an order that `seed` alone decides,
+    without the first `skip` of them, whose pictures are not opened.
 
     DataError where `dataset` cannot be read, or lacks a column.
     """
     path = Path(dataset).expanduser()
     in_folder = (path / "metadata.jsonl").is_file()
-    for name, row in _read_rows(dataset, source, ("image_column", "html_column"), "--dataset", seed, revision):
+    rows = _read_rows(dataset, source, ("image_column", "html_column"), "--dataset", seed, revision)
+    for name, row in itertools.islice(rows, skip, None):
         try:
             screenshot, html = source.page(row) if not isinstance(row, BadPage) else (row, None)
         except BadPage as bad:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import SettingsError
+from training.mixture import one_or_all
 
 RECORD_FILE = "run.json"
 FORMAT = 1  # of the record
@@ -100,8 +101,8 @@ def make_record(
     return plain(
         {
             "format": FORMAT,
-            "typed": {name: value for name, value in sorted(typed.items()) if name not in NOT_KEPT},
-            "fixed": {name: values[name] for name in FIXED},
+            "typed": {name: one_or_all(value) for name, value in sorted(typed.items()) if name not in NOT_KEPT},
+            "fixed": {name: one_or_all(values[name]) for name in FIXED},
             "rate": values["learning_rate"],
             "zero_stage": stage,
             "pages_per_step": pages_per_step(values, processes),
@@ -138,6 +139,11 @@ def take_over(
     values |= {BATCH[0]: micro, BATCH[1]: share // micro}
 
 
+def shown(value: Any) -> str:
+    """As it is typed, but for the flag's name."""
+    return " and ".join(value) if isinstance(value, list) else str(value)
+
+
 def differences(
     record: Mapping[str, Any], current: Mapping[str, Any], where: Path, unknown: Collection[str] = ()
 ) -> list[str]:
@@ -148,8 +154,8 @@ def differences(
         before, now = record["fixed"].get(name), current["fixed"][name]
         if before != now and name not in unknown:
             problems.append(
-                f"--{name} {now}: the run in {where} began with {before}, and {WHY[reason]}; leave it out, or begin "
-                "a new run"
+                f"--{name} {shown(now)}: the run in {where} began with {shown(before)}, and {WHY[reason]}; leave it "
+                "out, or begin a new run"
             )
     if record["pages_per_step"] != current["pages_per_step"]:
         problems.append(
