@@ -355,7 +355,7 @@ def test_every_measure_is_one_that_the_evaluation_writes(tiny_base):
 def test_every_output_is_named_as_the_code_names_it():
     folders = {name.split("/")[0] for name in rows("Outputs") if "/" in name}
     output_dir = training_settings.TRAINING_DEFAULTS["output_dir"]
-    assert folders == {use.FINAL_FOLDER, output_dir, training.EMERGENCY_FOLDER}
+    assert folders == {use.FINAL_FOLDER, output_dir, training.EMERGENCY_FOLDER, training_settings.PAGES_FOLDER}
     source = "".join(
         (ROOT / name).read_text()
         for name in ("holo1_dom_finetune.py", "training/collecting.py", "training/run_record.py")

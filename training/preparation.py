@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -98,11 +99,15 @@ def find_or_make(
     an earlier run has prepared the same, else made, by as many workers as there are cores."""
     pages_dir = Path(settings.pages_dir or Path(args.output_dir).absolute().parent / PAGES_FOLDER).expanduser()
     # What is read is what was looked up: a dataset may change between the two.
-    commits = [dataset_revision(each.name, each.revision) or NOT_SAID for each in asked_datasets(settings)]
-    settings = replace(settings, dataset_revision=commits)
+    asked = asked_datasets(settings)
+    commits = [dataset_revision(each.name, each.revision) for each in asked]
+    settings = replace(settings, dataset_revision=[commit or NOT_SAID for commit in commits])
+    # Where the Hub is silent, a branch comes back as it was asked for, and may move.
+    certain = [is_commit(commit) or commit != each.revision for each, commit in zip(asked, commits)]
+    asked = [replace(each, revision=commit if sure else None) for each, commit, sure in zip(asked, commits, certain)]
     counting, worker_count = how_to_count(encoder, processor)
     apart = [args.output_dir, pages_dir, *(Path(settings.final_dir).glob("holo1_dom_finetune_*"))]
-    wanted = describe(settings, asked_datasets(settings), args.seed, counting, apart)
+    wanted = describe(settings, asked, args.seed, counting, apart)
     count, image_tokens = count_tokens(encoder, processor), partial(encoder.family.image_tokens, processor)
     with (
         claimed(pages_dir, wanted) as prepared,
@@ -120,6 +125,11 @@ def find_or_make(
         else:
             fingerprint = prepared.done["fingerprint"]
     return str(report), fingerprint
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether it is the name of a commit, which never means another one."""
+    return bool(re.fullmatch("[0-9a-f]{40}", revision or ""))
 
 
 def how_to_count(encoder: PageEncoder, processor: ProcessorMixin) -> tuple[str, TokenizerCount | None]:

@@ -1,10 +1,13 @@
 """The datasets of a run: their shares, their columns, whose turn it is; what cannot be meant is refused by name."""
 
+import json
 import random
 from types import SimpleNamespace
 
 import pytest
+from conftest import make_pages, small_run, start_plain, start_torchrun
 
+from training.collecting import load_pages_from_disk
 from training.mixture import FLAGS, Turns, asked_datasets, dealt_out, split_share
 from training.settings import Machine, find_problems, resolve
 
@@ -130,3 +133,42 @@ def test_the_seed_decides_who_is_first():
 )
 def test_held_out_pages_are_dealt_out_at_least_one_each(count, shares, parts):
     assert dealt_out(count, shares, 1) == parts
+
+
+# -----------------------------------------------------------------------------
+# In the real training
+
+
+@pytest.mark.slow
+def test_two_datasets_train_on_two_ranks_and_are_told_everywhere(tiny_base, tmp_path):
+    """With columns of their own; a second run finds the pages, a third goes on with the first."""
+    one, two = make_pages(tmp_path / "one", 12), make_pages(tmp_path / "two", 12, seed=1)
+    rows = (two / "metadata.jsonl").read_text().replace('"text"', '"code"')
+    (two / "metadata.jsonl").write_text(rows.replace('"file_name": "003.png"', '"file_name": "gone.png"'))
+    mixed = {"dataset": [f"{one}:0.75", two], "html_column": ["-", "code"], "max_bad_share": 0.2}
+    flags = small_run(tiny_base, "", **mixed, num_samples=12, eval_pages=4, save_strategy="epoch", max_steps=1)
+    done = start_torchrun(flags, tmp_path)
+    assert done.returncode == 0, output(done)
+    assert "; of one: 12 asked, 12 kept; of two: 4 asked, " in done.stdout
+    training, held_out = load_pages_from_disk(tmp_path / "holo1_dom_finetune_output")
+    for part, counts in ((training, [9, 3]), (held_out, [3, 1])):
+        assert [sum(name.startswith(label) for name in part["name"]) for label in ("one/", "two/")] == counts
+    final = tmp_path / "holo1_dom_finetune_final"
+    recipe = json.loads((final / "dom_recipe.json").read_text())
+    assert (recipe["dataset"], recipe["dataset_licence"]) == ("one and two", "unknown for one, unknown for two")
+    assert [(each["dataset"], each["share"]) for each in recipe["datasets"]] == [("one", 0.75), ("two", 0.25)]
+    record = json.loads((tmp_path / "holo1_dom_finetune_output" / "run.json").read_text())
+    assert record["fixed"]["dataset"] == [f"{one}:0.75", str(two)]
+    assert record["fixed"]["html_column"] == ["-", "code"]
+    card = (final / "README.md").read_text()
+    assert "| dataset 1: share | 0.75 |" in card and str(tmp_path) not in card
+    again = start_torchrun([*flags, "--output_dir", "other", "--show_supervision"], tmp_path)
+    assert again.returncode == 0 and "pages: found in" in again.stdout, output(again)
+    resumed = start_torchrun(["--resume", "--max_steps", "2"], tmp_path)
+    assert resumed.returncode == 0 and "pages: as they were when this run began" in resumed.stdout, output(resumed)
+    refused = start_plain(["--resume", "--dataset", str(one)], tmp_path)
+    assert refused.returncode == 2 and f"began with {one}:0.75 and {two}, and pages that" in refused.stderr
+
+
+def output(done) -> str:
+    return done.stdout[-3000:] + done.stderr[-3000:]
