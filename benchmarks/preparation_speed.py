@@ -162,12 +162,13 @@ def prepare(args: argparse.Namespace) -> None:
         return row
 
     page_workers.Lane.__next__ = counted
-    start = time.monotonic()
+    start, cpu = time.monotonic(), time.process_time()
     report = load_pages(settings, args.work / "out", count, 0, pool, args.work / "prepared")
-    seconds = time.monotonic() - start
+    seconds, cpu = time.monotonic() - start, time.process_time() - cpu
     stored = sum(file.stat().st_size for file in (args.work / "out" / "pages").glob("*.arrow"))
     done = {"workers": args.one, "rows": args.rows, "rows_checked": checked, "seconds": round(seconds, 2)}
     done |= {"report": str(report), "pages_per_s": round(checked / seconds, 1), "bytes_per_page": stored // report.kept}
+    done["parent_cpu_s"] = round(cpu, 2)  # what remains with one process however many workers there are
     done |= {"parent_mb": round(memory.parent_mb), "parent_anonymous_mb": round(memory.parent_anonymous_mb)}
     print(json.dumps(done | {"workers_mb": round(memory.workers_mb)}))
 
