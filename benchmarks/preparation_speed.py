@@ -100,6 +100,12 @@ def write_rows(folder: Path, templates: list[tuple[bytes, str]], rows: int, proc
 # One preparation, in a process of its own
 
 
+def anonymous_mb() -> float:
+    """Of this process, without the files that it has mapped: those the system takes back whenever it likes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024 / 1e6
+
+
 class Memory(threading.Thread):
     """The highest resident memory of this process and, together, of its workers, in MB; looked at twice a second."""
 
@@ -113,10 +119,7 @@ class Memory(threading.Thread):
         me = psutil.Process()
         while True:
             self.parent_mb = max(self.parent_mb, me.memory_info().rss / 1e6)
-            # Without the files that it has mapped: those the system takes back whenever it likes.
-            lines = Path("/proc/self/status").read_text().splitlines()
-            anonymous = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-            self.parent_anonymous_mb = max(self.parent_anonymous_mb, anonymous * 1024 / 1e6)
+            self.parent_anonymous_mb = max(self.parent_anonymous_mb, anonymous_mb())
             total = 0
             for child in me.children():
                 try:
@@ -153,12 +156,14 @@ def prepare(args: argparse.Namespace) -> None:
     memory = Memory()
     memory.start()
     pool = page_workers.PagePool(page_workers.job_of(settings, backend), count, args.one, lambda width, height: 1280)
-    checked = 0
+    checked, tenths = 0, []  # tenths: MB after each tenth of the rows
 
     def counted(lane: page_workers.Lane, known=page_workers.Lane.__next__) -> page_workers.Checked:
         nonlocal checked
         row = known(lane)
         checked += 1
+        if checked % (args.rows // 10) == 0:
+            tenths.append(round(anonymous_mb()))
         return row
 
     page_workers.Lane.__next__ = counted
@@ -169,6 +174,7 @@ def prepare(args: argparse.Namespace) -> None:
     done = {"workers": args.one, "rows": args.rows, "rows_checked": checked, "seconds": round(seconds, 2)}
     done |= {"report": str(report), "pages_per_s": round(checked / seconds, 1), "bytes_per_page": stored // report.kept}
     done["parent_cpu_s"] = round(cpu, 2)  # what remains with one process however many workers there are
+    done |= {"anonymous_mb_after_each_tenth": tenths}
     done |= {"parent_mb": round(memory.parent_mb), "parent_anonymous_mb": round(memory.parent_anonymous_mb)}
     print(json.dumps(done | {"workers_mb": round(memory.workers_mb)}))
 

@@ -354,6 +354,10 @@ def listen(pipe: Connection, tasks: queue.SimpleQueue) -> None:
             tasks.put(pipe.recv())
     except (EOFError, OSError):
         os._exit(0)
+    except Exception:  # a job that cannot be read here
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def answer_for(row: Row, job: Job) -> tuple[dict[str, Any] | None, Marks | None, tuple[str, str] | None]:

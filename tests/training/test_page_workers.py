@@ -1,5 +1,6 @@
 """Pages checked by several processes: what a process alone would have made of them, whatever happens to a worker."""
 
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -76,10 +77,13 @@ def test_a_page_that_kills_a_worker_twice_is_named_and_one_that_does_once_is_kep
 
 
 @pytest.mark.slow
-def test_workers_that_cannot_start_are_done_without(tmp_path, at_once, capsys, monkeypatch):
+@pytest.mark.parametrize("name", ["executable", "path"])
+def test_workers_that_cannot_start_are_done_without(tmp_path, at_once, capsys, monkeypatch, name):
+    """The program is another one; it does not find the room of the function that counts."""
     folder = write_folder(tmp_path / "in", good_pages(40))
     load(folder, tmp_path / "alone")
-    monkeypatch.setattr(page_workers.sys, "executable", "/bin/false")
+    without_tests = [place for place in sys.path if "tests" not in place]
+    monkeypatch.setattr(sys, name, "/bin/false" if name == "executable" else without_tests)
     load(folder, tmp_path / "out", pool=pool_of(folder, 2))
     assert "a worker cannot start (exit code 1); this process checks them alone" in capsys.readouterr().out
     assert everything(tmp_path / "out") == everything(tmp_path / "alone")
