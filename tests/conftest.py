@@ -421,7 +421,8 @@ def small_run(base: Path, pages: Path, **settings) -> list[str]:
     }
     flags = []
     for name, value in {**defaults, **settings}.items():
-        flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        for one in value if isinstance(value, list) else [value]:
+            flags += [f"--{name}"] if one is True else [f"--{name}", str(one)]
     return flags
 
 

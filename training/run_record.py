@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import SettingsError
+from training.mixture import one_or_all
 from training.processes import rank
 
 RECORD_FILE = "run.json"
@@ -134,8 +135,8 @@ def make_record(
     return plain(
         {
             "format": FORMAT,
-            "typed": {name: value for name, value in sorted(typed.items()) if name not in NOT_KEPT},
-            "fixed": {name: values[name] for name in FIXED},
+            "typed": {name: one_or_all(value) for name, value in sorted(typed.items()) if name not in NOT_KEPT},
+            "fixed": {name: one_or_all(values[name]) for name in FIXED},
             "rate": values["learning_rate"],
             "zero_stage": stage,
             "pages_per_step": pages_per_step(values, processes),
@@ -202,6 +203,11 @@ def at_most(size: int, pages: int) -> int:
     return max(fewer for fewer in range(1, max(1, size) + 1) if pages % fewer == 0)
 
 
+def shown(value: Any) -> str:
+    """As it is typed, but for the flag's name."""
+    return " and ".join(value) if isinstance(value, list) else str(value)
+
+
 def differences(
     record: Mapping[str, Any], current: Mapping[str, Any], where: Path, unknown: Collection[str] = ()
 ) -> list[str]:
@@ -212,8 +218,8 @@ def differences(
         before, now = record["fixed"].get(name), current["fixed"][name]
         if before != now and name not in unknown:
             problems.append(
-                f"--{name} {now}: the run in {where} began with {before}, and {WHY[reason]}; leave it out, or begin "
-                "a new run"
+                f"--{name} {shown(now)}: the run in {where} began with {shown(before)}, and {WHY[reason]}; leave it "
+                "out, or begin a new run"
             )
     if record["pages_per_step"] != current["pages_per_step"]:
         problems.append(

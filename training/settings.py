@@ -23,9 +23,9 @@ from training import training_arguments as fields_of_transformers
 from training.checkpoints import checkpoints_in, read_manifest
 from training.cleaning import cleaning_steps
 from training.command_line import forbid_torch, make_parser, read, training_arguments
-from training.dataset import resolve_dataset
 from training.errors import SettingsError
 from training.families import FAMILIES
+from training.mixture import FLAGS, asked_datasets, split_share
 from training.processes import local_world_size, world_size
 from training.run_record import (
     differences,
@@ -38,6 +38,7 @@ from training.run_record import (
 )
 
 PROJECT = Path(__file__).resolve().parents[1]
+PAGES_FOLDER = "holo1_dom_finetune_pages"
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -45,7 +46,8 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 def setting(default: Any, help: str, **options: Any) -> Any:
     """A field of PageSettings: its default, the sentence that --help prints, argparse's `options` such as choices."""
-    return field(default=default, metadata={"help": help, **options})
+    given = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**given, metadata={"help": help, **options})
 
 
 @dataclass
@@ -61,15 +63,32 @@ class PageSettings:
     )
     base_revision: str | None = setting(None, "Branch, tag or commit of the base model on the Hub.")
     trust_remote_code: bool = setting(False, "Run code that the base model's repository brings along.")
-    dataset: str = setting("HuggingFaceM4/WebSight", "Hub dataset, or a folder with metadata.jsonl and pictures.")
-    dataset_config: str | None = setting(None, "Configuration of the dataset (default: v0.1 for WebSight).")
-    dataset_split: str | None = setting(None, "Split of the dataset (default: train).")
-    dataset_revision: str | None = setting(None, "Branch, tag or commit of the dataset on the Hub.")
-    image_column: str | None = setting(
-        None, "Column of the screenshots, or a path, as images.0 (default: known sets by name, else image)."
+    dataset: list[str] = setting(
+        ["HuggingFaceM4/WebSight"],
+        "Hub dataset, or a folder with metadata.jsonl and pictures. Several are given one by one, with their shares: "
+        "--dataset A:0.7 --dataset B; the five flags below then stand once for each, in that order, - to say nothing.",
+        action="append",
     )
-    html_column: str | None = setting(
-        None, "Column of the HTML, or a path, as messages.1.content (default: known sets by name, else text)."
+    dataset_config: list[str] | None = setting(
+        None, "Configuration of the dataset (default: v0.1 for WebSight).", action="append"
+    )
+    dataset_split: list[str] | None = setting(None, "Split of the dataset (default: train).", action="append")
+    dataset_revision: list[str] | None = setting(
+        None, "Branch, tag or commit of the dataset on the Hub.", action="append"
+    )
+    image_column: list[str] | None = setting(
+        None,
+        "Column of the screenshots, or a path, as images.0 (default: known sets by name, else image). Given once, it "
+        "is that of every dataset that is not known by name; so is --html_column.",
+        action="append",
+    )
+    html_column: list[str] | None = setting(
+        None,
+        "Column of the HTML, or a path, as messages.1.content (default: known sets by name, else text).",
+        action="append",
+    )
+    pages_dir: str | None = setting(
+        None, f"Where prepared pages are kept for later runs (default: {PAGES_FOLDER} beside --output_dir)."
     )
     clean: str = setting(
         "comments,scripts,tracking,base64", "What is removed from the HTML, by commas; none leaves it as it is."
@@ -124,6 +143,12 @@ class PageSettings:
     show_supervision: bool = setting(False, "Print one example with the supervised tokens in colour, then stop.")
     check_settings: bool = setting(False, "Check all that can be checked without loading anything, then stop.")
     demo: bool = setting(False, "The bundled tiny model on the bundled pages: no network, no GPU, a few minutes.")
+
+    def __post_init__(self):
+        """What may be given several times is a list, also where a record or a caller has one alone."""
+        for name in ("dataset", *FLAGS):
+            if isinstance(value := getattr(self, name), str):
+                setattr(self, name, [value])
 
 
 # What differs from transformers' own defaults; each stays a flag (--learning_rate, ...).
@@ -541,10 +566,14 @@ def find_problems(resolved: Resolved) -> list[str]:
         problems.append(f"--deepspeed: zero_optimization.stage is {stage!r}; 0, 1, 2 or 3")
     try:
         cleaning_steps(settings.clean)
-        if note := resolve_dataset(settings.dataset).note:
-            resolved.notes.append(f"{settings.dataset}: {note}")
     except SettingsError as error:
         problems.append(str(error))
+    try:
+        for asked in asked_datasets(settings):
+            if asked.source.note:
+                resolved.notes.append(f"{asked.name}: {asked.source.note}")
+    except SettingsError as error:
+        problems += str(error).split("\n")
     return problems
 
 
@@ -570,14 +599,15 @@ def number_problems(settings: PageSettings) -> list[str]:
 def place_problems(resolved: Resolved) -> list[str]:
     """Folders that are not there, hold nothing that can be used, or cannot be written into."""
     settings, output_dir, problems = resolved.settings, resolved.training["output_dir"], []
-    base, data = Path(settings.base_model), Path(settings.dataset)
+    base = Path(settings.base_model)
     if base.is_dir() and base.resolve() == (Path(settings.final_dir) / use.FINAL_FOLDER).resolve():
         problems.append(f"--base_model {settings.base_model} is where the result will be written; rename it first")
     local = settings.base_model.startswith((".", "/", "~")) or settings.base_model.count("/") > 1
     if (base.is_dir() or local) and not (base / "config.json").is_file():
         problems.append(f"--base_model {settings.base_model}: no config.json there; give a model folder or a Hub name")
-    if settings.dataset.startswith((".", "/", "~")) and not data.exists():
-        problems.append(f"--dataset {settings.dataset}: no such folder; give a folder or a Hub name")
+    for name in (split_share(text)[0] for text in settings.dataset):
+        if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
+            problems.append(f"--dataset {name}: no such folder; give a folder or a Hub name")
     if settings.plan:  # writes nothing
         return problems
     places, output = [base.resolve(), *base.resolve().parents], Path(output_dir).resolve()
@@ -591,6 +621,9 @@ def place_problems(resolved: Resolved) -> list[str]:
         problems.append(f"--output_dir {output_dir}: {trouble}; give a folder that can be written into")
     if trouble := fields_of_transformers.folder_trouble(settings.final_dir):
         problems.append(f"--final_dir {settings.final_dir}: {trouble}; give a folder that can be written into")
+    pages_dir = settings.pages_dir and os.path.expanduser(settings.pages_dir)
+    if pages_dir and (trouble := fields_of_transformers.folder_trouble(pages_dir)):
+        problems.append(f"--pages_dir {settings.pages_dir}: {trouble}; give a folder that can be written into")
     return problems
 
 

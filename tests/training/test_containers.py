@@ -21,7 +21,7 @@ WANTED = sorted((data, html) for _, data, html in PAGES)
 def arrived(dataset: Path, **typed: str) -> list[tuple[object, object]]:
     """(screenshot, html) of each page, as a training reads them, and the number of rows that was told before."""
     told: list[int] = []
-    read = list(read_pages(str(dataset), known_dataset(str(dataset), **typed), 3, None, told.append))
+    read = list(read_pages(str(dataset), known_dataset(str(dataset), **typed), 3, None, 0, told.append))
     assert not [str(shot) for _, shot, _ in read if isinstance(shot, BadPage)]
     assert told == [len(read)]
     return sorted((shot, html) for _, shot, html in read)

@@ -41,7 +41,7 @@ def test_design_flags_and_their_defaults_are_as_written():
         False,
         1000,
     )
-    assert (settings.base_model, settings.dataset) == ("Hcompany/Holo1-3B", "HuggingFaceM4/WebSight")
+    assert (settings.base_model, settings.dataset) == ("Hcompany/Holo1-3B", ["HuggingFaceM4/WebSight"])
     names = (
         "base_model dataset dataset_config image_column html_column max_pixels max_html_tokens quantize lora "
         "freeze_vision random_weights micro_batch plan eval_pages eval_every compare_base max_bad_share resume "
