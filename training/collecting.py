@@ -224,12 +224,12 @@ class Collector:
         return self.report(total)
 
     def show(self, progress: tqdm, total: int, counts: Mapping[int, int]) -> None:
-        """A bar that counts to what there is: pages kept as asked; rows read, where there are fewer than that; nothing
-        where nobody knows how many there are."""
+        """A bar that counts to what there is: pages kept as asked; rows read, where there are fewer than that, or where
+        nobody knows how many there are."""
         every = sum(counts.values()) if len(counts) == len(self.parts) else None
         progress.total = None if every is None else min(total, every)
-        read = sum(part.read for part in self.parts)
-        progress.update((read if every is not None and every < total else self.kept) - progress.n)
+        done = self.kept if progress.total == total else sum(part.read for part in self.parts)
+        progress.update(done - progress.n)
 
     def turn(self) -> int:
         """The dataset whose page comes next: while pages are held out, one that still lacks some, if there is one."""

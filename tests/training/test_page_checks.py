@@ -3,7 +3,6 @@
 import io
 import os
 import random
-from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +12,8 @@ from small_pages import count_tokens, dropped, good_pages, header_bomb, load, pa
 import use_model_from_hub as use
 from scoring.validity import same_html
 from training.dataset import BadPage
-from training.page_checks import check_new, check_page, screenshot_size
+from training.duplicates import KnownPages
+from training.page_checks import check_page, marks_of, screenshot_size
 
 
 def test_every_broken_page_is_found_and_no_other(tmp_path):
@@ -191,10 +191,10 @@ def prose(language: str, seed: int, sentences: int) -> list[str]:
 
 def alike(one: str, other: str) -> bool:
     """Whether `other` is dropped where `one` is held out."""
-    seen, sizes, pages_with = set(), [], defaultdict(list)
-    check_new({"screenshot": b"1", "html": one}, seen, sizes, pages_with, is_held_out=True)
+    known = KnownPages()
+    known.add(marks_of({"screenshot": b"1", "html": one}), is_held_out=True)
     try:
-        check_new({"screenshot": b"2", "html": other}, seen, sizes, pages_with, is_held_out=False)
+        known.check(marks_of({"screenshot": b"2", "html": other}), is_held_out=False)
     except BadPage as bad:
         return bad.reason == "like a held-out page"
     return False
