@@ -76,27 +76,41 @@ def _lock(folder: Path, flag: str, name: str, mark: str) -> str:
 @contextlib.contextmanager
 def alone_in(folder: Path, doing: str, name: str = ".owner") -> Iterator[None]:
     """(one process of each disk) What happens inside happens in no other process at the same time; waits, and says for
-    whom. The lock's file stays, or two that wait might hold two files of one name."""
+    whom."""
     path, told = folder / name, False
-    with path.open("a+b", buffering=0) as file:
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    say_from_here(f"{folder} cannot be locked ({error.strerror}): start no second run with its pages")
-                    break
-            if not told:
-                owner = _owner(path)
-                who = f"process {owner.get('process')} on {owner.get('host')}" if owner else "another process"
-                say_from_here(f"{who} is {doing} in {folder}: waiting for it")
-                told = True
-            time.sleep(AGAIN_S)
-        owner = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T")}
-        file.truncate(0)
-        file.write(json.dumps(owner).encode())
+    while (number := _lock_file(path)) is None:
+        if not told:
+            owner = _owner(path)
+            who = f"process {owner.get('process')} on {owner.get('host')}" if owner else "another process"
+            say_from_here(f"{who} is {doing} in {folder}: waiting for it")
+            told = True
+        time.sleep(AGAIN_S)
+    owner = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T")}
+    os.ftruncate(number, 0)
+    os.pwrite(number, json.dumps(owner).encode(), 0)
+    try:
         yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(number)
+
+
+def _lock_file(path: Path) -> int | None:
+    """The descriptor of a lock file that is ours now; None while another process has it."""
+    number = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            say_from_here(f"{path} cannot be locked ({error.strerror}): start no second run with these pages")
+            return number
+        os.close(number)
+        return None
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(number), path.stat()):
+            return number
+    os.close(number)  # its owner removed it between our two calls
+    return None
 
 
 def _owner(path: Path) -> dict[str, str | int]:
