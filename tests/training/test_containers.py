@@ -174,7 +174,7 @@ def test_pages_without_a_picture_are_named_and_where_none_has_one_the_remedy(tmp
     (folder / "logo.png").write_bytes(picture(9))
     with pytest.raises(DataError, match="3 pages and 1 pictures, none of which have the same name") as error:
         arrived(folder)
-    assert f"make_pages.py {folder} --out FOLDER` draws" in str(error.value)
+    assert f"make_pages.py {folder} --out FOLDER` draws pictures" in str(error.value)
     (folder / "a.png").write_bytes(picture(1))
     (folder / "b.png").write_bytes(picture(2))
     (folder / "b.html").write_bytes("<p>caf\u00e9".encode("latin-1"))
