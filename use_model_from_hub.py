@@ -406,15 +406,23 @@ def best_dtype(device: str):
 def load_model(source: str, recipe: Recipe, trust_remote_code: bool = False):
     """Load (model, processor) for writing, in `best_dtype`. Raises `UseError` when that is impossible."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = {"dtype": best_dtype(device), "trust_remote_code": trust_remote_code}
+    # transformers fills what is not there with random numbers and only warns; told so, it does that with wrong shapes.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
-        model = AutoModelForImageTextToText.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+        model, info = AutoModelForImageTextToText.from_pretrained(source, **options)
+    except (OSError, ValueError, SafetensorError) as error:
         raise UseError(f"--model {source} cannot be loaded: {error}") from error
+    unlike = [str(found[0]) for found in info["mismatched_keys"]]
+    if bad := [*sorted(info["missing_keys"]), *(f"{name} (another shape)" for name in sorted(unlike))]:
+        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
+        names = ", ".join(bad[:10])
+        raise UseError(f"--model {source} lacks weights that its config.json asks for: {names}{more}; fetch it again")
     limit_pixels(processor, recipe.min_pixels, recipe.max_pixels)
     return model.to(device).eval(), processor
 

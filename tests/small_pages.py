@@ -2,13 +2,17 @@
 
 import io
 import json
+import os
 import random
+import signal
 import struct
+import time
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 from training.collecting import load_pages, load_pages_from_disk
+from training.page_workers import PagePool
 
 WORDS = "river stone amber cloud maple ember lake north garden silver piano coral meadow lantern harbour".split()
 
@@ -47,8 +51,31 @@ def count_tokens(html: str, width: int, height: int) -> tuple[int, int]:
     return len(html.split()), width * height // 100
 
 
-def load(dataset, output: Path, seed: int = 0, **changes):
-    settings = {"dataset": str(dataset), "dataset_config": None, "dataset_split": None, "dataset_revision": None}
+def slow_count(html: str, width: int, height: int) -> tuple[int, int]:
+    time.sleep(0.01)
+    return count_tokens(html, width, height)
+
+
+def deadly_count(html: str, width: int, height: int) -> tuple[int, int]:
+    """Kills whoever counts a page that says so; of one that names a file, only the first time."""
+    words = html.split()
+    if "deadly" in words:
+        os.kill(os.getpid(), signal.SIGKILL)
+    for word in words:
+        if word.startswith("once:") and not Path(word.removeprefix("once:")).exists():
+            Path(word.removeprefix("once:")).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    return count_tokens(html, width, height)
+
+
+def wanted(dataset, **changes) -> SimpleNamespace:
+    """What load_pages is asked for."""
+    settings = {
+        "dataset": str(dataset) if isinstance(dataset, Path) else dataset,
+        "dataset_config": None,
+        "dataset_split": None,
+        "dataset_revision": None,
+    }
     settings |= {
         "image_column": None,
         "html_column": None,
@@ -57,7 +84,11 @@ def load(dataset, output: Path, seed: int = 0, **changes):
         "max_html_tokens": 1000,
     }
     settings |= {"max_bad_share": 0.02, "clean": "comments,scripts,tracking,base64"} | changes
-    report = load_pages(SimpleNamespace(**settings), output, count_tokens, seed)
+    return SimpleNamespace(**settings)
+
+
+def load(dataset, output: Path, seed: int = 0, pool: PagePool | None = None, place: Path | None = None, **changes):
+    report = load_pages(wanted(dataset, **changes), output, count_tokens, seed, pool, place)
     return (*load_pages_from_disk(output), report)
 
 

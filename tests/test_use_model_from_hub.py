@@ -3,10 +3,11 @@
 import io
 import json
 import random
+import shutil
 import struct
 
 import pytest
-from conftest import ROOT, loaded_for_help, make_pages, run_script, start_plain
+from conftest import ROOT, loaded_for_help, make_pages, run_script, start_plain, weights
 from small_pages import picture, png
 
 import use_model_from_hub as use
@@ -196,6 +197,37 @@ def test_base_settings_of_generation_do_not_leak_in(tiny_base):
     assert greedy.cut_off and greedy.tokens == 6
 
 
+def test_a_model_that_lacks_weights_writes_nothing(tiny_base, tmp_path):
+    """transformers would fill them with random numbers and write a page all the same."""
+    from safetensors.torch import save_file
+
+    folder, whole = tmp_path / "model", weights(tiny_base)
+    shutil.copytree(tiny_base, folder)
+
+    def loaded(tensors):
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return use.load_model(str(folder), use.Recipe())
+
+    loaded(whole)
+    lost = [key for key in whole if key.endswith(("blocks.1.mlp.up_proj.weight", "layers.1.mlp.down_proj.weight"))]
+    assert len(lost) == 2
+    names = r"model\.language_model\.layers\.1\.mlp\.down_proj\.weight, model\.visual\.blocks\.1\.mlp\.up_proj\.weight"
+    with pytest.raises(use.UseError, match=rf"lacks weights that its config\.json asks for: {names}; "):
+        loaded({key: value for key, value in whole.items() if key not in lost})
+    with pytest.raises(use.UseError, match=r"blocks\.0\.attn\.proj\.bias, .* and 20 more; "):
+        loaded({key: value for key, value in whole.items() if not key.startswith("visual")})
+    with pytest.raises(use.UseError, match=r": model\.language_model\.norm\.weight \(another shape\); "):
+        loaded({**whole, "model.norm.weight": whole["model.norm.weight"][:8].clone()})
+    config = json.loads((folder / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(use.UseError, match=r": lm_head\.weight; "):
+        loaded(whole)
+    (folder / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(use.UseError, match="cannot be loaded"):
+        use.load_model(str(folder), use.Recipe())
+
+
 @pytest.mark.slow
 def test_answer_goes_to_stdout_and_the_rest_to_stderr(tiny_base, tmp_path):
     picture = make_pages(tmp_path / "pages", 1) / "000.png"
@@ -206,8 +238,6 @@ def test_answer_goes_to_stdout_and_the_rest_to_stderr(tiny_base, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "tokens/s" in done.stderr and "tokens/s" not in done.stdout
     assert "was not trained by this project" in done.stderr
-    import shutil
-
     shutil.copytree(tiny_base, tmp_path / "trained")
     (tmp_path / "trained" / "dom_recipe.json").write_text(json.dumps(recipe))
     files = ["--image", str(picture), "--model", "./trained", "--output", "page.html"]

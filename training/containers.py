@@ -257,8 +257,8 @@ def _pairs(place: Folder | Archive) -> Container | None:
     where = place.path if isinstance(place, Folder) else place.file.filename
     raise DataError(
         f"{where} holds {len(pages):,} pages and {len(pictures):,} pictures, none of which have the same name: call "
-        f"them alike (a.png, a.html), or name them in a metadata.jsonl; `python make_pages.py {where} --out FOLDER` "
-        "draws pictures of pages"
+        "them alike (a.png, a.html), or name them in a metadata.jsonl; "
+        f"`python make_pages.py {where} --out FOLDER` draws pictures of pages"
     )
 
 

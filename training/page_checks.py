@@ -1,7 +1,7 @@
 """Which pages can be trained on: read, cleaned, short enough, and none of them twice.
 
     page = check_page(name, screenshot, html, settings, count_tokens)       # a dict of PAGE_FIELDS; BadPage
-    check_new(page, seen, sizes, pages_with, is_held_out=False)             # BadPage for a duplicate
+    marks = marks_of(page)                                  # by which duplicates.py tells it from all others
 
 Nothing here knows of models.
 """
@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter
+from array import array
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from training.cleaning import clean_html, cleaning_steps, visible_text
 from training.dataset import BadPage
@@ -22,12 +22,12 @@ from use_model_from_hub import PictureError, extract_html, picture_size
 class WantedPages(Protocol):
     """What load_pages reads of the training's settings (training/settings.py says what each means)."""
 
-    dataset: str
-    dataset_config: str | None
-    dataset_split: str | None
-    dataset_revision: str | None
-    image_column: str | None
-    html_column: str | None
+    dataset: list[str]
+    dataset_config: list[str] | None
+    dataset_split: list[str] | None
+    dataset_revision: list[str] | None
+    image_column: list[str] | None
+    html_column: list[str] | None
     clean: str
     num_samples: int
     eval_pages: int
@@ -120,29 +120,30 @@ def _shingles(html: str) -> set[Shingle]:
     return found if len(words) + words_worth >= 10 else set()
 
 
-def check_new(
-    page: dict[str, Any],
-    seen: set[bytes],
-    sizes: list[int],
-    pages_with: dict[Shingle, list[int]],
-    is_held_out: bool,
-) -> None:
-    """BadPage for a duplicate of any page, or a near-duplicate of a held-out one: word 3-shingles with a Jaccard
-    similarity of 0.8 and more (Broder, 1997), found by an index from shingle to held-out pages.
+class Marks(NamedTuple):
+    """What tells a page from others, small enough to be kept or sent: `digests` of its screenshot and of its html, and
+    its `shingles` (the bytes of unsigned 64-bit numbers). Two of 800,000 pages share one by chance in 1 of 10^7 runs.
+    From a Jaccard similarity of `alike` on its text is nearly another's.
+    """
 
-    0.7 where most shingles are characters: two texts that share 90 % come to 0.82, less a few shingles for every place
-    in which they differ, which counts in a short page. Others stay far below.
+    digests: tuple[int, int]
+    shingles: bytes
+    alike: float = 0.8  # of words
+
+
+def marks_of(page: dict[str, Any]) -> Marks:
+    """The marks of a page as check_page gives it; html that differs in white space alone has one digest.
+
+    Its text is like another's from 0.7 on where most shingles are characters: two texts that share 90 % come to 0.82,
+    less a few shingles for every place in which they differ, which counts in a short page. Others stay far below.
     """
     html = re.sub(r"\s+", " ", re.sub(r">\s+<", "><", page["html"]))
-    hashes = {hashlib.sha256(content).digest() for content in (page["screenshot"], html.encode())}
-    if seen & hashes:
-        raise BadPage("duplicate", "the screenshot or the html of an earlier page")
     shingles = _shingles(html)
-    shared = Counter(other for shingle in shingles for other in pages_with.get(shingle, ()))
-    alike = 0.7 if 2 * sum(isinstance(shingle, str) for shingle in shingles) > len(shingles) else 0.8
-    if not is_held_out and any(both >= alike * (len(shingles) + sizes[other] - both) for other, both in shared.items()):
-        raise BadPage("like a held-out page", "nearly the same text")
-    seen |= hashes
-    for shingle in shingles if is_held_out else ():
-        pages_with[shingle].append(len(sizes))
-    sizes.append(len(shingles))
+    numbers = array("Q", {_number("\0".join(shingle).encode()) for shingle in shingles}).tobytes()
+    of_characters = sum(isinstance(shingle, str) for shingle in shingles)
+    alike = 0.7 if 2 * of_characters > len(shingles) else Marks._field_defaults["alike"]
+    return Marks((_number(page["screenshot"]), _number(html.encode())), numbers, alike)
+
+
+def _number(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")

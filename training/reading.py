@@ -36,15 +36,18 @@ def read_pages(
     source: DatasetSource,
     seed: int,
     revision: str | None = None,
+    skip: int = 0,
     tell_count: TellCount | None = None,
 ) -> Iterator[tuple[str, bytes | BadPage, Any]]:
-    """Yields (name, the screenshot's file or what is wrong with the row, html) in an order that `seed` alone decides.
+    """Yields (name, the screenshot's file or what is wrong with the row, html) in an order that `seed` alone decides,
+    without the first `skip` of them, whose pictures are not opened.
 
     `tell_count` is called before the first row with the number of rows, where that is known without reading them.
     DataError where `dataset` cannot be read, or lacks a column.
     """
     rows = _Rows(dataset, source, "--dataset", seed, revision, tell_count)
-    for name, row in rows.read(image_column=source.image_column, html_column=source.html_column):
+    every = rows.read(image_column=source.image_column, html_column=source.html_column)
+    for name, row in itertools.islice(every, skip, None):
         try:
             screenshot, html = source.page(row) if not isinstance(row, BadPage) else (row, None)
         except BadPage as bad:

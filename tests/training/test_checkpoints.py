@@ -50,6 +50,22 @@ def test_a_checkpoint_appears_whole_and_older_ones_go_after_it(tmp_path):
     assert manifest["record"] == {"processes": 1} and len(manifest["files"]) == 5
 
 
+def test_what_a_rank_writes_after_another_has_gone_is_not_left(tmp_path, monkeypatch):
+    """The lost rank is a stand-in: really, gloo notices it only if it dies between two lines of `staged`."""
+
+    kept = Checkpoints(tmp_path, 2, {})
+
+    def gather_or_lose(value: object) -> list[object]:
+        if kept.staging.exists():
+            raise RuntimeError("Connection closed by peer")
+        return [value]
+
+    monkeypatch.setattr(checkpoints, "gather", gather_or_lose)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        save(kept, 2)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_what_was_half_written_is_neither_a_checkpoint_nor_left(tmp_path):
     kept = Checkpoints(tmp_path, 2, {})
     fill(kept.staging / "checkpoint-2")  # a run that was killed while it wrote

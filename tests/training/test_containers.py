@@ -21,7 +21,7 @@ WANTED = sorted((data, html) for _, data, html in PAGES)
 def arrived(dataset: Path, **typed: str) -> list[tuple[object, object]]:
     """(screenshot, html) of each page, as a training reads them, and the number of rows that was told before."""
     told: list[int] = []
-    read = list(read_pages(str(dataset), known_dataset(str(dataset), **typed), 3, None, told.append))
+    read = list(read_pages(str(dataset), known_dataset(str(dataset), **typed), 3, None, 0, told.append))
     assert not [str(shot) for _, shot, _ in read if isinstance(shot, BadPage)]
     assert told == [len(read)]
     return sorted((shot, html) for _, shot, html in read)
@@ -174,7 +174,7 @@ def test_pages_without_a_picture_are_named_and_where_none_has_one_the_remedy(tmp
     (folder / "logo.png").write_bytes(picture(9))
     with pytest.raises(DataError, match="3 pages and 1 pictures, none of which have the same name") as error:
         arrived(folder)
-    assert f"make_pages.py {folder} --out FOLDER` draws pictures" in str(error.value)
+    assert f"make_pages.py {folder} --out FOLDER` draws" in str(error.value)
     (folder / "a.png").write_bytes(picture(1))
     (folder / "b.png").write_bytes(picture(2))
     (folder / "b.html").write_bytes("<p>caf\u00e9".encode("latin-1"))
