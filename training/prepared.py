@@ -22,12 +22,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import use_model_from_hub as use
 from training.folder_lock import alone_in
 from training.mixture import AskedDataset
 
 DONE, DESCRIPTION = "prepared.json", "description.json"
 # Whoever changes one of these has other pages; packages that decode, count and shuffle, too.
-ROOMS = "cleaning collecting dataset duplicates mixture page_checks page_store reading".split()
+ROOMS = "cleaning collecting containers dataset duplicates mixture page_checks page_store page_workers reading".split()
+ROOMS += ["tables"]
 PACKAGES = ("datasets", "pillow", "tokenizers")
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 
@@ -41,6 +43,7 @@ def describe(
     code = hashlib.sha256()
     for room in ROOMS:
         code.update(Path(__file__).with_name(f"{room}.py").read_bytes())
+    code.update(Path(use.__file__).read_bytes())  # what a picture is
     asked = []
     for each in datasets:
         source = {name: value for name, value in asdict(each.source).items() if name not in ("note", "licence")}

@@ -4,17 +4,19 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import call_in_processes, free_port, make_pages, make_processor
+from conftest import ROOT, call_in_processes, free_port, make_pages, make_processor
 
 from training import collecting, preparation
 from training.errors import DataError
 from training.families import family_of
 from training.preparation import how_to_count, prepare_pages
+from training.prepared import ROOMS
 from training.prompt_and_mask import PageEncoder
 from training.reading import read_pages
 from training.settings import PageSettings
@@ -121,6 +123,16 @@ def test_other_settings_are_other_pages(twelve_pages, alone, tmp_path, reads, ch
     with contextlib.suppress(DataError):  # there is no column x
         prepare(twelve_pages, tmp_path / "second", **change)
     assert len(reads) == 2
+
+
+def test_every_room_that_decides_what_pages_come_out_is_known():
+    """All that collecting imports, and what that imports, but for words and errors."""
+    rooms, found = ["collecting"], set()
+    while rooms:
+        text = (ROOT / "training" / f"{rooms[-1]}.py").read_text()
+        found.add(rooms.pop())
+        rooms += {*re.findall(r"from training\.(\w+) import", text)} - found - {"errors", "processes"}
+    assert found == {*ROOMS}
 
 
 def test_another_tokenizer_or_picture_size_counts_otherwise():
