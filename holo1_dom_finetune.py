@@ -55,21 +55,20 @@ from transformers.trainer_utils import TrainOutput
 
 import use_model_from_hub as use
 from scoring import metrics
-from training import fast_layers, page_costs, zero3
+from training import fast_layers, page_costs, resuming, zero3
 from training.base_model import BaseTensor, base_tensors, fetch_base, fingerprint, load_config, load_processor
 from training.best_weights import BestWeights
-from training.checkpoints import Checkpoints, keep_earlier_results
+from training.checkpoints import Checkpoints
 from training.disk_space import check_space
 from training.errors import DataError, NotFiniteError, PipelineError, SettingsError, StoppedError, is_out_of_memory
 from training.evaluation import Rendering, announce, keep_outputs, parts_of, score_held_out, write_held_out
 from training.families import Family, Picture, family_of, trains_fast
-from training.final_folder import copy_generation_config, load_weights, save_final, whole_copy
-from training.folder_lock import let_go, own
+from training.final_folder import copy_base_files, load_weights, save_final, whole_copy
 from training.heartbeat import heart, on_main_alone
 from training.memory_fit import Fit, choose_micro_batch, compare_with_plan, costs_of, note_smaller, print_plan
 from training.model_card import describe
 from training.packing import image_geometry, pack
-from training.page_order import PageSampler, write_page_order
+from training.page_order import PageSampler, check_steps, write_page_order
 from training.preparation import Pages, prepare_pages
 from training.processes import (
     agree,
@@ -89,7 +88,6 @@ from training.prompt_and_mask import IGNORED, PageEncoder, check_same_question, 
 from training.publishing import check_hub_access, push_final_folder, saved_words
 from training.recipe import gather_facts, make_recipe
 from training.results import Results
-from training.resuming import begin_record, find_checkpoint, honour_typed, steps_before
 from training.stopping import stop
 
 EMERGENCY_FOLDER = "holo1_dom_finetune_checkpoint"
@@ -330,8 +328,7 @@ class PageTrainer(Trainer):
         **options,
     ):
         super().__init__(**options)
-        self.base = base
-        self.costs, self.settings, self.checkpoints, self.meter = costs, settings, checkpoints, Meter()
+        self.base, self.costs, self.settings, self.checkpoints, self.meter = base, costs, settings, checkpoints, Meter()
         self.shapes = {tensor.name: tensor.shape for tensor in tensors.values()}
         # Tokens, patches and supervised tokens of this rank's heaviest batch, beside which the plan is held at the end.
         self.heaviest = (0, 0, 0)
@@ -341,7 +338,7 @@ class PageTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> PageSampler:
         """The Trainer's own would deal pages out by number; ranks then wait for whoever got the long ones."""
-        self.sampler = PageSampler(self.costs, self.args)
+        self.sampler = PageSampler(self.costs, self.args, self.checkpoints.record["began_on"])
         return self.sampler
 
     def _run_epoch(self, **state) -> None:
@@ -417,7 +414,8 @@ class PageTrainer(Trainer):
             }
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
-            copy_generation_config(self.base, Path(output_dir or self.args.output_dir))
+            trusted = self.settings.trust_remote_code
+            copy_base_files(self.base, Path(output_dir or self.args.output_dir), self.processing_class, trusted)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
         # The Trainer of transformers 5.23 would find none of the names it looks for, and go on with the base's weights.
@@ -443,7 +441,7 @@ class Steps(TrainerCallback):
         """(all ranks) The proof that the longest batch fits, once DeepSpeed or DDP has taken the model."""
         trainer = self.trainer
         if state.global_step:
-            honour_typed(trainer)
+            resuming.honour_typed(trainer)
         self.fit(trainer, trainer.data_collator, trainer.train_dataset, self.evaluator.pages)
         release_memory()
         # What is there by now stays; looking through it costs Python's collector 0.3 s each time, a small model's step.
@@ -517,7 +515,8 @@ def make_trainer(
     # It prints the dictionary that log_line puts into words.
     trainer.remove_callback(PrinterCallback)
     file = Path(args.output_dir) / "page_order.jsonl"
-    on_main(lambda: write_page_order(PageSampler(costs, args), pages, file))
+    sampler = PageSampler(costs, args, checkpoints.record["began_on"])
+    on_main(lambda: write_page_order(sampler, pages, file))
     return trainer
 
 
@@ -529,7 +528,7 @@ def train(trainer: PageTrainer, steps: Steps, checkpoint: Path | None) -> TrainO
     """
     args = trainer.args
     emergency_group()  # now, while nothing has failed: a group cannot be made once a rank hangs
-    started = steps_before(checkpoint)
+    started = resuming.steps_before(checkpoint)
     if world_size() > 1:
         say_from_here(f"of {world_size()} on {args.device}, process {os.getpid()}")
     try:
@@ -759,12 +758,10 @@ def run(argv: list[str]) -> None:
         parameters = sum(math.prod(tensor.shape) for tensor in base_tensors(base, settings).values())
         return print_plan(resolved, load_config(base, settings), parameters)
     args = make_arguments(resolved)
-    # Before anything is written: a second run in the same folders would destroy this one's checkpoints.
-    own(Path(args.output_dir), "--output_dir")
-    own(Path(settings.final_dir), "--final_dir", f".{use.FINAL_FOLDER}.owner")
+    resuming.take_folders(resolved)
     heart.knows(args.output_dir, args.ddp_timeout, settings.hang_timeout)
     stop.looks_into(args.output_dir)
-    checkpoint = find_checkpoint(resolved, args)
+    checkpoint = resuming.find_checkpoint(resolved, args)
     # Before anything is read or loaded: a token that may not write is found out now, not after hours.
     if settings.push_to_hub:
         settings.hub_repo = on_main(lambda: check_hub_access(settings.hub_repo, settings.private_repo))
@@ -772,6 +769,7 @@ def run(argv: list[str]) -> None:
     base = on_each_machine(lambda: fetch_base(settings), Path.is_dir)
     processor = load_processor(base, settings)
     encoder = PageEncoder(processor, settings.prompt, family_of(load_config(base, settings)))
+    tensors = {} if settings.show_supervision else base_tensors(base, settings)  # refused before pages are read
     with heart.stage("reading pages"):
         pages = prepare_pages(settings, args, encoder, processor, (resolved.earlier or {}).get("pages"))
     if settings.show_supervision:
@@ -779,13 +777,14 @@ def run(argv: list[str]) -> None:
         (picture,) = encoder.family.pictures(processor, [use.open_screenshot(first["screenshot"])])
         ids, labels = encoder.encode(first["html"], picture.ids)
         return say(colour_supervision(ids, labels, processor.tokenizer, encoder.image_token_id))
-    fine_tune(resolved, args, base, processor, encoder, pages, checkpoint)
+    fine_tune(resolved, args, base, tensors, processor, encoder, pages, checkpoint)
 
 
 def fine_tune(
     resolved: Resolved,
     args: TrainingArguments,
     base: Path,
+    tensors: dict[str, BaseTensor],
     processor: ProcessorMixin,
     encoder: PageEncoder,
     pages: Pages,
@@ -794,24 +793,23 @@ def fine_tune(
     """(all ranks) From checked pages to a trained, saved, judged and published model."""
     settings, training = resolved.settings, pages.training
     # Before anything is written: old checkpoints and pages would be resumed from, deleted or scored as this run's own.
-    keep_earlier_results(Path(args.output_dir), resumes=bool(settings.resume or args.resume_from_checkpoint))
-    tensors = base_tensors(base, settings)
-    checkpoints = begin_record(resolved, fingerprint(base, tensors), pages.known)
+    resuming.keep_what_is_not_ours(resolved)
+    checkpoints = resuming.begin_record(resolved, fingerprint(base, tensors), pages.known)
     check_space(settings, args, load_config(base, settings), tensors, len(training))
     memory_plan = choose_micro_batch(args, settings, load_config(base, settings), training, encoder)
+    check_steps(len(training), args, checkpoints.record["began_on"])
     say_batch(args)
     start = time.monotonic()
     model = load_model(base, settings, args)
-    say_memory(
-        f"{settings.base_model}: {sum(math.prod(t.shape) for t in tensors.values()) / 1e6:,.1f} M parameters", start
-    )
+    millions = sum(math.prod(tensor.shape) for tensor in tensors.values()) / 1e6
+    say_memory(f"{settings.base_model}: {millions:,.1f} M parameters", start)
     recipe = make_recipe(settings, facts := on_main(lambda: gather_facts(settings, args, base)))
     chunk = CHUNK_DEEPSPEED if args.deepspeed else CHUNK_FALLBACK
     notes = Path(args.output_dir) / "replaced_pages.jsonl"
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     packed = trains_fast(model.config, settings)
     # Two pages through everything that comes after training, before it: an hour later is too late to learn of a fault.
-    resumed_at = steps_before(checkpoint) if resolved.earlier else None
+    resumed_at = resuming.steps_before(checkpoint) if resolved.earlier else None
     evaluator = Evaluator(model, tensors, base, settings, args, processor, pages.held_out, resumed_at)
     plain_loss = evaluator.rehearse(PageCollator(processor, encoder, training, chunk, notes))
     # The fast path has to give the plain path's loss on the same two pages, or training stops before step one.
@@ -881,7 +879,7 @@ def main(argv: list[str] | None = None) -> int:
             code = error.code if isinstance(error.code, int) else 1
         except Exception as error:
             code = say_failure(error)
-    let_go()
+    resuming.leave_folders(code)
     report_end(code)
     return code
 

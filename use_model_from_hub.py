@@ -18,15 +18,17 @@ import argparse
 import io
 import json
 import re
+import struct
 import sys
 import time
+import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for readers and editors; each is loaded where it is used
     import torch
-    from PIL.Image import Image
+    from PIL.Image import Image, Transpose
     from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 FINAL_FOLDER = "holo1_dom_finetune_final"
@@ -89,26 +91,115 @@ def say(message: str) -> None:
 
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PICTURE_PIXELS = 20_000_000  # a bomb is refused on its header, before anything is decoded
+MAX_ASPECT_RATIO = 200  # Qwen2-VL's processors raise beyond it
+# What Pillow 13 raises for damaged files; SyntaxError is its PNG reader's.
+_DAMAGED = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, struct.error, zlib.error)
 
 
-def open_screenshot(picture: bytes):
-    """Decode a screenshot to an RGB `PIL.Image`, transparency on white.
+class PictureError(ValueError):
+    """A picture that cannot be shown to a model; `too_large` where only its size is wrong."""
 
-    Raises `ValueError` on another format than PNG, JPEG or WebP, on more than 20 M pixels, and on a damaged file.
+    def __init__(self, message: str, too_large: bool = False):
+        super().__init__(message)
+        self.too_large = too_large
+
+
+def open_screenshot(picture: bytes) -> Image:
+    """Decode a screenshot to an upright RGB `PIL.Image` of 8 bits, transparency on white: the one way in which
+    training, evaluation and use see a picture. Of an animation the first frame.
+
+    Raises `PictureError`, a `ValueError`, on another format than PNG, JPEG or WebP, on more than 20 M pixels, on a
+    strip that no processor takes, and on a damaged file.
     """
+
+    image, turn = _decode(picture)
+    shown = _in_eight_bits(image, depth=picture[24] if image.format == "PNG" else 8)
+    if turn is not None:
+        shown = shown.transpose(turn)
+    shown.info = {}  # what the file said of itself: saved again, the picture would turn once more
+    return shown
+
+
+def picture_size(picture: bytes) -> tuple[int, int]:
+    """(width, height) of what `open_screenshot` makes of it, and as strict: whatever it raises is raised here."""
+    image, turn = _decode(picture, size_alone=True)
+    return turned_size(image.size, turn)
+
+
+def _decode(picture: bytes, size_alone: bool = False) -> tuple[Image, Transpose | None]:
+    """The picture as it is stored, and what turns it upright; with `size_alone` that has the right `size` alone."""
     import warnings
 
     from PIL import Image
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own, lower limit follows
+            warnings.simplefilter("ignore")  # of bombs, since our own, lower limit follows, and of damaged EXIF
             image = Image.open(io.BytesIO(picture), formats=PICTURE_FORMATS)
-        if image.width * image.height > MAX_PICTURE_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PICTURE_PIXELS:,}")
-        image.load()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # pillow's PNG reader raises SyntaxError
-        raise ValueError(f"not a readable PNG, JPEG or WebP picture ({error})") from error
+            size = width, height = image.size
+            if width * height > MAX_PICTURE_PIXELS:
+                raise PictureError(f"{width:,} x {height:,} pixels, more than {MAX_PICTURE_PIXELS:,}", too_large=True)
+            if max(size) >= MAX_ASPECT_RATIO * min(size):
+                raise PictureError(f"{width:,} x {height:,} pixels: a strip that no processor takes")
+            if size_alone:  # only decoding finds every damaged file, but a JPEG's eighth is done in a fifth of the time
+                image.draft("L", (1, 1))
+            image.load()
+            turn = upright(image)
+    except PictureError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise PictureError(str(error), too_large=True) from error
+    except Image.UnidentifiedImageError as error:  # whose message names an object in memory
+        raise PictureError("not a readable PNG, JPEG or WebP picture") from error
+    except _DAMAGED as error:
+        raise PictureError(f"not a readable PNG, JPEG or WebP picture ({str(error)[:100]})") from error
+    if size_alone:
+        image = Image.new("1", size)
+    return image, turn
+
+
+def upright(image: Image) -> Transpose | None:
+    """How to transpose a loaded picture so that it stands as browsers and viewers show it: by the orientation in its
+    EXIF (JPEG, PNG, WebP); None where it stands already, and where its EXIF is damaged."""
+    from PIL import Image as PIL_Image
+
+    # Not image.getexif(), which also asks XMP and text chunks; browsers do not.
+    exif = PIL_Image.Exif()
+    try:
+        exif.load(image.info.get("exif") or b"")
+        orientation = exif.get(0x0112)
+    except _DAMAGED:
+        return None
+    way = PIL_Image.Transpose
+    turns = {2: way.FLIP_LEFT_RIGHT, 3: way.ROTATE_180, 4: way.FLIP_TOP_BOTTOM, 5: way.TRANSPOSE}
+    turns |= {6: way.ROTATE_270, 7: way.TRANSVERSE, 8: way.ROTATE_90}
+    return turns.get(orientation) if isinstance(orientation, int) else None
+
+
+def turned_size(size: tuple[int, int], turn: Transpose | None) -> tuple[int, int]:
+    """(width, height) after `turn`, as `upright` gives it."""
+    sideways = turn is not None and turn.name in ("ROTATE_90", "ROTATE_270", "TRANSPOSE", "TRANSVERSE")
+    return size[::-1] if sideways else size
+
+
+def _in_eight_bits(image: Image, depth: int) -> Image:
+    """RGB, transparency on white. `depth` is the bits of a sample in the file."""
+    import numpy as np
+    from PIL import Image
+
+    key = image.info.get(
+        "transparency"
+    )  # of a PNG without alpha: the one colour that is transparent, in the file's bits
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's convert() would clip at 255
+        grey = np.asarray(image).astype(np.uint32)
+        opaque = grey != key
+        image = Image.fromarray(((grey * 255 + 32_767) // 65_535).astype(np.uint8))
+        if isinstance(key, int):
+            image.putalpha(Image.fromarray((opaque * 255).astype(np.uint8)))
+    elif isinstance(key, int) and image.mode in ("1", "L"):
+        image.info["transparency"] = key * 255 // (2**depth - 1)
+    elif isinstance(key, tuple) and depth == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in key)  # Pillow keeps the high bytes, too
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layers = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers)
@@ -232,21 +323,47 @@ def end_tokens(model: PreTrainedModel, processor: ProcessorMixin) -> list[int]:
 # -----------------------------------------------------------------------------
 # Clean-up
 
-_FENCE = re.compile(r"```[a-zA-Z]*[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
-_START = re.compile(r"<!doctype html|<html[\s>]", re.IGNORECASE)
+_TAG = re.compile(r"<[a-z/!?]", re.IGNORECASE)
+_FENCE = re.compile(r"^[ \t]*```[^\n`]*\n", re.MULTILINE)
+_FENCE_END = re.compile(r"\n[ \t]*```[ \t]*(?=\n|\Z)")
+_OTHER_FENCE = re.compile(r"^[ \t]*```[ \t]*\w[^\n`]*\n.*?(?:^[ \t]*```[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
+_START = re.compile(r"<!doctype html|<html[\s>]|<(?:head|body|style|meta|link|title)\b", re.IGNORECASE)
+_DOCUMENT = re.compile(r"<!doctype html|<html[\s>]", re.IGNORECASE)
 _END = re.compile(r"</html\s*>", re.IGNORECASE)
 
 
 def extract_html(answer: str) -> str:
-    """Take the document out of an answer: code fences and prose before and after it go, the document stays as it is."""
-    start = _START.search(answer)
-    if start:
-        ends = list(_END.finditer(answer, start.start()))
-        document = answer[start.start() : ends[-1].end() if ends else len(answer)]
-        # An unclosed document keeps its tail, but a closing fence was never part of the page.
-        return document if ends else re.sub(r"\n```\s*\Z", "", document)
+    """Take the page out of an answer.
+
+    One that starts with a tag, a comment or a doctype is the page, whatever comes later: it stays as it is, but for
+    white space at its ends. Else what stands in the code fence that comes before any tag; else, where words come before
+    a document, the document to its last </html>. The stored pages are such that this changes none of them.
+    """
+    answer = answer.strip().removeprefix("\ufeff").lstrip()
+    tag = _TAG.search(answer)
+    if tag is None or tag.start() == 0:
+        return _fenced(answer) if tag is None else answer
+    if _FENCE.search(answer, 0, tag.start()):
+        return _fenced(answer)
+    if not _DOCUMENT.search(answer):
+        return answer
+    start = _START.search(answer).start()
+    ends = list(_END.finditer(answer, start))
+    # An unclosed document keeps its tail, but a closing fence was never part of the page.
+    return answer[start : ends[-1].end()] if ends else re.sub(r"\n```\s*\Z", "", answer[start:])
+
+
+def _fenced(answer: str) -> str:
+    """The content of the first code fence; `answer` where there is none."""
     fence = _FENCE.search(answer)
-    return (fence.group(1) if fence else answer).strip()
+    if fence is None:
+        return answer
+    content = answer[fence.end() :]
+    # A page may hold fences itself: the one ends it after which no tag comes, but in a fence of another language.
+    for end in _FENCE_END.finditer(content):
+        if not _TAG.search(_OTHER_FENCE.sub("", content[end.end() :])):
+            return content[: end.start()].strip()
+    return content.strip()
 
 
 # -----------------------------------------------------------------------------
@@ -289,15 +406,23 @@ def best_dtype(device: str):
 def load_model(source: str, recipe: Recipe, trust_remote_code: bool = False):
     """Load (model, processor) for writing, in `best_dtype`. Raises `UseError` when that is impossible."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = {"dtype": best_dtype(device), "trust_remote_code": trust_remote_code}
+    # transformers fills what is not there with random numbers and only warns; told so, it does that with wrong shapes.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
-        model = AutoModelForImageTextToText.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+        model, info = AutoModelForImageTextToText.from_pretrained(source, **options)
+    except (OSError, ValueError, SafetensorError) as error:
         raise UseError(f"--model {source} cannot be loaded: {error}") from error
+    unlike = [str(found[0]) for found in info["mismatched_keys"]]
+    if bad := [*sorted(info["missing_keys"]), *(f"{name} (another shape)" for name in sorted(unlike))]:
+        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
+        names = ", ".join(bad[:10])
+        raise UseError(f"--model {source} lacks weights that its config.json asks for: {names}{more}; fetch it again")
     limit_pixels(processor, recipe.min_pixels, recipe.max_pixels)
     return model.to(device).eval(), processor
 

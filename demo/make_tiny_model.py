@@ -7,11 +7,12 @@ trained here, on base-family pages of make_demo_pages.py and on a list of HTML a
 those pages is one token and any other page can still be written, byte by byte. The demo family is not among what it
 learns from.
 
-Sections: Tokenizer, Processor, Configuration, Command line.
+Sections: Tokenizer, Processor, Configuration, Layout, Command line.
 """
 
 import argparse
 import itertools
+import json
 from pathlib import Path
 
 import make_demo_pages
@@ -140,6 +141,46 @@ def make_config(tokenizer):
 
 
 # -----------------------------------------------------------------------------
+# Layout
+
+
+def lay_out_for_transformers_4(folder: Path) -> None:
+    """The files of `folder`, which transformers 5 has written, as 4 writes them: 5 reads those as well, 4 not its own.
+
+    `rope_scaling` and `rope_theta` instead of `rope_parameters`, an image processor in a file of its own, special
+    tokens as a list by their older name, and how text is split: 5.23 splits as Qwen does whatever the file says.
+    """
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(folder).backend_tokenizer.save(str(folder / "tokenizer.json"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["torch_dtype"] = config.pop("dtype")
+    rope = config["text_config"].pop("rope_parameters")
+    config["text_config"] |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    config["vision_config"].pop("rope_parameters", None)
+    write_json(folder / "config.json", config)
+
+    parts = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
+    (folder / "processor_config.json").unlink()
+    both = {"processor_class": parts["processor_class"]}
+    image = parts["image_processor"] | both
+    image |= {"min_pixels": image["size"]["shortest_edge"], "max_pixels": image["size"]["longest_edge"]}
+    write_json(folder / "preprocessor_config.json", image)
+    video = parts["video_processor"] | both
+    write_json(folder / "video_preprocessor_config.json", video)
+
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
+    tokenizer |= {"add_prefix_space": False, "clean_up_tokenization_spaces": False}
+    tokenizer.pop("backend", None)
+    write_json(folder / "tokenizer_config.json", tokenizer)
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# -----------------------------------------------------------------------------
 # Command line
 
 
@@ -157,6 +198,7 @@ def main() -> None:
     config.save_pretrained(out)
     ends = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id).save_pretrained(out)
+    lay_out_for_transformers_4(out)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     count = sum(parameter.numel() for parameter in model.parameters())

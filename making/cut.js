@@ -1,16 +1,24 @@
-// What begins below `limit` goes, from the end; of a text that reaches below it, the lines there.
+// What begins below `limit` goes, from the end; of a text that reaches below it, the lines there. A box that clips and
+// ends above keeps all it holds: that is hidden, not below, and unseen.js knows more of it.
 ({limit}) => {
   const body = document.querySelector("body");
   let removed = 0;
+  const above = (node) => {
+    const {overflowY, display} = getComputedStyle(node);
+    const clips = overflowY !== "visible" && !/^(inline|contents)$/.test(display);
+    return clips && node.getBoundingClientRect().bottom + scrollY <= limit;
+  };
+  const clipped = new Set();
   const tops = (node) => [...node.getClientRects()].map((box) => box.top + scrollY);
   for (let round = 0; round < 4; round++) {
     const below = (node) => { const found = tops(node); return found.length > 0 && Math.min(...found) >= limit; };
-    const above = (node) => tops(node).some((top) => top < limit);
+    const begins = (node) => tops(node).some((top) => top < limit);
     const going = [];
     const visit = (node) => {
       for (const child of [...node.children].reverse()) {
         if (child.localName === "style" || child.closest("svg") || child.localName === "option") continue;
-        if (below(child) && ![...child.querySelectorAll("*")].some(above)) going.push(child);
+        if (below(child) && ![...child.querySelectorAll("*")].some(begins)) going.push(child);
+        else if (above(child)) clipped.add(child);
         else visit(child);
       }
     };
@@ -21,7 +29,8 @@
     while (texts.nextNode()) {
       range.selectNodeContents(texts.currentNode);
       const found = tops(range), inside = texts.currentNode.parentElement;
-      if (found.length && Math.max(...found) >= limit && !inside.closest("svg")) long.push(texts.currentNode);
+      if (found.length && Math.max(...found) >= limit && !inside.closest("svg")
+        && ![...clipped].some((box) => box.contains(inside))) long.push(texts.currentNode);
     }
     for (const node of long) {
       let low = 0, high = node.data.length;

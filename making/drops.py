@@ -9,9 +9,13 @@ from __future__ import annotations
 
 REASONS = {  # of a dropped page, with what the summary calls them
     "unreadable": "unreadable",
+    "encoding": "in no encoding that is sure",
     "empty": "empty",
+    "frames": "a frameset",
+    "shadow": "with shadow roots",
     "without text": "without text",
     "render": "did not render",
+    "died": "ended the process that made it",
     "blank": "blank",
     "too long": "too long",
     "duplicate": "duplicate",

@@ -1,191 +1,200 @@
 """A page that needs no other file any more: its style sheets and scripts in it, its pictures empty, but of their size.
 
-    files = LocalFiles(root)
-    html = inline_files(html, root, files, scripts=False)
+    files = LocalFiles(root, renderer)
+    html = inline_files(Page(html), folder, files, scripts=False)
     files.notes                                     # Counter({"style sheets remote": 2})
 
-No file outside `root` is read, wherever `..` and links lead.
+A browser's parser reads the page (references.js) and says what it wants. No file outside `root` is read, wherever `..`
+and links lead; an address that begins with a slash begins there, as on a server.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import html as entities
 import io
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, unquote_to_bytes
+from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit
+from xml.etree import ElementTree
 
-from making.style_sheets import SizeOf, grey_declarations, grey_sheet, in_style_element
+from making.browser_steps import step
+from making.decoding import decode_sheet
+from making.drops import PageDropped
+from making.style_sheets import grey_declarations, grey_sheet, imports_of, in_style_element, parse_css, write_css
+from scoring.renders import PLACE, Job, Renderer
+from use_model_from_hub import turned_size, upright
 
 MAX_FILE_BYTES = 20 * 2**20
 MAX_CSS_CHARACTERS = 5_000_000  # of all style sheets of a page
 MAX_IMPORTS = 8  # style sheets in style sheets; a browser has no such limit, a circle of them no end
-_ATTRIBUTE = re.compile(r"""([^\s"'>/=]+)(?:\s*=\s*("[^"]*"|'[^']*'|[^\s"'>]+))?""")
-_IN_TAG = r"""((?:=\s*"[^"]*"|=\s*'[^']*'|=(?!\s*["'])|[^>=])*)>"""  # no two ways to read a thing: linear time
-_MARKUP = re.compile(  # comments and elements of text first: a tag in them is none
-    rf"<!--.*?(?:-->|\Z)|<(script|style|textarea|title|xmp|iframe)\b{_IN_TAG}(.*?)(?:</\1\s*>|\Z)|<(/?[a-z][^\s/>]*){_IN_TAG}",
-    re.I | re.S,
-)
-_IMPORT = re.compile(r"""@import\s+(?:url\(\s*)?("[^"]*"|'[^']*'|[^\s"');]+)\s*\)?\s*([^;]*)(?:;|\Z)""", re.I)
+TURNED = ("JPEG", "MPO", "PNG", "AVIF")  # formats in which Chromium 156 follows EXIF's orientation; not in WebP
+SIZING = ("width", "height", "viewBox", "preserveAspectRatio")  # an SVG's attributes
+NOTED = {"sheet": "style sheets", "script": "scripts"}  # anything else that is wanted is a picture
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page's text. `encoding` is the one it was in, which its style sheets are in, too, if they declare none."""
+
+    html: str
+    encoding: str = "utf-8"
+    xml: bool = False
+
+
+def joined_address(reference: str, base: str) -> str:
+    """The absolute address, as the URL standard makes it of what stands in an attribute; "" where it makes none."""
+    reference = re.sub(r"[\t\n\r]", "", reference.strip("".join(map(chr, range(33)))))
+    path, rest = re.match(r"([^?#]*)(.*)", reference, re.S).groups()
+    if not re.match(r"(?!https?:)[a-z][a-z0-9+.-]*:", path, re.I):
+        path = path.replace("\\", "/")
+    try:
+        return urljoin(base, path + rest)
+    except ValueError:  # brackets that hold no address of a machine
+        return ""
 
 
 class LocalFiles:
     """What a page asks for: files under `root` are read, anything else is counted in `notes` and left out."""
 
-    def __init__(self, root: Path | None) -> None:
-        self.root, self.notes = root, Counter()
+    def __init__(self, root: Path | None, renderer: Renderer | None = None) -> None:
+        self.root, self.renderer, self.notes = root, renderer, Counter()
         self.css_left = MAX_CSS_CHARACTERS
 
-    def find(self, reference: str, folder: Path | None, kind: str) -> Path | None:
-        """The file behind a reference from a file in `folder`; None, and a note, when there is none to be had."""
-        reference = entities.unescape(reference).strip()
-        problem = ""
-        if re.match(r"[a-z][a-z0-9+.-]*:|//|\\\\", reference, re.I):
-            problem = "remote"
-        elif self.root is None or folder is None or reference.startswith(("/", "\\")):
+    def base_of(self, folder: Path | None) -> str:
+        """The address of a folder under the root, with a slash at its end; "" where it is none."""
+        if self.root is None or folder is None or not folder.is_relative_to(self.root):
+            return ""
+        inner = folder.relative_to(self.root).as_posix()
+        return PLACE if inner == "." else f"{PLACE}{quote(inner)}/"
+
+    def find(self, reference: str, base: str, kind: str) -> Path | None:
+        """The file behind a reference from the address `base`; None, and a note, when there is none to be had."""
+        address = joined_address(reference, base or PLACE)
+        problem = "remote"
+        if address.startswith(PLACE):
             problem = "outside the source"
-        else:
             try:
-                file = (folder / (unquote(re.split("[?#]", reference)[0]) or ".").replace("\0", "")).resolve()
-                if not file.is_relative_to(self.root):
-                    problem = "outside the source"
-                elif not file.is_file() or file.stat().st_size > MAX_FILE_BYTES or not os.access(file, os.R_OK):
+                path = unquote(urlsplit(address).path).replace("\0", "").lstrip("/")
+                file = (self.root / path).resolve() if self.root and base else None
+                if file is not None and file.is_relative_to(self.root):
                     problem = "missing"
-                else:
-                    return file
-            except (OSError, RuntimeError):  # too long a name, links in a circle
+                    if (
+                        not path.endswith("/")
+                        and file.is_file()
+                        and file.stat().st_size <= MAX_FILE_BYTES
+                        and os.access(file, os.R_OK)
+                    ):
+                        return file
+            except (OSError, RuntimeError, ValueError):  # too long a name, links in a circle
                 problem = "missing"
         self.notes[f"{kind} {problem}"] += 1
         return None
 
-    def css(self, text: str, folder: Path | None, above: tuple[Path, ...] = ()) -> str:
+    def css(self, text: str, base: str, encoding: str = "utf-8", above: tuple[Path, ...] = ()) -> str:
         """A style sheet with its local imports in place, and its pictures grey."""
-        imported, place = [], 0
-        while lead := re.compile(r"(?:\s|/\*.*?\*/|<!--|-->|@charset[^;]*;)*(?=@import)", re.I | re.S).match(
-            text, place
-        ):
-            if not (match := _IMPORT.match(text, lead.end())):
-                break
-            imported.append(self._imported(match[1].strip("\"'"), match[2].strip(), folder, above))
-            place = match.end()
-        text = re.sub(r"^(?:\s|<!--)*@charset[^;]*;", "", text[place:], flags=re.I)
-        return "".join(imported) + grey_sheet(text, lambda url: self.size_of(url, folder))
+        kept, rules = [], None
+        if "@import" in text.lower():
+            head, rules = imports_of(text)
+            for found in head:
+                kept.append(found if isinstance(found, str) else self._imported(*found, base, encoding, above))
+        elif above:  # what is left open must not reach beyond it
+            rules = parse_css(text)
+        text = text if rules is None else write_css(rules)
+        return "".join(kept) + grey_sheet(text, lambda url: self.size_of(url, base))
 
-    def _imported(self, reference: str, conditions: str, folder: Path | None, above: tuple[Path, ...]) -> str:
-        file = self.find(reference, folder, "style sheets")
-        if file is None or file in above or len(above) > MAX_IMPORTS:
-            return ""
-        css = self.css(self.read(file), file.parent, (*above, file))
-        layer = re.match(r"layer(?:\(([^)]*)\))?", conditions, re.I)
-        conditions = conditions[layer.end() :].strip() if layer else conditions
-        supports = re.match(r"supports\(((?:[^()]|\([^()]*\))*)\)", conditions, re.I)
-        conditions = conditions[supports.end() :].strip() if supports else conditions
-        css = f"@layer {layer[1] or ''}{{{css}}}\n" if layer else css
-        css = f"@supports ({supports[1]}){{{css}}}\n" if supports else css
-        return f"@media {conditions}{{{css}}}\n" if conditions else css + "\n"
+    def _imported(
+        self, reference: str, conditions: list[str], base: str, encoding: str, above: tuple[Path, ...]
+    ) -> str:
+        """The sheet behind an @import, in a block for each of its conditions (`@layer a`), innermost first."""
+        if reference.lower().startswith("data:"):
+            css = self.css(_data(reference).decode("utf-8", "replace"), "", encoding, (*above, Path()))
+        else:
+            file = self.find(reference, base, "style sheets")
+            if file is None or file in above or len(above) > MAX_IMPORTS:
+                return ""
+            css = self.css(self.read(file, encoding), self.base_of(file.parent), encoding, (*above, file))
+        for condition in conditions:
+            css = f"{condition}{{{css}}}"
+        return css + "\n"
 
-    def read(self, file: Path) -> str:
+    def read(self, file: Path, encoding: str) -> str:
         """Its text; nothing when the page's style sheets are too large together."""
-        text = file.read_bytes().decode("utf-8-sig", "replace")
+        text = decode_sheet(file.read_bytes(), encoding, self.renderer)
         self.css_left -= len(text)
         if self.css_left < 0:
             self.notes["style sheets too large"] += 1
             return ""
         return text
 
-    def size_of(self, url: str, folder: Path | None) -> tuple[float, float] | None:
-        """(width, height) in px of the picture behind a url() of a file in `folder`; None where it is not to be had."""
+    def size_of(self, url: str, base: str) -> tuple[float, float] | None:
+        """(width, height) in px of the picture behind a url() of `base`; None where there is none to be had."""
+        if (data := self.picture(url, base)) is None or (sides := picture_sides(data)) is None:
+            return None
+        try:
+            return float(sides["width"].removesuffix("px")), float(sides["height"].removesuffix("px"))
+        except (KeyError, ValueError):
+            return None
+
+    def picture(self, url: str, base: str) -> bytes | None:
+        """What is behind an address of a picture; None where that is not to be had."""
         if url.lower().startswith("data:"):
-            return picture_size(_data(url))
-        file = self.find(url, folder, "pictures")
-        return picture_size(file.read_bytes()) if file else None
+            return _data(url)
+        file = self.find(url, base, "pictures")
+        return file.read_bytes() if file else None
 
 
-def inline_files(html: str, folder: Path | None, files: LocalFiles, scripts: bool) -> str:
+def inline_files(page: Page, folder: Path | None, files: LocalFiles, scripts: bool, width: int = 1280) -> str:
     """The page with what its local files hold: style sheets (scripts, too, where they run), the sizes of pictures.
 
     Without scripts, what <noscript> holds is what a visitor without them sees, so its tags go and its content stays.
+    Of a picture in several sizes the one for a viewport of `width` px stays.
+    Raises PageDropped for what is no page with a body of its own.
     """
-    late: list[str] = []
-
-    def replaced(markup: re.Match[str]) -> str:
-        raw, raw_attributes, content, name, attributes = markup.groups()
-        tag = (raw or name or "").lower()
-        values = {
-            key.lower(): value.strip("\"'") for key, value in _ATTRIBUTE.findall(raw_attributes or attributes or "")
-        }
-        if not tag:
-            return ""  # a comment
-        if tag == "style":
-            return f"<style{raw_attributes}>{in_style_element(files.css(content, folder))}</style>"
-        if tag == "script" and "src" in values and scripts:
-            return _local_script(values, folder, files, late)
-        if tag == "link" and "stylesheet" in values.get("rel", "").lower().split():
-            return _linked_style(values, folder, files)
-        if tag in ("noscript", "/noscript") and not scripts:
-            return ""
-        if tag in ("base", "meta") and (
-            tag == "base" or ("http-equiv" in values and "charset" not in values.get("content", ""))
-        ):
-            return ""  # a policy or a redirect of the page's own would stand in our way
-        text = markup[0]
-        if tag in ("img", "input", "video", "embed") and (source := values.get("src") or values.get("poster")):
-            text = _sized_picture(text, source, folder, files)
-        return _grey_style(text, lambda url: files.size_of(url, folder)) if "url(" in text and not raw else text
-
-    html = _MARKUP.sub(replaced, html)
-    return html + "".join(late)
+    token = f"file-{hashlib.sha256(page.html.encode('utf-8', 'replace')).hexdigest()[:16]}-"
+    options = {"html": page.html, "xml": page.xml, "token": token, "scripts": scripts}
+    render = files.renderer.render(Job("", width, steps=(step("references", **options),), pictures=False))
+    if render.failure:
+        raise PageDropped("render", render.failure)
+    read = render.values[0]
+    if "broken" in read:
+        raise PageDropped("unreadable", f"not well-formed XML: {' '.join(read['broken'].split())[:200]}")
+    if read["frames"]:
+        raise PageDropped("frames", "a frameset, whose frames are pages of their own")
+    if read["shadow"]:
+        raise PageDropped("shadow", "a part of it is in a shadow root")
+    own = files.base_of(folder)
+    base = joined_address(read["base"], own or PLACE) if read["base"] and own else own
+    found = [_wanted(kind, values, base, page, files) for kind, *values in read["wants"]]
+    return re.sub(rf"{token}(\d+);", lambda mark: found[int(mark[1])], read["html"])
 
 
-def _local_script(values: Mapping[str, str], folder: Path | None, files: LocalFiles, late: list[str]) -> str:
-    file = files.find(values["src"], folder, "scripts")
-    if file is None:
-        return ""
-    kind = ' type="module"' if values.get("type", "").lower() == "module" else ""
-    code = re.sub(r"<(?=/script|!--)", r"\\x3c", files.read(file), flags=re.I)
-    script = f"<script{kind}>{code}\n</script>"
-    if "defer" in values and not kind:  # an inline script would not wait
-        late.append(script)
-        return ""
-    return script
-
-
-def _linked_style(values: Mapping[str, str], folder: Path | None, files: LocalFiles) -> str:
-    if "alternate" in values.get("rel", "").lower().split() or "disabled" in values or "href" not in values:
-        return ""
-    if not values["href"].lower().startswith("data:"):
-        file = files.find(values["href"], folder, "style sheets")
-        if file is None:
-            return ""
-        return _style(values, files.css(files.read(file), file.parent, (file,)))
-    return _style(values, files.css(_data(values["href"]).decode("utf-8", "replace"), None))
-
-
-def _style(values: Mapping[str, str], css: str) -> str:
-    media = f' media="{entities.escape(values["media"])}"' if values.get("media") else ""
-    return f"<style{media}>{in_style_element(css)}</style>"
-
-
-def _sized_picture(tag: str, source: str, folder: Path | None, files: LocalFiles) -> str:
-    """A local picture becomes an empty one of its size: the layout needs no more of it."""
-    if source.strip().lower().startswith("data:") or not (file := files.find(source, folder, "pictures")):
-        return tag
-    size = picture_size(file.read_bytes())
-    grey = "data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' width='{:g}' height='{:g}'/>"
-    tag = re.sub(r"""\ssrcset\s*=\s*("[^"]*"|'[^']*'|[^\s"'>]+)""", "", tag, flags=re.I)
-    return tag.replace(source, grey.format(*size).replace('"', "'"), 1) if size and "'" + source not in tag else tag
-
-
-def _grey_style(tag: str, size_of: SizeOf) -> str:
-    def replaced(match: re.Match[str]) -> str:
-        css = entities.unescape(match[1].strip("\"'"))
-        return f' style="{entities.escape(grey_declarations(css, size_of))}"'
-
-    return re.sub(r"""\sstyle\s*=\s*("[^"]*"|'[^']*')""", replaced, tag, flags=re.I)
+def _wanted(kind: str, values: list[str], base: str, page: Page, files: LocalFiles) -> str:
+    """What comes into the page at the place of something that references.js wants, as it is written there."""
+    if kind in ("style", "vector style"):
+        css = files.css(values[0], base, page.encoding)
+        return in_style_element(css) if kind == "style" else entities.escape(css, quote=False)
+    if kind == "declarations":
+        return entities.escape(grey_declarations(values[0], lambda url: files.size_of(url, base)))
+    if kind in ("sheet", "script"):
+        address, encoding = values[0], values[1] or page.encoding
+        if address.strip().lower().startswith("data:"):
+            text, base = _data(address.strip()).decode("utf-8", "replace"), ""
+        else:
+            file = files.find(address, base, NOTED[kind])
+            text, base = (files.read(file, encoding), files.base_of(file.parent)) if file else ("", "")
+        if kind == "script":
+            return re.sub(r"<(?=/script|!--)", r"\\x3c", text, flags=re.I)
+        return in_style_element(files.css(text, base, encoding, (file,) if base else ()))
+    data = files.picture(values[0], base)
+    sides = picture_sides(data) if data is not None else None
+    if kind in ("width", "height"):
+        return sides[kind].removesuffix("px") if sides and kind in sides else ""
+    return entities.escape(grey_picture(sides) if sides is not None else values[0])
 
 
 def _data(url: str) -> bytes:
@@ -198,19 +207,31 @@ def _data(url: str) -> bytes:
         return b""
 
 
-def picture_size(data: bytes) -> tuple[float, float] | None:
-    """(width, height) in px by the file's head; None where it names none."""
+def grey_picture(sides: dict[str, str]) -> str:
+    """The address of an empty picture with these attributes, without a space: it may stand in a srcset."""
+    attributes = "".join(f" {name}='{entities.escape(value)}'" for name, value in sides.items())
+    return "data:image/svg+xml," + quote(f"<svg xmlns='http://www.w3.org/2000/svg'{attributes}/>", safe="/:='<>")
+
+
+def picture_sides(data: bytes) -> dict[str, str] | None:
+    """What decides its size as attributes of an SVG picture: width and height in px by the file's head, an SVG's own
+    as they are, and its viewBox; None where it is no picture."""
     from PIL import Image
 
-    if b"<svg" in (head := data[:4000]):
-        tag = head[head.index(b"<svg") :].split(b">")[0].decode("utf-8", "replace")
-        sides = [re.search(rf"""\s{side}\s*=\s*["']\s*([\d.]+)(?:px)?\s*["']""", tag) for side in ("width", "height")]
+    if re.match(rb"(?:\xef\xbb\xbf)?\s*<", data[:100]):
+        parser = ElementTree.XMLPullParser(["start"])
         try:
-            return (float(sides[0][1]), float(sides[1][1])) if all(sides) else None
-        except ValueError:
+            parser.feed(data[:20_000])
+            root = next((element for _, element in parser.read_events()), None)
+        except (ElementTree.ParseError, ValueError, LookupError):
             return None
+        if root is None or root.tag.rpartition("}")[2] != "svg":
+            return None
+        return {name: root.attrib[name] for name in SIZING if name in root.attrib}
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            return picture.size
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError):
+            turn = upright(picture) if picture.format in TURNED else None
+            width, height = turned_size(picture.size, turn)
+    except (OSError, SyntaxError, ValueError, TypeError, KeyError, EOFError, Image.DecompressionBombError):
         return None
+    return {"width": str(width), "height": str(height)}

@@ -22,7 +22,7 @@ async ({scripts, grey, most_tried, most_svg_characters}) => {
     for (const option of all("option")) option.toggleAttribute("selected", option.selected);
   }
   const remove = (nodes) => nodes.forEach((node) => node.remove());
-  remove(all("script, noscript, template, noframes, noembed, link, base, param, track, picture > source"));
+  remove(all("script, noscript, template, noframes, noembed, link, base, param, track"));
   remove(all("meta").filter((node) => !/^(viewport|color-scheme)$/i.test(node.getAttribute("name") ?? "")));
   remove(all("head > *").filter((node) => !["meta", "title", "style"].includes(node.localName)));
   remove(all("title").slice(1).filter((node) => !node.closest("svg")));
@@ -37,7 +37,7 @@ async ({scripts, grey, most_tried, most_svg_characters}) => {
   for (const node of all("*")) {
     for (const name of node.getAttributeNames()) {
       const value = node.getAttribute(name);
-      if (/^on/i.test(name) || name === "autofocus" || name === "srcdoc") node.removeAttribute(name);
+      if (/^on|["'<=]/i.test(name) || name === "autofocus" || name === "srcdoc") node.removeAttribute(name);
       else if (/^\s*javascript:/i.test(value)) node.setAttribute(name, "#");
       else if (name === "style" && /url\(/i.test(value))
         node.setAttribute(name, value.replace(/url\((?!\s*["']?#)[^)]*\)/gi, grey));
@@ -64,7 +64,8 @@ async ({scripts, grey, most_tried, most_svg_characters}) => {
   };
   const size = (node) => { const {width, height} = getComputedStyle(node); return `${width} ${height}`; };
   const rule = document.createElement("style");
-  rule.textContent = `img{content:${grey}}`;
+  const bare = all("img").some((node) => !node.currentSrc && !node.hasAttribute("src"));  // it draws nothing
+  rule.textContent = `${bare ? "img[src]" : "img"}{content:${grey}}`;
   let greyed = 0;
   const restyle = (node, before) => {  // the layout it had, in words of its own
     for (let round = 0; round < 2; round++) {
@@ -87,11 +88,12 @@ async ({scripts, grey, most_tried, most_svg_characters}) => {
     restyle(picture, before);
     greyed++;
   };
-  const images = all("img");
+  const images = all("img").filter((node) => node.currentSrc || node.hasAttribute("src"));
   const wanted = images.map((node) => rendered(node) ? size(node) : null);
   const natural = images.map((node) => look(node));
   const REPLACED = "input[type=image], video, canvas, iframe, frame, object, embed";
   if (images.length || all(`${REPLACED}, svg`).length) first("head").append(rule);
+  remove(all("picture > source"));
   for (const image of images) {
     ["srcset", "sizes", "alt", "loading", "longdesc", "usemap", "ismap"].forEach((name) => image.removeAttribute(name));
     image.setAttribute("src", "data:,");
@@ -125,7 +127,8 @@ async ({scripts, grey, most_tried, most_svg_characters}) => {
     if (long >= most_svg_characters) replace(svg);
   }
   for (const image of all("svg image, svg foreignObject image")) {
-    const box = document.createElementNS("http://www.w3.org/2000/svg", "rect");
+    const box = document.createElementNS("http://www.w3.org/2000/svg", "rect"), drawn = image.getBBox();
+    for (const side of ["width", "height"]) if (drawn[side]) box.setAttribute(side, drawn[side]);
     for (const name of ["x", "y", "width", "height", "transform", "class", "style"])
       if (image.hasAttribute(name)) box.setAttribute(name, image.getAttribute(name));
     box.setAttribute("fill", "#ccc");

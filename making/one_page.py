@@ -13,69 +13,46 @@ import io
 import itertools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from making.browser_steps import step
 from making.drops import PageDropped
 from making.page_settings import Settings
-from making.reductions import Draft, compose, draft_of, learn, questions, reducible_items
+from making.reductions import Draft, Item, compose, draft_of, learn, questions, reducible_items
 from making.style_sheets import GREY
-from scoring.renders import SHOT, Job, Render, Renderer
+from making.trials import Trials, rendered
+from scoring.renders import SHOT, Job, Renderer
 from use_model_from_hub import MAX_PICTURE_PIXELS
 
-CHANCE = 0.0011  # share of the pixels: what two renders of one page were seen to differ by
-MAX_RENDERS = 16  # to find out which reductions stay: what is kept back costs tokens, a render time
+MOST_PNG_PIXELS = 300_000  # of a larger screenshot PNG was never the smaller file, and took a twelfth of a page's time
 MAX_CUTS = 4  # attempts to meet a token limit
 MAX_SVG_CHARACTERS = 400  # of markup with what it uses; a longer drawing becomes a grey picture
 MAX_TRIED_PICTURES = 200  # whose own rules are tried first; each try makes the browser lay the page out again
+MAX_TURNS = 4  # in which overlapping words become transparent; more overlap where nobody could read them
+MAX_LAYOUTS = 150  # to find out what an unseen piece may leave behind; each makes the browser lay the page out again
 
 if TYPE_CHECKING:
     import numpy as np
 
 
-@dataclass
-class Trials:
-    """Renders a candidate and holds it against the page as it was; `left` renders may still be made."""
+def has_pixel(words: list[tuple[bool, int, list[list[int]]]], shown: np.ndarray, clear: list[np.ndarray]) -> list[bool]:
+    """Of each word of words.js whether the picture `shown` (H, W, 3) holds it.
 
-    renderer: Renderer
-    window: tuple[int, int]  # width and height, CSS px
-    image: np.ndarray  # (H, W, 3) uint8
-    left: int = MAX_RENDERS
-    made: int = 0
+    `clear` are the pictures without any word and, where words overlap, without those of one turn after the other. What
+    is no plain text (drawn by an SVG, or cut out of a background) counts as held.
+    """
+    changed = [(shown != one).any(axis=-1) if one.shape == shown.shape else None for one in clear]
 
-    def same(self, html: str) -> bool:
-        """To the pixel. Where so few differ that it may be chance, the candidate is rendered once more."""
-        for _ in range(2):
-            if self.left <= 0:
-                return False
-            self.left -= 1
-            self.made += 1
-            differing = share_of_differing(rendered(self.renderer, Job(html, *self.window)).image, self.image)
-            if differing == 0 or differing > 2 * CHANCE:
-                return differing == 0
-        return False
+    def held(boxes: list[list[int]], where: np.ndarray | None) -> bool:
+        return where is None or any(
+            where[max(0, top) : max(0, bottom), max(0, left) : max(0, right)].any()
+            for left, top, right, bottom in boxes
+        )
 
-    def reproduces(self, html: str) -> bool:
-        """Whether it renders as it did before, but for what chance explains."""
-        self.made += 2
-        renders = (rendered(self.renderer, Job(html, *self.window)) for _ in range(2))
-        return any(share_of_differing(render.image, self.image) <= limit for render, limit in zip(renders, (0, CHANCE)))
-
-
-def rendered(renderer: Renderer, job: Job) -> Render:
-    """PageDropped where that fails; a page whose candidates do not render is none to learn from, either."""
-    render = renderer.render(job)
-    if render.failure:
-        raise PageDropped("render", render.failure)
-    return render
-
-
-def share_of_differing(one: np.ndarray, other: np.ndarray) -> float:
-    """The share, 0 to 1, of pixels in which two pictures (H, W, 3) differ; 1 where their sizes do."""
-    if one.shape != other.shape:
-        return 1.0
-    return float((one != other).any(axis=-1).mean())
+    return [
+        bool(boxes) and (own or (held(boxes, changed[0]) and (len(changed) == 1 or held(boxes, changed[1 + turn]))))
+        for own, turn, boxes in words
+    ]
 
 
 def shortest(draft: Draft, trials: Trials, rematch: Callable[[list[int]], list[int]]) -> tuple[str, int]:
@@ -94,7 +71,10 @@ def shortest(draft: Draft, trials: Trials, rematch: Callable[[list[int]], list[i
     dropped, best, after = set(), "", draft.matched
     draft.matched = dict(zip(after, rematch([])))
     waiting = [group for group in (list(everything - set(elements)), elements) if group]
-    while waiting and trials.left > 1:
+    shells: list[Item] = []  # of elements that must stay, what may stay of them
+    while (waiting or shells) and trials.left > 1:
+        if not waiting:
+            waiting, shells = [shells], []
         group = waiting.pop(0)
         html = compose(draft, dropped | set(group))
         if trials.same(html):
@@ -102,6 +82,8 @@ def shortest(draft: Draft, trials: Trials, rematch: Callable[[list[int]], list[i
             best = html
         elif len({kind for kind, _ in group}) > 1:
             waiting += [kind for kind in kinds if kind[0][0] != "element"]
+        elif len(group) == 1 and group[0][0] == "element":
+            shells += [("shell", group[0][1])] if draft.shells[group[0][1]] else []
         elif len(group) > 1:
             waiting += [group[: len(group) // 2], group[len(group) // 2 :]]
             waiting.sort(key=len, reverse=True)  # the larger, the more there is to gain
@@ -109,7 +91,25 @@ def shortest(draft: Draft, trials: Trials, rematch: Callable[[list[int]], list[i
         draft.matched = dict(zip(after, rematch(gone)))
         html = compose(draft, dropped)
         best = html if trials.same(html) else best
-    return best or compose(draft, ()), len(everything - dropped)
+    hollow = {("element", number) for kind, number in dropped if kind == "shell"}
+    return best or compose(draft, ()), len(everything - dropped - hollow)
+
+
+def looked_at(
+    normalised: str, window: tuple[int, int], limit: int, renderer: Renderer
+) -> tuple[np.ndarray, tuple[str, str]]:
+    """(the page's screenshot (H, W, 3) uint8, the steps that mark what has no pixel above `limit` px); PageDropped."""
+    words = step("words", limit=limit, most_turns=MAX_TURNS)
+    steps = (SHOT, words, step("clear", turn=None), SHOT)
+    image, listed, _, without = rendered(renderer, Job(normalised, *window, steps=steps)).values
+    if (image == image[0, 0]).all():
+        raise PageDropped("blank", "every pixel has the same colour")
+    clear = [without]
+    if turns := max((turn for _, turn, _ in listed), default=0):
+        steps = tuple(one for turn in range(turns + 1) for one in (step("clear", turn=turn), SHOT))
+        clear += rendered(renderer, Job(normalised, *window, steps=(words, *steps))).values[2::2]
+    flags = "".join("01"[held] for held in has_pixel(listed, image, clear))
+    return image, (words, step("unseen", flags=flags, most_checks=MAX_LAYOUTS))
 
 
 def drawn(
@@ -130,24 +130,23 @@ def drawn(
     pictures, cut, extract = rendered(
         renderer, Job(html, *window, steps=steps, scripts=settings.scripts == "run")
     ).values
+    if extract["shadow"]:
+        raise PageDropped("shadow", "scripts have put a part of it into a shadow root")
     if not extract["text"]:
         raise PageDropped("without text", "no text in its body")
     draft = draft_of(extract)
     normalised, asked = compose(draft, ()), questions(draft)
-    image, answer = rendered(renderer, Job(normalised, *window, steps=(SHOT, step("analyse", **asked)))).values
-    if (image == image[0, 0]).all():
-        raise PageDropped("blank", "every pixel has the same colour")
-    learn(draft, asked, answer)
-    trials = Trials(renderer, window, image)
+    image, unseen = looked_at(normalised, window, settings.max_height, renderer)
+    answers = rendered(renderer, Job(normalised, *window, steps=(*unseen, step("analyse", **asked)))).values
+    learn(draft, asked, answers[-1], answers[-2])
+    trials = Trials(renderer, window, normalised, image, settings.max_height)
 
     def rematch(gone: list[int]) -> list[int]:
         asked_again = step("analyse", **asked | {"gone": gone})
-        return rendered(renderer, Job(normalised, *window, steps=(asked_again,))).values[0]["after"]
+        return rendered(renderer, Job(normalised, *window, steps=(*unseen, asked_again))).values[-1]["after"]
 
     target, kept_back = shortest(draft, trials, rematch)
-    if target == compose(draft, ()) and not trials.reproduces(target):
-        raise PageDropped("changing", f"more than {CHANCE:.2%} of its pixels differ between renders")
-    facts = {"pictures": pictures, "cut": cut, "kept_back": kept_back, "renders": 2 + trials.made}
+    facts = {"pictures": pictures, "cut": cut, "kept_back": kept_back, "renders": 3 + trials.made}
     return target, image[: settings.max_height], facts | {"normalised": normalised}
 
 
@@ -180,16 +179,16 @@ def make_page(
 
 
 def encode(image: np.ndarray) -> tuple[str, bytes]:
-    """(suffix, file) of a picture (H, W, 3): the smaller of a lossless WebP and a PNG."""
+    """(suffix, file) of a picture (H, W, 3): lossless WebP, or PNG where that may be smaller or nothing else goes."""
     from PIL import Image
 
     files, picture = {}, Image.fromarray(image)
-    for suffix, options in {
-        ".png": {"compress_level": 6},
-        ".webp": {"lossless": True, "quality": 30, "method": 3},
-    }.items():
-        if suffix == ".webp" and max(picture.size) > 16_383:  # px, which is all that WebP can hold
-            continue
+    kinds = {".png": {"compress_level": 6}, ".webp": {"lossless": True, "quality": 30, "method": 3}}
+    if max(picture.size) > 16_383:  # px, which is all that WebP can hold
+        del kinds[".webp"]
+    elif picture.width * picture.height > MOST_PNG_PIXELS:
+        del kinds[".png"]
+    for suffix, options in kinds.items():
         file = io.BytesIO()
         picture.save(file, suffix[1:].upper(), **options)
         files[suffix] = file.getvalue()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from training.errors import SettingsError
 
-RECIPE = 3  # how pages are made; another number makes every folder from the start
+RECIPE = 4  # how pages are made; another number makes every folder from the start
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What of a page can go. Each reduction is an item of a set, so that many can be tried at once or halved.
 
     draft = draft_of(extract)                           # what extract.js says
-    learn(draft, asked := questions(draft), answer)     # what analyse.js says
+    learn(draft, asked := questions(draft), answer)     # what analyse.js says, and of what nobody sees unseen.js
     compose(draft, dropped=set(reducible_items(draft)[0]))     # a complete document without those
 
 Nothing here decides: one_page renders what is left, and compares pixels.
@@ -32,8 +32,10 @@ from making.style_sheets import (
     write_css,
 )
 
-# ("rule", its number), ("attribute", its name), ("text", what is done to it) or ("element", its number in analyse.js)
+# ("rule", its number), ("attribute", its name), ("text", what is done to it), ("element", its number in unseen.js) or,
+# where that must stay, ("shell", the same number): its content alone
 Item = tuple[str, Any]
+_PIECE = re.compile(r"<!--drop (\d+)-->(.*?)<!--/drop \1-->", re.S)
 _TAG = re.compile(r"""<([a-zA-Z][^\s/>]*)((?:\s+[^\s=>]+(?:="[^"]*")?)*)\s*/?>""")
 _PAIR = re.compile(r"""\s+([^\s=>]+)(?:="([^"]*)")?""")
 NEEDLESS_ATTRIBUTES = set(
@@ -58,7 +60,8 @@ class Draft:
     plain: str  # HTML with marks for its style sheets, and around what nobody sees
     sheets: list[list[Rule]]
     spaced: str = ""
-    elements: int = 0
+    replacements: list[str] = field(default_factory=list)  # of what nobody sees, each piece's own, mostly ""
+    shells: list[str | None] = field(default_factory=list)  # the pieces without their content
     matched: dict[str, int] = field(default_factory=dict)  # selector: 1 matches, 0 does not, -1 is no selector
     media: dict[str, bool] = field(default_factory=dict)
     supports: dict[str, bool] = field(default_factory=dict)
@@ -95,9 +98,10 @@ def questions(draft: Draft) -> dict[str, list]:
     return {name: list(values) for name, values in asked.items()}
 
 
-def learn(draft: Draft, asked: Mapping[str, list], answer: Mapping[str, Any]) -> None:
-    """Puts analyse.js's answer to `asked` into the draft."""
-    draft.plain, draft.spaced, draft.elements = answer["plain"], answer["spaced"], answer["dropped"]
+def learn(draft: Draft, asked: Mapping[str, list], answer: Mapping[str, Any], unseen: Mapping[str, Any]) -> None:
+    """Puts analyse.js's answer to `asked` into the draft, and unseen.js's."""
+    draft.plain, draft.spaced = answer["plain"], answer["spaced"]
+    draft.replacements, draft.shells = unseen["replacements"], unseen["shells"]
     draft.matched = dict(zip(asked["selectors"], answer["after"]))
     draft.media, draft.supports = (dict(zip(asked[name], answer[name])) for name in ("media", "supports"))
     draft.declared = dict(zip(asked["declared"], answer["declared"]))
@@ -110,7 +114,7 @@ def reducible_items(draft: Draft) -> list[list[Item]]:
     attributes = [
         ("attribute", name) for name in sorted(names) if name in NEEDLESS_ATTRIBUTES or NEEDLESS_FAMILY.fullmatch(name)
     ]
-    elements = [("element", number) for number in range(draft.elements)]
+    elements = [("element", number) for number in range(len(draft.replacements))]
     text = [("text", what) for what in ("spaces", "doctype", "merged", "minified")]
     attributes += [("attribute", name) for name in ("class", "id", "href", "style")]
     return [group for group in (rules, attributes, text, [("text", "unused names")], elements) if group]
@@ -136,8 +140,9 @@ def reduced_rule(rule: Rule, draft: Draft, inner: list[Rule]) -> list[Rule]:
     return [Rule(", ".join(selectors), body, None, rule.number)] if selectors and body.strip() else []
 
 
-def sheet_texts(draft: Draft, dropped: Collection[Item]) -> list[str]:
-    """The text of each style sheet without what is dropped; as many as the page has, since each has its mark there."""
+def sheet_texts(draft: Draft, dropped: Collection[Item], styles: str = "") -> list[str]:
+    """The text of each style sheet without what is dropped; as many as the page has, since each has its mark there.
+    `styles` is the text of its style attributes."""
 
     def reduced(rules: list[Rule]) -> list[Rule]:
         found: list[Rule] = []
@@ -152,6 +157,8 @@ def sheet_texts(draft: Draft, dropped: Collection[Item]) -> list[str]:
     sheets = [reduced(rules) for rules in draft.sheets]
     if ("text", "merged") in dropped:
         sheets = [list(itertools.chain(*sheets)), *([] for _ in sheets[1:])]
+    if ("text", "unused names") in dropped:
+        sheets = without_unused_names(sheets, styles)
     if ("text", "minified") in dropped:
         sheets = [minified(joined(rules)) for rules in sheets]
     return [write_css(rules) for rules in sheets]
@@ -160,19 +167,18 @@ def sheet_texts(draft: Draft, dropped: Collection[Item]) -> list[str]:
 def compose(draft: Draft, dropped: Collection[Item]) -> str:
     """The page without what is dropped: a complete document."""
     html = draft.spaced if ("text", "spaces") in dropped else draft.plain
-    for number in range(draft.elements):
-        inside = "" if ("element", number) in dropped else r"\1"
-        html = re.sub(rf"<!--drop {number}-->(.*?)<!--/drop {number}-->", inside, html, flags=re.S)
+
+    def piece(found: re.Match[str]) -> str:
+        number = int(found[1])
+        if ("element", number) in dropped:
+            return draft.replacements[number]
+        return draft.shells[number] if ("shell", number) in dropped else found[2]
+
+    html = _PIECE.sub(piece, html)
     if ("text", "spaces") in dropped:
         html = re.sub(r"\n[ \n]+(?=<)", "\n", html) if "<pre" not in html and "<textarea" not in html else html
         html = re.sub(r"\s+(?=</body>)", "", html)
-    sheets = sheet_texts(draft, dropped)
-    if ("text", "unused names") in dropped:
-        styles = " ".join(re.findall(r'\sstyle="([^"]*)"', html))
-        sheets = [
-            without_unused_names(css, " ".join([styles, *sheets[:place], *sheets[place + 1 :]]))
-            for place, css in enumerate(sheets)
-        ]
+    sheets = sheet_texts(draft, dropped, " ".join(re.findall(r'\sstyle="([^"]*)"', html)))
     html = without_attributes(html, "\n".join(sheets), {name for kind, name in dropped if kind == "attribute"})
     for number, css in enumerate(sheets):
         empty = not css.strip() and ("text", "merged") in dropped

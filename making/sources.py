@@ -1,26 +1,34 @@
 """Which pages there are, and their text.
 
     for source in find_pages("site/"):
-        html = read_html(source)                    # decoded as browsers do; PageDropped where it is no page
+        page = read_html(source, renderer)          # decoded as browsers do; PageDropped where it is no page
 
 A source is a folder of HTML files, one of them, a list of them, or a dataset (training/reading.py reads those).
 """
 
 from __future__ import annotations
 
+import contextlib
+import heapq
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from making.decoding import decode_page
 from making.drops import PageDropped
-from making.local_files import MAX_FILE_BYTES
+from making.local_files import MAX_FILE_BYTES, Page
+from scoring.renders import Renderer
 from training import dataset, reading
 from training.dataset import BadPage, DatasetSource
 from training.errors import DataError, SettingsError
 from training.reading import FILE_KINDS
+
+XML = (".xhtml", ".xht")  # by the ends of their names; read by the rules of XML, whatever a page says of itself
+HTML, LISTS = (".html", ".htm", *XML), (".txt", ".lst", "")
+NAMES_AT_ONCE = 10_000  # of a folder's, held while they are put in order
 
 
 @dataclass(frozen=True)
@@ -40,16 +48,17 @@ def find_pages(source: str, known: DatasetSource | None = None) -> Iterator[Sour
     """
     path = Path(source).expanduser()
     if path.is_dir() and not (path / "metadata.jsonl").is_file():
-        root, seen = path.resolve(), False
-        for file in sorted(path.rglob("*")):
-            if file.suffix.lower() in (".html", ".htm", ".xhtml") and file.is_file():
-                seen = True
-                yield Source(file.relative_to(path).as_posix(), file, root)
-        if not seen:
-            raise SettingsError(f"{source}: no .html or .htm file in it, nor a metadata.jsonl")
-    elif path.is_file() and path.suffix.lower() in (".html", ".htm", ".xhtml"):
-        yield Source(path.name, path, path.resolve().parent)
-    elif path.is_file() and path.suffix.lower() in (".txt", ".lst", ""):
+        root, name = path.resolve(), None
+        for name in html_files(path):
+            yield Source(_readable(name), path / name, root)
+        if name is None and any(file.suffix in FILE_KINDS for file in path.rglob("*")):
+            yield from _dataset_pages(path, source, known or dataset.known_dataset(source))
+        elif name is None:
+            kinds = ", ".join(FILE_KINDS)
+            raise SettingsError(f"{source}: no .html or .htm file in it, nor a metadata.jsonl, nor a dataset ({kinds})")
+    elif path.is_file() and path.suffix.lower() in HTML:
+        yield Source(_readable(path.name), path, path.resolve().parent)
+    elif path.is_file() and path.suffix.lower() in LISTS:
         yield from _listed_pages(path)
     elif path.exists() or (source.count("/") <= 1 and not source.startswith((".", "~", "/"))):
         yield from _dataset_pages(path, source, known or dataset.known_dataset(source))
@@ -57,15 +66,65 @@ def find_pages(source: str, known: DatasetSource | None = None) -> Iterator[Sour
         raise SettingsError(f"{source}: no such file or folder")
 
 
+def count_pages(source: str) -> int | None:
+    """How many pages find_pages gives, where that is cheap to know."""
+    path = Path(source).expanduser()
+    if (path / "metadata.jsonl").is_file():
+        with open(path / "metadata.jsonl", "rb") as lines:
+            return sum(1 for line in lines if line.strip())
+    if path.is_dir():
+        return sum(1 for _ in html_files(path)) or None
+    if path.is_file() and path.suffix.lower() in LISTS:
+        return sum(1 for _ in _listed(path))
+    return 1 if path.is_file() and path.suffix.lower() in HTML else None
+
+
+def html_files(folder: Path, below: str = "") -> Iterator[str]:
+    """The HTML files of a folder, by their names from there, in the order of their parts; links to folders are not
+    followed, and what cannot be read is passed over."""
+    for name, inside in _in_order(folder / below):
+        if inside:
+            yield from html_files(folder, f"{below}{name}/")
+        elif os.path.splitext(name)[1].lower() in HTML and (folder / below / name).is_file():
+            yield below + name
+
+
+def _in_order(folder: Path) -> Iterator[tuple[str, bool]]:
+    """(name, whether it is a folder) by name: the next so many at a time, since a folder may hold millions."""
+    last = ""
+    while True:
+        found = []
+        with contextlib.suppress(PermissionError, FileNotFoundError), os.scandir(folder) as entries:
+            later = ((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries if entry.name > last)
+            found = heapq.nsmallest(NAMES_AT_ONCE, later)
+        yield from found
+        if len(found) < NAMES_AT_ONCE:
+            return
+        last = found[-1][0]
+
+
+def _readable(name: str) -> str:
+    """A file's name as text: bytes that are no UTF-8 stand there as their numbers."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _listed(listing: Path) -> Iterator[Path]:
+    with open(listing, encoding="utf-8", errors="surrogateescape") as lines:
+        for line in map(str.strip, lines):
+            if line and not line.startswith("#"):
+                yield listing.parent / line
+
+
 def _listed_pages(listing: Path) -> Iterator[Source]:
     """One path a line, relative to the list; each page may use the files of its own folder and below."""
-    lines = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines()]
-    files = [listing.parent / line for line in lines if line and not line.startswith("#")]
-    if not files:
+    common = ""
+    for file in _listed(listing):
+        folder = str(file.absolute().parent)
+        common = os.path.commonpath([common or folder, folder])
+    if not common:
         raise SettingsError(f"{listing}: names no file; one path a line")
-    common = Path(os.path.commonpath([str(file.absolute().parent) for file in files]))
-    for file in files:
-        yield Source(file.absolute().relative_to(common).as_posix(), file, file.resolve().parent)
+    for file in _listed(listing):
+        yield Source(_readable(file.absolute().relative_to(common).as_posix()), file, file.resolve().parent)
 
 
 def _dataset_pages(path: Path, source: str, known: DatasetSource) -> Iterator[Source]:
@@ -78,48 +137,31 @@ def _dataset_pages(path: Path, source: str, known: DatasetSource) -> Iterator[So
         raise SettingsError(str(error)) from error
 
 
-def read_html(source: Source) -> str:
-    """The page's text, decoded as a browser would; PageDropped where that makes no text."""
+def read_html(source: Source, renderer: Renderer | None = None) -> Page:
+    """The page's text, decoded as a browser would; PageDropped where that makes no text.
+
+    Without a `renderer` only UTF-8 can be read.
+    """
     if source.path is None:
         if isinstance(source.html, BadPage):
             raise PageDropped("unreadable", str(source.html))
         if not isinstance(source.html, str):
             raise PageDropped("unreadable", f"html is no text but {type(source.html).__name__}")
-        return _not_empty(source.html)
+        return _not_empty(Page(source.html))
     try:
         if source.path.stat().st_size > MAX_FILE_BYTES:
             raise PageDropped("unreadable", f"{source.path.stat().st_size:,} bytes, more than {MAX_FILE_BYTES:,}")
         data = source.path.read_bytes()
     except OSError as error:
         raise PageDropped("unreadable", str(error)) from error
-    return _not_empty(decode(data))
+    xml = source.path.suffix.lower() in XML
+    return _not_empty(Page(*decode_page(data, renderer, xml), xml))
 
 
-def _not_empty(html: str) -> str:
-    if "\0" in html:
+def _not_empty(page: Page) -> Page:
+    if "\0" in page.html:
         raise PageDropped("unreadable", "holds NUL characters: no HTML")
-    if not re.search("<[a-z]", html, re.I):
-        raise PageDropped("empty", f"no element in {html[:40]!r}")
-    return html.encode(errors="replace").decode()  # half a character (a lone surrogate) becomes a question mark
-
-
-def decode(data: bytes) -> str:
-    """By its byte order mark, by what it declares, as UTF-8, and at last as Windows-1252 (WHATWG's order)."""
-    for mark, name in ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be")):
-        if data.startswith(mark):
-            return data[len(mark) :].decode(name, "replace")
-    declared = re.search(rb"""<meta[^>]+charset\s*=\s*["']?\s*([\w:.-]+)""", data[:4096], re.I)
-    name = declared[1].decode().lower() if declared else ""
-    if name in ("iso-8859-1", "latin1", "ascii", "us-ascii"):  # all of them mean Windows-1252 on the web
-        name = "cp1252"
-    if name.startswith(("utf-16", "utf16")):  # what could be read as far as here is not
-        name = "utf-8"
-    try:
-        return data.decode(name or "utf-8")
-    except UnicodeDecodeError:
-        text = data.decode(name or "cp1252", "replace")
-        if text.count("\ufffd") > 0.01 * len(text):
-            raise PageDropped("unreadable", f"is not in {name or 'utf-8'}, nor in Windows-1252") from None
-        return text
-    except (LookupError, UnicodeError):  # Python's "undefined", "idna" and the like are encodings, but of no page
-        raise PageDropped("unreadable", f"no such encoding: {name}") from None
+    if not re.search("<[a-z]", page.html, re.I):
+        raise PageDropped("empty", f"no element in {page.html[:40]!r}")
+    # half a character (a lone surrogate) becomes a question mark
+    return replace(page, html=page.html.encode(errors="replace").decode())

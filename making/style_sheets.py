@@ -4,26 +4,24 @@
     write_css(rules)
     grey_sheet(css, size_of)                    # pictures become grey boxes, web fonts go
 
-Text in, text out: what matches, and what shows, only a browser knows (reductions asks it).
+Text in, text out, with tinycss2 between, which reads by the rules of the standard (https://www.w3.org/TR/css-syntax-3).
+What matches, and what shows, only a browser knows (reductions asks it).
 """
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
-_URL = re.compile(r"""url\(\s*(?:"((?:\\.|[^"\\])*)"|'((?:\\.|[^'\\])*)'|([^"')]*))\s*\)""", re.I | re.S)
+import tinycss2
+from tinycss2.ast import Node
+
 GREY = "linear-gradient(#ccc,#ccc)"  # a picture in CSS that has no size of its own
-
-
-_CSS = re.compile(  # comment, string, url, escape; a bracket or the end of a declaration; anything else
-    r"""/\*.*?(?:\*/|\Z)|"(?:\\.|[^"\\\n])*"?|'(?:\\.|[^'\\\n])*'?|url\(\s*[^"'()\s][^()]*\)|\\."""
-    r"""|[{}()\[\];]|[^{}()\[\];"'\\/u]+|.""",
-    re.I | re.S,
-)
-GROUPS = {"@media", "@supports", "@layer", "@container", "@scope", "@starting-style", "@document", "@-moz-document"}
+PICTURES = re.compile(r"url\(|image-set\(", re.I)
+GROUPS = {"media", "supports", "layer", "container", "scope", "starting-style", "document", "-moz-document"}
+MAX_DEPTH = 16  # of groups in groups
 UNSEEN_PSEUDO = re.compile(r"::?-?(?:webkit-|moz-)?(?:selection|scrollbar[\w-]*|resizer|backdrop)\b", re.I)
 UNSEEN_PROPERTY = re.compile(  # no screenshot shows them; the pixels are compared all the same
     r"-(?:moz|ms|o|khtml|epub)-|\*|_|(?:-webkit-)?(?:transition|user-select|tap-highlight|overflow-scrolling)|cursor$"
@@ -34,6 +32,7 @@ UNSEEN_PROPERTY = re.compile(  # no screenshot shows them; the pixels are compar
 PRIVATE = re.compile(  # characters that only an icon font draws, as escapes or as they are
     r"\\(?:0?[ef][0-9a-f]{3}|f[0-9a-f]{4}|10[0-9a-f]{4})(?![0-9a-f])\s?|[\ue000-\uf8ff\U000f0000-\U0010ffff]", re.I
 )
+REMEMBERED = 20_000  # texts whose reading is kept: a page's rules are read again for each candidate
 
 
 SizeOf = Callable[[str], tuple[float, float] | None]  # a picture's address -> (width, height) in px, where known
@@ -54,78 +53,111 @@ class Rule:
         return re.match(r"(@[\w-]+)?", self.prelude)[0].lower()
 
 
-def parse_css(css: str, depth: int = 0) -> list[Rule]:
+# -----------------------------------------------------------------------------
+# Read and written
+
+
+def parse_css(css: str) -> list[Rule]:
     """The rules of a style sheet, comments dropped; what no rule holds is lost, as in a browser."""
-    rules: list[Rule] = []
-    prelude, opened, start, level = "", 0, 0, 0
-    for token in _CSS.finditer(css):
-        text = token[0]
-        if text.startswith("/*") and len(text) > 1:
+    return rules_of(tinycss2.parse_stylesheet(css, skip_comments=True, skip_whitespace=True))
+
+
+def rules_of(nodes: Iterable[Node], depth: int = 0) -> list[Rule]:
+    """The rules among what tinycss2 has read; those of a group are read in turn."""
+    rules = []
+    for node in nodes:
+        if node.type == "error":
             continue
-        if level == 0:
-            if text == "{":
-                start, level = token.end(), 1
-            elif text == ";" and not opened:
-                if prelude.lstrip().startswith("@"):
-                    rules.append(Rule(prelude.strip()))
-                    prelude = ""
-                else:
-                    prelude += text
-            elif text != "}":
-                opened += (text in "([") - (text in ")]" and opened > 0)
-                prelude += text
-            continue
-        level += (text == "{") - (text == "}")
-        if level == 0:
-            rules.append(_block(prelude.strip(), css[start : token.start()], depth))
-            prelude, opened = "", 0
-    if level and prelude.strip():  # the sheet ends inside a rule, which a browser closes
-        rules.append(_block(prelude.strip(), css[start:] + "}" * (level - 1), depth))
+        prelude = text_of(node.prelude)
+        if node.type == "at-rule":
+            prelude = f"@{node.at_keyword} {prelude}"
+        if node.content is None:
+            rules.append(Rule(prelude.strip()))
+        elif node.type == "at-rule" and node.lower_at_keyword in GROUPS and depth < MAX_DEPTH:
+            inner = tinycss2.parse_rule_list(node.content, skip_comments=True, skip_whitespace=True)
+            rules.append(Rule(prelude.strip(), None, rules_of(inner, depth + 1)))
+        else:
+            rules.append(Rule(prelude.strip(), text_of(node.content)))
     return rules
 
 
-def _block(prelude: str, body: str, depth: int) -> Rule:
-    rule = Rule(prelude, body)
-    if rule.name in GROUPS and depth < 16:
-        return Rule(prelude, None, parse_css(body, depth + 1))
-    return rule
+def text_of(nodes: Iterable[Node]) -> str:
+    """What tinycss2 has read as text, without comments."""
+    return tinycss2.serialize(without_comments(nodes)).strip()
 
 
-def declarations(body: str) -> list[tuple[str, str]]:
-    """[(property, value)] of a rule's body."""
-    found, text, opened = [], "", 0
-    for token in itertools.chain((match[0] for match in _CSS.finditer(body)), ";"):
-        if token.startswith("/*") and len(token) > 1:
-            continue
-        if token == ";" and not opened:
-            name, colon, value = text.partition(":")
-            if colon and name.strip():
-                found.append((name.strip() if name.strip().startswith("--") else name.strip().lower(), value.strip()))
-            text = ""
-            continue
-        opened += (token in "([{") - (token in ")]}" and opened > 0)
-        text += token
-    return found
+def without_comments(nodes: Iterable[Node]) -> list[Node]:
+    """The nodes, and what is in their brackets, without comments."""
+    kept = [node for node in nodes if node.type != "comment"]
+    for node in kept:
+        if (inner := inside(node)) is not None:
+            inner[:] = without_comments(inner)
+    return kept
 
 
+def inside(node: Node) -> list[Node] | None:
+    """What is in a function's or a block's brackets, to be read or changed; None of anything else."""
+    return node.arguments if node.type == "function" else getattr(node, "content", None)
+
+
+def parts_of(nodes: Iterable[Node], mark: str = ",") -> list[list[Node]]:
+    """What lies between the marks outside brackets."""
+    parts: list[list[Node]] = [[]]
+    for node in nodes:
+        if node == mark:
+            parts.append([])
+        else:
+            parts[-1].append(node)
+    return parts
+
+
+@lru_cache(REMEMBERED)
+def declarations(body: str) -> tuple[tuple[str, str], ...]:
+    """(property, value) of each declaration in a rule's body."""
+    return tuple(
+        (
+            node.name if node.name.startswith("--") else node.lower_name,
+            text_of(node.value) + ("!important" if node.important else ""),
+        )
+        for node in tinycss2.parse_blocks_contents(body, skip_comments=True, skip_whitespace=True)
+        if node.type == "declaration"
+    )
+
+
+@lru_cache(REMEMBERED)
+def split_selectors(prelude: str) -> tuple[str, ...]:
+    """The selectors of a list, by its commas outside brackets and strings."""
+    return tuple(text_of(part) for part in parts_of(tinycss2.parse_component_value_list(prelude)))
+
+
+@lru_cache(REMEMBERED)
 def squeeze(css: str, around: str = ",") -> str:
     """Without needless white space, strings left alone; `around`: characters that need none beside them."""
-    parts = re.split(r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')""", css)
-    parts[::2] = [re.sub(rf"\s*([{re.escape(around)}])\s*", r"\1", re.sub(r"\s+", " ", part)) for part in parts[::2]]
-    return "".join(parts).strip()
+    return tinycss2.serialize(tight(tinycss2.parse_component_value_list(css, skip_comments=True), around))
 
 
-def split_selectors(prelude: str) -> list[str]:
-    """The selectors of a list, by its commas outside brackets and strings."""
-    found, text, opened = [], "", 0
-    for token in re.findall(r"""\\.|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|.""", prelude, re.S):
-        if token == "," and not opened:
-            found.append(text.strip())
-            text = ""
+def tight(nodes: Iterable[Node], around: str) -> list[Node]:
+    """The nodes without white space at the ends and beside `around`, and a single space elsewhere."""
+    kept: list[Node] = []
+    for node in without_comments(nodes):
+        if node.type == "whitespace":
+            if kept and not hugs(kept[-1], around):
+                node.value = " "
+                kept.append(node)
             continue
-        opened += (token in "([") - (token in ")]")
-        text += token
-    return [*found, text.strip()]
+        if kept and kept[-1].type == "whitespace" and hugs(node, around):
+            kept.pop()
+        if (inner := inside(node)) is not None:
+            inner[:] = tight(inner, around)
+        kept.append(node)
+    return kept[:-1] if kept and kept[-1].type == "whitespace" else kept
+
+
+def hugs(node: Node, around: str) -> bool:
+    """Whether it needs no white space beside it."""
+    if node.type == "{} block":
+        return "{" in around
+    return node.type == "whitespace" or (node.type == "literal" and node.value in around)
 
 
 def in_style_element(css: str) -> str:
@@ -143,14 +175,76 @@ def write_css(rules: Iterable[Rule]) -> str:
     )
 
 
+def every_rule(rules: Iterable[Rule]) -> Iterator[Rule]:
+    """Each rule, those in groups, too, in the order of the sheet."""
+    for rule in rules:
+        yield rule
+        yield from every_rule(rule.rules or [])
+
+
+def imports_of(css: str) -> tuple[list[str | tuple[str, list[str]]], list[Rule]]:
+    """(what a sheet begins with, its other rules): an @layer statement's text, or an @import as `import_of` gives it.
+    An @import that comes later counts for nothing."""
+    head: list[str | tuple[str, list[str]]] = []
+    nodes = tinycss2.parse_stylesheet(css, skip_comments=True, skip_whitespace=True)
+    place, last = 0, 0
+    for place, node in enumerate(nodes):
+        name = node.lower_at_keyword if node.type == "at-rule" and node.content is None else ""
+        if name == "import" and (found := import_of(without_comments(node.prelude))):
+            head.append(found)
+            last = place + 1
+        elif name == "layer":
+            head.append(f"@layer {text_of(node.prelude)};\n")
+        elif name not in ("import", "charset") and node.type != "error":
+            break
+    while head and isinstance(head[-1], str):  # they stand among the other rules just as well
+        head.pop()
+    return head, [rule for rule in rules_of(nodes[last:]) if rule.name not in ("@import", "@charset")]
+
+
+def import_of(prelude: list[Node]) -> tuple[str, list[str]] | None:
+    """(address, heads of blocks, innermost first) of an @import; None where it names no sheet."""
+    nodes = [node for node in prelude if node.type != "whitespace"]
+    if not nodes or (address := address_of(nodes[0])) is None:
+        return None
+    rest, heads = nodes[1:], []
+    if rest and rest[0].type == "ident" and rest[0].lower_value == "layer":
+        heads.append("@layer ")
+        rest = rest[1:]
+    elif rest and rest[0].type == "function" and rest[0].lower_name == "layer":
+        heads.append(f"@layer {text_of(rest[0].arguments)}")
+        rest = rest[1:]
+    if rest and rest[0].type == "function" and rest[0].lower_name == "supports":
+        heads.append(f"@supports ({text_of(rest[0].arguments)})")
+        rest = rest[1:]
+    if rest:
+        heads.append(f"@media {text_of(prelude[prelude.index(rest[0]) :])}")
+    return address, heads
+
+
+def address_of(node: Node) -> str | None:
+    """What a string or a url() names; None of anything else."""
+    if node.type in ("string", "url"):
+        return node.value
+    if node.type == "function" and node.lower_name in ("url", "src"):
+        return next((inner.value for inner in node.arguments if inner.type == "string"), None)
+    return None
+
+
+# -----------------------------------------------------------------------------
+# Greyed
+
+
 def grey_sheet(css: str, size_of: SizeOf) -> str:
     """A style sheet whose pictures are grey boxes, without web fonts: neither can be part of a target."""
+    if not PICTURES.search(css) and not PRIVATE.search(css):
+        return css
 
     def grey(rules: list[Rule]) -> None:
         for rule in rules:
             if rule.rules is not None:
                 grey(rule.rules)
-            elif rule.body and ("url(" in rule.body.lower() or PRIVATE.search(rule.body)):
+            elif rule.body and (PICTURES.search(rule.body) or PRIVATE.search(rule.body)):
                 rule.body = grey_declarations(rule.body, size_of)
         rules[:] = [rule for rule in rules if rule.name != "@font-face" or "url(" not in rule.body.lower()]
 
@@ -162,32 +256,73 @@ def grey_sheet(css: str, size_of: SizeOf) -> str:
 def grey_declarations(body: str, size_of: SizeOf) -> str:
     """A rule's body with grey for its pictures, each of the size it had where that is known: an icon's box, say."""
     if "{" in body:  # rules in a rule
-        return _URL.sub(lambda url: url[0] if (url[1] or url[2] or url[3] or "").startswith("#") else GREY, body)
+        return replaced_pictures(body, GREY)[0]
     kept = []
     for name, value in declarations(body):
-        urls = [(one[1] or one[2] or one[3] or "").strip() for one in _URL.finditer(value)]
-        urls = [url for url in urls if not url.startswith("#")]
         if name in ("content", "quotes") or name.startswith("--"):
             value = PRIVATE.sub("\u25a0", value)
-        if not urls or name == "src":
+        picture = GREY
+        if name in ("content", "list-style-image", "list-style"):
+            picture = '""' if name == "content" else "none"
+        greyed, found = replaced_pictures(value, picture) if PICTURES.search(value) else (value, [])
+        if not found or name == "src":
             kept.append((name, value))
-        elif name in ("content", "list-style-image", "list-style"):
-            kept.append((name, _URL.sub('""' if name == "content" else "none", value)))
+        elif picture != GREY:
+            kept.append((name, greyed))
         elif name.startswith("--") or re.search("background|mask", name):
-            kept.append((name, _URL.sub(GREY, value)))
-            layer, size = name.removesuffix("-image"), size_of(urls[0])
-            alone = len(split_selectors(value)) == 1 and "/" not in _URL.sub("", value)
-            if size and alone and layer in ("background", "mask", "-webkit-mask"):
-                important = "!important" if "!important" in value else ""
-                kept.append((f"{layer}-size", "{:g}px {:g}px{}".format(*size, important)))
+            kept.append((name, greyed))
+            layer, (address, density) = name.removesuffix("-image"), found[0]
+            alone = len(split_selectors(value)) == 1 and "/" not in greyed
+            if alone and layer in ("background", "mask", "-webkit-mask") and (size := size_of(address)):
+                important = "!important" if value.endswith("!important") else ""
+                sides = " ".join(f"{side / density:g}px" for side in size)
+                kept.append((f"{layer}-size", sides + important))
     return ";".join(f"{name}:{value}" for name, value in kept)
 
 
-def every_rule(rules: Iterable[Rule]) -> Iterator[Rule]:
-    """Each rule, those in groups, too, in the order of the sheet."""
-    for rule in rules:
-        yield rule
-        yield from every_rule(rule.rules or [])
+def replaced_pictures(css: str, picture: str) -> tuple[str, list[tuple[str, float]]]:
+    """`css` with something else for its pictures, and (address, density in image pixels per px) of each that it names:
+    of an image-set() the one that a screen of ordinary density gets. What is in this document stays."""
+    found: list[tuple[str, float]] = []
+    stand_in = tinycss2.parse_component_value_list(picture)
+
+    def replaced(nodes: Iterable[Node]) -> list[Node]:
+        kept = []
+        for node in nodes:
+            one = None
+            if node.type == "function" and node.lower_name in ("image-set", "-webkit-image-set"):
+                one = candidate_of(node)
+            elif node.type == "url" or (node.type == "function" and node.lower_name in ("url", "src")):
+                one = (address_of(node) or "", 1.0)
+            if one is not None and not one[0].startswith("#"):
+                found.append(one)
+                kept += stand_in
+                continue
+            if (inner := inside(node)) is not None:
+                inner[:] = replaced(inner)
+            kept.append(node)
+        return kept
+
+    return tinycss2.serialize(replaced(tinycss2.parse_component_value_list(css))), found
+
+
+def candidate_of(image_set: Node) -> tuple[str, float]:
+    """(address, density) that is chosen where a px is one pixel: the least dense that suffices, else the densest."""
+    found = []
+    for part in parts_of(image_set.arguments):
+        address = next((one for node in part if (one := address_of(node)) is not None), None)
+        density = 1.0
+        for node in part:
+            if node.type == "dimension" and node.value > 0:
+                density = node.value / {"dpi": 96, "dpcm": 96 / 2.54}.get(node.lower_unit, 1)
+        if address is not None:
+            found.append((address, density))
+    enough = [one for one in found if one[1] >= 1]
+    return min(enough, key=lambda one: one[1]) if enough else max(found, key=lambda one: one[1], default=("", 1.0))
+
+
+# -----------------------------------------------------------------------------
+# Shortened
 
 
 def reduced_body(body: str, declared: Mapping[tuple[str, str], bool]) -> str:
@@ -244,29 +379,38 @@ def short_declarations(body: str) -> str:
     return ";".join(f"{name}:{squeeze(value)}" for name, value in declarations(body))
 
 
-def without_unused_names(css: str, styles: str) -> str:
-    """Without custom properties that no var() reads, and without @keyframes that no animation names."""
+def without_unused_names(sheets: list[list[Rule]], styles: str) -> list[list[Rule]]:
+    """Without custom properties that no var() reads, in the sheets or in `styles`, the text of style attributes, and
+    without @keyframes that no animation names."""
     while True:
-        read = set(re.findall(r"var\(\s*(--[\w-]+)", css + styles))
-        shorter = re.sub(
-            r"(?<=[{;])\s*(--[\w-]+)\s*:((?:\"[^\"]*\"|'[^']*'|\([^()]*(?:\([^()]*\)[^()]*)*\)|[^;{}\"'()])*)(;|(?=\}))",
-            lambda match, read=read: match[0] if match[1] in read else "",
-            css,
-        )
-        if shorter == css:
+        css = "".join(map(write_css, sheets)) + styles
+        read = set(re.findall(r"var\(\s*(--(?:\\.|[^\s,)\\])+)", css, re.I))
+        shorter = [reading_only(rules, read) for rules in sheets]
+        if shorter == sheets:
             break
-        css = shorter
-    css = re.sub(r"(?:^|(?<=[}\n]))[^{}@;\n]*\{\s*\}\n?", "", css)
-    rules = parse_css(css)
-    moving = (
-        " ".join(
-            value
-            for rule in every_rule(rules)
-            if rule.body and "{" not in rule.body
-            for name, value in declarations(rule.body)
-            if "animation" in name
-        )
-        + styles
-    )
-    kept = [rule for rule in rules if "keyframes" not in rule.name or rule.prelude.split()[-1].strip("\"'") in moving]
-    return css if len(kept) == len(rules) else write_css(kept)
+        sheets = shorter
+    moving = styles
+    for rule in every_rule(rule for rules in sheets for rule in rules):
+        if rule.body and "animation" in rule.body:
+            moving += f" {rule.body}"
+    return [
+        [rule for rule in rules if "keyframes" not in rule.name or rule.prelude.split()[-1].strip("\"'") in moving]
+        for rules in sheets
+    ]
+
+
+def reading_only(rules: list[Rule], read: set[str]) -> list[Rule]:
+    """The rules with custom properties of these names alone; a rule that held nothing else goes."""
+    kept = []
+    for rule in rules:
+        if rule.rules is not None:
+            kept.append(Rule(rule.prelude, None, reading_only(rule.rules, read), rule.number))
+            continue
+        body = rule.body
+        if body and "--" in body and "{" not in body:
+            pairs = declarations(body)
+            if any(name.startswith("--") and name not in read for name, _ in pairs):
+                body = ";".join(f"{name}:{value}" for name, value in pairs if name[:2] != "--" or name in read)
+        if body or body is None or rule.name:
+            kept.append(Rule(rule.prelude, body, None, rule.number))
+    return kept

@@ -103,7 +103,7 @@ def pairs_of(references: Path, predictions: Path | None, width: int) -> list[Pai
 
 def read(file: Path) -> str:
     """A page as a browser would take it: UTF-8, and what is none replaced."""
-    return file.read_text(encoding="utf-8", errors="replace")
+    return file.read_text(encoding="utf-8-sig", errors="replace")
 
 
 class Progress:

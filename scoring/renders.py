@@ -55,7 +55,9 @@ MAX_HEIGHT, MAX_WIDTH, MAX_PIXELS = 16_384, 16_384, MAX_PICTURE_PIXELS
 class Job:
     """`steps`, in order: SHOT takes the full page's picture; anything else is the source of a JavaScript function
     `() => ...` whose JSON result is kept. `scripts` lets the page's own run, without any network; `pictures` gives
-    those that cannot load a grey placeholder, since a broken picture ignores its size and moves the layout."""
+    those that cannot load a grey placeholder, since a broken picture ignores its size and moves the layout. Where
+    `content_type` names no charset, `html` holds bytes, as characters up to U+00FF, and the browser finds out what they
+    are in."""
 
     html: str
     width: int = 1280  # of the window, CSS px
@@ -63,6 +65,7 @@ class Job:
     steps: tuple[str, ...] = (SHOT,)
     scripts: bool = False
     pictures: bool = True
+    content_type: str = "text/html; charset=utf-8"
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ FLAGS = [
     *"--force-device-scale-factor=1 --font-render-hinting=none --disable-lcd-text --hide-scrollbars".split(),
     *"--disable-gpu --disable-font-subpixel-positioning --force-color-profile=srgb --disable-checker-imaging".split(),
     *"--run-all-compositor-stages-before-draw --disable-threaded-animation --disable-threaded-scrolling".split(),
+    "--blink-settings=imageAnimationPolicy=2",  # a picture that moves shows its first frame
     # no way out: a proxy where nobody listens, for loopback addresses, too, and nothing past it
     *"--proxy-server=127.0.0.1:1 --proxy-bypass-list=<-loopback> --disable-quic --dns-prefetch-disable".split(),
     *"--force-webrtc-ip-handling-policy=disable_non_proxied_udp --no-pings --disable-domain-reliability".split(),
@@ -238,8 +242,9 @@ class Tab:
         if request.url == self.address and request.is_navigation_request() and not self.served:
             self.served += 1
             policy = CSP.format("'unsafe-inline'" if self.job.scripts else "'none'")
-            headers = {"content-type": "text/html; charset=utf-8", "content-security-policy": policy}
-            route.fulfill(status=200, headers=headers, body=self.job.html.encode("utf-8", "replace"))
+            headers = {"content-type": self.job.content_type, "content-security-policy": policy}
+            encoding = "utf-8" if "charset" in self.job.content_type else "latin-1"
+            route.fulfill(status=200, headers=headers, body=self.job.html.encode(encoding, "replace"))
         elif request.is_navigation_request() and request.frame == self.page.main_frame:
             route.fulfill(status=204)  # the page stays; an aborted one would give way to the browser's error page
         else:
@@ -308,13 +313,44 @@ MARK = "PAGE_RENDERS_WORKER"
 
 
 def marked(mark: str) -> list[int]:
-    """Processes with the mark in their environment, where /proc tells."""
+    """Processes with the mark, NAME=value, in their environment, where /proc tells."""
     found = []
     for entry in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
-            if f"{MARK}={mark}".encode() in entry.read_bytes():
+            if mark.encode() in entry.read_bytes():
                 found.append(int(entry.parent.name))
     return found
+
+
+def end_family(pid: int | None, mark: str) -> None:
+    """Kills a process (None: it is gone) and all that it started, which has the mark, NAME=value, in its environment.
+
+    Playwright starts Chromium in a process group of its own, so the family is looked up. Who is stopped starts nobody
+    new, so all of them are stopped before the first is killed.
+    """
+    import psutil
+
+    family: list[int] = []
+    new = [pid] if pid else []
+    while new:
+        for one in new:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(one, signal.SIGSTOP)
+        family += new
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = psutil.Process(pid).children(recursive=True)
+            new = [child.pid for child in children if child.pid not in family]
+            continue
+        break
+    for one in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
+    patience = time.monotonic() + 5  # a killed process takes a moment to go, and its helpers may be starting
+    while (left := marked(mark)) and time.monotonic() < patience:  # the crash handler leaves the family
+        for one in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(one, signal.SIGKILL)
+        time.sleep(0.02)
 
 
 class Worker:
@@ -370,32 +406,9 @@ class Worker:
         return b"".join(parts)
 
     def kill(self) -> None:
-        """Playwright starts Chromium in a process group of its own, so the family is looked up. Who is stopped starts
-        nobody new, so all of them are stopped before the first is killed."""
-        import psutil
-
-        family: list[int] = []
-        new = [self.process.pid]
-        while new:
-            for pid in new:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGSTOP)
-            family += new
-            with contextlib.suppress(psutil.NoSuchProcess):
-                children = psutil.Process(self.process.pid).children(recursive=True)
-                new = [child.pid for child in children if child.pid not in family]
-                continue
-            break
-        for pid in family:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        """Ends it with its browser."""
+        end_family(self.process.pid, f"{MARK}={self.mark}")
         self.process.wait()
-        patience = time.monotonic() + 5  # a killed process takes a moment to go, and its helpers may be starting
-        while (left := marked(self.mark)) and time.monotonic() < patience:  # the crash handler leaves the family
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.02)
         for stream in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(OSError):
                 stream.close()
@@ -488,9 +501,17 @@ class Renderer:
     @property
     def facts(self) -> dict[str, Any]:
         """What pictures depend on, besides the page."""
+        return facts_of_browser(self.version)
+
+
+def facts_of_browser(version: str) -> dict[str, Any]:
+    """What pictures depend on, besides the page: the browser of that version, and the fonts of this machine."""
+    try:
         fonts = subprocess.run(["fc-list", ":", "family"], capture_output=True, text=True, check=False).stdout
-        families = sorted({line.split(",")[0].strip() for line in fonts.splitlines() if line.strip()})
-        return {"chromium": self.version or "unknown", "sandbox": os.geteuid() != 0, "fonts": families}
+    except FileNotFoundError:  # a browser without fontconfig's tools
+        fonts = ""
+    families = sorted({line.split(",")[0].strip() for line in fonts.splitlines() if line.strip()})
+    return {"chromium": version or "unknown", "sandbox": os.geteuid() != 0, "fonts": families}
 
 
 def decoded(render: Render) -> Render:

@@ -5,11 +5,16 @@ async ({pictures}, dom) => {
     + " fill='%23ccc'/%3E%3C/svg%3E";
   const wait = (promise, ms) => Promise.race([promise, new Promise((done) => setTimeout(done, ms))]);
   const isData = (node, name) => /^\s*data:/i.test(dom.attribute(node, name) ?? "");
+  const sourceless = (node) => node.localName === "img" && !dom.get(HTMLImageElement, "currentSrc").call(node)
+    && dom.attribute(node, "src") === null && dom.attribute(node, "srcset") === null;  // it draws nothing, not even a frame
   if (pictures) {
-    for (const node of dom.all("img, picture > source, input[type=image]")) {
-      dom.removeAttribute(node, "srcset");
+    for (const node of dom.all("img, input[type=image i]")) {
       dom.removeAttribute(node, "loading");
-      if (node.localName !== "source" && !isData(node, "src")) dom.setAttribute(node, "src", grey);
+      const chosen = node.localName === "img" ? dom.get(HTMLImageElement, "currentSrc").call(node) : "";
+      if (/^data:/i.test(chosen) || sourceless(node)) continue;
+      const beside = dom.parentOf(node)?.localName === "picture" ? dom.childrenOf(dom.parentOf(node)) : [];
+      [node, ...beside].forEach((one) => dom.removeAttribute(one, "srcset"));
+      if (!isData(node, "src")) dom.setAttribute(node, "src", grey);
     }
     for (const node of dom.all("svg image")) {
       for (const name of ["href", "xlink:href"]) {
@@ -17,7 +22,7 @@ async ({pictures}, dom) => {
       }
     }
   }
-  const images = dom.all("img");
+  const images = dom.all("img").filter((node) => !sourceless(node));
   const decoded = (otherwise) => Promise.all(
     images.map((node) => HTMLImageElement.prototype.decode.call(node).catch(() => otherwise(node))));
   await wait(decoded((node) => { if (pictures) dom.setAttribute(node, "src", grey); }), 2000);
@@ -26,4 +31,9 @@ async ({pictures}, dom) => {
   for (const moving of Document.prototype.getAnimations.call(document)) {
     try { moving.finish(); } catch { moving.cancel(); }  // an endless one has no end to go to
   }
+  for (const node of dom.all("svg")) {
+    SVGSVGElement.prototype.pauseAnimations.call(node);
+    SVGSVGElement.prototype.setCurrentTime.call(node, 3600);  // s: past the end of those that have one
+  }
+  for (const node of dom.all("marquee")) dom.setAttribute(node, "scrollamount", "0");  // stands still once parsed anew
 }

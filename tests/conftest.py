@@ -204,6 +204,57 @@ def make_base(folder: Path, tie: bool = True, weights: bool = True, dtype=None, 
     return folder
 
 
+def make_transformers_4_base(folder: Path) -> Path:
+    """A tiny base as the repositories of Qwen2.5-VL-3B and Holo1-3B lay theirs out, which no transformers 5 writes:
+    flat text fields, `rope_scaling` of type mrope, shards, the chat template beside the tokenizer."""
+    from transformers import AutoTokenizer
+
+    make_base(folder)
+    # Qwen's own normalisation and splits, which transformers 5.23 takes whatever the file says.
+    AutoTokenizer.from_pretrained(folder).backend_tokenizer.save(str(folder / "tokenizer.json"))
+    config = json.loads((folder / "config.json").read_text())
+    text, vision = config.pop("text_config"), config.pop("vision_config")
+    rope = text.pop("rope_parameters")
+    flat = {name: value for name, value in text.items() if name not in ("layer_types", "model_type", "dtype")}
+    config = {**flat, **config, "torch_dtype": config.pop("dtype"), "transformers_version": "4.41.2"}
+    config |= {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": "mrope"}}
+    config["rope_scaling"]["mrope_section"] = rope["mrope_section"]
+    vision = {name: value for name, value in vision.items() if name not in ("rope_parameters", "model_type", "dtype")}
+    config["vision_config"] = {**vision, "model_type": "qwen2_5_vl", "in_chans": 3, "spatial_patch_size": 14}
+    (folder / "config.json").write_text(json.dumps(config, indent=4))
+    parts = json.loads((folder / "processor_config.json").read_text())["image_processor"]
+    kept = ("image_mean", "image_std", "merge_size", "patch_size", "temporal_patch_size")
+    image = {"min_pixels": 3136, "max_pixels": 12_845_056, **{name: parts[name] for name in kept}}
+    image |= {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(image, indent=2) + "\n")
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
+    tokenizer |= {"chat_template": CHAT_TEMPLATE, "add_prefix_space": False, "split_special_tokens": False}
+    tokenizer.pop("backend")
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2) + "\n")
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}, indent=2) + "\n")
+    for name in ("processor_config.json", "chat_template.jinja"):
+        (folder / name).unlink()
+    whole = weights(folder)
+    (folder / "model.safetensors").unlink()
+    shard(whole, folder)
+    return folder
+
+
+def shard(tensors: dict, folder: Path) -> None:
+    """Two files of weights and their index, as the Hub's larger repositories hold them."""
+    from safetensors.torch import save_file
+
+    keys, weight_map = list(tensors), {}
+    for number, part in enumerate((keys[::2], keys[1::2]), start=1):
+        name = f"model-{number:05d}-of-00002.safetensors"
+        save_file({key: tensors[key] for key in part}, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, name)
+    size = sum(value.numel() * value.element_size() for value in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
 def make_pages(folder: Path, count: int, seed: int = 0) -> Path:
     """An imagefolder of `count` different pages with pictures of different sizes."""
     from PIL import Image, ImageDraw
@@ -370,7 +421,8 @@ def small_run(base: Path, pages: Path, **settings) -> list[str]:
     }
     flags = []
     for name, value in {**defaults, **settings}.items():
-        flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        for one in value if isinstance(value, list) else [value]:
+            flags += [f"--{name}"] if one is True else [f"--{name}", str(one)]
     return flags
 
 

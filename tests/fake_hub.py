@@ -23,7 +23,7 @@ from urllib.parse import unquote, urlsplit
 
 # Made up, one of each kind that the Hub gives out. The fine-grained one may read repositories, not write them.
 WRITER, READER, FINE_GRAINED = (f"hf_{name * 4}" for name in ("CanaryWriter", "CanaryReader", "CanaryScoped"))
-LFS = (".safetensors", ".bin", ".png")
+LFS = (".safetensors", ".bin", ".png", ".parquet")
 RESET, LOSE_ANSWER = "reset", "lose answer"  # cut half-way through the request; do the work, then cut
 
 
@@ -131,10 +131,10 @@ class HubHandler(BaseHTTPRequestHandler):
             r"(/api/whoami-v2)": self.whoami,
             r"(/api/repos/create)": self.create,
             r"(/api/validate-yaml)": lambda *_: self.reply({"errors": [], "warnings": []}),
-            r"/api/models/([^/]+/[^/]+)(?:/(\w[\w-]*)(?:/(.+))?)?": self.model_api,
-            r"/([^/]+/[^/]+)\.git/info/lfs/objects/(batch)": self.lfs_batch,
+            r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/(\w[\w-]*)(?:/(.+))?)?": self.repo_api,
+            r"(?:/datasets)?/([^/]+/[^/]+)\.git/info/lfs/objects/(batch)": self.lfs_batch,
             r"/([^/]+/[^/]+)/lfs/(\w+)(/verify)?": self.lfs_object,
-            r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)": self.resolve,
+            r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)": self.resolve,
         }
         for pattern, handler in patterns.items():
             if match := re.fullmatch(pattern, self.plain_path):
@@ -168,7 +168,7 @@ class HubHandler(BaseHTTPRequestHandler):
         self.hub.add_repo(repo_id, private=asked.get("visibility") == "private")
         self.reply(answer)
 
-    def model_api(self, repo: Repo, repo_id: str, verb: str | None, rest: str | None) -> None:
+    def repo_api(self, repo: Repo, repo_id: str, verb: str | None, rest: str | None) -> None:
         writes = verb in ("commit", "preupload", "settings") or (verb, rest) == ("auth-check", "write")
         if writes and not self.may_write(repo_id):
             return self.refuse(403 if self.user else 401, f"You don't have write access to {repo_id}")
@@ -189,14 +189,24 @@ class HubHandler(BaseHTTPRequestHandler):
         if verb == "commit":
             return self.take_commit(repo, repo_id)
         if verb == "tree":
-            (revision, _, folder), entries = rest.partition("/"), []
-            for path, content in repo.at(revision)["files"].items():
-                if path.startswith(folder and f"{folder}/"):
-                    oid, size = blob_oid(path, content), len(content)
-                    lfs = {"lfs": {"oid": oid, "size": size, "pointerSize": 134}} if path.endswith(LFS) else {}
-                    entries.append({"type": "file", "path": path, "size": size, "oid": oid[:40], **lfs})
-            return self.reply(entries) if entries else self.refuse(404, "no such folder", X_Error_Code="EntryNotFound")
+            return self.tree(repo, *rest.partition("/")[::2])
         return self.refuse(404, f"no such call: {verb}")
+
+    def tree(self, repo: Repo, revision: str, folder: str) -> None:
+        entries: dict[str, dict] = {}
+        flat = "recursive=true" not in self.path.lower()
+        for path, content in repo.at(revision)["files"].items():
+            inside = folder and f"{folder}/"
+            name, *below = path.removeprefix(inside).split("/")
+            if path.startswith(inside) and below and flat:
+                entries[name] = {"type": "directory", "path": inside + name, "size": 0, "oid": "0" * 40}
+            elif path.startswith(inside):
+                oid, size = blob_oid(path, content), len(content)
+                lfs = {"lfs": {"oid": oid, "size": size, "pointerSize": 134}} if path.endswith(LFS) else {}
+                entries[path] = {"type": "file", "path": path, "size": size, "oid": oid[:40], **lfs}
+        if not entries:
+            return self.refuse(404, "no such folder", X_Error_Code="EntryNotFound")
+        self.reply([*entries.values()])
 
     def take_commit(self, repo: Repo, repo_id: str) -> None:
         files = dict(repo.files)

@@ -2,11 +2,17 @@
 
 import io
 import json
+import os
 import random
+import signal
+import struct
+import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 from training.collecting import load_pages, load_pages_from_disk
+from training.page_workers import PagePool
 
 WORDS = "river stone amber cloud maple ember lake north garden silver piano coral meadow lantern harbour".split()
 
@@ -45,8 +51,31 @@ def count_tokens(html: str, width: int, height: int) -> tuple[int, int]:
     return len(html.split()), width * height // 100
 
 
-def load(dataset, output: Path, seed: int = 0, **changes):
-    settings = {"dataset": str(dataset), "dataset_config": None, "dataset_split": None, "dataset_revision": None}
+def slow_count(html: str, width: int, height: int) -> tuple[int, int]:
+    time.sleep(0.01)
+    return count_tokens(html, width, height)
+
+
+def deadly_count(html: str, width: int, height: int) -> tuple[int, int]:
+    """Kills whoever counts a page that says so; of one that names a file, only the first time."""
+    words = html.split()
+    if "deadly" in words:
+        os.kill(os.getpid(), signal.SIGKILL)
+    for word in words:
+        if word.startswith("once:") and not Path(word.removeprefix("once:")).exists():
+            Path(word.removeprefix("once:")).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    return count_tokens(html, width, height)
+
+
+def wanted(dataset, **changes) -> SimpleNamespace:
+    """What load_pages is asked for."""
+    settings = {
+        "dataset": str(dataset) if isinstance(dataset, Path) else dataset,
+        "dataset_config": None,
+        "dataset_split": None,
+        "dataset_revision": None,
+    }
     settings |= {
         "image_column": None,
         "html_column": None,
@@ -55,7 +84,11 @@ def load(dataset, output: Path, seed: int = 0, **changes):
         "max_html_tokens": 1000,
     }
     settings |= {"max_bad_share": 0.02, "clean": "comments,scripts,tracking,base64"} | changes
-    report = load_pages(SimpleNamespace(**settings), output, count_tokens, seed)
+    return SimpleNamespace(**settings)
+
+
+def load(dataset, output: Path, seed: int = 0, pool: PagePool | None = None, place: Path | None = None, **changes):
+    report = load_pages(wanted(dataset, **changes), output, count_tokens, seed, pool, place)
     return (*load_pages_from_disk(output), report)
 
 
@@ -64,12 +97,20 @@ def dropped(output: Path) -> dict[str, str]:
     return {row["name"]: row["reason"] for row in map(json.loads, lines)}
 
 
+def png(
+    width: int, height: int, depth: int, colour: int, data: bytes, transparent: bytes = b"", exif: bytes = b""
+) -> bytes:
+    """A PNG of any kind: `depth` bits a sample, `colour` 0 grey, 2 RGB, 4 grey with alpha, 6 RGBA; `data` the rows,
+    each after a zero; `transparent` the chunk tRNS."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)), (b"eXIf", exif)]
+    chunks += [(b"tRNS", transparent), (b"IDAT", zlib.compress(data)), (b"IEND", b"")]
+    written = b"\x89PNG\r\n\x1a\n"
+    for kind, content in chunks:
+        if content or kind == b"IEND":
+            check = struct.pack(">I", zlib.crc32(kind + content))
+            written += struct.pack(">I", len(content)) + kind + content + check
+    return written
+
+
 def header_bomb(width: int = 20_000, height: int = 20_000) -> bytes:
-    import struct
-    import zlib
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return png(width, height, 8, 2, bytes(1000))

@@ -7,18 +7,22 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, make_base, make_tokenizer, output, run_script, weights
+from conftest import ROOT, make_base, make_tokenizer, need_browser, output, run_script, weights
+from hidden_texts import GHOST, document
 
 from training.cleaning import CLEANING_STEPS, clean_html
 from training.page_checks import screenshot_size
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import make_pages_like_real
+import make_pages_speed
 import make_shapes
 import other_order
 import random_weights
 import step_speed
+import unseen_text
 
+from scoring.renders import Renderer
 from training import page_costs
 from training.families import family_of
 from training.page_order import PageSampler
@@ -238,3 +242,48 @@ def test_all_ways_train_the_same_pages_from_the_same_weights(tiny_base, pages_fo
         # One token more per page, of some forty here: near, not equal.
         assert losses.get("trl", losses["ours"]) == pytest.approx(losses["ours"], abs=1e-2)
     assert step_speed.table(results) in done.stdout
+
+
+# -----------------------------------------------------------------------------
+# make_pages.py
+
+
+def test_pages_for_its_speed_have_the_sizes_of_real_ones(tmp_path):
+    files = sorted(make_pages_speed.write_real_sizes(tmp_path / "pages", 43).iterdir())
+    tokens = sorted(tokens for _, _, tokens in SIZES["width_height_html_tokens"])
+    lengths = sorted(len(file.read_text()) // 4 for file in files)
+    assert all(0.9 * wanted < length <= wanted for length, wanted in zip(lengths, tokens, strict=True))
+
+
+@pytest.mark.slow
+def test_make_pages_is_measured_by_its_real_main(tmp_path):
+    need_browser()
+    small = make_pages_speed.write_small(tmp_path / "small", 3)
+    run = make_pages_speed.measure(small, tmp_path / "out", 1, make_pages_speed.SMALL, marks=(1,))
+    assert run.pages == 3 and run.line.startswith("3 asked, 3 written") and 0 < run.pages_per_second < 100
+    assert 20 < run.parent_peak_mib < 100 < run.worker_peak_mib + 60
+    shown = make_pages_speed.table([run, run], run)
+    assert f"| 1 | 3 | {run.seconds:.1f} | {run.pages_per_second:.2f} | 1.00 |" in shown
+    assert "MiB each after" in shown and min(run.parent_mib_at.values()) > 20
+
+
+# -----------------------------------------------------------------------------
+# Text without a pixel
+
+
+def test_text_without_a_pixel_is_counted_to_the_character():
+    need_browser()
+    ghost = len(GHOST.replace(" ", ""))
+    unseen = {
+        "covered": 2 * ghost,
+        "transparent in a sentence": ghost,
+        "right of the page": ghost,
+        "closed details": 3 * ghost,
+    }
+    with Renderer(1, 60.0) as renderer:
+        facts, image = unseen_text.measure(document(unseen), 1280, 720, renderer)
+        assert facts["unseen"] == sum(unseen.values()) and image.shape == (720, 1280, 3)
+        facts, _ = unseen_text.measure(
+            document(["shadow", "stroke", "gradient", "drawing", "emoji"]), 1280, 720, renderer
+        )
+        assert facts["unseen"] == 0 < facts["characters"]

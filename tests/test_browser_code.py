@@ -8,7 +8,7 @@ import pytest
 import tinycss2
 from conftest import ROOT
 
-FOLDERS = ("scoring", "making", "tests")
+FOLDERS = ("scoring", "making", "benchmarks", "tests")
 SCRIPTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.js"))
 SHEETS = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.css"))
 

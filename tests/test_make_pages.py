@@ -1,13 +1,17 @@
 """make_pages.py, as its users start it."""
 
+import errno
 import json
+import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 
 import datasets
 import numpy as np
+import psutil
 import pytest
 from conftest import ROOT, need_browser
 from PIL import Image
@@ -43,6 +47,7 @@ def settings_of(*flags: str, out="out") -> Settings:
         (("--tokenizer", "nowhere"), "--tokenizer nowhere: no tokenizer.json"),
         (("--max_html_characters", "-1"), "--max_html_characters -1"),
         (("--pages_at_once", "0"), "--pages_at_once 0: at least 1"),
+        (("--private_repo",), "--private_repo needs --push_to_hub"),
     ],
 )
 def test_arguments_that_cannot_work_are_named(flags, words):
@@ -64,7 +69,7 @@ def test_main_says_what_is_wrong_and_exits_2(tmp_path, capsys, monkeypatch):
     def missing(*arguments):
         raise renders.BrowserMissing("no Chromium here: install one")
 
-    monkeypatch.setattr(mp, "Renderer", missing)
+    monkeypatch.setattr(mp, "find_chromium", missing)
     (tmp_path / "a.html").write_text(PAGE)
     assert mp.main([str(tmp_path / "a.html"), "--out", str(tmp_path / "out")]) == 2
     assert "error: no Chromium here: install one" in capsys.readouterr().err
@@ -78,7 +83,7 @@ def test_what_is_known_of_a_dataset_is_said_and_holds_where_nothing_is_typed(tmp
     def missing(*arguments):
         raise renders.BrowserMissing("no Chromium here")
 
-    monkeypatch.setattr(mp, "Renderer", missing)
+    monkeypatch.setattr(mp, "find_chromium", missing)
     entry = DatasetSource(html_column="talk.0", note="one page alone")
     monkeypatch.setitem(KNOWN_DATASETS, str(rows), entry)
     flags = [str(rows), "--out", str(tmp_path / "out")]
@@ -98,6 +103,26 @@ def test_a_wrong_column_is_named_however_few_pages_are_asked_for(tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 81),
+        (sqlite3.OperationalError("database or disk is full"), 81),
+    ],
+)
+def test_a_full_disk_is_told_as_what_it_is(tmp_path, monkeypatch, capsys, error, code):
+    """A mock: no disk can be filled here."""
+
+    def full(*arguments):
+        raise error
+
+    monkeypatch.setattr(mp, "write_pages", full)
+    monkeypatch.setattr(mp, "find_chromium", lambda: None)
+    (tmp_path / "a.html").write_text(PAGE)
+    assert mp.main([str(tmp_path / "a.html"), "--out", str(tmp_path / "out")]) == 81
+    assert "the same command goes on" in capsys.readouterr().err
+
+
 @pytest.fixture
 def browser():
     need_browser()
@@ -111,20 +136,36 @@ def site(tmp_path_factory):
 @pytest.mark.slow
 def test_the_command_line_is_interrupted_carried_on_and_its_folder_loads(browser, site, tmp_path):
     out = tmp_path / "pages"
-    command = [sys.executable, str(ROOT / "make_pages.py"), str(site), "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, str(ROOT / "make_pages.py"), str(site), "--out", str(out), "--pages_at_once", "2"]
+    mark = f"MAKE_PAGES_TEST={os.getpid()}"
+    environment = os.environ | {"MAKE_PAGES_TEST": str(os.getpid())}
+    options = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "env": environment,
+        "start_new_session": True,
+    }
+    process = subprocess.Popen(command, **options)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if (out / "metadata.jsonl").is_file() and (out / "metadata.jsonl").stat().st_size:
-            process.send_signal(signal.SIGINT)
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers hear it, too
             break
         time.sleep(0.05)
     text, errors = process.communicate(timeout=120)
     assert process.returncode in (0, 85), text + errors
     before = {row["page"]: (out / row["file_name"]).stat().st_mtime_ns for row in lines(out / "metadata.jsonl")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("5 asked, 1 without text, 1 blank, 3 written; "), done.stdout
+    assert not renders.marked(mark), "nobody is left behind"
+    process = subprocess.Popen(command, **options)
+    workers = []
+    while not workers and process.poll() is None:
+        children = psutil.Process(process.pid).children()
+        workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    workers[0].kill()  # and its page is made by another
+    text, errors = process.communicate(timeout=300)
+    assert process.returncode == 0 and not renders.marked(mark), errors
+    assert text.startswith("5 asked, 1 without text, 1 blank, 3 written; "), text
     rows = lines(out / "metadata.jsonl")
     assert [row["page"] for row in rows] == ["index.html", "long.html", "pre.html"]
     after = {row["page"]: (out / row["file_name"]).stat().st_mtime_ns for row in rows}

@@ -1,14 +1,20 @@
 """Inference: a screenshot in, HTML out, everything else to stderr."""
 
+import io
 import json
+import random
+import shutil
+import struct
 
 import pytest
-from conftest import ROOT, loaded_for_help, make_pages, run_script, start_plain
+from conftest import ROOT, loaded_for_help, make_pages, run_script, start_plain, weights
+from small_pages import picture, png
 
 import use_model_from_hub as use
 
 SCRIPT = str(ROOT / "use_model_from_hub.py")
 DOCUMENT = "<!DOCTYPE html>\n<html><body><p>river</p></body></html>"
+HOW_TO = "<div><h1>How to</h1><pre>```js\nlet a = 1\n```</pre><p>The rest of the page</p></div>"
 
 
 def test_help_answers_at_once_without_torch(tmp_path):
@@ -31,10 +37,132 @@ def test_help_answers_at_once_without_torch(tmp_path):
         ("<HTML><BODY>x</BODY></HTML >", "<HTML><BODY>x</BODY></HTML >"),
         ("<html><body></html></body></html>", "<html><body></html></body></html>"),
         ("", ""),
+        # What starts with a tag, a comment or a doctype is a page to its end.
+        (f"{DOCUMENT}\n<div>footer</div>", f"{DOCUMENT}\n<div>footer</div>"),
+        (f"<style>p {{}}</style>{DOCUMENT}", f"<style>p {{}}</style>{DOCUMENT}"),
+        (f"<!-- saved -->\n{DOCUMENT}", f"<!-- saved -->\n{DOCUMENT}"),
+        (f"<?php 1 ?>{DOCUMENT}<!-- 0.1 s -->", f"<?php 1 ?>{DOCUMENT}<!-- 0.1 s -->"),
+        (f"\ufeff \n{DOCUMENT}\n", DOCUMENT),
+        (HOW_TO, HOW_TO),
+        (f"<html><body><pre>\n{HOW_TO}\n```\n</pre>", f"<html><body><pre>\n{HOW_TO}\n```\n</pre>"),
+        ("Warning: no file <p>a part</p>", "Warning: no file <p>a part</p>"),
+        # Fences and chatter around them, and fences inside.
+        (f"```html\n{HOW_TO}\n```", HOW_TO),
+        (f"Here:\n```html\n{HOW_TO}\n```\nIt has a heading.", HOW_TO),
+        (f"```html\n{DOCUMENT}\n<p>after</p>\n```\nDone.", f"{DOCUMENT}\n<p>after</p>"),
+        ("```html\n<b>a</b>\n```\nand:\n```css\nb {}\n```\nDone.", "<b>a</b>"),
+        ("```html\n<pre>\n```\nx\n```\n</pre>\n```", "<pre>\n```\nx\n```\n</pre>"),
+        (f"Sure! <style>p {{}}</style><html>{DOCUMENT}", f"<style>p {{}}</style><html>{DOCUMENT}"),
+        ("I see no page.", "I see no page."),
     ],
 )
 def test_fences_and_prose_go_and_the_document_stays(answer, html):
     assert use.extract_html(answer) == html
+
+
+def samples(*values: int, depth: int) -> bytes:
+    """One row of a PNG."""
+    bits = "".join(format(value, f"0{depth}b") for value in values)
+    bits += "0" * (-len(bits) % 8)
+    return b"\0" + int(bits, 2).to_bytes(len(bits) // 8, "big")
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("see_through", [False, True])
+def test_greys_of_any_depth_are_the_same_in_eight_bits(depth, see_through):
+    """16 bits were nearly white, and of 2 and 4 bits the transparent colour was not found."""
+    most = 2**depth - 1
+    values = [0, most, most // 3, most * 3 // 4]
+    key = struct.pack(">H", values[2]) if see_through else b""
+    shown = use.open_screenshot(png(4, 1, depth, 0, samples(*values, depth=depth), key))
+    expected = [round(value * 255 / most) for value in values]
+    if see_through:
+        expected = [255 if value == values[2] else grey for value, grey in zip(values, expected)]
+    assert shown.mode == "RGB" and [shown.getpixel((x, 0)) for x in range(4)] == [(grey,) * 3 for grey in expected]
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_colours_and_alpha_of_any_depth_are_the_same_in_eight_bits_on_white(depth):
+    most = 2**depth - 1
+    one, two = (most, 0, most // 5), (0, most // 2, most)
+    key = struct.pack(">HHH", *two)
+    shown = use.open_screenshot(png(2, 1, depth, 2, samples(*one, *two, depth=depth), key))
+    assert [shown.getpixel((x, 0)) for x in range(2)] == [(255, 0, 51), (255, 255, 255)]
+    shown = use.open_screenshot(png(2, 1, depth, 6, samples(*one, most, *one, 0, depth=depth)))
+    assert [shown.getpixel((x, 0)) for x in range(2)] == [(255, 0, 51), (255, 255, 255)]
+    shown = use.open_screenshot(png(2, 1, depth, 4, samples(most // 5, most, 0, 0, depth=depth)))
+    assert [shown.getpixel((x, 0)) for x in range(2)] == [(51, 51, 51), (255, 255, 255)]
+
+
+def turned(kind: str, orientation: int, stored) -> bytes:
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file, options = io.BytesIO(), {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}, "PNG": {}}
+    stored.save(file, kind, exif=exif.tobytes(), **options[kind])
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_picture_stands_upright_by_its_exif_and_its_size_is_told_so(kind):
+    """The stored picture is made from the upright one by turning it back, as EXIF's own table says."""
+    from PIL import Image
+
+    way = Image.Transpose
+    upright = Image.new("RGB", (48, 32), "white")
+    upright.paste("black", (0, 0, 16, 16))
+    upright.paste((128, 128, 128), (16, 0, 48, 16))
+    stored = {1: upright, 2: upright.transpose(way.FLIP_LEFT_RIGHT), 3: upright.transpose(way.ROTATE_180)}
+    stored |= {4: upright.transpose(way.FLIP_TOP_BOTTOM), 5: upright.transpose(way.TRANSPOSE)}
+    stored |= {6: upright.transpose(way.ROTATE_90), 7: upright.transpose(way.TRANSVERSE)}
+    stored |= {8: upright.transpose(way.ROTATE_270), 0: upright, 9: upright}
+    for orientation, image in stored.items():
+        data = turned(kind, orientation, image)
+        shown = use.open_screenshot(data)
+        assert use.picture_size(data) == shown.size == (48, 32), orientation
+        greys = [shown.getpixel(place)[0] for place in ((4, 4), (40, 4), (4, 28), (40, 28))]
+        assert all(abs(grey - wanted) < 9 for grey, wanted in zip(greys, (0, 128, 255, 255))), orientation
+        file = io.BytesIO()
+        shown.save(file, "PNG")  # as evaluation keeps it: it must not turn again
+        assert use.open_screenshot(file.getvalue()).size == (48, 32)
+
+
+def test_a_damaged_exif_turns_nothing():
+    from PIL import Image
+
+    for kind in ("JPEG", "PNG", "WEBP"):
+        file = io.BytesIO()
+        Image.new("RGB", (48, 32)).save(file, kind, exif=b"Exif\0\0no exif at all")
+        assert use.open_screenshot(file.getvalue()).size == use.picture_size(file.getvalue()) == (48, 32)
+
+
+def test_of_an_animation_the_first_frame_is_taken_and_inks_become_colours():
+    from PIL import Image
+
+    red, blue = Image.new("RGB", (40, 30), "red"), Image.new("RGB", (40, 30), "blue")
+    for kind in ("PNG", "WEBP"):
+        file = io.BytesIO()
+        red.save(file, kind, save_all=True, append_images=[blue], **({"lossless": True} if kind == "WEBP" else {}))
+        assert use.open_screenshot(file.getvalue()).getpixel((5, 5)) == (255, 0, 0)
+    file = io.BytesIO()
+    red.convert("CMYK").save(file, "JPEG", quality=100)
+    assert max(abs(a - b) for a, b in zip(use.open_screenshot(file.getvalue()).getpixel((5, 5)), (255, 0, 0))) < 5
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_whatever_is_wrong_with_a_picture_has_one_name(kind):
+    whole, rng = turned(kind, 6, use.open_screenshot(picture(1))), random.Random(0)
+    for number in range(300):
+        spoilt = bytearray(whole[: rng.randrange(len(whole))] if number % 3 == 0 else whole)
+        for _ in range(4):
+            if spoilt:
+                spoilt[rng.randrange(min(len(spoilt), 200))] = rng.randrange(256)
+        for read in (use.open_screenshot, use.picture_size):
+            try:
+                read(bytes(spoilt))
+            except use.PictureError as error:
+                assert len(str(error)) < 200 and "object at" not in str(error)
 
 
 def test_recipe_of_the_folder_is_used(tmp_path):
@@ -69,6 +197,37 @@ def test_base_settings_of_generation_do_not_leak_in(tiny_base):
     assert greedy.cut_off and greedy.tokens == 6
 
 
+def test_a_model_that_lacks_weights_writes_nothing(tiny_base, tmp_path):
+    """transformers would fill them with random numbers and write a page all the same."""
+    from safetensors.torch import save_file
+
+    folder, whole = tmp_path / "model", weights(tiny_base)
+    shutil.copytree(tiny_base, folder)
+
+    def loaded(tensors):
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return use.load_model(str(folder), use.Recipe())
+
+    loaded(whole)
+    lost = [key for key in whole if key.endswith(("blocks.1.mlp.up_proj.weight", "layers.1.mlp.down_proj.weight"))]
+    assert len(lost) == 2
+    names = r"model\.language_model\.layers\.1\.mlp\.down_proj\.weight, model\.visual\.blocks\.1\.mlp\.up_proj\.weight"
+    with pytest.raises(use.UseError, match=rf"lacks weights that its config\.json asks for: {names}; "):
+        loaded({key: value for key, value in whole.items() if key not in lost})
+    with pytest.raises(use.UseError, match=r"blocks\.0\.attn\.proj\.bias, .* and 20 more; "):
+        loaded({key: value for key, value in whole.items() if not key.startswith("visual")})
+    with pytest.raises(use.UseError, match=r": model\.language_model\.norm\.weight \(another shape\); "):
+        loaded({**whole, "model.norm.weight": whole["model.norm.weight"][:8].clone()})
+    config = json.loads((folder / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(use.UseError, match=r": lm_head\.weight; "):
+        loaded(whole)
+    (folder / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(use.UseError, match="cannot be loaded"):
+        use.load_model(str(folder), use.Recipe())
+
+
 @pytest.mark.slow
 def test_answer_goes_to_stdout_and_the_rest_to_stderr(tiny_base, tmp_path):
     picture = make_pages(tmp_path / "pages", 1) / "000.png"
@@ -79,8 +238,6 @@ def test_answer_goes_to_stdout_and_the_rest_to_stderr(tiny_base, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "tokens/s" in done.stderr and "tokens/s" not in done.stdout
     assert "was not trained by this project" in done.stderr
-    import shutil
-
     shutil.copytree(tiny_base, tmp_path / "trained")
     (tmp_path / "trained" / "dom_recipe.json").write_text(json.dumps(recipe))
     files = ["--image", str(picture), "--model", "./trained", "--output", "page.html"]
@@ -95,6 +252,8 @@ BAD = [
     (["--image", "nowhere.png"], 2, "nowhere.png: No such file"),
     (["--image", "."], 2, "Is a directory"),
     (["--image", "broken.png"], 80, "broken.png: not a readable PNG, JPEG or WebP"),
+    (["--image", "strip.png"], 80, "strip.png: 4 x 1,000 pixels: a strip that no processor takes"),
+    (["--image", "nothing.png"], 80, "nothing.png: not a readable PNG, JPEG or WebP"),
     (["--image", "good.png", "--output", "no/such/page.html"], 2, "the folder does not exist"),
     (["--image", "good.png", "--model", "./nowhere"], 2, "./nowhere: no such folder"),
     (["--image", "good.png", "--model", "./empty"], 2, "cannot be loaded"),
@@ -108,6 +267,8 @@ BAD = [
 def test_bad_input_gets_a_message_and_a_code(flags, code, message, tmp_path):
     (tmp_path / "good.png").write_bytes((make_pages(tmp_path / "pages", 1) / "000.png").read_bytes())
     (tmp_path / "broken.png").write_bytes(b"nothing")
+    (tmp_path / "nothing.png").touch()
+    (tmp_path / "strip.png").write_bytes(picture(1, size=(4, 1000)))
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text("{}")
     done = start_plain(flags, tmp_path, script=SCRIPT)

@@ -10,14 +10,20 @@ Rooms from top to bottom; each may import those below it, and none above:
     model_card      the model card, by model_card.md beside it
     publishing      the push to the Hub
     memory_fit      the one decision what fits, for --plan and for training, and its proof before step one
+    resuming        how a run goes on: its checkpoint, its own settings, what was typed anew
     disk_space      what a run will write, and whether the disks have room for it
     base_model      the base: its folder, its architecture, every tensor of its checkpoint
     preparation     the pages of a run: read once, checked, found by every rank
-    collecting      the pages of a run, from a dataset to the disk, each kept or dropped for a counted reason
+    prepared        pages that an earlier run has prepared, found again by all that decides them
+    collecting      the pages of a run, from its datasets to the disk, each kept or dropped for a counted reason
+    page_store      pages on their way to the disk, sealed, so that a killed reading goes on
+    page_workers    pages checked by several processes, in the order of their rows
     reading         the rows of a dataset, wherever it lies
+    containers      what holds a dataset on a disk, and where a name in it leads
+    tables          the rows of JSON Lines, JSON and CSV, a row at a time
+    duplicates      which pages were there before
     page_checks     which pages can be trained on: read, cleaned, short enough, none of them twice
     page_order      which pages are trained on when
-    resuming        how a run goes on: its checkpoint, its own settings, what was typed anew
     packing         pages as one row, and where each picture's patches lie
     fast_layers     layers that take packed pages, each faster than the model's own way to the same
     attention       attention inside packed pages, by the kernel that proves right
@@ -34,6 +40,7 @@ Rooms from top to bottom; each may import those below it, and none above:
     run_record      what a run was, and what of it cannot be changed
     checkpoints     checkpoints that are whole or not there; what another run finds in the output folder
     folder_lock     one owner a folder
+    mixture         the datasets of a run, one or several: columns, shares, whose turn it is
     dataset         what is known of datasets, each one entry
     cleaning        what no screenshot shows goes from the HTML
     prompt_and_mask what the model is asked, and what the loss sees

@@ -10,6 +10,7 @@ The weights lie in output_dir/best, what a resumed run must know of them in outp
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,9 +18,20 @@ from typing import Any
 
 import use_model_from_hub as use
 from scoring import metrics
+from training.checkpoints import flush
+from training.errors import DiskError, is_disk_full
 from training.processes import on_main, say
 
 REMEMBERED = ("step", "score", "scores", "result", "rows")  # by best.json
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """A second name of the same file, which takes no space, or where that cannot be, as on another disk, a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+        flush(Path(target))
 
 
 class BestWeights:
@@ -99,10 +111,20 @@ class BestWeights:
         return kept and score is not None and metrics.is_better(self.score, score)
 
     def become_final(self, final: Path) -> None:
-        """(main process only) Put the kept weights in the final folder's place."""
+        """(main process only) Put the kept weights in the final folder's place. Raises `DiskError` where the disk is
+        full, with the weights of the end still there."""
         chosen = final.with_name(f"{final.name}.chosen")
         shutil.rmtree(chosen, ignore_errors=True)
-        shutil.copytree(self.folder, chosen)  # may be on another disk
+        try:
+            shutil.copytree(self.folder, chosen, copy_function=link_or_copy)
+        except Exception as error:
+            shutil.rmtree(chosen, ignore_errors=True)
+            if is_disk_full(error):
+                raise DiskError(
+                    f"no space for the best weights beside {final} ({error}); nothing half-written is left: {final} "
+                    f"has the weights of the end, {self.folder} the better ones; free some space, then --resume"
+                ) from error
+            raise
         last = final.with_name(f"{final.name}.last")
         shutil.rmtree(last, ignore_errors=True)
         final.rename(last)  # at no moment is there neither

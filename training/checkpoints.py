@@ -23,7 +23,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -249,23 +249,25 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
     return sorted(found, key=step_of_or_none, reverse=True)
 
 
-def faults_in(output_dir: Path, candidates: list[Path] | None = None) -> dict[str, str]:
+def faults_in(output_dir: Path, foreign: Callable[[Mapping[str, Any]], str]) -> dict[str, str]:
     """What is wrong with each checkpoint, from the newest to the first whole one, whose fault is ""."""
     faults = {}
-    for folder in checkpoints_in(output_dir) if candidates is None else candidates:
+    for folder in checkpoints_in(output_dir):
         size = sum(path.stat().st_size for path in files_in(folder).values() if path.is_file())
         if size > 2**32:
             say(f"verifying {folder.name}, {size / 1e9:.1f} GB")
-        faults[folder.name] = fault_of(folder)
+        faults[folder.name] = fault_of(folder) or foreign(read_manifest(folder)["record"])
         if not faults[folder.name]:
             break
     return faults
 
 
-def newest_whole(output_dir: Path) -> Path | None:
-    """(all ranks) The newest checkpoint that is whole on every machine; each that is passed over is named with its
-    fault. None where no checkpoint was ever written. Raises `SettingsError` where none of them is whole."""
-    found = [faults for faults in gather(faults_in(output_dir) if local_rank() == 0 else None) if faults is not None]
+def newest_whole(output_dir: Path, foreign: Callable[[Mapping[str, Any]], str] = lambda record: "") -> Path | None:
+    """(all ranks) The newest checkpoint that is whole on every machine and whose record is not `foreign` (why it is;
+    "": it is not); each that is passed over is named with its fault. None where no checkpoint was ever written. Raises
+    `SettingsError` where none of them can be gone on with."""
+    mine = faults_in(output_dir, foreign) if local_rank() == 0 else None
+    found = [faults for faults in gather(mine) if faults is not None]
     names = {name for faults in found for name in faults}
     for name in sorted(names, key=lambda name: step_of_or_none(Path(name)), reverse=True):
         wrong = next(filter(None, (faults.get(name, "is not on every machine") for faults in found)), "")
@@ -274,8 +276,8 @@ def newest_whole(output_dir: Path) -> Path | None:
         say(f"passed over: {name} {wrong}")
     if names:
         raise SettingsError(
-            f"--resume: none of the checkpoints in {output_dir} is whole (see above); leave --resume out to begin "
-            "again, or take the weights of one, if you trust them, with --base_model"
+            f"--resume: none of the checkpoints in {output_dir} is whole and of this run (see above); leave --resume "
+            "out to begin again, or take the weights of one, if you trust them, with --base_model"
         )
     return None
 
@@ -305,9 +307,7 @@ def keep_earlier_results(output_dir: Path, resumes: bool) -> None:
         beside = [path for path in (output_dir / name for name in BESIDE) if path.exists()]
         if resumes or not (checkpoints or evaluation):
             return
-        place = dated_folder(output_dir / "earlier")
-        for path in [*checkpoints, *evaluation, *beside]:
-            path.rename(place / path.name)
+        place = move_aside(output_dir, [*checkpoints, *evaluation, *beside])
         number = f"{len(checkpoints)} checkpoint{'s' if len(checkpoints) > 1 else ''}"
         moved = " and ".join([number] * bool(checkpoints) + ["the evaluation"] * bool(evaluation))
         going_on = "; --resume would go on from them" if checkpoints else ""
@@ -316,7 +316,29 @@ def keep_earlier_results(output_dir: Path, resumes: bool) -> None:
     on_main(move)
 
 
-BESIDE = ("run.json", "best", "best.json")  # what a run keeps beside its checkpoints, and goes where they go
+BEST = ("best", "best.json")  # weights
+BESIDE = ("run.json", *BEST)  # what a run keeps beside its checkpoints, and goes where they go
+
+
+def move_aside(output_dir: Path, paths: Iterable[Path]) -> Path:
+    """(main process only) The dated folder into which they have gone."""
+    place = dated_folder(output_dir / "earlier")
+    for path in paths:
+        path.rename(place / path.name)
+    return place
+
+
+def keep_apart(output_dir: Path, apart: Callable[[Path], str]) -> None:
+    """(all ranks) Checkpoints that the run in `output_dir` does not go on with, and would delete when its own are
+    enough, move to a dated folder; why, `apart` says of each ("": it stays)."""
+
+    def move() -> None:
+        reasons = {path: why for path in checkpoints_in(output_dir) if (why := apart(path))}
+        if reasons:
+            place = move_aside(output_dir, reasons)
+            say(f"moved to {place}: " + ", ".join(f"{path.name}, which {why}" for path, why in reasons.items()))
+
+    on_main(move)
 
 
 def dated_folder(wanted: Path) -> Path:

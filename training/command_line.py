@@ -73,6 +73,9 @@ def make_parser(classes: list[type], **options: Any) -> HfArgumentParser:
         # The one default that transformers takes from torch's version, and the one type that comes with torch.
         version = [int(part) for part in re.findall(r"\d+", importlib.metadata.version("torch"))[:2]]
         actions["optim"].default = "adamw_torch_fused" if version >= [2, 8] else "adamw_torch"
+    for action in parser._actions:
+        if isinstance(action, argparse._AppendAction):  # given several times, one value each
+            action.nargs = None
     for name in {"parallelism_config", "liger_kernel_config"} & set(actions):  # an object's type, which takes no text
         actions[name].type = str
     return parser
@@ -97,9 +100,10 @@ def read(parser: HfArgumentParser, argv: list[str], problems: list[str]) -> tupl
         return defaults, {}
     typed = {}
     for name, value in vars(found).items():
-        if value is NOTHING and not any(problem.startswith(f"--{name} ") for problem in problems):
+        missing = value is NOTHING or (isinstance(value, list) and NOTHING in value)
+        if missing and not any(problem.startswith(f"--{name} ") for problem in problems):
             problems.append(f"--{name}: its value is missing")
-        elif value is not NOTHING and not (isinstance(value, list) and NOTHING in value):
+        elif not missing:
             typed[name] = value
     problems += unknown(rest, parser._option_string_actions)
     return defaults, typed

@@ -8,6 +8,7 @@ Another dataset is another entry of KNOWN_DATASETS, here and nowhere else.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,11 +21,21 @@ REASONS = ("too long", *BROKEN, "duplicate", "like a held-out page")
 
 
 class BadPage(Exception):
-    """A page that is dropped: `reason` is one of REASONS, the message says more."""
+    """A page that is dropped: `reason` is one of REASONS, the message says more, in MOST_WORDS characters at most."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
+        super().__init__(shortened(detail))
         self.reason = reason
+
+
+MOST_WORDS = 200
+
+
+def shortened(text: str, most: int = MOST_WORDS) -> str:
+    """One line of at most `most` characters, each of which can be printed: errors may quote what they were given."""
+    line = "".join(letter if letter.isprintable() else " " for letter in text[: 2 * most])
+    line = re.sub(" +", " ", line).strip()
+    return line if len(line) <= most else line[: most - 1] + "\u2026"
 
 
 Row = Mapping[str, Any]
@@ -68,7 +79,7 @@ class DatasetSource:
             screenshot, html = self.page_of(row)
         except Exception as error:  # whatever a function meets in a stranger's row: the row is counted as broken
             detail = f"{self.page_of.__name__}: {type(error).__name__}: {error}"
-            raise BadPage("unreadable", detail[:300]) from error
+            raise BadPage("unreadable", detail) from error
         return screenshot, html
 
     def html(self, row: Row) -> Any:
@@ -112,7 +123,8 @@ def known_dataset(dataset: str, **typed: str | None) -> DatasetSource:
     known = {name.lower(): source for name, source in KNOWN_DATASETS.items()}  # the Hub ignores case, too
     if path.exists() and not dataset.startswith((".", "/", "~")):
         known = {}  # a folder here that is named as a dataset on the Hub is not that one
-    unknown = DatasetSource(image_column="file_name") if (path / "metadata.jsonl").is_file() else DatasetSource()
+    convention = any((path / f"metadata.{kind}").is_file() for kind in ("jsonl", "csv", "parquet"))  # of imagefolder
+    unknown = DatasetSource(image_column="file_name") if convention else DatasetSource()
     changes: dict[str, Any] = {name: value for name, value in typed.items() if value}
     if {"image_column", "html_column"} & changes.keys():
         changes["page_of"] = None

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.base_model import DTYPES, BaseTensor
-from training.checkpoints import checkpoints_in
+from training.checkpoints import BEST, checkpoints_in
 from training.errors import DiskError
 from training.families import family_of
 from training.processes import gather, local_rank, say, world_size
@@ -64,6 +64,19 @@ def still_to_write(at_once: int, there: int) -> int:
     return at_once - min(there, max(0, at_once - 1))
 
 
+def weights_at_once(judged: bool, kept: bool, one_disk: bool) -> tuple[int, int]:
+    """The most whole weights for which output folder and final folder need room: of a run that is `judged` during
+    training, the best ones so far too, and a moment long those that replace them. `kept`: some are there already.
+
+    On `one_disk` the best become the final ones by a second name, else by a copy beside those of the end. What the
+    output folder needs is counted first there: the final weights come when nothing replaces the best any more.
+    """
+    if not judged:
+        return 0, 1
+    best = 1 if kept else 2
+    return (best, 0) if one_disk else (best, 2)
+
+
 def check_space(
     settings: PageSettings,
     args: TrainingArguments,
@@ -90,27 +103,34 @@ def check_space(
         sharded=sharded,
         adapters=adapters,
     )
-    final, finals = final_bytes(tensors), 1 + (settings.eval_every > 0)  # the best weights so far are one more
-    wrong = None
+    final, output_dir, final_dir = final_bytes(tensors), Path(args.output_dir), Path(settings.final_dir)
+    wrong, beside, finals = None, 0, 0
     if local_rank() == 0:
-        checkpoints = still_to_write(checkpoints, len(checkpoints_in(Path(args.output_dir))))
-        needs = [(Path(args.output_dir), size * checkpoints), (Path(settings.final_dir), final * finals)]
+        checkpoints = still_to_write(checkpoints, len(checkpoints_in(output_dir)))
+        one_disk = disk_of(output_dir)[0] == disk_of(final_dir)[0]
+        beside, finals = weights_at_once(settings.eval_every > 0, (output_dir / BEST[0]).is_dir(), one_disk)
+        needs = [(output_dir, size * checkpoints + final * beside), (final_dir, final * finals)]
         wrong = shortage([(folder, int(MARGIN * bytes_)) for folder, bytes_ in needs])
     for text in filter(None, gather(wrong)):
         raise DiskError(text)
-    plural = "" if checkpoints == 1 else "s"
-    more = f"{checkpoints} checkpoint{plural} of {size / 1e9:.2f} GB and {finals} x {final / 1e9:.2f} GB of weights"
-    say(f"disk: room for {more} more at once")
-    if not checkpoints and shortage([(Path(args.output_dir), int(MARGIN * (size + final)))]):
+    plural, weights = "" if checkpoints == 1 else "s", f"{beside + finals} x {final / 1e9:.2f} GB of weights"
+    say(f"disk: room for {checkpoints} checkpoint{plural} of {size / 1e9:.2f} GB and {weights} more at once")
+    if not checkpoints and shortage([(output_dir, int(MARGIN * (size + final)))]):
         say(f"disk: no room for the {size / 1e9:.1f} GB of state that a signal would save: stopped, it would be lost")
+
+
+def disk_of(folder: Path) -> tuple[int, Path]:
+    """The file system on which a folder is or will be, and what of its path is there already."""
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    return there.stat().st_dev, there
 
 
 def shortage(needs: Sequence[tuple[Path, int]]) -> str:
     """Why (folder, bytes) do not fit, by file system; "" where they do."""
     by_disk: dict[int, list[tuple[Path, int]]] = {}
     for folder, size in needs:
-        there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-        by_disk.setdefault(there.stat().st_dev, []).append((there, size))
+        disk, there = disk_of(folder)
+        by_disk.setdefault(disk, []).append((there, size))
     for found in by_disk.values():
         needed, free = sum(size for _, size in found), shutil.disk_usage(found[0][0]).free
         if needed > free:

@@ -9,15 +9,16 @@ Nothing is left half-written: a folder that differs from its base is an error, a
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, ProcessorMixin
+from transformers import AutoImageProcessor, GenerationConfig, PreTrainedModel, ProcessorMixin
 
 import use_model_from_hub as use
 from training import zero3
@@ -115,10 +116,70 @@ def save_final(
     on_main(write)
 
 
-def copy_generation_config(base: Path, folder: Path) -> None:
-    """(one process) The base's own, as it is: transformers 5.23 refuses to write some that it reads."""
-    if (base / "generation_config.json").is_file():
-        shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
+# Of the base, all that is not its weights and that something reads: configuration, processor, tokenizer, chat template,
+# and the terms, most of which ask that they travel with the weights. Code comes along only where it is trusted.
+BASE_FILES = (
+    "config.json generation_config.json *processor_config.json tokenizer.json tokenizer_config.json tokenizer.model "
+    "special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.json chat_template.jinja "
+    "additional_chat_templates/*.jinja LICENSE* NOTICE*"
+).split()
+
+
+def copy_base_files(base: Path, folder: Path, processor: ProcessorMixin, trust_remote_code: bool) -> None:
+    """(one process) The base's own files in the place of any that `folder` has, byte for byte but for the pixel limits.
+
+    Written anew by transformers 5.23, they would be no use to transformers 4, which can read the base's, and some
+    generation configurations it refuses to write.
+    """
+    patterns = [*BASE_FILES, *(["*.py"] if trust_remote_code else [])]
+    for earlier in [path for pattern in BASE_FILES for path in folder.glob(pattern)]:
+        earlier.unlink()
+    # With its config.json, a checkpoint of adapters would look like a whole model.
+    left_out = {"config.json"} if (folder / "adapter_config.json").is_file() else set()
+    for source in [path for pattern in patterns for path in base.glob(pattern) if path.is_file()]:
+        if source.name not in left_out:
+            place = folder / source.relative_to(base)
+            place.parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, place)
+    own = AutoImageProcessor.from_pretrained(base, trust_remote_code=trust_remote_code)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            write_limits(folder / name, own.to_dict(), processor.image_processor.to_dict())
+
+
+# The limits of Qwen's processors, as areas: transformers 5's name of each, and the one that older files have as well.
+AREAS = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
+
+
+def write_limits(path: Path, own: dict, trained: dict) -> None:
+    """What training changed of an image processor, from `own` to `trained`, into its file, by the names found there.
+
+    Nothing but the limits is ever changed; a file that has them already stays as it is, byte for byte.
+    """
+    text = path.read_text(encoding="utf-8")
+    content = json.loads(text)
+    options = content if path.name == "preprocessor_config.json" else content.get("image_processor")
+    changed = {name: value for name, value in trained.items() if own.get(name) != value}
+    if options is None or not changed:
+        return
+    for name, value in changed.items():
+        if name != "size" or "merge_size" not in trained:
+            options[name] = dict(value) if isinstance(value, Mapping) else value
+            continue
+        for edge, limit in dict(value).items():
+            if own["size"].get(edge) == limit:
+                continue
+            size = options.get("size") or {}
+            places = [(options, AREAS[edge]), (size, AREAS[edge]), (size, edge)]
+            places = [(where, known) for where, known in places if where.get(known) is not None]
+            for where, known in places or [(options, AREAS[edge])]:
+                where[known] = limit
+    indent = re.match(r"\{\s*?\n([ \t]+)", text)
+    end = text[len(text.rstrip()) :]
+    path.write_text(json.dumps(content, indent=indent and indent[1], ensure_ascii=False) + end, encoding="utf-8")
+
+
+SHARD_SIZE = "5GB"  # of a file of weights; more become several, with the index that transformers and vLLM read
 
 
 def write_folder(
@@ -131,17 +192,11 @@ def write_folder(
 ) -> None:
     """(main process only) The tensors of `state` and all that belongs to them, compared with the base, on the disk."""
     folder.mkdir(parents=True)
-    save_torch_state_dict(state, folder, max_shard_size="5GB", metadata={"format": "pt"})
+    save_torch_state_dict(state, folder, max_shard_size=SHARD_SIZE, metadata={"format": "pt"})
     # safetensors 0.8 leaves 0600, which a server under another user cannot read.
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)
-    # From the base, not from the model in memory, which training has changed (no cache, another dtype).
-    AutoConfig.from_pretrained(base, trust_remote_code=recipe["trust_remote_code"]).save_pretrained(folder)
-    copy_generation_config(base, folder)
-    processor.save_pretrained(folder)
-    # Most licences ask that they travel with the weights.
-    for terms in (path for name in ("LICENSE*", "NOTICE*") for path in base.glob(name)):
-        shutil.copyfile(terms, folder / terms.name)
+    copy_base_files(base, folder, processor, recipe["trust_remote_code"])
     (folder / use.RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
     compare_tensors(read_safetensors(folder), tensors)
     for file in (path for path in folder.rglob("*") if path.is_file()):
@@ -195,7 +250,8 @@ def load_weights(model: PreTrainedModel, folder: Path, settings: PageSettings) -
     older names, looks for the newer ones, finds none, and goes on with the base's weights and a warning."""
 
     state = {}
-    for key, tensor in base_tensors(folder, replace(settings, random_weights=False, plan=False)).items():
+    stored = replace(settings, base_model=str(folder), random_weights=False, plan=False)
+    for key, tensor in base_tensors(folder, stored).items():
         with safe_open(tensor.file, framework="pt") as file:
             state[tensor.name] = file.get_tensor(key)
     missing, _ = model.load_state_dict(state, strict=False)

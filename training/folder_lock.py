@@ -1,6 +1,7 @@
 """One owner a folder: a lock that the system lets go of when its process ends, however it ends.
 
     own(output_dir, "--output_dir")             # (all ranks) raises SettingsError where another run owns it
+    with alone_in(folder, "doing this"): ...    # (one process) waits for whoever else is at it
 
 A POSIX record lock (fcntl.lockf) on a small file: it holds on NFS, too, is not inherited by data workers, and dies with
 its process, so that a lock left behind keeps nobody out. The file tells the others who the owner is.
@@ -16,11 +17,13 @@ import os
 import socket
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from training.errors import SettingsError
 from training.processes import gather, local_rank, on_main, say_from_here
 
+AGAIN_S = 0.5  # until a lock that another process has is tried again
 _held: dict[Path, int] = {}  # lock file -> descriptor, open for as long as this process owns the folder
 
 
@@ -68,6 +71,46 @@ def _lock(folder: Path, flag: str, name: str, mark: str) -> str:
     os.pwrite(number, json.dumps(owner).encode(), 0)
     os.fsync(number)  # another machine reads it next
     return mark
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, doing: str, name: str = ".owner") -> Iterator[None]:
+    """(one process of each disk) What happens inside happens in no other process at the same time; waits, and says for
+    whom."""
+    path, told = folder / name, False
+    while (number := _lock_file(path)) is None:
+        if not told:
+            owner = _owner(path)
+            who = f"process {owner.get('process')} on {owner.get('host')}" if owner else "another process"
+            say_from_here(f"{who} is {doing} in {folder}: waiting for it")
+            told = True
+        time.sleep(AGAIN_S)
+    owner = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T")}
+    os.ftruncate(number, 0)
+    os.pwrite(number, json.dumps(owner).encode(), 0)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(number)
+
+
+def _lock_file(path: Path) -> int | None:
+    """The descriptor of a lock file that is ours now; None while another process has it."""
+    number = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            say_from_here(f"{path} cannot be locked ({error.strerror}): start no second run with these pages")
+            return number
+        os.close(number)
+        return None
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(number), path.stat()):
+            return number
+    os.close(number)  # its owner removed it between our two calls
+    return None
 
 
 def _owner(path: Path) -> dict[str, str | int]:

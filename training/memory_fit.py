@@ -261,7 +261,9 @@ class Fit:
             say(f"fast path: loss {loss.item():.4f} on the two held-out pages, {self.plain_loss:.4f} the plain way")
             if not abs(loss.item() - self.plain_loss) <= 0.02 * self.plain_loss:
                 raise PipelineError(
-                    f"the fast path's loss is {loss.item()}, the plain one's {self.plain_loss}: use --fast False"
+                    f"the fast path's loss is {loss.item()}, the plain one's {self.plain_loss}, of the same weights "
+                    "and pages: one of them computes another model. --fast False trains the plain way; first see by "
+                    "`--fast False --compare_base --max_steps 1` that the base writes there what it should"
                 )
         if self.plan:
             self.prove(trainer, collate, pages)

@@ -68,8 +68,13 @@ def derived_licence(base_model: str, base_licence: str | None = None) -> tuple[s
 # -----------------------------------------------------------------------------
 # Card
 
+LOADED_IN = (
+    "4.57",
+    "5.23",
+)  # versions of transformers: tests/training/test_final_folder.py loads final folders in both
 MEASURES = "n valid exact shuffled_exact truncated looping mean_tokens tokens_per_second failures".split()  # of a run
 APART = {"results", "results_before", "base_licence", "licence", "settings", "recipe", "versions"}  # not plain facts
+APART |= {"datasets"}
 ASKS = {"by": "asks for credit", "sa": "asks for the same licence", "nc": "forbids commercial use"}  # of cc-by-...
 
 
@@ -104,12 +109,15 @@ def write_model_card(final_folder: Path, facts: Mapping[str, Any]) -> str:
     known = facts.get("licence")  # looked up before the base's folder lost its path
     licence, name, link = known or derived_licence(str(facts.get("base_model")), facts.get("base_licence"))
     head = {"license": licence, "license_name": name, "license_link": link}
-    head |= {"datasets": [data]} if is_hub_id(data) else {}
+    # Of several datasets, those on the Hub.
+    names = [shown(each["dataset"]) for each in facts.get("datasets") or [facts]] if facts.get("dataset") else []
+    head |= {"datasets": found} if (found := [name for name in names if is_hub_id(name)]) else {}
     # `finetune` for adapters too: they are merged into whole weights.
     head |= {"base_model": base, "base_model_relation": "finetune"} if is_hub_id(base) else {}
     head |= {"pipeline_tag": "image-text-to-text", "library_name": "transformers", "tags": ["screenshot-to-html"]}
     terms = [shown(facts.get("dataset_licence"))]
-    terms += [text for part, text in ASKS.items() if part in terms[0].lower().split("-")]
+    asked = {part for licence_of_one in terms[0].lower().split(", ") for part in licence_of_one.split("-")}
+    terms += [text for part, text in ASKS.items() if part in asked]
     results = facts.get("results") or {}
     comparison = results.get("comparison") or {}
     # No autoescape: this is Markdown, and every value goes through `shown`, which opens no HTML.
@@ -118,6 +126,7 @@ def write_model_card(final_folder: Path, facts: Mapping[str, Any]) -> str:
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         head=hub.ModelCardData(**head).to_yaml(),
         where=where,
+        loaded_in=" and ".join(LOADED_IN),
         quoted=shlex.quote(where),
         base=base,
         data=data,
@@ -146,6 +155,8 @@ def measured(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[
 def told(facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Each fact of the training with its name, the grouped ones behind the others."""
     found = [(key, value) for key, value in facts.items() if key not in APART]
+    for number, each in enumerate(facts.get("datasets") or (), start=1):
+        found += [(f"dataset {number}: {key.removeprefix('dataset_')}", value) for key, value in each.items()]
     for group in ("settings", "recipe", "versions"):
         found += [(f"{group}: {key}", value) for key, value in (facts.get(group) or {}).items() if key not in facts]
     return found

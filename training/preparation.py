@@ -1,4 +1,4 @@
-"""The pages of a run: read once, checked, and found again by every rank.
+"""The pages of a run: read once, checked, and found again by every rank, and by later runs with the same settings.
 
     pages = prepare_pages(settings, args, encoder, processor)       # (all ranks)
     pages.training[0]["html"], pages.report
@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,11 +23,15 @@ import pyarrow
 from transformers import ProcessorMixin, TrainingArguments
 
 from training.collecting import load_pages, load_pages_from_disk
+from training.dataset import dataset_revision
 from training.errors import DataError, SettingsError
+from training.mixture import NOT_SAID, asked_datasets
+from training.page_workers import PagePool, TokenizerCount, cores, job_of
+from training.prepared import age, claimed, describe
 from training.processes import on_each_machine, same_everywhere, say
 from training.progress import say_memory
 from training.prompt_and_mask import PageEncoder, count_tokens
-from training.settings import PageSettings
+from training.settings import PAGES_FOLDER, PageSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -60,31 +66,84 @@ def prepare_pages(
     have read different pages, `SettingsError` where the dataset is no longer what it was.
     """
     start = time.monotonic()
-    count = count_tokens(encoder, processor)
     mark = f"prepared-{os.environ.get('HOLO1_RUN_ID', '')}-{time.time_ns()}"  # rank 0's, told to the others below
 
-    def prepare() -> tuple[str, str]:
-        report = report_if_same(args.output_dir, known)
+    def prepare() -> tuple[str, str, str]:
+        report, found = report_if_same(args.output_dir, known), (known or {}).get("fingerprint", "")
         if report is None:
-            report = str(load_pages(settings, args.output_dir, count, args.seed))
+            report, found = find_or_make(settings, args, encoder, processor)
         for earlier in (Path(args.output_dir) / "pages").glob("prepared-*"):
             earlier.unlink()
         (Path(args.output_dir) / "pages" / mark).touch()
-        return report, mark
+        return report, mark, found
 
-    report, _ = on_each_machine(prepare, lambda done: (Path(args.output_dir) / "pages" / done[1]).exists())
+    # The process that prepares reads all the text for its fingerprint, or knows it: not every rank again.
+    report, _, found = on_each_machine(prepare, lambda done: (Path(args.output_dir) / "pages" / done[1]).exists())
     training, held_out = load_pages_from_disk(args.output_dir)
-    found = fingerprint_of(training, held_out)
-    if not same_everywhere(found):
+    if not same_everywhere(f"{found} {len(training)} {len(held_out)}"):
         raise DataError("the machines have read different pages; give a --dataset_revision, or a shared --output_dir")
     if known is not None and known["fingerprint"] != found:
         raise SettingsError(
-            f"--dataset {settings.dataset} gives other pages than the run in {args.output_dir} began with; put those "
-            "back, or begin a new run"
+            f"--dataset {' '.join(settings.dataset)} gives other pages than the run in {args.output_dir} began with; "
+            "put those back, or begin a new run"
         )
     say(report)
     say_memory(f"{len(training):,} training and {len(held_out):,} held-out pages", start)
     return Pages(training, held_out, report, found)
+
+
+def find_or_make(
+    settings: PageSettings, args: TrainingArguments, encoder: PageEncoder, processor: ProcessorMixin
+) -> tuple[str, str]:
+    """(one process of each disk) (report, fingerprint) of the pages, which then lie in the output folder: found where
+    an earlier run has prepared the same, else made, by as many workers as there are cores."""
+    pages_dir = Path(settings.pages_dir or Path(args.output_dir).absolute().parent / PAGES_FOLDER).expanduser()
+    # What is read is what was looked up: a dataset may change between the two.
+    asked = asked_datasets(settings)
+    commits = [dataset_revision(each.name, each.revision) for each in asked]
+    settings = replace(settings, dataset_revision=[commit or NOT_SAID for commit in commits])
+    # Where the Hub is silent, a branch comes back as it was asked for, and may move.
+    certain = [is_commit(commit) or commit != each.revision for each, commit in zip(asked, commits)]
+    asked = [replace(each, revision=commit if sure else None) for each, commit, sure in zip(asked, commits, certain)]
+    counting, worker_count = how_to_count(encoder, processor)
+    apart = [args.output_dir, pages_dir, *(Path(settings.final_dir).glob("holo1_dom_finetune_*"))]
+    wanted = describe(settings, asked, args.seed, counting, apart)
+    count, image_tokens = count_tokens(encoder, processor), partial(encoder.family.image_tokens, processor)
+    with (
+        claimed(pages_dir, wanted) as prepared,
+        PagePool(job_of(settings, worker_count), count, cores(), image_tokens) as pool,
+    ):
+        if prepared.done is not None:
+            say(f"pages: found in {prepared.folder}, prepared {age(prepared)}; remove it to have them made anew")
+        elif prepared.begun():
+            say(f"pages: going on with those that an earlier run has begun in {prepared.folder}")
+        report = load_pages(settings, args.output_dir, count, args.seed, pool, prepared.folder)
+        if prepared.done is None:
+            fingerprint = fingerprint_of(*load_pages_from_disk(args.output_dir))
+            prepared.note(fingerprint)
+            say(f"pages: in {prepared.folder}, where a later run with the same settings finds them")
+        else:
+            fingerprint = prepared.done["fingerprint"]
+    return str(report), fingerprint
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether it is the name of a commit, which never means another one."""
+    return bool(re.fullmatch("[0-9a-f]{40}", revision or ""))
+
+
+def how_to_count(encoder: PageEncoder, processor: ProcessorMixin) -> tuple[str, TokenizerCount | None]:
+    """(SHA-256 of all that decides a page's tokens, the same count for workers; None for a tokenizer of Python's)."""
+    parts = [encoder.family.model_type, encoder.lead, processor.image_processor.to_dict()]
+    backend = getattr(encoder.tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        parts += [type(encoder.tokenizer).__name__, encoder.tokenizer.get_vocab()]
+    else:
+        tokenizer = backend.to_str()
+        # Left over from what was tokenised last.
+        parts.append({**json.loads(tokenizer), "padding": None, "truncation": None})
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    return digest, None if backend is None else TokenizerCount(tokenizer, encoder.lead)
 
 
 def report_if_same(output_dir: str | Path, known: Mapping[str, str] | None) -> str | None:

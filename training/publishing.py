@@ -12,17 +12,21 @@ import html
 import re
 import shlex
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import huggingface_hub as hub
 
 from training.errors import SettingsError, UploadError
 from training.settings import PageSettings
 
+Result = TypeVar("Result")
 PUBLISHED = (  # all that may leave the machine; arguments, optimizer states, logs and pickles stay
     "*.safetensors *.safetensors.index.json config.json generation_config.json *processor_config.json tokenizer*.json "
-    "special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.json chat_template.jinja "
-    "dom_recipe.json evaluation/results.json README.md LICENSE* NOTICE*"
+    "tokenizer.model special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.json "
+    "chat_template.jinja additional_chat_templates/*.jinja dom_recipe.json evaluation/results.json README.md LICENSE* "
+    "NOTICE*"
 ).split()
 
 
@@ -34,8 +38,10 @@ def shown(value: object) -> str:
     return html.escape(" ".join(text.split()), quote=False).replace("|", "&#124;").replace("`", "'")
 
 
-def check_hub_access(repo_id: str, private: bool) -> str:
-    """(main process only) Proves before training that the model can be pushed; returns the full `owner/name`."""
+def check_hub_access(repo_id: str, private: bool, kind: str = "model", flag: str = "--hub_repo") -> str:
+    """(main process only) Proves before the work that its result can be pushed; returns the full `owner/name`.
+
+    `kind` is the repository's, `flag` what the user has typed it after. SettingsError."""
     try:
         me = (api := hub.HfApi()).whoami()
         if (me.get("auth") or {}).get("accessToken", {}).get("role") == "read":
@@ -43,14 +49,36 @@ def check_hub_access(repo_id: str, private: bool) -> str:
         full_id = repo_id if "/" in repo_id else f"{me['name']}/{repo_id}"
         # What a fine-grained token or an organisation allows only the server knows, and it says so only when the
         # repository is created. An empty one costs less than a trained model that cannot be pushed.
-        api.create_repo(full_id, private=private, exist_ok=True)
-        api.auth_check(full_id, write=True)  # create_repo is content with a repository that can merely be read
-        if private and not api.model_info(full_id).private:
-            raise PermissionError(f"It exists and is public. To hide it: hf repos settings {full_id} --private.")
+        api.create_repo(full_id, repo_type=kind, private=private, exist_ok=True)
+        api.auth_check(full_id, repo_type=kind, write=True)  # create_repo is content with what can merely be read
+        if private and not api.repo_info(full_id, repo_type=kind).private:
+            raise PermissionError(f"It exists and is public. To hide it: {hide_command(full_id, kind)}.")
         return full_id
     except (hub.errors.HTTPError, OSError, ValueError) as error:  # httpx's in huggingface_hub 1, httpx2's in 2
         needs = "the network, a NAME or OWNER/NAME of yours, and a token that may write (`hf auth login` or HF_TOKEN)"
-        raise SettingsError(f"--hub_repo {repo_id!r}: {shown(error)} Pushing needs {needs}.") from None
+        raise SettingsError(f"{flag} {repo_id!r}: {shown(error)} Pushing needs {needs}.") from None
+
+
+def hide_command(repo_id: str, kind: str) -> str:
+    """What makes a repository private."""
+    return shlex.join(["hf", "repos", "settings", repo_id, *["--repo-type", kind] * (kind != "model"), "--private"])
+
+
+def patiently(attempt: Callable[[], Result], again: str) -> Result:
+    """What `attempt` returns. Where waiting can help it is made again, for 80 s in all; at last UploadError, which ends
+    in `again`: where the result is, and how to go on."""
+    waits_s = [1, 4, 15, 60]
+    while True:
+        try:
+            return attempt()
+        except (hub.errors.HTTPError, OSError, RuntimeError, ValueError) as error:
+            answer = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+            refused = 400 <= getattr(answer, "status_code", 0) < 500 and answer.status_code not in (408, 409, 429)
+            why = shown(f"{error} {error.__cause__ or ''}")
+            if refused or not waits_s or isinstance(error, (ValueError, PermissionError)):  # waiting cannot help
+                raise UploadError(f"{why} {again}") from None
+            print(f"Upload: {why} Again in {waits_s[0]} s.", flush=True)
+            time.sleep(waits_s.pop(0))
 
 
 def published_files(final_folder: Path) -> list[str]:
@@ -80,26 +108,21 @@ def push_final_folder(final_folder: Path, repo_id: str, private: bool) -> str:
     names = published_files(final_folder)
     if not any(name.endswith(".safetensors") for name in names):  # or the Hub's own weights would only be deleted
         raise UploadError(f"Not uploaded: {final_folder} holds no model.safetensors. Train and save first.")
-    command, waits_s = upload_command(final_folder, repo_id, private), [1, 4, 15, 60]
-    while True:
-        try:
-            (api := hub.HfApi()).create_repo(repo_id, private=private, exist_ok=True)
-            there = api.model_info(repo_id)
-            if private and not there.private:
-                command = f"hf repos settings {repo_id} --private && {command}"
-                raise ValueError(f"--private_repo was asked, but {repo_id} is public.")
-            # New operations each time: they ask what the Hub has by now, so a commit whose answer was lost is not
-            # repeated. Not upload_folder: it commits every 5 minutes (huggingface_hub 1.33, 2.4), so in several parts.
-            old = [s.rfilename for s in there.siblings or [] if ".safetensors" in s.rfilename]  # would load instead
-            changes = [hub.CommitOperationDelete(name) for name in old if name not in names]
-            changes += [hub.CommitOperationAdd(name, final_folder / name) for name in names]
-            api.create_commit(repo_id, changes, commit_message="Upload the fine-tuned model and its card")
-            return f"{api.endpoint}/{repo_id}"
-        except (hub.errors.HTTPError, OSError, RuntimeError, ValueError) as error:
-            answer = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
-            refused = 400 <= getattr(answer, "status_code", 0) < 500 and answer.status_code not in (408, 409, 429)
-            why = shown(f"{error} {error.__cause__ or ''}")
-            if refused or not waits_s or isinstance(error, (ValueError, PermissionError)):  # waiting cannot help
-                raise UploadError(f"{why} The model is whole in {final_folder}. To upload it: {command}") from None
-            print(f"Upload: {why} Again in {waits_s[0]} s.", flush=True)
-            time.sleep(waits_s.pop(0))
+    command, there_now = upload_command(final_folder, repo_id, private), f"The model is whole in {final_folder}."
+
+    def attempt() -> str:
+        (api := hub.HfApi()).create_repo(repo_id, private=private, exist_ok=True)
+        there = api.model_info(repo_id)
+        if private and not there.private:
+            hide = f"{hide_command(repo_id, 'model')} && {command}"
+            why = f"--private_repo was asked, but {repo_id} is public."
+            raise UploadError(f"{why} {there_now} To upload it: {hide}")
+        # New operations each time: they ask what the Hub has by now, so a commit whose answer was lost is not
+        # repeated. Not upload_folder: it commits every 5 minutes (huggingface_hub 1.33, 2.4), so in several parts.
+        old = [s.rfilename for s in there.siblings or [] if ".safetensors" in s.rfilename]  # would load instead
+        changes = [hub.CommitOperationDelete(name) for name in old if name not in names]
+        changes += [hub.CommitOperationAdd(name, final_folder / name) for name in names]
+        api.create_commit(repo_id, changes, commit_message="Upload the fine-tuned model and its card")
+        return f"{api.endpoint}/{repo_id}"
+
+    return patiently(attempt, f"{there_now} To upload it: {command}")

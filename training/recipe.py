@@ -13,6 +13,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ import torch
 from transformers import TrainingArguments
 
 import use_model_from_hub as use
-from training.dataset import dataset_revision, resolve_dataset
+from training.dataset import dataset_revision
+from training.mixture import AskedDataset, asked_datasets
 from training.processes import world_size
 from training.settings import PROJECT, PageSettings
 
@@ -40,18 +42,35 @@ def gather_facts(settings: PageSettings, args: TrainingArguments, base: Path) ->
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
     snapshot = base.name if base.parent.name == "snapshots" else settings.base_revision  # the Hub cache names commits
-    source = resolve_dataset(settings.dataset, config=settings.dataset_config)
+    asked = asked_datasets(settings)
     return {
         "base_model": public_name(settings.base_model),
         "base_revision": snapshot,
-        "dataset": public_name(settings.dataset),
-        "dataset_config": source.config,
-        "dataset_revision": dataset_revision(settings.dataset, settings.dataset_revision),
-        "dataset_licence": source.licence,
+        "dataset": " and ".join(public_name(each.name) for each in asked),
+        **(facts_of(asked[0]) if len(asked) == 1 else facts_of_several(asked)),
         "commit": commit or None,
         "versions": versions,
         "hardware": f"{world_size()} x {device}",
     }
+
+
+def facts_of(asked: AskedDataset) -> dict[str, Any]:
+    """What there is to say of one dataset."""
+    return {
+        "dataset_config": asked.source.config,
+        "dataset_revision": dataset_revision(asked.name, asked.revision),
+        "dataset_licence": asked.source.licence,
+    }
+
+
+def facts_of_several(asked: Sequence[AskedDataset]) -> dict[str, Any]:
+    """Of each its own, and the terms of all of them together, which all hold for what was trained on them."""
+    each = []
+    for one in asked:
+        head = {"dataset": public_name(one.name), "share": round(one.share, 4), "dataset_split": one.source.split}
+        each.append(head | facts_of(one))
+    licences = dict.fromkeys(one.source.licence or f"unknown for {public_name(one.name)}" for one in asked)
+    return {"datasets": each, "dataset_licence": ", ".join(licences)}
 
 
 def public_name(name: str) -> str:

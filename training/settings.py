@@ -23,13 +23,22 @@ from training import training_arguments as fields_of_transformers
 from training.checkpoints import checkpoints_in, read_manifest
 from training.cleaning import cleaning_steps
 from training.command_line import forbid_torch, make_parser, read, training_arguments
-from training.dataset import resolve_dataset
 from training.errors import SettingsError
 from training.families import FAMILIES
+from training.mixture import FLAGS, asked_datasets, split_share
 from training.processes import local_world_size, world_size
-from training.run_record import differences, make_record, read_record, take_over
+from training.run_record import (
+    differences,
+    has_begun,
+    inherit,
+    keep_pages_per_step,
+    make_record,
+    read_record,
+    take_over,
+)
 
 PROJECT = Path(__file__).resolve().parents[1]
+PAGES_FOLDER = "holo1_dom_finetune_pages"
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -37,7 +46,8 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 def setting(default: Any, help: str, **options: Any) -> Any:
     """A field of PageSettings: its default, the sentence that --help prints, argparse's `options` such as choices."""
-    return field(default=default, metadata={"help": help, **options})
+    given = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**given, metadata={"help": help, **options})
 
 
 @dataclass
@@ -53,15 +63,32 @@ class PageSettings:
     )
     base_revision: str | None = setting(None, "Branch, tag or commit of the base model on the Hub.")
     trust_remote_code: bool = setting(False, "Run code that the base model's repository brings along.")
-    dataset: str = setting("HuggingFaceM4/WebSight", "Hub dataset, or a folder with metadata.jsonl and pictures.")
-    dataset_config: str | None = setting(None, "Configuration of the dataset (default: v0.1 for WebSight).")
-    dataset_split: str | None = setting(None, "Split of the dataset (default: train).")
-    dataset_revision: str | None = setting(None, "Branch, tag or commit of the dataset on the Hub.")
-    image_column: str | None = setting(
-        None, "Column of the screenshots, or a path, as images.0 (default: known sets by name, else image)."
+    dataset: list[str] = setting(
+        ["HuggingFaceM4/WebSight"],
+        "Hub dataset, or a folder with metadata.jsonl and pictures. Several are given one by one, with their shares: "
+        "--dataset A:0.7 --dataset B; the five flags below then stand once for each, in that order, - to say nothing.",
+        action="append",
     )
-    html_column: str | None = setting(
-        None, "Column of the HTML, or a path, as messages.1.content (default: known sets by name, else text)."
+    dataset_config: list[str] | None = setting(
+        None, "Configuration of the dataset (default: v0.1 for WebSight).", action="append"
+    )
+    dataset_split: list[str] | None = setting(None, "Split of the dataset (default: train).", action="append")
+    dataset_revision: list[str] | None = setting(
+        None, "Branch, tag or commit of the dataset on the Hub.", action="append"
+    )
+    image_column: list[str] | None = setting(
+        None,
+        "Column of the screenshots, or a path, as images.0 (default: known sets by name, else image). Given once, it "
+        "is that of every dataset that is not known by name; so is --html_column.",
+        action="append",
+    )
+    html_column: list[str] | None = setting(
+        None,
+        "Column of the HTML, or a path, as messages.1.content (default: known sets by name, else text).",
+        action="append",
+    )
+    pages_dir: str | None = setting(
+        None, f"Where prepared pages are kept for later runs (default: {PAGES_FOLDER} beside --output_dir)."
     )
     clean: str = setting(
         "comments,scripts,tracking,base64", "What is removed from the HTML, by commas; none leaves it as it is."
@@ -117,6 +144,12 @@ class PageSettings:
     check_settings: bool = setting(False, "Check all that can be checked without loading anything, then stop.")
     demo: bool = setting(False, "The bundled tiny model on the bundled pages: no network, no GPU, a few minutes.")
 
+    def __post_init__(self):
+        """What may be given several times is a list, also where a record or a caller has one alone."""
+        for name in ("dataset", *FLAGS):
+            if isinstance(value := getattr(self, name), str):
+                setattr(self, name, [value])
+
 
 # What differs from transformers' own defaults; each stays a flag (--learning_rate, ...).
 TRAINING_DEFAULTS = {
@@ -157,6 +190,8 @@ DEMO = {
     "activation_checkpointing": False,
     "save_strategy": "no",
 }
+
+PLACES = ("output_dir", "final_dir", "resume_from_checkpoint", "base_model", "deepspeed")  # may begin with ~
 
 # DeepSpeed's name for a value that TrainingArguments has, too.
 JSON_TWINS = {
@@ -235,6 +270,11 @@ def parse(argv: list[str], problems: list[str] | None = None) -> tuple[dict, dic
         share = max(1, DEMO["per_device_train_batch_size"] // world_size())
         typed = {**DEMO, "per_device_train_batch_size": share, **typed}
     values.update(typed)
+    for name in PLACES:
+        # A shell leaves the ~ of "~/x", and of --name=~/x, as it is.
+        if isinstance(values[name], str):
+            values[name] = os.path.expanduser(values[name])
+            typed |= {name: values[name]} if name in typed else {}
     del values["local_rank"]  # the launcher's own; the environment says it, too
     return values, typed
 
@@ -293,24 +333,17 @@ def resolve(argv: list[str], machine: Machine | None = None) -> Resolved:
     """
     notes, problems = [], []
     values, typed = parse(argv, problems)
-    values["output_dir"] = os.path.expanduser(values["output_dir"])
-    earlier = earlier_record(values, problems)
+    now, earlier = {*typed}, earlier_record(values, notes, problems)
     if earlier is not None:
-        take_over(earlier, values, typed, world_size(), problems)
+        take_over(earlier, values, typed)
     machine = look_at_machine() if machine is None else machine
     gpu = False if values["use_cpu"] else machine.gpu
     if machine.gpu and values["use_cpu"] and values["deepspeed"]:
         problems.append("--use_cpu: DeepSpeed takes the GPUs that it sees; hide them by CUDA_VISIBLE_DEVICES= instead")
     config = read_deepspeed_json(values["deepspeed"], problems) if values["deepspeed"] else None
     if config is not None:
-        for path, name in JSON_TWINS.items():
-            if name not in typed and get_json(config, path) not in (None, "auto"):
-                values[name] = get_json(config, path)
-        betas = get_json(config, "optimizer.params.betas")
-        if isinstance(betas, list) and not {"adam_beta1", "adam_beta2"} & set(typed):
-            values["adam_beta1"], values["adam_beta2"] = betas
-        if not {"bf16", "fp16"} & set(typed) and get_json(config, "fp16.enabled") is True:
-            values["bf16"] = False  # the default must not contradict a JSON that asks for fp16
+        take_from_json(config, values, typed)
+    batch = keep_pages_per_step(earlier, values, now, world_size(), problems)
     for asked, other in (("fp16", "bf16"), ("bf16", "fp16")):
         if typed.get(asked) and other not in typed:
             values[other] = False
@@ -338,36 +371,63 @@ def resolve(argv: list[str], machine: Machine | None = None) -> Resolved:
                 f"accumulated x processes are {total}; leave it out, or make them agree"
             )
     problems += fields_of_transformers.impossible(values, typed, config, world_size())
-    record = make_record(typed, values, config, world_size())
+    record = make_record(typed, values, config, world_size(), batch)
+    earlier = earlier if earlier is None or has_begun(earlier) else None
+    inherit(record, earlier)
     names = {item.name for item in fields(PageSettings)}
     settings = PageSettings(**{name: values.pop(name) for name in names})
     return Resolved(settings, values, config, notes, problems, record, earlier, machine)
 
 
-def earlier_record(values: dict, problems: list[str]) -> dict | None:
-    """What the run was that --resume or --resume_from_checkpoint goes on with; None for a new run."""
+def take_from_json(config: dict, values: dict, typed: dict) -> None:
+    """What the DeepSpeed JSON says in numbers beats defaults, and nothing that was typed."""
+    for path, name in JSON_TWINS.items():
+        if name not in typed and get_json(config, path) not in (None, "auto"):
+            values[name] = get_json(config, path)
+    betas = get_json(config, "optimizer.params.betas")
+    if isinstance(betas, list) and not {"adam_beta1", "adam_beta2"} & set(typed):
+        values["adam_beta1"], values["adam_beta2"] = betas
+    if not {"bf16", "fp16"} & set(typed) and get_json(config, "fp16.enabled") is True:
+        values["bf16"] = False  # the default must not contradict a JSON that asks for fp16
+
+
+def earlier_record(values: dict, notes: list[str], problems: list[str]) -> dict | None:
+    """What the run was that --resume or --resume_from_checkpoint goes on with; None for a new run.
+
+    One that was killed before its first step has nothing to go on with, and is begun again: no --resume any more.
+    """
     output_dir, asked = Path(values["output_dir"]), values["resume_from_checkpoint"]
     if values["resume"] and asked:
         problems.append(f"--resume and --resume_from_checkpoint {asked}: give one of them")
-    elif values["resume"]:
-        try:
-            record = read_record(output_dir)
-        except SettingsError as error:
-            problems.append(f"--resume: {error}")
-            return None
-        if record is None and not checkpoints_in(output_dir):
-            problems.append(f"--resume: no run has begun in {output_dir}; leave --resume out to begin one")
-        elif record is None:
-            problems.append(
-                f"--resume: {output_dir} has checkpoints, but no run.json that says what their run was (an earlier "
-                "version wrote them, or it is lost); their weights go on in a new run with --base_model"
-            )
-        return record
-    elif asked:
-        try:
-            return read_manifest(Path(asked))["record"]
-        except ValueError as error:
-            problems.append(f"--resume_from_checkpoint {asked} {error}; give a whole checkpoint, or --resume")
+        return None
+    if not values["resume"]:
+        return record_of(asked, problems) if asked else None
+    try:
+        record = read_record(output_dir)
+    except SettingsError as error:
+        problems.append(f"--resume: {error}")
+        return None
+    if record is None and not checkpoints_in(output_dir):
+        problems.append(f"--resume: no run has begun in {output_dir}; leave --resume out to begin one")
+    elif record is None:
+        problems.append(
+            f"--resume: {output_dir} has checkpoints, but no run.json that says what their run was (an earlier "
+            "version wrote them, or it is lost); their weights go on in a new run with --base_model"
+        )
+    elif not has_begun(record):
+        values["resume"], values["resume_from_checkpoint"] = False, record["from"]
+        notes.append(f"--resume: the last run in {output_dir} was ended before its first step, and begins again")
+        if record["from"] and (before := record_of(record["from"], problems)):
+            return {**before, "typed": record["typed"], "batch": record["batch"]}
+    return record
+
+
+def record_of(checkpoint: str, problems: list[str]) -> dict | None:
+    """The record of the run that wrote the checkpoint of --resume_from_checkpoint."""
+    try:
+        return read_manifest(Path(checkpoint))["record"]
+    except ValueError as error:
+        problems.append(f"--resume_from_checkpoint {checkpoint} {error}; give a whole checkpoint, or --resume")
     return None
 
 
@@ -506,10 +566,14 @@ def find_problems(resolved: Resolved) -> list[str]:
         problems.append(f"--deepspeed: zero_optimization.stage is {stage!r}; 0, 1, 2 or 3")
     try:
         cleaning_steps(settings.clean)
-        if note := resolve_dataset(settings.dataset).note:
-            resolved.notes.append(f"{settings.dataset}: {note}")
     except SettingsError as error:
         problems.append(str(error))
+    try:
+        for asked in asked_datasets(settings):
+            if asked.source.note:
+                resolved.notes.append(f"{asked.name}: {asked.source.note}")
+    except SettingsError as error:
+        problems += str(error).split("\n")
     return problems
 
 
@@ -535,20 +599,31 @@ def number_problems(settings: PageSettings) -> list[str]:
 def place_problems(resolved: Resolved) -> list[str]:
     """Folders that are not there, hold nothing that can be used, or cannot be written into."""
     settings, output_dir, problems = resolved.settings, resolved.training["output_dir"], []
-    base, data = Path(settings.base_model), Path(settings.dataset)
+    base = Path(settings.base_model)
     if base.is_dir() and base.resolve() == (Path(settings.final_dir) / use.FINAL_FOLDER).resolve():
         problems.append(f"--base_model {settings.base_model} is where the result will be written; rename it first")
     local = settings.base_model.startswith((".", "/", "~")) or settings.base_model.count("/") > 1
     if (base.is_dir() or local) and not (base / "config.json").is_file():
         problems.append(f"--base_model {settings.base_model}: no config.json there; give a model folder or a Hub name")
-    if settings.dataset.startswith((".", "/", "~")) and not data.exists():
-        problems.append(f"--dataset {settings.dataset}: no such folder; give a folder or a Hub name")
+    for name in (split_share(text)[0] for text in settings.dataset):
+        if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
+            problems.append(f"--dataset {name}: no such folder; give a folder or a Hub name")
     if settings.plan:  # writes nothing
         return problems
+    places, output = [base.resolve(), *base.resolve().parents], Path(output_dir).resolve()
+    moved = [place.name for place in places if place.parent == output]
+    if base.is_dir() and any(name.startswith("checkpoint-") or name == "best" for name in moved):
+        problems.append(
+            f"--base_model {settings.base_model} is moved aside when another run begins in --output_dir {output_dir}; "
+            "move it out of there yourself, or give another --output_dir"
+        )
     if trouble := fields_of_transformers.folder_trouble(output_dir):
         problems.append(f"--output_dir {output_dir}: {trouble}; give a folder that can be written into")
     if trouble := fields_of_transformers.folder_trouble(settings.final_dir):
         problems.append(f"--final_dir {settings.final_dir}: {trouble}; give a folder that can be written into")
+    pages_dir = settings.pages_dir and os.path.expanduser(settings.pages_dir)
+    if pages_dir and (trouble := fields_of_transformers.folder_trouble(pages_dir)):
+        problems.append(f"--pages_dir {settings.pages_dir}: {trouble}; give a folder that can be written into")
     return problems
 
 

@@ -24,6 +24,7 @@ from types import FrameType
 
 from training.heartbeat import end
 from training.processes import code_of_another, is_main, rank, tell
+from training.run_record import take_mark_away
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # SLURM warns by the last one
 FILE = "SAVE_AND_STOP"
@@ -172,6 +173,8 @@ class StopRequest:
         code, words = self.ends or (0, "")
         tell(f"rank {rank()}: stopped by {self.name}: {words}")
         self.honoured()
+        if not code and self.signal == signal.SIGINT:  # by whoever sits there, and did not mean this run
+            take_mark_away()
         end(code or 128 + self.signal)
 
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PROGRAMS, free_port, output, run_script, small_run, start_torchrun
+from conftest import PROGRAMS, free_port, output, run_script, small_run, start_plain, start_torchrun
 
 HANGS = str(PROGRAMS / "hangs.py")
 CHOSEN = str(PROGRAMS / "planned_scores.py")
@@ -21,7 +21,7 @@ PAGE_A_STEP = {"gradient_accumulation_steps": 1, "save_strategy": "steps"}
 
 def begin(flags: list[str], cwd: Path, processes: int = 1, **planned: str) -> subprocess.Popen:
     """The training, whose output is one stream; by torchrun where it has several processes."""
-    (cwd / "status").mkdir()
+    (cwd / "status").mkdir(exist_ok=True)
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     environment |= {"HOLO1_STATUS_DIR": str(cwd / "status"), **planned}
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
@@ -81,6 +81,27 @@ def test_a_run_that_reads_pages_ends_at_once(tiny_base, pages_folder, tmp_path):
     assert process.returncode == 128 + signal.SIGUSR1, said
     assert codes(tmp_path) == {"rank-0": str(128 + signal.SIGUSR1)}
     assert "stopped by SIGUSR1: nothing was trained, and checkpoints are as they were" in said
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_while_it_reads_pages_is_the_one_that_goes_on(tiny_base, pages_folder, tmp_path):
+    """In the folder of an earlier one, which differs in what a resumed run could change. Broken off by Ctrl-C it was a
+    mistake, and the earlier one is meant."""
+    flags, out = small_run(tiny_base, pages_folder, max_steps=1, **PAGE_A_STEP), tmp_path / "holo1_dom_finetune_output"
+    done = start_plain([*flags, "--learning_rate", "1e-4"], tmp_path)
+    assert done.returncode == 0, output(done)
+    for number, code in ((signal.SIGINT, 128 + signal.SIGINT), (signal.SIGKILL, -signal.SIGKILL)):
+        process = begin([*flags, "--learning_rate", "3e-4"], tmp_path, HOW="pages")
+        when_reached(process, tmp_path / "reached-0")
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[0]
+        assert process.returncode == code, said
+        assert (out / "run_begins.json").exists() == (number == signal.SIGKILL)
+        (tmp_path / "reached-0").unlink()
+    done = start_plain(["--resume"], tmp_path)
+    assert done.returncode == 0 and "was ended before its first step, and begins again" in done.stdout, output(done)
+    assert "1 checkpoint and the evaluation of an earlier run" in done.stdout and "step 1/1" in done.stdout
+    assert json.loads((out / "run.json").read_text())["rate"] == 3e-4 and not (out / "run_begins.json").exists()
 
 
 @pytest.mark.slow

@@ -38,7 +38,8 @@ def test_attributes_that_no_rule_names_go():
     )
 
 
-def test_dropped_elements_leave_and_kept_ones_lose_their_marks():
-    html = "<html><body><!--drop 0--><i></i><!--/drop 0--><p></p><!--drop 1--><b></b><!--/drop 1--></body></html>"
-    made = draft("", html, elements=2)
-    assert compose(made, {("element", 1)}) == "<!DOCTYPE html>\n<html><body><i></i><p></p></body></html>\n"
+def test_dropped_elements_leave_their_replacement_and_kept_ones_lose_their_marks():
+    html = "<html><body><!--drop 0--><i></i><!--/drop 0--><p></p><!--drop 1--><b>unseen</b><!--/drop 1--></body></html>"
+    made = draft("", html, replacements=["", "<b></b>"])
+    assert compose(made, {("element", 1)}) == "<!DOCTYPE html>\n<html><body><i></i><p></p><b></b></body></html>\n"
+    assert compose(made, {("element", 0)}) == "<!DOCTYPE html>\n<html><body><p></p><b>unseen</b></body></html>\n"

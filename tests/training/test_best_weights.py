@@ -1,10 +1,14 @@
 """The best weights: which evaluation leads, what a resumed run knows of it, and what becomes of them at the end."""
 
+import errno
+import resource
+
 import pytest
 
 from scoring import metrics
 from scoring.metrics import Metric
 from training.best_weights import BestWeights
+from training.errors import DiskError
 
 
 def result(score: float, name: str = metrics.CHOOSING) -> dict:
@@ -59,6 +63,35 @@ def test_only_better_weights_that_are_there_replace_those_of_the_end(tmp_path):
     assert [path.name for path in final.iterdir()] == ["dom_recipe.json"]
     best.forget()
     assert [path.name for path in tmp_path.iterdir()] == ["final"] and not best.beats(result(0.4))
+
+
+def test_a_disk_that_is_full_at_the_end_leaves_the_final_folder_and_nothing_half_written(tmp_path, monkeypatch):
+    """Files that may grow no further, on what counts as another disk, where weights cannot be had by a second name."""
+    best, final = BestWeights(tmp_path, patience=0, resumed_at=None), tmp_path / "final"
+    best.consider(1, result(0.5), [], keep)
+    (best.folder / "weights").write_bytes(bytes(10_000))
+    final.mkdir()
+    (final / "weights").write_bytes(b"of the end")
+    monkeypatch.setattr("os.link", lambda *names: (_ for _ in ()).throw(OSError(errno.EXDEV, "another disk")))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(DiskError, match=r"nothing half-written is left: .*final has the weights of the end"):
+            best.become_final(final)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name for path in tmp_path.iterdir()} == {"final", "best", "best.json"}
+    assert (final / "weights").read_bytes() == b"of the end" and best.beats(result(0.4))
+    best.become_final(final)
+    assert (final / "weights").read_bytes() == bytes(10_000), "copied"
+
+
+def test_the_best_weights_become_final_without_taking_space(tmp_path):
+    best, final = BestWeights(tmp_path, patience=0, resumed_at=None), tmp_path / "final"
+    best.consider(1, result(0.5), [], keep)
+    final.mkdir()
+    best.become_final(final)
+    assert (final / "dom_recipe.json").samefile(best.folder / "dom_recipe.json")
 
 
 def test_an_evaluation_without_a_browser_chooses_nothing(tmp_path):

@@ -94,3 +94,24 @@ def test_cleaning_takes_linear_time(bomb):
     clean_html((bomb * 1_000_000)[:1_000_000], ALL)
     clean_html(bomb[:7] + bomb[7:] * (1_000_000 // max(1, len(bomb[7:]))), ALL)
     assert time.monotonic() - start < 10  # the square would be hours
+
+
+@pytest.mark.parametrize("steps", [(), ALL])
+@pytest.mark.parametrize(
+    ("html", "expected"),
+    [
+        ("\ufeff<p>a", "<p>a"),
+        ("<p>\ufeffa", "<p>\ufeffa"),  # no byte order mark but a character
+        ("<p>cafe\u0301", "<p>caf\u00e9"),
+        ("<p>\u1112\u1161\u11ab \u212b \u2126 \uf900", "<p>\ud55c \u00c5 \u03a9 \u8c48"),
+        # Composed, > and the stroke are one character, and no tag any more.
+        ("<p>\u0338 a<b title=\u0338>", "<p>&#x338; a<b title=&#x338;>"),
+        ("<p>\r\n\r \t\ufffd \u200d \U0001f468 \u3000", "<p>\r\n\r \t\ufffd \u200d \U0001f468 \u3000"),
+    ],
+)
+def test_what_is_stored_is_what_a_tokenizer_gives_back(html, expected, steps):
+    assert clean_html(html, steps) == clean_html(expected, steps) == expected
+
+
+def test_letters_that_meet_where_a_comment_went_are_composed():
+    assert clean_html("<p>e<!-- c -->\u0301</p><!-- d -->\u0338", ALL) == "<p>\u00e9</p>&#x338;"

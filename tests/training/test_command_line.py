@@ -46,7 +46,7 @@ def test_values_are_typed_and_nothing_else():
 )
 def test_what_cannot_be_meant_is_named_with_what_may_be(argv, problem):
     assert read(*argv) == (
-        {"lora": True} if argv[-1] == "--lora" else {"dataset": "my"} if "my" in argv else {},
+        {"lora": True} if argv[-1] == "--lora" else {"dataset": ["my"]} if "my" in argv else {},
         [problem],
     )
 

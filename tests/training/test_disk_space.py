@@ -13,6 +13,7 @@ from training.disk_space import (
     shortage,
     still_to_write,
     trained_numbers,
+    weights_at_once,
 )
 from training.settings import PageSettings
 
@@ -46,6 +47,20 @@ def test_the_checkpoints_that_lie_there_at_once(strategy, save_steps, steps, lim
 )
 def test_a_run_that_goes_on_needs_room_for_one_more(at_once, there, expected):
     assert still_to_write(at_once, there) == expected
+
+
+@pytest.mark.parametrize(
+    ("judged", "kept", "one_disk", "expected"),
+    [
+        (False, False, True, (0, 1)),
+        (True, False, True, (2, 0)),
+        (True, True, True, (1, 0)),
+        (True, False, False, (2, 2)),
+        (True, True, False, (1, 2)),
+    ],
+)
+def test_the_best_weights_lie_in_the_output_folder_and_are_written_beside_themselves(judged, kept, one_disk, expected):
+    assert weights_at_once(judged, kept, one_disk) == expected
 
 
 @pytest.mark.slow

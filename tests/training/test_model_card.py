@@ -161,3 +161,18 @@ def test_a_metric_added_to_the_table_is_on_the_card(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(metrics, "CHOOSING", "excess_text")
     text = write_model_card(tmp_path, FACTS)
     assert text.index("| excess text |") < text.index("| likeness |"), "the one that chooses comes first"
+
+
+def test_of_several_datasets_each_is_named_and_the_terms_of_all_hold(tmp_path):
+    each = [
+        {"dataset": "HuggingFaceM4/WebSight", "share": 0.7, "dataset_licence": "cc-by-4.0"},
+        {"dataset": "my_pages", "share": 0.2, "dataset_licence": None},
+        {"dataset": "user/more", "share": 0.1, "dataset_licence": "cc-by-nc-4.0"},
+    ]
+    licences = "cc-by-4.0, unknown for my_pages, cc-by-nc-4.0"
+    named = "HuggingFaceM4/WebSight and my_pages and user/more"
+    text = write_model_card(tmp_path, FACTS | {"dataset": named, "datasets": each, "dataset_licence": licences})
+    card = ModelCard(text)
+    assert card.data.datasets == ["HuggingFaceM4/WebSight", "user/more"]
+    assert f"The data: {licences}, asks for credit, forbids commercial use." in text
+    assert "| dataset 1: share | 0.7 |" in text and "| dataset 3: licence | cc-by-nc-4.0 |" in text

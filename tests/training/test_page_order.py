@@ -2,6 +2,9 @@
 
 from types import SimpleNamespace
 
+import pytest
+
+from training.errors import SettingsError
 from training.page_order import PageSampler
 
 
@@ -23,6 +26,42 @@ def test_no_page_comes_twice_and_all_ranks_have_as_many_batches(monkeypatch):
         assert len(seen) == len(set(seen)) == count // ranks * ranks
         sampler.set_epoch(1)
         assert count < 10 or list(sampler) != batches[-1], "another epoch, another order"
+
+
+def steps_on(ranks: int, count: int, micro: int, accumulated: int, began_on: int, monkeypatch) -> list[list[int]]:
+    """The pages of each step, as the ranks' own batches give them."""
+    args = SimpleNamespace(
+        per_device_train_batch_size=micro, gradient_accumulation_steps=accumulated, seed=7, data_seed=None
+    )
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    steps: dict[int, list[int]] = {}
+    for rank in range(ranks):
+        monkeypatch.setenv("RANK", str(rank))
+        sampler = PageSampler([1.0 + page % 5 for page in range(count)], args, began_on)
+        batches = list(sampler)
+        assert len(batches) == len(sampler) and all(1 <= len(batch) <= micro for batch in batches)
+        for number, batch in enumerate(batches):
+            steps.setdefault(number // accumulated, []).extend(batch)
+    return [sorted(pages) for pages in steps.values()]
+
+
+@pytest.mark.parametrize("count", [17, 23, 24, 31, 1000])
+def test_a_run_has_the_same_steps_on_any_number_of_processes(count, monkeypatch):
+    """16 pages a step. What the last step has and cannot be dealt out is left out of it; a step is never lost."""
+    for began_on in (1, 2, 4):
+        begun = steps_on(began_on, count, 2, 8 // began_on, began_on, monkeypatch)
+        for ranks, micro in ((1, 1), (1, 16), (2, 1), (2, 4), (4, 2), (8, 1)):
+            last = len(begun[-1])
+            if last < ranks:
+                with pytest.raises(
+                    SettingsError, match=f"last step has {last}, .* began with {began_on}: take as many"
+                ):
+                    steps_on(ranks, count, micro, 16 // micro // ranks, began_on, monkeypatch)
+                continue
+            now = steps_on(ranks, count, micro, 16 // micro // ranks, began_on, monkeypatch)
+            assert now[:-1] == begun[:-1] and len(now) == len(begun)
+            assert set(now[-1]) <= set(begun[-1]) and last - len(now[-1]) < ranks
+            assert now == begun or last % ranks, "left out without need"
 
 
 def test_the_order_is_drawn_by_the_data_seed_where_one_is_typed():

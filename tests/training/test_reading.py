@@ -10,6 +10,7 @@ from small_pages import dropped, good_pages, load, page_html, picture, write_fol
 from training import reading
 from training.dataset import (
     KNOWN_DATASETS,
+    BadPage,
     DatasetSource,
     Row,
 )
@@ -230,8 +231,11 @@ def test_a_picture_that_the_system_does_not_read_is_a_broken_page(tmp_path):
     assert (report.kept, dict(report.dropped)) == (12, {"unreadable": 4})
     rows = map(json.loads, (tmp_path / "out" / "dropped_pages.jsonl").read_text().splitlines())
     details = {row["name"]: row["detail"] for row in rows}
-    assert set(details) == set(names) and all(len(detail) <= 200 for detail in details.values())
-    assert details[names[0]] == "the picture cannot be read: File name too long"
+    too_long = next(name for name in details if name.startswith("metadata.jsonl, byte"))  # no name for a page either
+    assert set(details) == {too_long, "circle.png", "half\\ud800.png", "p000.png/p.png"}
+    assert all(len(detail) <= 200 for detail in details.values())
+    assert details[too_long] == "the picture cannot be read: File name too long"
+    assert details["circle.png"] == "the picture cannot be read: a link to itself"
     with pytest.raises(DataError, match="4 of 16 pages are broken"):
         load(folder, tmp_path / "out", eval_pages=1)
 
@@ -240,5 +244,154 @@ def test_an_address_of_the_hub_that_cannot_be_fetched_is_a_broken_page(tmp_path,
     """`datasets` names pictures of a Hub dataset so; nobody listens at the port."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     for address in ("hf://datasets/a/b@main/p.png", "zip://p.png::hf://datasets/a/b@main/p.zip"):
-        bad = reading._picture({"bytes": None, "path": address}, Path("a/b"), "a/b")
+        rows = reading._Rows("a/b", DatasetSource(), "--dataset")
+        bad = reading._picture({"bytes": None, "path": address}, rows)
         assert (bad.reason, len(str(bad)) <= 200) == ("unreadable", True)
+
+
+BASE64 = "iVBORw0KGgo" + "A" * 200_000
+
+
+def one_bad_cell(folder: Path, value: object) -> str:
+    """What is said of one bad image cell among eleven good ones; the others must arrive."""
+    pages = good_pages(11)
+    write_folder(folder, pages)
+    row = json.dumps({"file_name": value, "text": page_html(99)})
+    with open(folder / "metadata.jsonl", "a") as lines:
+        lines.write(row + "\n")
+    read = list(reading.read_pages(str(folder), DatasetSource(image_column="file_name"), 1))
+    bad = [(name, shot) for name, shot, _ in read if isinstance(shot, BadPage)]
+    assert len(read) == 12 and len(bad) == 1
+    ((name, said),) = bad
+    assert len(name) <= 255 and len(str(said)) <= 200 and name.encode()
+    return str(said)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("nothing.png", "no such file in the dataset's folder"),
+        ("a" * 300 + ".png", "File name too long"),
+        (BASE64, "File name too long"),
+        (BASE64.replace("A", "A/"), "cannot be read"),
+        (f"data:image/png;base64,{BASE64}", "a data: URL; decode it into a file"),
+        ("\ud83d.png", "cannot be read"),
+        ("loop.png", "a link to itself"),
+        ("secret.png", "Permission denied"),
+        ("", "no file but a folder, a pipe or a device"),
+        ("/dev/zero", "only files inside"),
+        ("zero.png", "only files inside"),
+        ("nul\0.png", "text with NUL in it"),
+        (7, "int"),
+        (None, "NoneType"),
+        (True, "bool"),
+        ({}, "no fields"),
+        ({"url": "http://127.0.0.1:9/x.png", "pixels": [0] * 99_999}, "fields named url, pixels"),
+        ({"bytes": None, "path": None}, "fields named bytes, path"),
+        ({"bytes": [137, 80, 78, 71] * 9999}, "fields named bytes"),
+        ([], "a list of 0"),
+        (["p000.png", "p001.jpg"], "a list of 2; --image_column file_name.0 takes the first"),
+        ([["p000.png"]], "a list of 1"),
+        ([[[0, 0, 0]] * 999] * 999, "a list of 999"),
+        ("http://127.0.0.1:9/x.png", "an address"),
+        ("hf://datasets/a/b@main/p.png", "an address"),
+    ],
+    ids=lambda value: str(value)[:20].encode("ascii", "replace").decode(),
+)
+def test_one_bad_cell_is_told_in_its_place_and_ends_nothing(tmp_path, monkeypatch, value, said):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "zero.png").symlink_to("/dev/zero")
+    if value == "secret.png":  # as root may read anything, the system's answer is made
+        whole = Path.read_bytes
+        refused = PermissionError(13, "Permission denied")
+        (folder / "secret.png").write_bytes(b"x")
+
+        def read_bytes(self: Path) -> bytes:
+            if self.name == "secret.png":
+                raise refused
+            return whole(self)
+
+        monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    assert said in one_bad_cell(folder, value)
+
+
+def test_a_list_of_one_picture_is_that_picture(tmp_path):
+    pages = good_pages(6)
+    rows = [{"images": [name], "text": html} for name, _, html in pages]
+    rows += [{"images": [{"path": name, "bytes": None}], "text": html} for name, _, html in pages]
+    folder = write_folder(tmp_path / "in", pages)
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = list(reading.read_pages(str(folder), DatasetSource(image_column="images"), 0))
+    assert sorted(shot for _, shot, _ in read) == sorted([data for _, data, _ in pages] * 2)
+
+
+@pytest.mark.slow
+def test_bytes_in_a_list_are_read_and_never_quoted(tmp_path):
+    import datasets
+
+    pages = good_pages(4)
+    cells = [[{"bytes": data + bytes(300_000), "path": None}] for _, data, _ in pages]
+    cells[2] *= 2
+    cells[3] = []
+    rows = {"images": cells, "text": [html.encode() for _, _, html in pages]}  # a binary column of text
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+    read = list(reading.read_pages(str(tmp_path / "train.parquet"), DatasetSource(image_column="images"), 1))
+    bad = sorted(str(shot) for _, shot, _ in read if isinstance(shot, BadPage))
+    assert bad == [
+        "no picture and no file name but a list of 0",
+        "no picture and no file name but a list of 2; --image_column images.0 takes the first",
+    ]
+    assert sorted(html for _, _, html in read) == sorted(html for _, _, html in pages)
+
+
+def test_the_columns_of_chats_are_named_as_they_must_be_typed(tmp_path):
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "<image>"}]
+    trl = {"images": ["p.png"], "messages": [*turns, {"role": "assistant", "content": "<p>"}]}
+    parts = {"images": ["p.png"], "messages": [{"role": "assistant", "content": [{"type": "text", "text": "<p>"}]}]}
+    llava = {
+        "id": 1,
+        "image": "p.png",
+        "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": ""}],
+    }
+    cases = [
+        (trl, "--image_column images.0 --html_column messages.2.content"),
+        (llava, "--html_column conversations.1.value"),
+    ]
+    cases += [
+        (parts, "--html_column messages.0.content.0.text"),
+        ({"shot": "a.jpg", "code": "<p>"}, "--image_column shot"),
+    ]
+    for number, (row, said) in enumerate(cases):
+        file = tmp_path / f"{number}.jsonl"
+        file.write_text(json.dumps(row) + "\n")
+        with pytest.raises(DataError, match="no column") as error:
+            next(reading.read_pages(str(file), DatasetSource(), 0))
+        assert said in str(error.value)
+
+
+def test_a_script_is_not_run_and_says_so(tmp_path):
+    folder = tmp_path / "scripted"
+    folder.mkdir()
+    (folder / "scripted.py").write_text("raise SystemExit(3)")
+    with pytest.raises(
+        DataError, match="scripted cannot be read: it is read by a script of its own, which nobody runs"
+    ):
+        load(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("x" * 900), NotImplementedError(), KeyError("train"), AttributeError("a\nb")]
+)
+def test_whatever_datasets_raises_is_a_data_error_in_a_line(tmp_path, monkeypatch, error):
+    """In place of a Hub: which errors a dataset there may cause is not for us to say."""
+    import datasets
+
+    def raises(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", raises)
+    with pytest.raises(DataError, match=type(error).__name__) as raised:
+        load("some/thing", tmp_path / "out")
+    assert len(str(raised.value)) < 500 and "\n" not in str(raised.value)

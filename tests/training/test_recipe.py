@@ -1,7 +1,8 @@
 """What a run is made of: with its recipe, training and use ask the same question, and no folder's place is told."""
 
 import use_model_from_hub as use
-from training.recipe import make_recipe, public_name
+from training.mixture import asked_datasets
+from training.recipe import facts_of_several, make_recipe, public_name
 from training.settings import resolve
 
 
@@ -18,3 +19,15 @@ def test_a_recipe_asks_what_training_asked(tmp_path):
     assert (recipe["prompt"], recipe["max_pixels"], recipe["max_html_tokens"]) == ("Write it.", 123456, 77)
     assert recipe["repetition_penalty"] == 1.0 and recipe["trust_remote_code"] is False and recipe["commit"] == "abc"
     assert use.Recipe.__dataclass_fields__.keys() <= recipe.keys()
+
+
+def test_of_several_datasets_every_licence_is_told_once(tmp_path):
+    (tmp_path / "mine").mkdir()
+    flags = ["--dataset", "xcodemind/webcode2m:0.5", "--dataset", "xcodemind/webcode2m_purified", "--dataset"]
+    facts = facts_of_several(asked_datasets(resolve([*flags, str(tmp_path / "mine")]).settings))
+    assert facts["dataset_licence"] == "cc-by-4.0, unknown for mine"
+    assert [(each["dataset"], each["share"], each["dataset_licence"]) for each in facts["datasets"]] == [
+        ("xcodemind/webcode2m", 0.5, "cc-by-4.0"),
+        ("xcodemind/webcode2m_purified", 0.25, "cc-by-4.0"),
+        ("mine", 0.25, None),
+    ]

@@ -3,15 +3,21 @@
 import json
 import os
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import PROGRAMS, make_base, output, small_run, start_plain, start_torchrun, start_zero_3, weights
 
+from training import zero3
 from training.checkpoints import MANIFEST, read_manifest, seal, write_manifest
+from training.errors import DiskError, SettingsError
+from training.resuming import converted, find_checkpoint
+from training.settings import resolve
 
 RECORDED = str(PROGRAMS / "trained_pages.py")
 OUT = "holo1_dom_finetune_output"
@@ -94,6 +100,46 @@ def test_a_run_goes_on_with_another_number_of_processes(way, exact_base, pages_f
         sum((other[name] - final[name]).square().sum() for name in final).sqrt() for other in (before, again)
     )
     assert learned > 0.1 and apart < 1e-4 * learned, "moments that are lost or another's learn something else"
+
+
+def test_a_conversion_that_lacks_space_or_memory_is_told_from_one_that_cannot_be(tmp_path, monkeypatch):
+    """DeepSpeed's own part is played: it writes a file, which may grow no further, or has no memory."""
+    checkpoint, args = tmp_path / "checkpoint-2", SimpleNamespace(output_dir=str(tmp_path))
+    free = shutil.disk_usage(tmp_path).free
+
+    def write(error: Exception | None):
+        def convert(checkpoint, place):
+            place.mkdir()
+            with (place / "half").open("wb", buffering=0) as file:
+                while not error:
+                    file.write(bytes(4096))
+            raise error
+
+        return convert
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for number_of_bytes, fails_with, expected, words in (
+        (free, None, DiskError, "has to be converted for 1 processes: the disk of .* or go on with 2 processes"),
+        (10, None, DiskError, "no space to convert .* nothing half-written is left"),
+        (10, MemoryError("played"), MemoryError, "played"),
+        (10, KeyError("played"), SettingsError, "DeepSpeed cannot convert it for 1"),
+    ):
+        files = {"global_step2/zero_pp_rank_0_mp_rank_00_optim_states.pt": {"bytes": number_of_bytes}}
+        monkeypatch.setattr(zero3, "convert", write(fails_with))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+        try:
+            with pytest.raises(expected, match=words):
+                converted(checkpoint, {"record": {"processes": 2}, "files": files}, args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert not (tmp_path / zero3.CONVERTED).exists()
+
+
+def test_what_a_killed_run_has_converted_goes(tmp_path):
+    """The next one may have as many processes as the checkpoint, and needs it no more."""
+    (tmp_path / zero3.CONVERTED / "checkpoint-2").mkdir(parents=True)
+    assert find_checkpoint(resolve(["--output_dir", str(tmp_path)]), None) is None
+    assert not (tmp_path / zero3.CONVERTED).exists()
 
 
 def pages_of_steps(cwd) -> dict[int, list[str]]:

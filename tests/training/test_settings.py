@@ -11,6 +11,7 @@ import pytest
 from conftest import MAIN, PLAIN_JSON, ROOT, run_script
 
 from training.errors import SettingsError
+from training.run_record import write_record
 from training.settings import (
     DEMO,
     LORA_LEARNING_RATE,
@@ -40,7 +41,7 @@ def test_design_flags_and_their_defaults_are_as_written():
         False,
         1000,
     )
-    assert (settings.base_model, settings.dataset) == ("Hcompany/Holo1-3B", "HuggingFaceM4/WebSight")
+    assert (settings.base_model, settings.dataset) == ("Hcompany/Holo1-3B", ["HuggingFaceM4/WebSight"])
     names = (
         "base_model dataset dataset_config image_column html_column max_pixels max_html_tokens quantize lora "
         "freeze_vision random_weights micro_batch plan eval_pages eval_every compare_base max_bad_share resume "
@@ -160,6 +161,17 @@ def test_all_problems_are_named_at_once(tmp_path, monkeypatch):
     with pytest.raises(SettingsError) as error:
         check_settings(resolve(argv))
     assert str(error.value).count("\n  - ") == 4
+
+
+@pytest.mark.parametrize("name", ["checkpoint-2", "checkpoint-best/inner", "best"])
+def test_a_base_that_the_run_would_move_aside_is_refused(name, tmp_path):
+    """What lies there of an earlier run is moved before the base is loaded, which then was no longer there."""
+    (base := tmp_path / "out" / name).mkdir(parents=True)
+    (base / "config.json").write_text("{}")
+    argv = ["--base_model", str(base), "--final_dir", str(tmp_path), "--output_dir"]
+    with pytest.raises(SettingsError, match=r"is moved aside when another run begins in --output_dir .*/out;"):
+        check_settings(resolve([*argv, str(tmp_path / "out")]))
+    check_settings(resolve([*argv, str(tmp_path / "other")]))
 
 
 def test_the_older_name_of_checkpointing_is_heard():
@@ -311,3 +323,20 @@ def test_training_refuses_what_the_check_refuses(tmp_path):
 def test_what_is_wrong_with_the_command_line_alone_is_raised_where_nobody_gathers_it():
     with pytest.raises(SettingsError, match="did you mean --learning_rate"):
         parse(THREE)
+
+
+def test_every_place_may_be_in_the_home_folder(tmp_path, monkeypatch):
+    """Typed so that the shell leaves the ~, and where the run is gone on with."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "ds.json").write_text("{}")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    again = ["--output_dir=~/out", "--deepspeed", "~/ds.json"]
+    for more in (["--final_dir=~/final", "--base_model", "~/base"], ["--resume"]):
+        resolved = resolve([*again, *more])
+        assert find_problems(resolved) == []
+        write_record(tmp_path / "out", resolved.record)
+        found = (resolved.training["output_dir"], resolved.settings.final_dir, resolved.settings.base_model)
+        assert found == tuple(f"{tmp_path}/{name}" for name in ("out", "final", "base"))
+    asked = resolve(["--resume_from_checkpoint=~/out/checkpoint-2"])
+    assert f"--resume_from_checkpoint {tmp_path}/out/checkpoint-2 has no manifest.json" in str(asked.problems)
