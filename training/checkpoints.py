@@ -214,7 +214,7 @@ class Checkpoints:
         whole = [path for path in self.output_dir.glob("checkpoint-*") if (path / MANIFEST).is_file()]
         whole = [path for path in whole if step_of(path) is not None and path != self.newest]
         whole.sort(key=lambda path: (path / MANIFEST).stat().st_mtime)
-        for number, path in enumerate(whole[: len(whole) + 1 - self.limit]):
+        for number, path in enumerate(whole[: max(0, len(whole) + 1 - self.limit)]):
             path.rename(self.staging / f"old-{number}")
 
     def join(self) -> None:

@@ -66,6 +66,14 @@ def test_what_a_rank_writes_after_another_has_gone_is_not_left(tmp_path, monkeyp
     assert not [*tmp_path.iterdir()]
 
 
+def test_none_goes_while_there_are_fewer_than_may_stay(tmp_path):
+    """Five of ten: the oldest went, counted from the wrong end of the list."""
+    kept = Checkpoints(tmp_path, 10, {})
+    for step in range(1, 7):
+        save(kept, step)
+    assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in range(1, 7)}
+
+
 def test_what_was_half_written_is_neither_a_checkpoint_nor_left(tmp_path):
     kept = Checkpoints(tmp_path, 2, {})
     fill(kept.staging / "checkpoint-2")  # a run that was killed while it wrote
