@@ -41,6 +41,7 @@ from training.errors import MEANINGS, OUT_OF_MEMORY_CODE
 DEFAULT_PORT = 29500
 NO_GPU = 1000  # the number of no GPU: the launcher shows hidden GPUs to the ranks again, by the numbers we give it
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+SOFT = (signal.SIGHUP, signal.SIGUSR1)  # a terminal that closes sends two, and a warning is no more than that
 GRACE_S = 10  # the other ranks' time when one has failed, and the launcher's when all have left their code
 ORPHAN_GRACE_S = 4.5  # all ranks' time when the launcher was killed: after 5 s none may be left,
 SAVING_S = 600  # but for one that saves: a save is not cut before this time
@@ -470,7 +471,7 @@ class Run:
         elif gone and not self.signal:  # after a signal ranks save, and need no launcher for it
             self.orphaned, self.deadline = True, time.monotonic() + ORPHAN_GRACE_S
             say(f"the launcher was killed: ranks {[*living]} get {ORPHAN_GRACE_S} s to stop, or longer if they save")
-            self.send(signal.SIGTERM, living.values())
+            self.ask(signal.SIGTERM, living)
 
     def failed(self, living: dict[int, int], codes: dict[int, int]) -> list[int]:
         return [rank for rank in {*self.pids, *codes} if codes.get(rank, rank not in living) not in (0, 85)]
@@ -483,6 +484,14 @@ class Run:
         saving = [rank for rank, beat in beats.items() if beat.get("stage") == "saving"]
         return any(rank in living and rank not in codes for rank in saving)
 
+    def ask(self, number: int, living: dict[int, int]) -> None:
+        """Lets ranks save and stop: by the signal itself, so that a warning is one to them, too; by SIGTERM those of a
+        script that may not know it. Who has been asked before would take it for a second one."""
+        beats = self.beats()
+        for rank, pid in living.items():
+            if not beats.get(rank, {}).get("asked"):
+                self.send(signal.SIGTERM if number in SOFT and rank not in beats else number, [pid])
+
     def take_signal(self, living: dict[int, int]) -> bool:
         """Passes on the signal that has arrived within a tenth of a second; whether it ends everything at once."""
         try:
@@ -490,18 +499,17 @@ class Run:
         except queue.Empty:
             return False
         name, before = signal.Signals(number).name, self.signal
-        if before and number in (signal.SIGHUP, signal.SIGUSR1):
-            return False  # a terminal that closes sends two, and a warning is no more than that
-        self.forced = before not in (0, signal.SIGUSR1) or len(self.pids) < self.num_ranks  # nothing to save before
-        self.signal = number if before == signal.SIGUSR1 else before or number
+        if before and number in SOFT:
+            return False
+        self.forced = before not in (0, *SOFT) or len(self.pids) < self.num_ranks  # nothing to save before
+        self.signal = number if before in SOFT else before or number
         if self.forced:
             say(f"{name}: ending everything at once")
         elif before:  # SLURM warns by SIGUSR1, and sends SIGTERM when the time is up: half a minute to go on saving
             say(f"{name}: still waiting until ranks {[*living]} have saved; once more kills them")
         else:
             if not self.orphaned:  # a second one would end them
-                quiet = number in (signal.SIGHUP, signal.SIGUSR1)  # not every script knows these
-                self.send(signal.SIGTERM if quiet else number, living.values())
+                self.ask(number, living)
             elif not self.failed_first:
                 self.deadline = float("inf")
             say(f"{name} passed on: waiting until ranks {[*living]} have saved; once more kills them")

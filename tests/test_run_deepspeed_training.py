@@ -527,6 +527,39 @@ def test_the_last_line_after_a_stop_says_what_is_on_disk(ended, codes, stage, ex
     assert (code, why[: len(expected)]) == (85 if codes else 128 + TERM, expected)
 
 
+@pytest.mark.parametrize(
+    ("number", "to_a_rank_that_beats"),
+    [(signal.SIGHUP, signal.SIGHUP), (signal.SIGUSR1, signal.SIGUSR1), (signal.SIGINT, signal.SIGINT)],
+)
+def test_a_rank_gets_the_signal_itself_and_none_where_it_was_asked_before(
+    ended, monkeypatch, number, to_a_rank_that_beats
+):
+    """As SIGTERM, a warning would be the first of two for a rank, and what was asked before by a file the second."""
+    sent = []
+    monkeypatch.setattr(wrapper.os, "kill", lambda pid, number: sent.append((pid, number)))
+    for asked, expected in [("", to_a_rank_that_beats), ("SAVE_AND_STOP", None)]:
+        run = ended({}, "training")
+        beat = Path(run.status_dir) / "beat-1"
+        beat.write_text(json.dumps(json.loads(beat.read_text()) | {"asked": asked}))
+        (Path(run.status_dir) / "beat-0").unlink()  # of a script that knows nothing of this
+        run.arrived.put(number)
+        assert not run.take_signal(run.pids)
+        alone = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+        wanted = [(run.pids[0], alone), (run.pids[1], expected)]
+        assert sent == [(pid, which) for pid, which in wanted if which]
+        sent.clear()
+
+
+@pytest.mark.parametrize("before", [signal.SIGUSR1, signal.SIGHUP])
+def test_a_sigterm_after_a_warning_or_a_closed_terminal_is_the_first_of_two(ended, before):
+    run = ended({}, "training")
+    for number in (before, before, signal.SIGTERM, signal.SIGUSR1):
+        run.arrived.put(number)
+        assert not run.take_signal(run.pids)
+    run.arrived.put(signal.SIGTERM)
+    assert run.take_signal(run.pids) and run.signal == signal.SIGTERM
+
+
 def test_silence_while_the_wrapper_slept_itself_is_no_hang(ended):
     """A machine that was suspended, or a clock that was set: whoever looks again gives everybody a new start."""
     run = ended({}, "training")

@@ -70,6 +70,7 @@ class Heart:
         self.hang_timeout: float | None = None  # --hang_timeout
         self.collective_s: float | None = None  # --ddp_timeout: longer than this no rank waits for another
         self.output_dir = self.stacks = ""  # known once the settings are
+        self.asked = ""  # by what this rank was asked to stop: the wrapper need not pass that on
         self.file: IO[str] | None = None
         self.last_beat, self.awake = time.monotonic(), time.monotonic()
         self.failed_elsewhere: float | None = None  # when another rank's failure was first seen
@@ -188,6 +189,7 @@ class Heart:
             "micro_batch": self.micro_batch,
             "output_dir": self.output_dir,
             "stacks": self.stacks,
+            "asked": self.asked,
         }
 
     def follow(self, place: Place, now: float) -> None:

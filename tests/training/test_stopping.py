@@ -32,7 +32,7 @@ def signal_twice(number: int, seconds_between: float) -> None:
     with StopRequest() as stop:
         stop.at_the_end_of_a_step()
         os.kill(os.getpid(), number)
-        if stop.signal != number or not stop.wanted or not within(lambda: stop.first is not None):
+        if stop.signal != number or not stop.wanted or not within(lambda: stop.asked):
             os._exit(1)
         time.sleep(seconds_between)
         os.kill(os.getpid(), number)
@@ -46,8 +46,38 @@ def signal_twice(number: int, seconds_between: float) -> None:
 def test_the_first_signal_sets_a_flag_and_only_a_later_one_ends_at_once(number, seconds_between, ends):
     process = process_of(signal_twice, number, seconds_between)
     process.join(timeout=60)
-    # A terminal that closes sends SIGHUP twice.
-    assert process.exitcode == (128 + number if ends and number != signal.SIGHUP else 0)
+    # A terminal that closes sends SIGHUP twice, and SLURM's warning is no more than that.
+    assert process.exitcode == (128 + number if ends and number in (signal.SIGTERM, signal.SIGINT) else 0)
+
+
+@pytest.fixture
+def ends(monkeypatch):
+    """The codes with which the process would have been ended; played, or the tests would end, too."""
+    codes = []
+    monkeypatch.setattr(stopping, "end", codes.append)
+    monkeypatch.setattr(stopping, "AGAIN_S", 0.0)
+    monkeypatch.setattr(stopping, "LOOK_S", 0.05)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever starts tests under nohup has it ignored
+    yield codes
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("first", [FILE, signal.SIGUSR1, signal.SIGHUP])
+def test_after_a_file_a_warning_or_a_closed_terminal_the_first_sigterm_is_no_second_one(first, ends, tmp_path):
+    """SLURM's at the time limit, say, while a long step still has to end."""
+    with StopRequest() as stop:
+        stop.terminals = []
+        stop.at_the_end_of_a_step()
+        stop.looks_into(tmp_path)
+        (tmp_path / FILE).touch() if first == FILE else os.kill(os.getpid(), first)
+        assert within(lambda: stop.asked)
+        for number in (signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
+        assert within(lambda: stop.first is not None) and ends == []
+        assert stop.wanted and stop.name == (first if first == FILE else signal.Signals(first).name)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert within(lambda: ends == [128 + signal.SIGINT])
 
 
 def stuck_in_c(ready: Path, code: int) -> None:
@@ -94,7 +124,7 @@ def on_a_terminal(path: str, ready: Path, done: Path) -> None:
     with StopRequest() as stop:
         stop.at_the_end_of_a_step()
         ready.touch()
-        if within(lambda: stop.wanted and stop.first is not None):
+        if within(lambda: stop.wanted and stop.asked):
             time.sleep(0.2)
             print("a line of the step that is saved", flush=True)
             done.write_text(stop.name)
