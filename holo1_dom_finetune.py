@@ -270,7 +270,7 @@ class PageCollator:
                     continue
                 # Half of what was tried, not of what is allowed: the last chunk of a batch may be short.
                 self.chunk = max(1, min(self.chunk, len(pages)) // 2)
-                print(f"collate: memory ran out, going on with {self.chunk} screenshots at once", flush=True)
+                say_from_here(f"collate: memory ran out, going on with {self.chunk} screenshots at once")
             else:
                 self.chunk = min(self.largest_chunk, self.chunk * 2)
                 return done
@@ -298,7 +298,7 @@ class PageCollator:
         digest = hashlib.sha256(page["name"].encode()).digest()
         spare = self.pages[(int.from_bytes(digest[:8], "big") + tries) % len(self.pages)]
         note = {"page": page["name"], "reason": reason, "replaced_by": spare["name"]}
-        print(f"collate: {json.dumps(note)}", flush=True)
+        say_from_here(f"collate: {json.dumps(note)}")
         if self.notes_file:
             with self.notes_file.open("a", encoding="utf-8") as notes:
                 notes.write(json.dumps(note) + "\n")
@@ -538,8 +538,8 @@ def train(trainer: PageTrainer, steps: Steps, checkpoint: Path | None) -> TrainO
         trainer.checkpoints.settle()
     except Exception as error:
         heart.enter("saving")
+        trainer.checkpoints.join()  # what was saved before is still put into its place, whatever can be said
         say_from_here(f"training failed: {type(error).__name__}: {error}")
-        trainer.checkpoints.join()  # what was saved before is still put into its place
         if is_out_of_memory(error) and not steps.judging:
             note_smaller(args)
         # Before the first step the weights are only the base's, and not worth keeping. Where memory ran out inside a

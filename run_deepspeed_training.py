@@ -647,7 +647,8 @@ def start(
         hostfile = os.path.join(run.status_dir, "hostfile")  # the launcher counts its lines, and calls nobody in it
         Path(hostfile).write_text("".join(f"node{number} slots={2 * NO_GPU}\n" for number in range(args.num_nodes)))
         command = build_command(args, gpus, passed_on, hostfile)
-        print(shlex.join(command), flush=True)
+        with contextlib.suppress(OSError):  # a terminal that was closed since a first start
+            print(shlex.join(command), flush=True)
         env = run.environment(gpus)  # a session of its own: Ctrl-C in the terminal reaches the ranks through us, once
         run.launcher = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
         run.watch()

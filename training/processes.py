@@ -14,6 +14,7 @@ Sections: Who, Talk, Together, After a failure.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import sys
@@ -73,7 +74,7 @@ def several() -> bool:
 def say(message: str) -> None:
     """(main process only) One line on stdout."""
     if is_main():
-        print(message, flush=True)
+        print_line(message)
 
 
 def here(folder: Path) -> str:
@@ -83,13 +84,38 @@ def here(folder: Path) -> str:
 
 def say_from_here(message: str) -> None:
     """One line on stdout that names this process."""
-    print(f"rank {rank()}: {message}", flush=True)
+    print_line(f"rank {rank()}: {message}")
+
+
+NOBODY_READS = (errno.EIO, errno.EPIPE)  # a terminal whose window was closed, a pipe whose reader has gone
+
+
+def print_line(line: str) -> None:
+    """On stdout. One that nobody reads any more ends no run: what comes later goes nowhere, whoever says it."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        if error.errno not in NOBODY_READS:
+            raise
+        lead_nowhere(sys.stdout.fileno())
+        tell(f"rank {rank()}: stdout is closed ({error}); what would be said there from now on is lost")
+
+
+def lead_nowhere(*files: int) -> None:
+    """What is written to these file descriptors from now on is thrown away, and no error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for file in files:
+        os.dup2(nowhere, file)
+    os.close(nowhere)
 
 
 def tell(message: str) -> None:
     """(any rank, any thread) One line on stderr, past Python's buffer, whose lock a stuck main thread may hold."""
-    with contextlib.suppress(OSError):  # a closed terminal
+    try:
         os.write(2, f"{message}\n".encode())
+    except OSError as error:
+        if error.errno in NOBODY_READS:
+            lead_nowhere(2)
 
 
 def leave_note(name: str, text: str) -> None:

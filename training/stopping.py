@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 
 from training.heartbeat import end, heart
-from training.processes import code_of_another, is_main, rank, tell
+from training.processes import code_of_another, is_main, lead_nowhere, rank, tell
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # SLURM warns by the last one
 SOFT = (signal.SIGHUP, signal.SIGUSR1)  # a request, but never one of the two that end a run at once
@@ -164,7 +164,8 @@ class StopRequest:
         """The request, however it came."""
         self.asked, heart.asked = True, name
         self.signal, self.name = number, name
-        if number == signal.SIGHUP:
+        # Ranks have no terminal whose end they are told of by SIGHUP: what they are sent for it may be another signal.
+        if number == signal.SIGHUP or not all(map(os.isatty, self.terminals)):
             self.leave_terminal()
         if name != FILE and number not in SOFT:
             self.first = time.monotonic()
@@ -174,10 +175,7 @@ class StopRequest:
 
     def leave_terminal(self) -> None:
         """Its window was closed: the next line that is said there would be an error, and nothing would be saved."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for file in self.terminals:
-            os.dup2(nowhere, file)
-        os.close(nowhere)
+        lead_nowhere(*self.terminals)
 
     def end(self) -> None:
         """At once."""

@@ -168,3 +168,37 @@ def test_a_log_on_a_full_disk_does_not_hide_the_code(monkeypatch):
         codes = [processes.say_failure(DiskError("no space for a checkpoint")), processes.say_failure(MemoryError())]
         monkeypatch.undo()
     assert codes == [81, 83]
+
+
+def closed_terminal() -> int:
+    terminal, other = os.openpty()
+    os.close(terminal)
+    return other
+
+
+def closed_pipe() -> int:
+    reading, writing = os.pipe()
+    os.close(reading)
+    return writing
+
+
+@pytest.mark.parametrize("closed", [closed_terminal, closed_pipe])
+def test_what_is_said_to_nobody_ends_no_run(closed, monkeypatch, capfd):
+    """As in the second between a terminal's end and the signal, or where the signal is ignored."""
+    monkeypatch.setenv("RANK", "0")
+    with open(closed(), "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        for _ in range(3):
+            processes.say("a step's line")
+            processes.say_from_here("training failed")
+        print("what a library says", flush=True)
+        monkeypatch.undo()
+    assert capfd.readouterr().err.count("rank 0: stdout is closed") == 1
+
+
+def test_a_log_that_cannot_be_written_for_another_reason_is_not_passed_over(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with contextlib.suppress(OSError), open("/dev/full", "w") as log:
+        monkeypatch.setattr(sys, "stdout", log)
+        with pytest.raises(OSError, match="No space left"):
+            processes.say("a step's line")
