@@ -667,6 +667,18 @@ def start(
         run.clear_up()
 
 
+def without(words: list[str], flag: str) -> list[str]:
+    """A command line without a flag and its value, in both of argparse's spellings."""
+    kept, skip = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        found = name.startswith("--") and name.replace("-", "_") == flag.replace("-", "_")
+        if not (found or skip):
+            kept.append(word)
+        skip = found and not equals
+    return kept
+
+
 def train(args: argparse.Namespace, gpus: list[str], passed_on: list[str]) -> int:
     """Starts, and starts again with a smaller micro-batch where memory runs out. Returns the last start's exit code."""
     arrived: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -680,12 +692,15 @@ def train(args: argparse.Namespace, gpus: list[str], passed_on: list[str]) -> in
         if not arrived.empty():
             say(f"{signal.Signals(arrived.get()).name}: not starting again")
             break
-        more = ["--micro_batch", str(smaller["micro_batch"])]
-        more += ["--resume"] if smaller.get("resume") and "--resume" not in passed_on else []
+        more, given = ["--micro_batch", str(smaller["micro_batch"])], len(passed_on)
+        if smaller.get("resume"):  # from the newest checkpoint: the script takes no other beside it
+            passed_on = without(passed_on, "--resume_from_checkpoint")
+            more += [] if "--resume" in passed_on else ["--resume"]
+        instead = " in place of --resume_from_checkpoint" if len(passed_on) < given else ""
         if args.num_nodes > 1:  # the other machines' wrappers may not know, and all must ask for the same
-            say(f"a smaller micro-batch may do: start again on every machine, with {shlex.join(more)}")
+            say(f"a smaller micro-batch may do: start again on every machine, with {shlex.join(more)}{instead}")
             break
-        say(f"GPU memory ran out: starting again with {shlex.join(more)}")
+        say(f"GPU memory ran out: starting again with {shlex.join(more)}{instead}")
         code, smaller = start(args, gpus, [*passed_on, *more], arrived)
     return code
 

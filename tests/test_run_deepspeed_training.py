@@ -603,6 +603,16 @@ def test_memory_that_never_does_is_tried_six_times_more(starts):
     assert starts[0] == [["--resume"]] + 6 * [["--resume", "--micro_batch", "1"]]
 
 
+@pytest.mark.parametrize("typed", ["--resume_from_checkpoint out/checkpoint-4", "--resume-from-checkpoint=x --lora"])
+def test_a_new_start_goes_on_from_the_newest_checkpoint_not_from_the_one_that_was_given(starts, capsys, typed):
+    """The script takes one of the two flags; the one that was given is older, or has been replaced."""
+    args, passed_on = wrapper.read_command_line(["--num_nodes", "1", "--lr", "1", *typed.split()])
+    assert wrapper.train(args, [], passed_on) == 83
+    kept = [word for word in passed_on if word in ("--lr", "1", "--lora")]
+    assert starts[0] == [passed_on] + 6 * [[*kept, "--micro_batch", "1", "--resume"]]
+    assert "again with --micro_batch 1 --resume in place of --resume_from_checkpoint" in capsys.readouterr().err
+
+
 def test_memory_that_ran_out_is_left_at_that_where_it_was_asked(starts):
     args, passed_on = wrapper.read_command_line(["--num_nodes", "1", "--no_retry_smaller"])
     assert wrapper.train(args, [], passed_on) == 83
