@@ -48,6 +48,7 @@ SAVING_S = 600  # but for one that saves: a save is not cut before this time
 SILENT_S = 10  # a beat comes once a second; a rank that writes none for so long has been stopped or starved
 QUIET_S = 3  # a hang is believed so long after its limit: who has written no beat since is the one that is stopped
 STACKS_S = 2  # the time of ranks to write their stacks
+BLOCK = 4096  # bytes that a disk gives to a file at least
 MOST_SMALLER = 6  # starts again with a smaller micro-batch
 CHECK_S = 60  # the script's check of its settings takes some seconds; longer on a cold network disk
 STAGES = ("loading", "reading pages", "training", "saving", "judging", "publishing")
@@ -380,6 +381,20 @@ class Run:
             self.send(signal.SIGKILL, left)
             time.sleep(0.1)
 
+    def prepare(self, num_nodes: int) -> str:
+        """Lays the launcher's list of machines, and for every rank the files into which it can write on a full disk,
+        too: each has a block. Returns why that cannot be."""
+        laid = {f"{kind}-{rank}": " " * BLOCK for rank in self.ranks for kind in ("beat", "rank")}
+        laid |= {"smaller": " " * BLOCK}
+        # The launcher counts the lines, and calls nobody in it.
+        laid |= {"hostfile": "".join(f"node{number} slots={2 * NO_GPU}\n" for number in range(num_nodes))}
+        try:
+            for name, text in laid.items():
+                Path(self.status_dir, name).write_text(text)
+        except OSError as error:
+            return f"{self.status_dir}: {error}; free some space there, or set TMPDIR to a folder that has some"
+        return ""
+
     def start_watchdog(self) -> None:
         """A process that clears up when its pipe ends without a word: at the wrapper's end by SIGKILL, say."""
         reading, self.pipe = os.pipe()  # the launcher inherits neither end
@@ -644,9 +659,10 @@ def start(
     run = Run(args.num_gpus, args.num_gpus * (args.node_rank or 0), arrived)
     run.start_watchdog()
     try:
-        hostfile = os.path.join(run.status_dir, "hostfile")  # the launcher counts its lines, and calls nobody in it
-        Path(hostfile).write_text("".join(f"node{number} slots={2 * NO_GPU}\n" for number in range(args.num_nodes)))
-        command = build_command(args, gpus, passed_on, hostfile)
+        if trouble := run.prepare(args.num_nodes):
+            say(f"exit 81: {MEANINGS[81]}: {trouble}")
+            return 81, {}
+        command = build_command(args, gpus, passed_on, os.path.join(run.status_dir, "hostfile"))
         with contextlib.suppress(OSError):  # a terminal that was closed since a first start
             print(shlex.join(command), flush=True)
         env = run.environment(gpus)  # a session of its own: Ctrl-C in the terminal reaches the ranks through us, once
@@ -710,6 +726,11 @@ def main(argv: list[str] | None = None) -> int:
     gpus = usable_gpus()
     problems = find_problems(args, gpus, passed_on)
     problems += script_problems(args, passed_on, problems)
+    try:
+        tempfile.gettempdir()  # one in which it has written a few bytes
+    except FileNotFoundError as error:
+        say(f"exit 81: {MEANINGS[81]}: {error}; free some space, or set TMPDIR to a folder that has some")
+        return 81
     try:
         problems += port_problems(args)
         if problems:

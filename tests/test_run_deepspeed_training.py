@@ -8,6 +8,7 @@ Sections: Command line, Checks, The script's own check, Port, Several machines, 
 import json
 import os
 import queue
+import resource
 import shlex
 import shutil
 import signal
@@ -15,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -572,6 +574,27 @@ def test_silence_while_the_wrapper_slept_itself_is_no_hang(ended):
     run.looked, run.counts_from = time.time(), 0.0  # as if it had looked all along
     assert [rank for *_, rank in run.hanging(living, {})] == [0, 1]
     assert run.hanging(living, {0: 0, 1: 0}) == [] and run.hanging({}, {}) == []
+
+
+def test_notes_that_were_laid_for_ranks_say_nothing_yet(ended):
+    run = ended({}, "training", ranks=range(2, 4))
+    run.prepare(num_nodes=1)
+    laid = {file.name for file in Path(run.status_dir).iterdir() if file.stat().st_size >= 4096}
+    assert laid == {"rank-2", "rank-3", "beat-2", "beat-3", "smaller"}
+    assert (run.codes(), sorted(run.beats()), run.smaller()) == ({}, [0, 1], {})
+
+
+@pytest.mark.parametrize(("left", "said"), [(0, "No usable temporary directory"), (100, "/holo1-run-")])
+def test_a_temporary_folder_without_space_is_said_before_the_start(here, left, said):
+    """No file may grow beyond that, as on a full disk; the number of the error is another one (EFBIG)."""
+    full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (left, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    command = [sys.executable, wrapper.__file__, "--script", "train.py", "--config", "zero.json"]
+    env = {**os.environ, "TMPDIR": str(here)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, preexec_fn=full, timeout=20)
+    assert done.returncode == 81, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert "exit 81: disk: " in last and said in last and "set TMPDIR" in last
+    assert not [file.name for file in here.iterdir() if file.name.startswith("holo1-run-")]
 
 
 # -----------------------------------------------------------------------------

@@ -118,13 +118,38 @@ def tell(message: str) -> None:
             lead_nowhere(2)
 
 
+_said_full: list[str] = []  # folders
+
+
 def leave_note(name: str, text: str) -> None:
-    """(any rank, any thread) A file for the wrapper, whole or not there; nothing where there is no wrapper."""
-    if folder := os.environ.get("HOLO1_STATUS_DIR"):
-        partial = Path(folder) / f".{name}.{rank()}"
-        with contextlib.suppress(OSError):  # the wrapper has gone, and its folder with it
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(Path(folder) / name)
+    """(any rank, any thread) A file for the wrapper, whole or not there; nothing where there is no wrapper. On a full
+    disk it goes into the one that the wrapper has laid there, whose block is there, too."""
+    if not (folder := os.environ.get("HOLO1_STATUS_DIR")):
+        return
+    partial, place = Path(folder) / f".{name}.{rank()}", Path(folder) / name
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(place)
+    except OSError as error:
+        if not Path(folder).is_dir():  # the wrapper has gone, and its folder with it
+            return
+        if folder not in _said_full:
+            _said_full.append(folder)
+            tell(f"rank {rank()}: {folder}: {error}; the wrapper may not learn how this rank is: free some space there")
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        write_over(place, text)
+
+
+def write_over(place: Path, text: str) -> None:
+    """In place. Where that fails, too, it goes: half of it, or what it said before, would be believed."""
+    try:
+        with place.open("r+b") as file:
+            file.write(text.encode())
+            file.truncate()
+    except OSError:
+        with contextlib.suppress(OSError):
+            place.unlink(missing_ok=True)
 
 
 def report_end(code: int) -> None:
