@@ -480,7 +480,9 @@ class Run:
             self.failed_first = sorted(rank for rank in failed if order[rank] == min(order.values()))
             self.deadline = time.monotonic() + GRACE_S
             if living:
-                say(f"ranks {self.failed_first} have failed: ranks {[*living]} get {GRACE_S} s to end")
+                stopped = all(codes.get(rank, 0) - 128 in SIGNALS for rank in self.failed_first)
+                ended = "ended" if stopped else "failed"
+                say(f"ranks {self.failed_first} have {ended}: ranks {[*living]} get {GRACE_S} s to end")
         elif gone and (asked := -(self.launcher.returncode or 0)) in SIGNALS and not self.signal:
             self.arrived.put(asked)  # who asks the launcher to stop asks us: schedulers signal everyone at once
         elif gone and not self.signal:  # after a signal ranks save, and need no launcher for it
@@ -544,12 +546,24 @@ class Run:
             code = launcher if not codes and 0 < launcher < 128 else 1
         if self.signal and code and (not 80 <= code <= 86 or (missing and self.forced)):
             return 128 + self.signal, "; ".join([self.unsaved(), *self.causes(missing)])
+        if name := self.stopped_early(codes, missing):
+            ours = [f"ranks {missing} were ended by us"] if missing else []
+            return code, "; ".join([f"stopped by {name} while {self.place()[0]}: nothing had been trained", *ours])
         why = [] if code == 84 and self.hang else self.causes(missing)
         if code == 85:
             why = [self.saved(), *why]
         elif code != 1 or not missing:
             why = [MEANINGS.get(code, f"the script's own code {code}") + (f": {self.hang}" if code == 84 else ""), *why]
         return code, "; ".join(why)
+
+    def stopped_early(self, codes: dict[int, int], missing: list[int]) -> str:
+        """What has stopped all ranks before there was anything to save, where we were not told of it; else empty."""
+        told = self.signal or self.orphaned or {*missing} - {*self.ended_by_us}
+        numbers = [code - 128 for code in codes.values()]
+        if told or not numbers or not all(number in SIGNALS for number in numbers) or self.place()[0] not in STAGES[:2]:
+            return ""
+        asked = [beat.get("asked") for beat in self.beats().values()]
+        return "SAVE_AND_STOP" if "SAVE_AND_STOP" in asked else signal.Signals(min(numbers)).name
 
     def causes(self, missing: list[int]) -> list[str]:
         """Who failed first, whom we have ended, and who else is without a code."""

@@ -529,6 +529,29 @@ def test_the_last_line_after_a_stop_says_what_is_on_disk(ended, codes, stage, ex
     assert (code, why[: len(expected)]) == (85 if codes else 128 + TERM, expected)
 
 
+@pytest.mark.parametrize(("codes", "missing"), [({0: 143, 1: 143}, []), ({0: 143}, [1]), ({1: 138}, [0])])
+@pytest.mark.parametrize("stage", ["loading", "reading pages"])
+def test_a_stop_before_training_that_the_wrapper_was_not_told_of_is_no_failure(ended, codes, missing, stage):
+    """By SAVE_AND_STOP, or a signal to a rank alone."""
+    for asked in ("SAVE_AND_STOP", ""):
+        run = ended(codes, stage, failed_first=[*codes][:1], ended_by_us=missing)
+        beat = Path(run.status_dir) / "beat-0"
+        beat.write_text(json.dumps(json.loads(beat.read_text()) | {"asked": asked}))
+        code, why = run.verdict()
+        name = asked or signal.Signals(code - 128).name
+        expected = [f"stopped by {name} while {stage}: nothing had been trained"]
+        expected += [f"ranks {missing} were ended by us"] * bool(missing)
+        assert (code, why) == (min(codes.values()), "; ".join(expected))
+
+
+@pytest.mark.parametrize(
+    ("codes", "stage", "first"),
+    [({0: 143}, "loading", [1]), ({0: 143, 1: 1}, "loading", [1]), ({0: 143}, "training", [])],
+)
+def test_a_death_before_training_is_not_taken_for_a_stop(ended, codes, stage, first):
+    assert "nothing had been trained" not in ended(codes, stage, failed_first=first).verdict()[1]
+
+
 @pytest.mark.parametrize(
     ("number", "to_a_rank_that_beats"),
     [(signal.SIGHUP, signal.SIGHUP), (signal.SIGUSR1, signal.SIGUSR1), (signal.SIGINT, signal.SIGINT)],

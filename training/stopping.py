@@ -32,6 +32,7 @@ FILE = "SAVE_AND_STOP"
 LOOK_S = 1.0  # for the file
 AGAIN_S = 2.0  # schedulers signal the wrapper and the ranks at once: that is one request
 STATE_SAVED = 85
+STOPPED_EARLY = [128 + number for number in SIGNALS]  # what a rank leaves that was stopped before it trained
 NOTHING_TRAINED = "nothing was trained, and checkpoints are as they were"
 
 
@@ -141,8 +142,8 @@ class StopRequest:
             self.ask(self.signal, self.name)
         elif self.folder is not None and (self.folder / FILE).exists():
             self.ask(signal.SIGTERM, FILE)
-        # All is on disk: a rank that was stopped then is waited for in vain.
-        elif self.ends and self.ends[0] and (found := code_of_another([STATE_SAVED])):
+        # Nothing is to be saved, or all is on disk: a rank that was stopped then is waited for in vain.
+        elif self.ends and (found := code_of_another([STATE_SAVED] if self.ends[0] else STOPPED_EARLY)):
             self.ask(signal.SIGTERM, f"a signal to rank {found[0]}")
 
     def arrive(self, number: int) -> None:
@@ -181,6 +182,8 @@ class StopRequest:
         """At once."""
         code, words = self.ends or (0, "")
         tell(f"rank {rank()}: stopped by {self.name}: {words}")
+        if self.name == FILE:
+            time.sleep(2 * LOOK_S)  # until every other rank has seen it, too
         self.honoured()
         end(code or 128 + self.signal)
 

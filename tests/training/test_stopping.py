@@ -163,6 +163,33 @@ def test_a_file_in_the_output_folder_is_a_request_and_goes_once_it_is_honoured(t
         assert not (tmp_path / FILE).exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_rank_that_loads_stops_as_another_has_by_a_signal(number, ends, tmp_path, monkeypatch):
+    """It would be waited for in vain, or take for a failure what was a request."""
+    monkeypatch.setenv("HOLO1_STATUS_DIR", str(tmp_path))
+    (tmp_path / "rank-1").write_text(str(128 + number))
+    with StopRequest() as stop:
+        assert within(lambda: 128 + signal.SIGTERM in ends) and stop.name == "a signal to rank 1"
+    ends.clear()
+    with StopRequest() as stop:
+        stop.at_the_end_of_a_step()  # it was ended at once by a second signal, and the others may still save
+        time.sleep(0.3)
+        assert not stop.asked and ends == []
+
+
+def test_a_file_lies_until_every_rank_that_loads_has_looked(ends, tmp_path, monkeypatch):
+    monkeypatch.setattr(stopping, "LOOK_S", 0.5)
+    file = tmp_path / FILE
+    file.touch()
+    with StopRequest() as stop:
+        stop.looks_into(tmp_path)
+        assert within(lambda: stop.asked) and file.exists()
+        time.sleep(0.5)  # until the next look of another one
+        assert file.exists()
+        assert within(lambda: ends == [128 + signal.SIGTERM]) and not file.exists()
+        stop.at_the_end_of_a_step()  # or it would end once more
+
+
 def test_nohups_sighup_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
