@@ -537,7 +537,7 @@ def train(trainer: PageTrainer, steps: Steps, checkpoint: Path | None) -> TrainO
         heart.enter("saving")
         trainer.checkpoints.settle()
     except Exception as error:
-        heart.enter("saving")
+        heart.enter("finishing")
         trainer.checkpoints.join()  # what was saved before is still put into its place, whatever can be said
         say_from_here(f"training failed: {type(error).__name__}: {error}")
         if is_out_of_memory(error) and not steps.judging:

@@ -51,7 +51,7 @@ STACKS_S = 2  # the time of ranks to write their stacks
 BLOCK = 4096  # bytes that a disk gives to a file at least
 MOST_SMALLER = 6  # starts again with a smaller micro-batch
 CHECK_S = 60  # the script's check of its settings takes some seconds; longer on a cold network disk
-STAGES = ("loading", "reading pages", "training", "saving", "judging", "publishing")
+STAGES = ("loading", "reading pages", "training", "saving", "finishing", "judging", "publishing")
 OWN_CODES = (2, *range(80, 87))  # whose rank knows why it failed; a 1 may be what another's end has caused
 
 
@@ -494,11 +494,12 @@ class Run:
         return [rank for rank in {*self.pids, *codes} if codes.get(rank, rank not in living) not in (0, 85)]
 
     def still_saving(self, living: dict[int, int], codes: dict[int, int]) -> bool:
-        """Whether someone is to be waited for, whose save would be cut: not after a rank's death, without which the
-        others cannot save, and not for ever."""
+        """Whether someone is to be waited for, whose save would be cut. Not for ever, not after a rank's death, and
+        once one has failed only for those that finish what was saved before it: a save needs all."""
         died = [rank for rank in self.failed_first if rank not in codes]
         beats = {} if died or time.monotonic() > self.deadline + SAVING_S else self.beats()
-        saving = [rank for rank, beat in beats.items() if beat.get("stage") == "saving"]
+        stages = ("finishing",) if self.failed_first else ("saving", "finishing")
+        saving = [rank for rank, beat in beats.items() if beat.get("stage") in stages]
         return any(rank in living and rank not in codes for rank in saving)
 
     def ask(self, number: int, living: dict[int, int]) -> None:
@@ -658,7 +659,7 @@ class Run:
         if stage in ("judging", "publishing"):
             return f"stopped by {name} while {stage}: what was saved before is{where or ' there'}"
         hint = f"; --resume goes on from the last whole checkpoint{where}, if there is one" if folder else ""
-        return f"stopped by {name}{' while saving' if stage == 'saving' else ''}, state not saved{hint}"
+        return f"stopped by {name}{' while saving' if stage in ('saving', 'finishing') else ''}, state not saved{hint}"
 
 
 # -----------------------------------------------------------------------------

@@ -520,6 +520,7 @@ TERM = int(signal.SIGTERM)
             "stopped by SIGTERM, state not saved; --resume goes on from the last whole checkpoint in /out",
         ),
         ((), "saving", "stopped by SIGTERM while saving, state not saved; --resume goes on from the last whole"),
+        ((), "finishing", "stopped by SIGTERM while saving, state not saved; --resume goes on from the last whole"),
         ((), "judging", "stopped by SIGTERM while judging: what was saved before is in /out"),
     ],
 )
@@ -597,6 +598,25 @@ def test_silence_while_the_wrapper_slept_itself_is_no_hang(ended):
     run.looked, run.counts_from = time.time(), 0.0  # as if it had looked all along
     assert [rank for *_, rank in run.hanging(living, {})] == [0, 1]
     assert run.hanging(living, {0: 0, 1: 0}) == [] and run.hanging({}, {}) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "stage", "expected"),
+    [
+        (85, "saving", True),
+        (85, "training", False),
+        (81, "saving", False),
+        (1, "saving", False),
+        (81, "finishing", True),
+    ],
+)
+def test_who_saves_is_waited_for_but_not_who_waits_for_one_that_has_failed(ended, code, stage, expected):
+    """A rank that saves is stuck, over NCCL, in a collective that the other will never call; one that only finishes an
+    earlier checkpoint needs nobody."""
+    run = ended({1: code}, stage, deadline=time.monotonic(), failed_first=[1] if code != 85 else [])
+    assert run.still_saving({0: run.pids[0]}, run.codes()) == expected
+    run.deadline -= wrapper.SAVING_S + 1
+    assert not run.still_saving({0: run.pids[0]}, run.codes())
 
 
 def test_notes_that_were_laid_for_ranks_say_nothing_yet(ended):

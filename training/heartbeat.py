@@ -47,7 +47,8 @@ ASLEEP_S = 5.0  # a beat that comes later than this was stopped (Ctrl-Z, SIGSTOP
 @dataclass(frozen=True)
 class Place:
     """What the main thread is doing since its last progress (`time.monotonic()`): "loading", "reading pages",
-    "training", "saving", "judging" or "publishing". `waits`: for other ranks, which have limits of their own."""
+    "training", "saving", "finishing" (an earlier checkpoint, after a failure), "judging" or "publishing". `waits`: for
+    other ranks, which have limits of their own."""
 
     stage: str
     since: float
@@ -145,7 +146,7 @@ class Heart:
     def limit_s(self, place: Place) -> float | None:
         """Seconds without progress after which this is a hang; None where nobody can say, as while a model is loaded
         or downloaded."""
-        if place.waits or place.stage == "saving":
+        if place.waits or place.stage in ("saving", "finishing"):
             return self.collective_s
         if place.stage == "judging":
             return max(WRITTEN_BATCH_S, self.hang_timeout or 0.0)

@@ -295,6 +295,7 @@ def on_each_machine(work: Callable[[], Result], there: Callable[[Result], bool])
 # After a failure: over gloo, whatever training used, since NCCL may be stuck in the collective that failed
 
 _emergency_group: list = []  # at most one; made before anything can have failed
+_apart: list[str] = []  # why some rank did not come once: nobody is waited for again, or ranks would meet out of turn
 
 
 def emergency_group() -> Any:
@@ -308,29 +309,40 @@ def emergency_group() -> Any:
 
 def all_ranks_arrive(seconds: float = 20.0) -> bool:
     """(any rank) Whether every rank comes here in time: after a failure, some may hang or be gone."""
-    if not several():
-        return True
-    import torch.distributed as dist
-
     try:
-        dist.monitored_barrier(emergency_group(), timeout=timedelta(seconds=seconds))
+        meet(seconds)
     except RuntimeError as error:
         say_from_here(f"not every rank can take part in an emergency checkpoint ({error})")
         return False
     return True
 
 
-def together(flag: bool, seconds: float = 60.0) -> bool:
-    """(all ranks) `agree` after what may have failed somewhere; RuntimeError where a rank does not come in time."""
+def meet(seconds: float) -> None:
+    """(all ranks) Every rank is here; RuntimeError where one does not come in time, or has not come before."""
     if not several():
-        return flag
-    import torch
+        return
     import torch.distributed as dist
 
-    dist.monitored_barrier(emergency_group(), timeout=timedelta(seconds=seconds))
-    votes = torch.tensor(float(flag))
+    if _apart:
+        raise RuntimeError(_apart[0])
+    try:
+        dist.monitored_barrier(emergency_group(), timeout=timedelta(seconds=seconds))
+    except RuntimeError as error:
+        _apart.append(str(error))
+        raise
+
+
+def together(number: int, seconds: float = 60.0) -> int:
+    """(all ranks) The largest number that any rank has, after what may have failed somewhere: a flag, or an exit code.
+    Raises RuntimeError where a rank does not come in time."""
+    if not several():
+        return number
+    import torch
+
+    meet(seconds)
+    votes = torch.tensor(float(number))
     take_largest(votes, emergency_group())
-    return bool(votes)
+    return int(votes)
 
 
 def agreed_port() -> int:
