@@ -46,6 +46,9 @@ GRACE_S = 10  # the other ranks' time when one has failed, and the launcher's wh
 ORPHAN_GRACE_S = 4.5  # all ranks' time when the launcher was killed: after 5 s none may be left,
 SAVING_S = 600  # but for one that saves: a save is not cut before this time
 SILENT_S = 10  # a beat comes once a second; a rank that writes none for so long has been stopped or starved
+# Where no progress is expected: a process that was stopped is given up after the first; one call in C that keeps the
+# interpreter's lock, while weights come from a slow network disk, may take longer.
+STOPPED_S, STARVED_S = 60, 600
 QUIET_S = 3  # a hang is believed so long after its limit: who has written no beat since is the one that is stopped
 STACKS_S = 2  # the time of ranks to write their stacks
 BLOCK = 4096  # bytes that a disk gives to a file at least
@@ -326,10 +329,12 @@ def port_problems(args: argparse.Namespace) -> list[str]:
 # Run
 
 
-def parent_of(pid: int) -> int:
+def state_of(pid: int) -> tuple[str, int]:
+    """A process's state by one letter, T where it was stopped, and its parent; nothing where it has ended."""
     with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-    return 0
+        state, parent, *_ = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return state, int(parent)
+    return "", 0
 
 
 class Run:
@@ -425,7 +430,7 @@ class Run:
         if len(self.pids) < self.num_ranks:
             everyone = self.members()
             for pid, rank in everyone.items():
-                if rank is not None and everyone.get(parent_of(pid), 0) is None:  # a rank's helpers share its RANK
+                if rank is not None and everyone.get(state_of(pid)[1], 0) is None:  # a rank's helpers share its RANK
                     self.pids[rank] = pid
             if len(self.pids) == self.num_ranks:  # asleep, the launcher cannot kill ranks that still save
                 self.asleep = [pid for pid, rank in everyone.items() if rank is None and pid != self.launcher.pid]
@@ -606,7 +611,9 @@ class Run:
                 silent_s = now - max(beat["written"], self.counts_from)
                 entry = (silent_s <= QUIET_S, since, rank)
                 late = limit_s is not None and now - since > limit_s + QUIET_S
-                if late or silent_s > max(limit_s or 60, SILENT_S):
+                if limit_s is None:
+                    limit_s = STOPPED_S if state_of(living[rank])[0] == "T" else STARVED_S
+                if late or silent_s > max(limit_s, SILENT_S):
                     found.append(entry)
                 elif silent_s > SILENT_S:
                     silent_too.append(entry)  # the others may wait for it, under a shorter limit than its own

@@ -619,6 +619,30 @@ def test_who_saves_is_waited_for_but_not_who_waits_for_one_that_has_failed(ended
     assert not run.still_saving({0: run.pids[0]}, run.codes())
 
 
+def test_a_rank_that_writes_no_beats_while_it_loads_hangs_only_where_it_was_stopped(ended):
+    """One call in C that keeps the interpreter's lock, on a slow network disk say, may take minutes."""
+    run, now = ended({}, "loading"), time.time()
+    with subprocess.Popen(["sleep", "300"]) as process:
+        living = {0: process.pid}
+        beat = Path(run.status_dir) / "beat-0"
+        beat.write_text(json.dumps(json.loads(beat.read_text()) | {"limit_s": None}))
+
+        def hangs(silent_s: float) -> bool:
+            os.utime(beat, (now - silent_s, now - silent_s))
+            run.looked, run.counts_from = time.time(), 0.0  # as if it had looked all along
+            return bool(run.hanging(living, {}))
+
+        try:
+            assert (hangs(300), hangs(900)) == (False, True)
+            process.send_signal(signal.SIGSTOP)
+            end = time.monotonic() + 20
+            while not hangs(300) and time.monotonic() < end:
+                time.sleep(0.02)
+            assert (hangs(300), hangs(30)) == (True, False)
+        finally:
+            process.kill()
+
+
 def test_notes_that_were_laid_for_ranks_say_nothing_yet(ended):
     run = ended({}, "training", ranks=range(2, 4))
     run.prepare(num_nodes=1)

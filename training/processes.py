@@ -141,6 +141,13 @@ def leave_note(name: str, text: str) -> None:
         write_over(place, text)
 
 
+def take_note_back(name: str) -> None:
+    """(any rank) What the wrapper was told is true no longer."""
+    if folder := os.environ.get("HOLO1_STATUS_DIR"):
+        with contextlib.suppress(OSError):
+            Path(folder, name).unlink(missing_ok=True)
+
+
 def write_over(place: Path, text: str) -> None:
     """In place. Where that fails, too, it goes: half of it, or what it said before, would be believed."""
     try:
