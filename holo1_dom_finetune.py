@@ -76,6 +76,7 @@ from training.processes import (
     all_ranks_arrive,
     emergency_group,
     here,
+    is_main,
     on_each_machine,
     on_main,
     report_end,
@@ -698,11 +699,7 @@ class Evaluator:
 
 
 def publish(final: Path, settings: PageSettings, training: dict, facts: dict, recipe: dict, results: Results) -> None:
-    """(main process only) Model card, upload, and a last word. Raises `UploadError`, with the command that sends it.
-
-    Whether the push is allowed was asked before the training (`check_hub_access` in `run`): a token that may only read
-    would else be found out hours later.
-    """
+    """(main process only) Model card, upload, and a last word. Raises `UploadError`, with the command that sends it."""
     describe(final, settings, training, facts, recipe, results.by_label)
     (final / "evaluation").mkdir(exist_ok=True)
     shutil.copyfile(Path(training["output_dir"]) / "evaluation" / "results.json", final / "evaluation" / "results.json")
@@ -841,6 +838,8 @@ def fine_tune(
     evaluator.evaluate("after")
     heart.enter("publishing")
     on_main(lambda: finish(final, evaluator, resolved, facts, recipe))
+    if is_main():  # the others end: an upload may take longer than they may wait for it (--ddp_timeout)
+        publish(final, settings, resolved.training, facts, recipe, evaluator.results)
 
 
 def keep_model(
@@ -862,13 +861,12 @@ def keep_model(
 
 
 def finish(final: Path, evaluator: Evaluator, resolved: Resolved, facts: dict, recipe: dict) -> None:
-    """(main process only) The better weights become final, results and report are written, the model is published."""
+    """(main process only) The better weights become final, results and report are written."""
     with stop.held_off():
         evaluator.choose(final)
         describe(final, resolved.settings, resolved.training, facts, recipe, evaluator.results.by_label)
     shown = {"model": final.name} | {name: facts[name] for name in ("base_model", "dataset", "hardware")}
     evaluator.results.write(shown | {"steps": str(facts["steps"]), "date": time.strftime("%Y-%m-%d")})
-    publish(final, resolved.settings, resolved.training, facts, recipe, evaluator.results)
 
 
 def main(argv: list[str] | None = None) -> int:
