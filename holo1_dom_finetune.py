@@ -823,8 +823,7 @@ def fine_tune(
         save_final(model, tensors, base, processor, recipe, folder, keep_earlier=earlier)
 
     steps = Steps(evaluator, fit, save)
-    trainer = make_trainer(args, model, collate, training, tensors, steps, checkpoints)
-    start = time.monotonic()
+    trainer, start = make_trainer(args, model, collate, training, tensors, steps, checkpoints), time.monotonic()
     result = train(trainer, steps, checkpoint)
     seconds = time.monotonic() - start
     if memory_plan:
