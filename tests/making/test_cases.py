@@ -158,8 +158,8 @@ BESIDE = {  # name: (head, body, what is seen)
         {"looks": f"{RED} 16px"},
     ),
     "types": (
-        "<style type='text/css; charset=utf-8'>p{color:red}</style><style type=' text/css'>p{color:red}</style>"
-        "<link rel=stylesheet type='text/css; charset=utf-8' href=s.css>",
+        "<link rel=stylesheet type='text/css; charset=utf-8' href=s.css>"
+        "<style type='text/css; charset=utf-8'>p{color:red}</style><style type=' text/css'>p{color:red}</style>",
         "",
         LARGE,
     ),
