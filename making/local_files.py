@@ -176,7 +176,7 @@ def inline_files(page: Page, folder: Path | None, files: LocalFiles, scripts: bo
         raise PageDropped("render", render.failure)
     read = render.values[0]
     if "broken" in read:
-        raise PageDropped("unreadable", f"not well-formed XML: {' '.join(read['broken'].split())[:200]}")
+        raise PageDropped("unreadable", " ".join(read["broken"].split())[:220])
     if read["frames"]:
         raise PageDropped("frames", "a frameset, whose frames are pages of their own")
     if read["shadow"]:

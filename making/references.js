@@ -5,7 +5,7 @@ async ({html, xml, token, scripts}) => {
   if (scripts) html = html.replace(NOSCRIPT, (found, other) => other ?? "");  // this parser takes what is in it for shown
   const parsed = new DOMParser().parseFromString(html, xml ? "application/xhtml+xml" : "text/html");
   const fault = xml && parsed.querySelector("parsererror");
-  if (fault) return {broken: fault.textContent.trim()};
+  if (fault) return {broken: `not well-formed XML: ${fault.textContent.trim()}`};
   const CANDIDATE = /[\s,]*(\S*[^\s,])(?:(,)|\s*((?:[^,(]|\([^)]*\))*)(?:,|$))?/g;  // of a srcset: address, descriptor
   const HTML = "http://www.w3.org/1999/xhtml", XLINK = "http://www.w3.org/1999/xlink";
   const document = xml ? new DOMParser().parseFromString("<!DOCTYPE html>", "text/html") : parsed;
