@@ -64,8 +64,11 @@ def state_of_files(path: Path, apart: Sequence[str | Path] = ()) -> str:
     may name. Takes 10 s for a million files."""
     digest, left_out = hashlib.sha256(), {str(Path(folder).expanduser().resolve()) for folder in apart}
     alone = path.is_file()
-    for folder, names, files in os.walk(path.parent if alone else path):
-        names[:] = sorted(name for name in names if str(Path(folder, name).resolve()) not in left_out)
+    for folder, names, files in os.walk(path.parent if alone else path, followlinks=not alone):
+        places = {name: str(Path(folder, name).resolve()) for name in names}
+        names[:] = sorted(name for name in names if places[name] not in left_out)
+        # Links to folders are followed, as `datasets` follows them, each once: one may lead back.
+        left_out.update(places[name] for name in names if Path(folder, name).is_symlink())
         for name in sorted(files):
             file = Path(folder, name)
             if alone and file != path and file.suffix.lower() not in PICTURES:

@@ -165,6 +165,20 @@ def test_a_folder_that_was_changed_is_prepared_anew(alone, tmp_path, reads, what
     assert len(reads) == 2
 
 
+def test_pages_in_a_folder_that_is_linked_to_are_looked_at_too(alone, tmp_path, reads):
+    """Of a split, say, that lies on another disk; a link back ends."""
+    elsewhere, pages = make_pages(tmp_path / "elsewhere", 12), tmp_path / "pages"
+    pages.mkdir()
+    (pages / "train").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(pages)
+    for place in ("first", "second"):
+        prepare(pages, tmp_path / place)
+    assert len(reads) == 1
+    (elsewhere / "003.png").write_bytes((elsewhere / "004.png").read_bytes() + b" ")
+    prepare(pages, tmp_path / "third")
+    assert len(reads) == 2
+
+
 def test_what_runs_leave_in_a_folder_of_pages_does_not_change_it(alone, tmp_path, reads, monkeypatch):
     pages = make_pages(tmp_path / "pages", 12)
     monkeypatch.chdir(pages)
