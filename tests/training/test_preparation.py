@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import resource
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 from conftest import ROOT, call_in_processes, free_port, make_pages, make_processor
 
 from training import collecting, preparation
-from training.errors import DataError
+from training.errors import DataError, DiskError
 from training.families import family_of
 from training.preparation import how_to_count, prepare_pages
 from training.prepared import ROOMS
@@ -208,6 +209,19 @@ def test_a_run_goes_on_with_pages_that_are_found_where_its_own_are_gone(twelve_p
     said = capsys.readouterr().out
     assert "pages: no longer on the disk, read again" in said and "pages: found in" in said
     assert len(reads) == 1 and again.known == first.known
+
+
+def test_a_disk_that_is_full_is_told_with_what_to_do_and_the_pages_are_gone_on_with(twelve_pages, alone, tmp_path):
+    """Files that may not grow, for want of a small disk (EFBIG instead of ENOSPC)."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(DiskError, match=r"while pages are prepared in .* GB free; give a --pages_dir"):
+            prepare(twelve_pages, tmp_path / "first")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    pages, *_ = prepare(twelve_pages, tmp_path / "first")
+    assert len(pages.training) == 6
 
 
 def test_pages_on_another_disk_are_linked_and_not_copied(twelve_pages, alone, tmp_path, monkeypatch):
