@@ -48,7 +48,7 @@ async ({html, xml, token, scripts}) => {
   gone.forEach((node) => node.remove());
   if (!scripts) all("noscript").forEach((node) => node.replaceWith(...node.childNodes));  // what a visitor without sees
   const bases = all("base[href]").filter((node) => node.namespaceURI === HTML);
-  const base = bases.find((node) => !/^[\s\0-\x1f]*(data|javascript):/i.test(node.getAttribute("href")));
+  const base = bases.find((node) => !/^[^!-\uffff]*(data|javascript):/i.test(node.getAttribute("href")));
   const early = (node) => Boolean(base && node.compareDocumentPosition(base) & Node.DOCUMENT_POSITION_FOLLOWING);
   let preferred = "";  // the first title in the document, unless that is in a meta's words
   const isSheet = (node) => node.localName === "style" || lower(node, "rel").split(/\s+/).includes("stylesheet");
