@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, call_in_processes, free_port, make_pages, make_processor
 
-from training import collecting, preparation
+from training import collecting, preparation, prepared
 from training.errors import DataError, DiskError
 from training.families import family_of
 from training.preparation import how_to_count, prepare_pages
@@ -134,6 +134,16 @@ def test_every_room_that_decides_what_pages_come_out_is_known():
         found.add(rooms.pop())
         rooms += {*re.findall(r"from training\.(\w+) import", text)} - found - {"errors", "processes"}
     assert found == {*ROOMS}
+
+
+@pytest.mark.parametrize("name", ["prompt_and_mask.py", "families/qwen2_5_vl.py", "page_checks.py"])
+def test_code_that_decides_or_counts_pages_makes_them_others_where_it_changes(name, tmp_path, monkeypatch):
+    code = shutil.copytree(ROOT / "training", tmp_path / "training", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(prepared, "__file__", str(code / "prepared.py"))
+    before = prepared.describe(PageSettings(), [], 3, "counted so", [])
+    assert prepared.describe(PageSettings(), [], 3, "counted so", []) == before
+    (code / name).write_text((code / name).read_text() + "# another\n")
+    assert prepared.describe(PageSettings(), [], 3, "counted so", []) != before
 
 
 def test_another_tokenizer_or_picture_size_counts_otherwise():
