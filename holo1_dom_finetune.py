@@ -75,6 +75,7 @@ from training.processes import (
     all_ranks_arrive,
     emergency_group,
     here,
+    is_main,
     on_each_machine,
     on_main,
     report_end,
@@ -268,7 +269,7 @@ class PageCollator:
                     continue
                 # Half of what was tried, not of what is allowed: the last chunk of a batch may be short.
                 self.chunk = max(1, min(self.chunk, len(pages)) // 2)
-                print(f"collate: memory ran out, going on with {self.chunk} screenshots at once", flush=True)
+                say_from_here(f"collate: memory ran out, going on with {self.chunk} screenshots at once")
             else:
                 self.chunk = min(self.largest_chunk, self.chunk * 2)
                 return done
@@ -296,7 +297,7 @@ class PageCollator:
         digest = hashlib.sha256(page["name"].encode()).digest()
         spare = self.pages[(int.from_bytes(digest[:8], "big") + tries) % len(self.pages)]
         note = {"page": page["name"], "reason": reason, "replaced_by": spare["name"]}
-        print(f"collate: {json.dumps(note)}", flush=True)
+        say_from_here(f"collate: {json.dumps(note)}")
         if self.notes_file:
             with self.notes_file.open("a", encoding="utf-8") as notes:
                 notes.write(json.dumps(note) + "\n")
@@ -536,9 +537,9 @@ def train(trainer: PageTrainer, steps: Steps, checkpoint: Path | None) -> TrainO
         heart.enter("saving")
         trainer.checkpoints.settle()
     except Exception as error:
-        heart.enter("saving")
+        heart.enter("finishing")
+        trainer.checkpoints.join()  # what was saved before is still put into its place, whatever can be said
         say_from_here(f"training failed: {type(error).__name__}: {error}")
-        trainer.checkpoints.join()  # what was saved before is still put into its place
         if is_out_of_memory(error) and not steps.judging:
             note_smaller(args)
         # Before the first step the weights are only the base's, and not worth keeping. Where memory ran out inside a
@@ -697,11 +698,7 @@ class Evaluator:
 
 
 def publish(final: Path, settings: PageSettings, training: dict, facts: dict, recipe: dict, results: Results) -> None:
-    """(main process only) Model card, upload, and a last word. Raises `UploadError`, with the command that sends it.
-
-    Whether the push is allowed was asked before the training (`check_hub_access` in `run`): a token that may only read
-    would else be found out hours later.
-    """
+    """(main process only) Model card, upload, and a last word. Raises `UploadError`, with the command that sends it."""
     describe(final, settings, training, facts, recipe, results.by_label)
     (final / "evaluation").mkdir(exist_ok=True)
     shutil.copyfile(Path(training["output_dir"]) / "evaluation" / "results.json", final / "evaluation" / "results.json")
@@ -826,8 +823,7 @@ def fine_tune(
         save_final(model, tensors, base, processor, recipe, folder, keep_earlier=earlier)
 
     steps = Steps(evaluator, fit, save)
-    trainer = make_trainer(args, model, collate, training, tensors, steps, checkpoints)
-    start = time.monotonic()
+    trainer, start = make_trainer(args, model, collate, training, tensors, steps, checkpoints), time.monotonic()
     result = train(trainer, steps, checkpoint)
     seconds = time.monotonic() - start
     if memory_plan:
@@ -839,6 +835,8 @@ def fine_tune(
     evaluator.evaluate("after")
     heart.enter("publishing")
     on_main(lambda: finish(final, evaluator, resolved, facts, recipe))
+    if is_main():  # the others end: an upload may take longer than they may wait for it (--ddp_timeout)
+        publish(final, settings, resolved.training, facts, recipe, evaluator.results)
 
 
 def keep_model(
@@ -860,18 +858,17 @@ def keep_model(
 
 
 def finish(final: Path, evaluator: Evaluator, resolved: Resolved, facts: dict, recipe: dict) -> None:
-    """(main process only) The better weights become final, results and report are written, the model is published."""
+    """(main process only) The better weights become final, results and report are written."""
     with stop.held_off():
         evaluator.choose(final)
         describe(final, resolved.settings, resolved.training, facts, recipe, evaluator.results.by_label)
     shown = {"model": final.name} | {name: facts[name] for name in ("base_model", "dataset", "hardware")}
     evaluator.results.write(shown | {"steps": str(facts["steps"]), "date": time.strftime("%Y-%m-%d")})
-    publish(final, resolved.settings, resolved.training, facts, recipe, evaluator.results)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code, which is also left where the wrapper looks for it: the launcher in between loses it."""
-    with heart, stop:
+    with stop, heart:  # a beat tells the wrapper that signals are known here
         try:
             run(sys.argv[1:] if argv is None else argv)
             code = 0

@@ -41,15 +41,20 @@ from training.errors import MEANINGS, OUT_OF_MEMORY_CODE
 DEFAULT_PORT = 29500
 NO_GPU = 1000  # the number of no GPU: the launcher shows hidden GPUs to the ranks again, by the numbers we give it
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+SOFT = (signal.SIGHUP, signal.SIGUSR1)  # a terminal that closes sends two, and a warning is no more than that
 GRACE_S = 10  # the other ranks' time when one has failed, and the launcher's when all have left their code
 ORPHAN_GRACE_S = 4.5  # all ranks' time when the launcher was killed: after 5 s none may be left,
 SAVING_S = 600  # but for one that saves: a save is not cut before this time
 SILENT_S = 10  # a beat comes once a second; a rank that writes none for so long has been stopped or starved
+# Where no progress is expected: a process that was stopped is given up after the first; one call in C that keeps the
+# interpreter's lock, while weights come from a slow network disk, may take longer.
+STOPPED_S, STARVED_S = 60, 600
 QUIET_S = 3  # a hang is believed so long after its limit: who has written no beat since is the one that is stopped
 STACKS_S = 2  # the time of ranks to write their stacks
+BLOCK = 4096  # bytes that a disk gives to a file at least
 MOST_SMALLER = 6  # starts again with a smaller micro-batch
 CHECK_S = 60  # the script's check of its settings takes some seconds; longer on a cold network disk
-STAGES = ("loading", "reading pages", "training", "saving", "judging", "publishing")
+STAGES = ("loading", "reading pages", "training", "saving", "finishing", "judging", "publishing")
 OWN_CODES = (2, *range(80, 87))  # whose rank knows why it failed; a 1 may be what another's end has caused
 
 
@@ -324,10 +329,12 @@ def port_problems(args: argparse.Namespace) -> list[str]:
 # Run
 
 
-def parent_of(pid: int) -> int:
+def state_of(pid: int) -> tuple[str, int]:
+    """A process's state by one letter, T where it was stopped, and its parent; nothing where it has ended."""
     with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-    return 0
+        state, parent, *_ = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return state, int(parent)
+    return "", 0
 
 
 class Run:
@@ -379,6 +386,20 @@ class Run:
             self.send(signal.SIGKILL, left)
             time.sleep(0.1)
 
+    def prepare(self, num_nodes: int) -> str:
+        """Lays the launcher's list of machines, and for every rank the files into which it can write on a full disk,
+        too: each has a block. Returns why that cannot be."""
+        laid = {f"{kind}-{rank}": " " * BLOCK for rank in self.ranks for kind in ("beat", "rank")}
+        laid |= {"smaller": " " * BLOCK}
+        # The launcher counts the lines, and calls nobody in it.
+        laid |= {"hostfile": "".join(f"node{number} slots={2 * NO_GPU}\n" for number in range(num_nodes))}
+        try:
+            for name, text in laid.items():
+                Path(self.status_dir, name).write_text(text)
+        except OSError as error:
+            return f"{self.status_dir}: {error}; free some space there, or set TMPDIR to a folder that has some"
+        return ""
+
     def start_watchdog(self) -> None:
         """A process that clears up when its pipe ends without a word: at the wrapper's end by SIGKILL, say."""
         reading, self.pipe = os.pipe()  # the launcher inherits neither end
@@ -409,7 +430,7 @@ class Run:
         if len(self.pids) < self.num_ranks:
             everyone = self.members()
             for pid, rank in everyone.items():
-                if rank is not None and everyone.get(parent_of(pid), 0) is None:  # a rank's helpers share its RANK
+                if rank is not None and everyone.get(state_of(pid)[1], 0) is None:  # a rank's helpers share its RANK
                     self.pids[rank] = pid
             if len(self.pids) == self.num_ranks:  # asleep, the launcher cannot kill ranks that still save
                 self.asleep = [pid for pid, rank in everyone.items() if rank is None and pid != self.launcher.pid]
@@ -464,24 +485,35 @@ class Run:
             self.failed_first = sorted(rank for rank in failed if order[rank] == min(order.values()))
             self.deadline = time.monotonic() + GRACE_S
             if living:
-                say(f"ranks {self.failed_first} have failed: ranks {[*living]} get {GRACE_S} s to end")
+                stopped = all(codes.get(rank, 0) - 128 in SIGNALS for rank in self.failed_first)
+                ended = "ended" if stopped else "failed"
+                say(f"ranks {self.failed_first} have {ended}: ranks {[*living]} get {GRACE_S} s to end")
         elif gone and (asked := -(self.launcher.returncode or 0)) in SIGNALS and not self.signal:
             self.arrived.put(asked)  # who asks the launcher to stop asks us: schedulers signal everyone at once
         elif gone and not self.signal:  # after a signal ranks save, and need no launcher for it
             self.orphaned, self.deadline = True, time.monotonic() + ORPHAN_GRACE_S
             say(f"the launcher was killed: ranks {[*living]} get {ORPHAN_GRACE_S} s to stop, or longer if they save")
-            self.send(signal.SIGTERM, living.values())
+            self.ask(signal.SIGTERM, living)
 
     def failed(self, living: dict[int, int], codes: dict[int, int]) -> list[int]:
         return [rank for rank in {*self.pids, *codes} if codes.get(rank, rank not in living) not in (0, 85)]
 
     def still_saving(self, living: dict[int, int], codes: dict[int, int]) -> bool:
-        """Whether someone is to be waited for, whose save would be cut: not after a rank's death, without which the
-        others cannot save, and not for ever."""
+        """Whether someone is to be waited for, whose save would be cut. Not for ever, not after a rank's death, and
+        once one has failed only for those that finish what was saved before it: a save needs all."""
         died = [rank for rank in self.failed_first if rank not in codes]
         beats = {} if died or time.monotonic() > self.deadline + SAVING_S else self.beats()
-        saving = [rank for rank, beat in beats.items() if beat.get("stage") == "saving"]
+        stages = ("finishing",) if self.failed_first else ("saving", "finishing")
+        saving = [rank for rank, beat in beats.items() if beat.get("stage") in stages]
         return any(rank in living and rank not in codes for rank in saving)
+
+    def ask(self, number: int, living: dict[int, int]) -> None:
+        """Lets ranks save and stop: by the signal itself, so that a warning is one to them, too; by SIGTERM those of a
+        script that may not know it. Who has been asked before would take it for a second one."""
+        beats = self.beats()
+        for rank, pid in living.items():
+            if not beats.get(rank, {}).get("asked"):
+                self.send(signal.SIGTERM if number in SOFT and rank not in beats else number, [pid])
 
     def take_signal(self, living: dict[int, int]) -> bool:
         """Passes on the signal that has arrived within a tenth of a second; whether it ends everything at once."""
@@ -490,18 +522,17 @@ class Run:
         except queue.Empty:
             return False
         name, before = signal.Signals(number).name, self.signal
-        if before and number in (signal.SIGHUP, signal.SIGUSR1):
-            return False  # a terminal that closes sends two, and a warning is no more than that
-        self.forced = before not in (0, signal.SIGUSR1) or len(self.pids) < self.num_ranks  # nothing to save before
-        self.signal = number if before == signal.SIGUSR1 else before or number
+        if before and number in SOFT:
+            return False
+        self.forced = before not in (0, *SOFT) or len(self.pids) < self.num_ranks  # nothing to save before
+        self.signal = number if before in SOFT else before or number
         if self.forced:
             say(f"{name}: ending everything at once")
         elif before:  # SLURM warns by SIGUSR1, and sends SIGTERM when the time is up: half a minute to go on saving
             say(f"{name}: still waiting until ranks {[*living]} have saved; once more kills them")
         else:
             if not self.orphaned:  # a second one would end them
-                quiet = number in (signal.SIGHUP, signal.SIGUSR1)  # not every script knows these
-                self.send(signal.SIGTERM if quiet else number, living.values())
+                self.ask(number, living)
             elif not self.failed_first:
                 self.deadline = float("inf")
             say(f"{name} passed on: waiting until ranks {[*living]} have saved; once more kills them")
@@ -521,12 +552,24 @@ class Run:
             code = launcher if not codes and 0 < launcher < 128 else 1
         if self.signal and code and (not 80 <= code <= 86 or (missing and self.forced)):
             return 128 + self.signal, "; ".join([self.unsaved(), *self.causes(missing)])
+        if name := self.stopped_early(codes, missing):
+            ours = [f"ranks {missing} were ended by us"] if missing else []
+            return code, "; ".join([f"stopped by {name} while {self.place()[0]}: nothing had been trained", *ours])
         why = [] if code == 84 and self.hang else self.causes(missing)
         if code == 85:
             why = [self.saved(), *why]
         elif code != 1 or not missing:
             why = [MEANINGS.get(code, f"the script's own code {code}") + (f": {self.hang}" if code == 84 else ""), *why]
         return code, "; ".join(why)
+
+    def stopped_early(self, codes: dict[int, int], missing: list[int]) -> str:
+        """What has stopped all ranks before there was anything to save, where we were not told of it; else empty."""
+        told = self.signal or self.orphaned or {*missing} - {*self.ended_by_us}
+        numbers = [code - 128 for code in codes.values()]
+        if told or not numbers or not all(number in SIGNALS for number in numbers) or self.place()[0] not in STAGES[:2]:
+            return ""
+        asked = [beat.get("asked") for beat in self.beats().values()]
+        return "SAVE_AND_STOP" if "SAVE_AND_STOP" in asked else signal.Signals(min(numbers)).name
 
     def causes(self, missing: list[int]) -> list[str]:
         """Who failed first, whom we have ended, and who else is without a code."""
@@ -568,7 +611,9 @@ class Run:
                 silent_s = now - max(beat["written"], self.counts_from)
                 entry = (silent_s <= QUIET_S, since, rank)
                 late = limit_s is not None and now - since > limit_s + QUIET_S
-                if late or silent_s > max(limit_s or 60, SILENT_S):
+                if limit_s is None:
+                    limit_s = STOPPED_S if state_of(living[rank])[0] == "T" else STARVED_S
+                if late or silent_s > max(limit_s, SILENT_S):
                     found.append(entry)
                 elif silent_s > SILENT_S:
                     silent_too.append(entry)  # the others may wait for it, under a shorter limit than its own
@@ -621,7 +666,7 @@ class Run:
         if stage in ("judging", "publishing"):
             return f"stopped by {name} while {stage}: what was saved before is{where or ' there'}"
         hint = f"; --resume goes on from the last whole checkpoint{where}, if there is one" if folder else ""
-        return f"stopped by {name}{' while saving' if stage == 'saving' else ''}, state not saved{hint}"
+        return f"stopped by {name}{' while saving' if stage in ('saving', 'finishing') else ''}, state not saved{hint}"
 
 
 # -----------------------------------------------------------------------------
@@ -636,10 +681,12 @@ def start(
     run = Run(args.num_gpus, args.num_gpus * (args.node_rank or 0), arrived)
     run.start_watchdog()
     try:
-        hostfile = os.path.join(run.status_dir, "hostfile")  # the launcher counts its lines, and calls nobody in it
-        Path(hostfile).write_text("".join(f"node{number} slots={2 * NO_GPU}\n" for number in range(args.num_nodes)))
-        command = build_command(args, gpus, passed_on, hostfile)
-        print(shlex.join(command), flush=True)
+        if trouble := run.prepare(args.num_nodes):
+            say(f"exit 81: {MEANINGS[81]}: {trouble}")
+            return 81, {}
+        command = build_command(args, gpus, passed_on, os.path.join(run.status_dir, "hostfile"))
+        with contextlib.suppress(OSError):  # a terminal that was closed since a first start
+            print(shlex.join(command), flush=True)
         env = run.environment(gpus)  # a session of its own: Ctrl-C in the terminal reaches the ranks through us, once
         run.launcher = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
         run.watch()
@@ -658,6 +705,18 @@ def start(
         run.clear_up()
 
 
+def without(words: list[str], flag: str) -> list[str]:
+    """A command line without a flag and its value, in both of argparse's spellings."""
+    kept, skip = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        found = name.startswith("--") and name.replace("-", "_") == flag.replace("-", "_")
+        if not (found or skip):
+            kept.append(word)
+        skip = found and not equals
+    return kept
+
+
 def train(args: argparse.Namespace, gpus: list[str], passed_on: list[str]) -> int:
     """Starts, and starts again with a smaller micro-batch where memory runs out. Returns the last start's exit code."""
     arrived: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -671,12 +730,15 @@ def train(args: argparse.Namespace, gpus: list[str], passed_on: list[str]) -> in
         if not arrived.empty():
             say(f"{signal.Signals(arrived.get()).name}: not starting again")
             break
-        more = ["--micro_batch", str(smaller["micro_batch"])]
-        more += ["--resume"] if smaller.get("resume") and "--resume" not in passed_on else []
+        more, given = ["--micro_batch", str(smaller["micro_batch"])], len(passed_on)
+        if smaller.get("resume"):  # from the newest checkpoint: the script takes no other beside it
+            passed_on = without(passed_on, "--resume_from_checkpoint")
+            more += [] if "--resume" in passed_on else ["--resume"]
+        instead = " in place of --resume_from_checkpoint" if len(passed_on) < given else ""
         if args.num_nodes > 1:  # the other machines' wrappers may not know, and all must ask for the same
-            say(f"a smaller micro-batch may do: start again on every machine, with {shlex.join(more)}")
+            say(f"a smaller micro-batch may do: start again on every machine, with {shlex.join(more)}{instead}")
             break
-        say(f"GPU memory ran out: starting again with {shlex.join(more)}")
+        say(f"GPU memory ran out: starting again with {shlex.join(more)}{instead}")
         code, smaller = start(args, gpus, [*passed_on, *more], arrived)
     return code
 
@@ -686,6 +748,11 @@ def main(argv: list[str] | None = None) -> int:
     gpus = usable_gpus()
     problems = find_problems(args, gpus, passed_on)
     problems += script_problems(args, passed_on, problems)
+    try:
+        tempfile.gettempdir()  # one in which it has written a few bytes
+    except FileNotFoundError as error:
+        say(f"exit 81: {MEANINGS[81]}: {error}; free some space, or set TMPDIR to a folder that has some")
+        return 81
     try:
         problems += port_problems(args)
         if problems:

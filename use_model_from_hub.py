@@ -113,7 +113,8 @@ def open_screenshot(picture: bytes) -> Image:
     """
 
     image, turn = _decode(picture)
-    shown = _in_eight_bits(image, depth=picture[24] if image.format == "PNG" else 8)
+    # What a PNG says of itself first; a chunk of somebody's own may come before it.
+    shown = _in_eight_bits(image, depth=picture[picture.find(b"IHDR") + 12] if image.format == "PNG" else 8)
     if turn is not None:
         shown = shown.transpose(turn)
     shown.info = {}  # what the file said of itself: saved again, the picture would turn once more
@@ -197,7 +198,7 @@ def _in_eight_bits(image: Image, depth: int) -> Image:
         if isinstance(key, int):
             image.putalpha(Image.fromarray((opaque * 255).astype(np.uint8)))
     elif isinstance(key, int) and image.mode in ("1", "L"):
-        image.info["transparency"] = key * 255 // (2**depth - 1)
+        image.info["transparency"] = key * {1: 255, 2: 85, 4: 17}.get(depth, 1)  # as the grey itself becomes 8 bits
     elif isinstance(key, tuple) and depth == 16:
         image.info["transparency"] = tuple(value >> 8 for value in key)  # Pillow keeps the high bytes, too
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -325,6 +326,7 @@ def end_tokens(model: PreTrainedModel, processor: ProcessorMixin) -> list[int]:
 
 _TAG = re.compile(r"<[a-z/!?]", re.IGNORECASE)
 _FENCE = re.compile(r"^[ \t]*```[^\n`]*\n", re.MULTILINE)
+_HTML_FENCE = re.compile(r"\s*```\s*(?:x?html?|xml|svg)?\s*", re.IGNORECASE)
 _FENCE_END = re.compile(r"\n[ \t]*```[ \t]*(?=\n|\Z)")
 _OTHER_FENCE = re.compile(r"^[ \t]*```[ \t]*\w[^\n`]*\n.*?(?:^[ \t]*```[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 _START = re.compile(r"<!doctype html|<html[\s>]|<(?:head|body|style|meta|link|title)\b", re.IGNORECASE)
@@ -336,16 +338,14 @@ def extract_html(answer: str) -> str:
     """Take the page out of an answer.
 
     One that starts with a tag, a comment or a doctype is the page, whatever comes later: it stays as it is, but for
-    white space at its ends. Else what stands in the code fence that comes before any tag; else, where words come before
+    white space at its ends. Else what stands in the code fence that its first tag is in; else, where words come before
     a document, the document to its last </html>. The stored pages are such that this changes none of them.
     """
     answer = answer.strip().removeprefix("\ufeff").lstrip()
-    tag = _TAG.search(answer)
-    if tag is None or tag.start() == 0:
-        return _fenced(answer) if tag is None else answer
-    if _FENCE.search(answer, 0, tag.start()):
-        return _fenced(answer)
-    if not _DOCUMENT.search(answer):
+    page = page_in_fence(answer)
+    if page is not None:
+        return page
+    if _TAG.match(answer) or not _DOCUMENT.search(answer):
         return answer
     start = _START.search(answer).start()
     ends = list(_END.finditer(answer, start))
@@ -353,11 +353,17 @@ def extract_html(answer: str) -> str:
     return answer[start : ends[-1].end()] if ends else re.sub(r"\n```\s*\Z", "", answer[start:])
 
 
-def _fenced(answer: str) -> str:
-    """The content of the first code fence; `answer` where there is none."""
-    fence = _FENCE.search(answer)
-    if fence is None:
-        return answer
+def page_in_fence(answer: str) -> str | None:
+    """The content of the code fence in which the first tag stands (without any tag, that of the first fence); None
+    where it stands in none, or in a snippet of another language that a text shows before its page."""
+    tag = _TAG.search(answer)
+    fences = list(_FENCE.finditer(answer, 0, len(answer) if tag is None else tag.start()))
+    if not fences or (tag is not None and len(fences) % 2 == 0):  # each second one ends what the one before began
+        return None
+    fence = fences[0] if tag is None else fences[-1]
+    snippet = tag is not None and answer[fence.end() : tag.start()].strip()
+    if snippet and not _HTML_FENCE.fullmatch(fence[0]):
+        return None
     content = answer[fence.end() :]
     # A page may hold fences itself: the one ends it after which no tag comes, but in a fence of another language.
     for end in _FENCE_END.finditer(content):

@@ -195,7 +195,8 @@ TRL_NOTES = (
 
 def our_command(args: argparse.Namespace) -> list[str]:
     settings = page_settings(args)
-    flags = {name: getattr(settings, name) for name in ("base_model", "dataset", "num_samples", "eval_pages")}
+    flags = {name: getattr(settings, name) for name in ("base_model", "num_samples", "eval_pages")}
+    flags["dataset"] = settings.dataset[0]
     flags |= {"max_html_tokens": settings.max_html_tokens, "max_pixels": settings.max_pixels}
     flags |= {"gradient_accumulation_steps": args.pages_per_step // args.gpus}  # x 1 page; ours regroups them
     flags |= {"num_train_epochs": 1, "save_strategy": "no", "report_to": "none", "output_dir": OUTPUT}

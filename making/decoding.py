@@ -1,7 +1,7 @@
 """Bytes as text, as browsers read them (https://encoding.spec.whatwg.org).
 
     html, encoding = decode_page(data, renderer)        # PageDropped where no encoding is sure
-    css = decode_sheet(data, encoding, renderer)
+    css, encoding = decode_sheet(data, encoding, renderer)      # which the sheets that it imports are in, too
 
 What is no UTF-8 is decoded by the browser itself: by the byte order mark, by what is declared, with the tables and the
 replacements that it knows. What declares nothing is guessed, and the guess counts only where two detectors make the
@@ -25,13 +25,16 @@ from scoring.renders import Job, Renderer
 MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 MAX_REPLACED = 0.01  # share of the characters between the tags; more is a page in another encoding than it declares
 UTF_8 = {"utf-8", "utf8", "unicode-1-1-utf-8", "unicode11utf8", "unicode20utf8", "x-unicode20utf8"}
+ENOUGH = 8  # characters beyond ASCII that make chance UTF-8 of a text in two bytes a character: below 1 in a million
 SINGLE_BYTE = ("windows", "iso-8859", "koi8", "mac", "x-mac", "ibm")  # where UTF-8 reads as other letters
 MEANT = {"x-user-defined": "windows-1252", "utf-16le": "utf-8", "utf-16be": "utf-8"}  # by who declares them in ASCII
 IN_WORD = re.compile(r"[^\W\d_][\xa1-\xa9\xab-\xac\xae-\xb1\xb4\xb6\xb8\xbb-\xbf\xd7\xf7][^\W\d_]")  # symbols
+MIXED = re.compile(r"[A-Za-z][\u0370-\u06ff\u0e00-\u0e7f]|[\u0370-\u06ff\u0e00-\u0e7f][A-Za-z]")  # scripts in a word
 UNUSUAL = re.compile(rb"\x1b|hz-gb|iso-2022|csiso2022|replacement", re.I)  # ASCII bytes that need not be ASCII
 _DECLARED = re.compile(rb"""(?:charset|encoding)\s*=\s*["']?\s*([\w:.+-]+)""", re.I)
 _DECLARING = re.compile(rb"""(?:<meta\s[^>]*?charset|<\?xml\s[^>]*?encoding)\s*=\s*["']?\s*([\w:.+-]+)""", re.I)
-_MARKUP = re.compile(rb"<!--.*?-->|<(script|style)\b.*?</\1|<[^>]*>", re.I | re.S)
+_BESIDE_TEXT = re.compile(r"<!--.*?-->|<(script|style)\b.*?</\1|<[^>]*>", re.I | re.S)
+_MARKUP = re.compile(_BESIDE_TEXT.pattern.encode(), re.I | re.S)
 CHARDET_NAMES = {  # that are no labels of the web
     "macroman": "macintosh",
     "maccyrillic": "x-mac-cyrillic",
@@ -46,8 +49,10 @@ def decode_page(data: bytes, renderer: Renderer | None, xml: bool = False) -> tu
     """(text, encoding) of a page's bytes; PageDropped where they are not surely in that encoding."""
     ascii_alone, text = data.isascii() and not UNUSUAL.search(data), as_utf_8(data)
     named = {label.decode().lower() for label in _DECLARED.findall(data)}
-    if text is not None and (ascii_alone or (named <= UTF_8 and not data.isascii())):
+    known = {label for label in named if webencodings.lookup(label)}  # any other declares nothing
+    if text is not None and (ascii_alone or (known <= UTF_8 and not data.isascii())):
         return text, "utf-8"
+    as_it_is = text if text is not None and not data.isascii() else ""
     words = _MARKUP.sub(b" ", data)
     guess = (chardet.detect(words)["encoding"] or "").lower()
     answer = decoded(data, renderer, None, CHARDET_NAMES.get(guess, guess), xml)
@@ -59,27 +64,31 @@ def decode_page(data: bytes, renderer: Renderer | None, xml: bool = False) -> tu
     sure = encoding in declared or data.startswith(MARKS) or xml
     if not (answer["agreed"] or sure):
         raise PageDropped("encoding", f"declares none, and might be in {encoding} or in {guess or 'any other'}")
-    shown = re.sub(r"<[^>]*>", "", text)
-    if not sure and (IN_WORD.search(shown) or _central_european_twin(data, encoding)):
+    shown = _BESIDE_TEXT.sub(" ", text)
+    if not sure and (IN_WORD.search(shown) or MIXED.search(shown) or _central_european_twin(data, encoding)):
         raise PageDropped("encoding", f"declares none, and is hardly in {encoding}")
     if shown.count("\ufffd") > max(1, MAX_REPLACED * len(shown)):
         raise PageDropped("encoding", f"is not in {encoding}, which it declares")
-    if encoding.startswith(SINGLE_BYTE) and not data.isascii() and as_utf_8(data) is not None:
+    beyond = sum(character > "\x7f" for character in as_it_is)
+    if encoding != "utf-8" and beyond >= (1 if encoding.startswith(SINGLE_BYTE) else ENOUGH):
         raise PageDropped("encoding", f"declares {encoding} and is in UTF-8")
     return text, encoding
 
 
-def decode_sheet(data: bytes, fallback: str, renderer: Renderer | None) -> str:
-    """A style sheet's text or a script's: by its byte order mark, its @charset, and at last in `fallback`, a label."""
+def decode_sheet(data: bytes, fallback: str, renderer: Renderer | None) -> tuple[str, str]:
+    """(text, encoding) of a style sheet or a script: by its byte order mark, its @charset, and at last in `fallback`, a
+    label."""
     mark = re.match(rb'@charset "([^"]{1,40})";', data)
     label = mark[1].decode("latin-1").strip().lower() if mark else fallback.strip().lower()
     found = webencodings.lookup(label) or webencodings.lookup(fallback)
     name = "utf-8" if found is None or found.name.startswith("utf-16") else found.name  # it could be read as ASCII
     name = {MARKS[1]: "utf-16le", MARKS[2]: "utf-16be"}.get(data[:2], name)
-    if name == "utf-8" or data.startswith(MARKS[0]) or (data.isascii() and not UNUSUAL.search(data)):
-        return data.decode("utf-8-sig", "replace")
+    if data.startswith(MARKS[0]):
+        name = "utf-8"
+    if name == "utf-8" or (data.isascii() and not UNUSUAL.search(data)):
+        return data.decode("utf-8-sig", "replace"), name
     answer = decoded(data, renderer, name)
-    return answer["text"] if answer else data.decode("utf-8", "replace")
+    return (answer["text"], name) if answer else (data.decode("utf-8", "replace"), name)
 
 
 def _central_european_twin(data: bytes, encoding: str) -> bool:

@@ -17,8 +17,10 @@ import io
 import os
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit
 from xml.etree import ElementTree
 
@@ -29,11 +31,18 @@ from making.style_sheets import grey_declarations, grey_sheet, imports_of, in_st
 from scoring.renders import PLACE, Job, Renderer
 from use_model_from_hub import turned_size, upright
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 MAX_FILE_BYTES = 20 * 2**20
 MAX_CSS_CHARACTERS = 5_000_000  # of all style sheets of a page
 MAX_IMPORTS = 8  # style sheets in style sheets; a browser has no such limit, a circle of them no end
 TURNED = ("JPEG", "MPO", "PNG", "AVIF")  # formats in which Chromium 156 follows EXIF's orientation; not in WebP
+IMPORT = re.compile(r"@(?:import|[impor]{0,5}\\)", re.I)  # it may be written with escapes
 SIZING = ("width", "height", "viewBox", "preserveAspectRatio")  # an SVG's attributes
+EARLY = "early "  # what stands above the <base>, and counts from the page
+DOCUMENTS = (".html", ".htm", ".xhtml", ".xht", ".svg", ".xml", ".txt", ".pdf")  # that an <object> shows, as pictures
+UNITS = {"": 1, "px": 1, "in": 96, "cm": 96 / 2.54, "mm": 9.6 / 2.54, "q": 2.4 / 2.54, "pt": 4 / 3, "pc": 16, "em": 16}
 NOTED = {"sheet": "style sheets", "script": "scripts"}  # anything else that is wanted is a picture
 
 
@@ -72,9 +81,16 @@ class LocalFiles:
         inner = folder.relative_to(self.root).as_posix()
         return PLACE if inner == "." else f"{PLACE}{quote(inner)}/"
 
+    def _served(self, address: str) -> str:
+        """The address, or that of a file under the root which it names by its whole path, file:///..."""
+        if self.root is None or not address.lower().startswith("file:///"):
+            return address
+        path = Path(unquote(urlsplit(address).path).replace("\0", ""))
+        return PLACE + quote(path.relative_to(self.root).as_posix()) if path.is_relative_to(self.root) else address
+
     def find(self, reference: str, base: str, kind: str) -> Path | None:
         """The file behind a reference from the address `base`; None, and a note, when there is none to be had."""
-        address = joined_address(reference, base or PLACE)
+        address = self._served(joined_address(reference, base or PLACE))
         problem = "remote"
         if address.startswith(PLACE):
             problem = "outside the source"
@@ -98,7 +114,7 @@ class LocalFiles:
     def css(self, text: str, base: str, encoding: str = "utf-8", above: tuple[Path, ...] = ()) -> str:
         """A style sheet with its local imports in place, and its pictures grey."""
         kept, rules = [], None
-        if "@import" in text.lower():
+        if IMPORT.search(text):
             head, rules = imports_of(text)
             for found in head:
                 kept.append(found if isinstance(found, str) else self._imported(*found, base, encoding, above))
@@ -117,28 +133,26 @@ class LocalFiles:
             file = self.find(reference, base, "style sheets")
             if file is None or file in above or len(above) > MAX_IMPORTS:
                 return ""
-            css = self.css(self.read(file, encoding), self.base_of(file.parent), encoding, (*above, file))
+            text, encoding = self.read(file, encoding)
+            css = self.css(text, self.base_of(file.parent), encoding, (*above, file))
         for condition in conditions:
             css = f"{condition}{{{css}}}"
         return css + "\n"
 
-    def read(self, file: Path, encoding: str) -> str:
-        """Its text; nothing when the page's style sheets are too large together."""
-        text = decode_sheet(file.read_bytes(), encoding, self.renderer)
+    def read(self, file: Path, encoding: str) -> tuple[str, str]:
+        """(its text, its encoding); no text when the page's style sheets are too large together."""
+        text, encoding = decode_sheet(file.read_bytes(), encoding, self.renderer)
         self.css_left -= len(text)
         if self.css_left < 0:
             self.notes["style sheets too large"] += 1
-            return ""
-        return text
+            return "", encoding
+        return text, encoding
 
     def size_of(self, url: str, base: str) -> tuple[float, float] | None:
         """(width, height) in px of the picture behind a url() of `base`; None where there is none to be had."""
         if (data := self.picture(url, base)) is None or (sides := picture_sides(data)) is None:
             return None
-        try:
-            return float(sides["width"].removesuffix("px")), float(sides["height"].removesuffix("px"))
-        except (KeyError, ValueError):
-            return None
+        return px_of(sides)
 
     def picture(self, url: str, base: str) -> bytes | None:
         """What is behind an address of a picture; None where that is not to be had."""
@@ -162,14 +176,17 @@ def inline_files(page: Page, folder: Path | None, files: LocalFiles, scripts: bo
         raise PageDropped("render", render.failure)
     read = render.values[0]
     if "broken" in read:
-        raise PageDropped("unreadable", f"not well-formed XML: {' '.join(read['broken'].split())[:200]}")
+        raise PageDropped("unreadable", " ".join(read["broken"].split())[:220])
     if read["frames"]:
         raise PageDropped("frames", "a frameset, whose frames are pages of their own")
     if read["shadow"]:
         raise PageDropped("shadow", "a part of it is in a shadow root")
     own = files.base_of(folder)
     base = joined_address(read["base"], own or PLACE) if read["base"] and own else own
-    found = [_wanted(kind, values, base, page, files) for kind, *values in read["wants"]]
+    found = [
+        _wanted(kind.removeprefix(EARLY), values, own if kind.startswith(EARLY) else base, page, files)
+        for kind, *values in read["wants"]
+    ]
     return re.sub(rf"{token}(\d+);", lambda mark: found[int(mark[1])], read["html"])
 
 
@@ -186,14 +203,23 @@ def _wanted(kind: str, values: list[str], base: str, page: Page, files: LocalFil
             text, base = _data(address.strip()).decode("utf-8", "replace"), ""
         else:
             file = files.find(address, base, NOTED[kind])
-            text, base = (files.read(file, encoding), files.base_of(file.parent)) if file else ("", "")
+            (text, encoding), base = (
+                (files.read(file, encoding), files.base_of(file.parent)) if file else (("", ""), "")
+            )
         if kind == "script":
             return re.sub(r"<(?=/script|!--)", r"\\x3c", text, flags=re.I)
         return in_style_element(files.css(text, base, encoding, (file,) if base else ()))
+    if kind == "object" and not values[0].lower().startswith("data:"):
+        file, address = files.find(values[0], base, "pictures"), joined_address(values[0], base or PLACE)
+        if file is None and not address.startswith((PLACE, "file:")):
+            return entities.escape(values[0])  # from elsewhere: who knows
+        if file is None or (file.suffix.lower() not in DOCUMENTS and picture_sides(file.read_bytes()) is None):
+            return ""
+        return entities.escape(values[0])
     data = files.picture(values[0], base)
     sides = picture_sides(data) if data is not None else None
     if kind in ("width", "height"):
-        return sides[kind].removesuffix("px") if sides and kind in sides else ""
+        return f"{dict(zip(('width', 'height'), size))[kind]:.0f}" if sides and (size := px_of(sides)) else ""
     return entities.escape(grey_picture(sides) if sides is not None else values[0])
 
 
@@ -218,11 +244,13 @@ def picture_sides(data: bytes) -> dict[str, str] | None:
     as they are, and its viewBox; None where it is no picture."""
     from PIL import Image
 
-    if re.match(rb"(?:\xef\xbb\xbf)?\s*<", data[:100]):
-        parser = ElementTree.XMLPullParser(["start"])
+    if re.match(rb"(?:\xef\xbb\xbf)?\s*<|\xff\xfe<\0|\xfe\xff\0<", data[:100]):
+        parser, root = ElementTree.XMLPullParser(["start"]), None
         try:
-            parser.feed(data[:20_000])
-            root = next((element for _, element in parser.read_events()), None)
+            for start in range(0, len(data), 20_000):
+                parser.feed(data[start : start + 20_000])
+                if (root := next((element for _, element in parser.read_events()), None)) is not None:
+                    break
         except (ElementTree.ParseError, ValueError, LookupError):
             return None
         if root is None or root.tag.rpartition("}")[2] != "svg":
@@ -231,7 +259,36 @@ def picture_sides(data: bytes) -> dict[str, str] | None:
     try:
         with Image.open(io.BytesIO(data)) as picture:
             turn = upright(picture) if picture.format in TURNED else None
-            width, height = turned_size(picture.size, turn)
+            width, height = turned_size(_dense_size(picture) or picture.size, turn)
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, EOFError, Image.DecompressionBombError):
         return None
     return {"width": str(width), "height": str(height)}
+
+
+def px_of(sides: Mapping[str, str]) -> tuple[float, float] | None:
+    """(width, height) in px by what picture_sides gives, one side by the viewBox where it lacks; None where unknown."""
+    found: dict[str, float] = {}
+    for name in ("width", "height"):
+        number = re.fullmatch(r"\s*([\d.]+)\s*(px|in|cm|mm|q|pt|pc|em|)\s*", sides.get(name, "").lower())
+        if number and number[1].count(".") < 2 and number[1] != ".":
+            found[name] = float(number[1]) * UNITS[number[2]]
+    box = re.findall(r"-?[\d.]+", sides.get("viewBox", ""))
+    if len(found) == 1 and len(box) == 4 and "." not in box and float(box[2]) and float(box[3]):
+        ratio = float(box[2]) / float(box[3])
+        (name, value), *_ = found.items()
+        return (value, value / ratio) if name == "width" else (value * ratio, value)
+    return (found["width"], found["height"]) if len(found) == 2 else None
+
+
+def _dense_size(picture: Image.Image) -> tuple[int, int] | None:
+    """(width, height) in px that a JPEG's EXIF gives together with a resolution that agrees, at 72 dots per inch: this
+    is what Chromium draws; None where it says nothing."""
+    if picture.format not in ("JPEG", "MPO") or not (exif := picture.getexif()) or exif.get(0x0128) != 2:
+        return None
+    inner, size = exif.get_ifd(0x8769), []
+    for side, resolution, written in ((picture.width, 0x011A, 0xA002), (picture.height, 0x011B, 0xA003)):
+        dots, px = float(exif.get(resolution) or 0), inner.get(written)
+        if dots <= 0 or not isinstance(px, int) or round(side * 72 / dots) != px:
+            return None
+        size.append(px)
+    return size[0], size[1]

@@ -29,6 +29,7 @@ async ({scripts, grey, most_tried, most_svg_characters}) => {
   all("svg style").forEach((node) => {
     const style = first("head").appendChild(document.createElement("style"));
     style.textContent = node.textContent;
+    if (node.hasAttribute("media")) style.setAttribute("media", node.getAttribute("media"));
     node.remove();
   });
   const charset = document.createElement("meta");
@@ -80,18 +81,21 @@ async ({scripts, grey, most_tried, most_svg_characters}) => {
   };
   const replace = (node) => {
     const before = look(node), picture = document.createElement("img");
+    const edge = node.localName === "iframe" && node.clientTop ? getComputedStyle(node).border : "";  // a browser's own
     for (const name of ["class", "id", "style"])
       if (node.hasAttribute(name)) picture.setAttribute(name, node.getAttribute(name));
     picture.setAttribute("src", "data:,");
     node.replaceWith(picture);
     if (before.display === "inline") delete before.display;
+    if (edge) picture.style.setProperty("border", edge);
     restyle(picture, before);
     greyed++;
   };
+  all("object[data='']").forEach((node) => node.removeAttribute("data"));  // what it holds stands in its place
   const images = all("img").filter((node) => node.currentSrc || node.hasAttribute("src"));
   const wanted = images.map((node) => rendered(node) ? size(node) : null);
   const natural = images.map((node) => look(node));
-  const REPLACED = "input[type=image], video, canvas, iframe, frame, object, embed";
+  const REPLACED = "input[type=image], video, canvas, iframe, frame, object[data], embed";
   if (images.length || all(`${REPLACED}, svg`).length) first("head").append(rule);
   remove(all("picture > source"));
   for (const image of images) {

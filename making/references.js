@@ -5,7 +5,7 @@ async ({html, xml, token, scripts}) => {
   if (scripts) html = html.replace(NOSCRIPT, (found, other) => other ?? "");  // this parser takes what is in it for shown
   const parsed = new DOMParser().parseFromString(html, xml ? "application/xhtml+xml" : "text/html");
   const fault = xml && parsed.querySelector("parsererror");
-  if (fault) return {broken: fault.textContent.trim()};
+  if (fault) return {broken: `not well-formed XML: ${fault.textContent.trim()}`};
   const CANDIDATE = /[\s,]*(\S*[^\s,])(?:(,)|\s*((?:[^,(]|\([^)]*\))*)(?:,|$))?/g;  // of a srcset: address, descriptor
   const HTML = "http://www.w3.org/1999/xhtml", XLINK = "http://www.w3.org/1999/xlink";
   const document = xml ? new DOMParser().parseFromString("<!DOCTYPE html>", "text/html") : parsed;
@@ -13,18 +13,21 @@ async ({html, xml, token, scripts}) => {
   if (xml) {  // element by element, in the words of HTML: no prefixes, no CDATA
     const plain = (node) => {
       if (node.nodeType === 3 || node.nodeType === 4) return document.createTextNode(node.data);
-      if (node.nodeType !== 1) return document.createTextNode("");
+      if (node.nodeType !== 1 || node.localName === "template") return document.createTextNode("");  // no shadow root here
       const copy = document.createElementNS(node.namespaceURI, node.localName);
       for (const {name, localName, namespaceURI, value} of node.attributes)
         if (namespaceURI === XLINK) copy.setAttributeNS(XLINK, `xlink:${localName}`, value);
-        else if (!/^xmlns\b/.test(name)) copy.setAttribute(localName, value);
+        else if (!/^xmlns\b/.test(name) && !(name === "lang" && node.hasAttribute("xml:lang")))
+          copy.setAttribute(localName, value);
       copy.append(...[...node.childNodes].map(plain));
       return copy;
     };
-    const root = plain(parsed.documentElement);
-    document.documentElement.replaceWith(root.localName === "html" ? root : document.documentElement);
+    const {localName, namespaceURI} = parsed.documentElement;
+    if (localName !== "html" || namespaceURI !== HTML)  // a browser shows its source, or a drawing
+      return {broken: `its root is ${localName} in ${namespaceURI || "no namespace"}, not html in ${HTML}`};
+    document.documentElement.replaceWith(plain(parsed.documentElement));
     if (!document.head) document.documentElement.prepend(create("head"));
-    for (const {target, data} of parsed.childNodes) if (target === "xml-stylesheet") {
+    for (const {target, data} of [...parsed.childNodes].reverse()) if (target === "xml-stylesheet") {
       const link = create("link");
       link.setAttribute("rel", /\balternate\s*=\s*["']yes/.test(data) ? "alternate stylesheet" : "stylesheet");
       for (const [, name, value] of data.matchAll(/\b(href|type|title|media)\s*=\s*["']([^"']*)["']/g))
@@ -44,28 +47,33 @@ async ({html, xml, token, scripts}) => {
   while (comments.nextNode()) gone.push(comments.currentNode);
   gone.forEach((node) => node.remove());
   if (!scripts) all("noscript").forEach((node) => node.replaceWith(...node.childNodes));  // what a visitor without sees
-  const base = all("base[href]")[0]?.getAttribute("href") ?? "";
-  let preferred = all("meta[http-equiv]").find((node) => lower(node, "http-equiv") === "default-style")
-    ?.getAttribute("content") ?? "";
-  all("base, meta[http-equiv]").forEach((node) => node.remove());  // a policy or a redirect would stand in our way
+  const bases = all("base[href]").filter((node) => node.namespaceURI === HTML);
+  const base = bases.find((node) => !/^[^!-\uffff]*(data|javascript):/i.test(node.getAttribute("href")));
+  const early = (node) => Boolean(base && node.compareDocumentPosition(base) & Node.DOCUMENT_POSITION_FOLLOWING);
+  let preferred = "";  // the first title in the document, unless that is in a meta's words
   const isSheet = (node) => node.localName === "style" || lower(node, "rel").split(/\s+/).includes("stylesheet");
-  for (const node of all("link, style").filter(isSheet)) {
+  for (const node of all("link, style, meta[http-equiv]")) {
+    if (lower(node, "http-equiv") === "default-style") preferred ||= node.getAttribute("content") ?? "";
+    if (!isSheet(node)) continue;
     const title = node.getAttribute("title") ?? "", linked = node.localName === "link";
     const alternate = linked && lower(node, "rel").split(/\s+/).includes("alternate");
-    const css = /^(text\/css(\s*;.*)?)?$/.test(lower(node, "type"));
-    if (css && title && !alternate && !preferred) preferred = title;
-    const off = !css || (title ? title !== preferred : alternate) || (linked && node.hasAttribute("disabled"));
+    const type = linked ? lower(node, "type") : (node.getAttribute("type") ?? "").toLowerCase();
+    const css = (linked ? /^(text\/css(\s*;.*)?)?$/ : /^(text\/css)?$/).test(type);
+    const disabled = linked && node.hasAttribute("disabled");
+    if (css && title && !alternate && !disabled) preferred ||= title;
+    const off = !css || (title ? title !== preferred : alternate) || disabled;
     if (off || (linked && !node.getAttribute("href"))) { node.remove(); continue; }
     if (linked) {
       const style = create("style");
       if (node.getAttribute("media")) style.setAttribute("media", node.getAttribute("media"));
-      style.textContent = want("sheet", node.getAttribute("href"), node.getAttribute("charset") ?? "");
+      style.textContent = want(early(node) ? "early sheet" : "sheet", node.getAttribute("href"), node.getAttribute("charset") ?? "");
       node.replaceWith(style);
     } else {
       ["title", "type"].forEach((name) => node.removeAttribute(name));
       node.textContent = want(node.namespaceURI === HTML ? "style" : "vector style", node.textContent);
     }
   }
+  all("base, meta[http-equiv]").forEach((node) => node.remove());  // a policy or a redirect would stand in our way
   for (const node of scripts ? all("script[src]") : []) {
     const late = node.hasAttribute("defer") && lower(node, "type") !== "module";  // an inline script would not wait
     node.textContent = want("script", node.getAttribute("src"), node.getAttribute("charset") ?? "");
@@ -114,10 +122,18 @@ async ({html, xml, token, scripts}) => {
   all("img, input[type=image i]").forEach((node) => { put(node, "src"); node.removeAttribute("loading"); });
   all("video").forEach((node) => put(node, "poster"));
   for (const node of all("svg image")) ["href", "xlink:href"].forEach((name) => put(node, name));
-  for (const node of all("object[data], embed[src]")) {  // no plug-in draws them here: only their size is wanted
-    const address = node.getAttribute(node.localName === "embed" ? "src" : "data");
+  const sized = (node, address) => {  // no plug-in draws them here: only their size is wanted
     if (!["width", "height"].some((side) => node.hasAttribute(side)))
       ["width", "height"].forEach((side) => node.setAttribute(side, want(side, address)));
+  };
+  all("embed[src]").forEach((node) => sized(node, node.getAttribute("src")));
+  for (const node of all("object")) {  // what it holds is shown where it shows nothing itself
+    const address = node.getAttribute("data")?.trim() ?? "";
+    const plugin = /^application\/(?!(xhtml\+)?xml|pdf|json)/.test(lower(node, "type"));
+    ["data", "type", "classid", "codebase"].forEach((name) => node.removeAttribute(name));
+    if (!address || plugin) continue;
+    sized(node, address);
+    node.setAttribute("data", want("object", address));
   }
   for (const node of all("[style]")) {
     const css = node.getAttribute("style");
@@ -141,5 +157,6 @@ async ({html, xml, token, scripts}) => {
   const ids = type && [type.publicId && ` PUBLIC "${type.publicId}"`, !type.publicId && type.systemId && " SYSTEM",
     type.systemId && ` "${type.systemId}"`].filter(Boolean).join("");
   const declared = type && !(quirks && !ids) ? `<!DOCTYPE ${type.name}${ids}>\n` : "";
-  return {html: declared + document.documentElement.outerHTML, wants, base, shadow, frames: false};
+  return {html: declared + document.documentElement.outerHTML, wants, shadow, frames: false,
+    base: base?.getAttribute("href") ?? ""};
 }

@@ -189,7 +189,9 @@
     if (child.nodeType === 3) { if (runs.has(child)) inText(child); continue; }
     if (child.nodeType !== 1) continue;
     if (child.localName === "svg" && !goes(child)) {
-      all("title, desc, metadata", child).forEach((one) => pieces.push({nodes: [one], ways: elementWays(one, true)}));
+      const inks = (one) => [...runs.keys()].some((text) => seen.has(text) && one.contains(text));
+      const idle = used ? [] : all("text", child).filter((one) => one.textContent.trim() && !inks(one));
+      [...all("title, desc, metadata", child), ...idle].forEach((one) => pieces.push({nodes: [one], ways: elementWays(one, true)}));
     } else if (!child.matches(KEPT) && goes(child)) {
       const brief = !child.textContent.trim();
       pieces.push({nodes: [child], ways: elementWays(child, brief), inside: brief ? null : child});

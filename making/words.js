@@ -43,7 +43,8 @@
   const inner = remembered((node) => {
     const {display, paint} = style(node), around = region(node);
     const [x, y] = paint ? ["clip", "clip"] : [style(node).x, style(node).y];
-    if (node === root || node === document.body || /^(inline|contents)$/.test(display)) return around;
+    const drawing = node.localName === "svg" && !node.ownerSVGElement;  // which clips though it is inline
+    if (node === root || node === document.body || (/^(inline|contents)$/.test(display) && !drawing)) return around;
     if (x === "visible" && y === "visible" && !paint) return around;
     const [left, top] = box(node), across = left + node.clientLeft, down = top + node.clientTop;
     return meet(around, [x === "visible" ? -Infinity : across, y === "visible" ? -Infinity : down,
@@ -58,7 +59,8 @@
     texts.push(node);
     const range = document.createRange();
     range.selectNodeContents(node);
-    const shows = visible(parent) && !style(parent).skips && !parent.matches("details:not([open])");
+    const shows = visible(parent) && !style(parent).skips && !parent.matches("details:not([open])")
+      && !parent.closest("svg defs, symbol, clipPath, mask, pattern, marker");
     const around = shows ? inner(parent) : [0, 0, 0, 0];
     const boxes = () => [...range.getClientRects()].map(({left, top, right, bottom}) =>
       meet(around, [left + scrollX, top + scrollY, right + scrollX, bottom + scrollY])).filter(area);

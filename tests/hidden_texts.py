@@ -54,6 +54,8 @@ KINDS = {
     "titles of a drawing": f"<svg width=20 "
     f"height=20><title>{GHOST}</title><desc>{GHOST}</desc><g><title>{GHOST}</title>"
     "<circle r=9 cx=9 cy=9 /></g></svg>",
+    "in a drawing": f"<svg width=90 height=20><text y=15>drawn</text><text y=900>{GHOST}</text><defs><text>{GHOST}"
+    f"</text></defs><text display=none>{GHOST}</text><text y=15 opacity=0>{GHOST}</text></svg>",
     "for browsers without": f"<progress value=.3>{GHOST}</progress><meter value=.3>{GHOST}</meter><canvas width=9 "
     f"height=9>{GHOST}</canvas><audio controls>{GHOST}</audio><video width=9 height=9>{GHOST}</video>",
     "not open": f"<p hidden>{GHOST}</p><p hidden=until-found>{GHOST}</p><dialog>{GHOST}</dialog><i popover>{GHOST}</i>",

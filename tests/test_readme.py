@@ -29,7 +29,7 @@ from training.checkpoints import MANIFEST
 from training.dataset import KNOWN_DATASETS
 from training.evaluation import score_held_out
 from training.mixture import one_or_all
-from training.run_record import write_record
+from training.run_record import BEGINNING, write_record
 
 README = ROOT / "README_DeepSpeed.md"
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in (README, ROOT / "README.md")}
@@ -399,7 +399,7 @@ def test_every_link_leads_somewhere(name):
 def test_every_file_named_in_the_text_exists():
     text = re.sub(r"^```.*?^```$", "", PAGES[README.name], flags=re.MULTILINE | re.DOTALL)
     named = set(re.findall(r"`([\w./-]+\.(?:py|json|md|txt|toml))`", text))
-    written = {"metadata.jsonl", "results.json", use.RECIPE_FILE, MANIFEST}
+    written = {"metadata.jsonl", "results.json", use.RECIPE_FILE, MANIFEST, BEGINNING}
     assert not [name for name in named - written if not (ROOT / name).exists() and "finetune_" not in name]
 
 

@@ -8,6 +8,7 @@ Sections: Command line, Checks, The script's own check, Port, Several machines, 
 import json
 import os
 import queue
+import resource
 import shlex
 import shutil
 import signal
@@ -15,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -518,6 +520,7 @@ TERM = int(signal.SIGTERM)
             "stopped by SIGTERM, state not saved; --resume goes on from the last whole checkpoint in /out",
         ),
         ((), "saving", "stopped by SIGTERM while saving, state not saved; --resume goes on from the last whole"),
+        ((), "finishing", "stopped by SIGTERM while saving, state not saved; --resume goes on from the last whole"),
         ((), "judging", "stopped by SIGTERM while judging: what was saved before is in /out"),
     ],
 )
@@ -525,6 +528,62 @@ def test_the_last_line_after_a_stop_says_what_is_on_disk(ended, codes, stage, ex
     run = ended(dict(enumerate(codes)), stage, signal=signal.SIGTERM)
     code, why = run.verdict()
     assert (code, why[: len(expected)]) == (85 if codes else 128 + TERM, expected)
+
+
+@pytest.mark.parametrize(("codes", "missing"), [({0: 143, 1: 143}, []), ({0: 143}, [1]), ({1: 138}, [0])])
+@pytest.mark.parametrize("stage", ["loading", "reading pages"])
+def test_a_stop_before_training_that_the_wrapper_was_not_told_of_is_no_failure(ended, codes, missing, stage):
+    """By SAVE_AND_STOP, or a signal to a rank alone."""
+    for asked in ("SAVE_AND_STOP", ""):
+        run = ended(codes, stage, failed_first=[*codes][:1], ended_by_us=missing)
+        beat = Path(run.status_dir) / "beat-0"
+        beat.write_text(json.dumps(json.loads(beat.read_text()) | {"asked": asked}))
+        code, why = run.verdict()
+        name = asked or signal.Signals(code - 128).name
+        expected = [f"stopped by {name} while {stage}: nothing had been trained"]
+        expected += [f"ranks {missing} were ended by us"] * bool(missing)
+        assert (code, why) == (min(codes.values()), "; ".join(expected))
+
+
+@pytest.mark.parametrize(
+    ("codes", "stage", "first"),
+    [({0: 143}, "loading", [1]), ({0: 143, 1: 1}, "loading", [1]), ({0: 143}, "training", [])],
+)
+def test_a_death_before_training_is_not_taken_for_a_stop(ended, codes, stage, first):
+    assert "nothing had been trained" not in ended(codes, stage, failed_first=first).verdict()[1]
+
+
+@pytest.mark.parametrize(
+    ("number", "to_a_rank_that_beats"),
+    [(signal.SIGHUP, signal.SIGHUP), (signal.SIGUSR1, signal.SIGUSR1), (signal.SIGINT, signal.SIGINT)],
+)
+def test_a_rank_gets_the_signal_itself_and_none_where_it_was_asked_before(
+    ended, monkeypatch, number, to_a_rank_that_beats
+):
+    """As SIGTERM, a warning would be the first of two for a rank, and what was asked before by a file the second."""
+    sent = []
+    monkeypatch.setattr(wrapper.os, "kill", lambda pid, number: sent.append((pid, number)))
+    for asked, expected in [("", to_a_rank_that_beats), ("SAVE_AND_STOP", None)]:
+        run = ended({}, "training")
+        beat = Path(run.status_dir) / "beat-1"
+        beat.write_text(json.dumps(json.loads(beat.read_text()) | {"asked": asked}))
+        (Path(run.status_dir) / "beat-0").unlink()  # of a script that knows nothing of this
+        run.arrived.put(number)
+        assert not run.take_signal(run.pids)
+        alone = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+        wanted = [(run.pids[0], alone), (run.pids[1], expected)]
+        assert sent == [(pid, which) for pid, which in wanted if which]
+        sent.clear()
+
+
+@pytest.mark.parametrize("before", [signal.SIGUSR1, signal.SIGHUP])
+def test_a_sigterm_after_a_warning_or_a_closed_terminal_is_the_first_of_two(ended, before):
+    run = ended({}, "training")
+    for number in (before, before, signal.SIGTERM, signal.SIGUSR1):
+        run.arrived.put(number)
+        assert not run.take_signal(run.pids)
+    run.arrived.put(signal.SIGTERM)
+    assert run.take_signal(run.pids) and run.signal == signal.SIGTERM
 
 
 def test_silence_while_the_wrapper_slept_itself_is_no_hang(ended):
@@ -539,6 +598,70 @@ def test_silence_while_the_wrapper_slept_itself_is_no_hang(ended):
     run.looked, run.counts_from = time.time(), 0.0  # as if it had looked all along
     assert [rank for *_, rank in run.hanging(living, {})] == [0, 1]
     assert run.hanging(living, {0: 0, 1: 0}) == [] and run.hanging({}, {}) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "stage", "expected"),
+    [
+        (85, "saving", True),
+        (85, "training", False),
+        (81, "saving", False),
+        (1, "saving", False),
+        (81, "finishing", True),
+    ],
+)
+def test_who_saves_is_waited_for_but_not_who_waits_for_one_that_has_failed(ended, code, stage, expected):
+    """A rank that saves is stuck, over NCCL, in a collective that the other will never call; one that only finishes an
+    earlier checkpoint needs nobody."""
+    run = ended({1: code}, stage, deadline=time.monotonic(), failed_first=[1] if code != 85 else [])
+    assert run.still_saving({0: run.pids[0]}, run.codes()) == expected
+    run.deadline -= wrapper.SAVING_S + 1
+    assert not run.still_saving({0: run.pids[0]}, run.codes())
+
+
+def test_a_rank_that_writes_no_beats_while_it_loads_hangs_only_where_it_was_stopped(ended):
+    """One call in C that keeps the interpreter's lock, on a slow network disk say, may take minutes."""
+    run, now = ended({}, "loading"), time.time()
+    with subprocess.Popen(["sleep", "300"]) as process:
+        living = {0: process.pid}
+        beat = Path(run.status_dir) / "beat-0"
+        beat.write_text(json.dumps(json.loads(beat.read_text()) | {"limit_s": None}))
+
+        def hangs(silent_s: float) -> bool:
+            os.utime(beat, (now - silent_s, now - silent_s))
+            run.looked, run.counts_from = time.time(), 0.0  # as if it had looked all along
+            return bool(run.hanging(living, {}))
+
+        try:
+            assert (hangs(300), hangs(900)) == (False, True)
+            process.send_signal(signal.SIGSTOP)
+            end = time.monotonic() + 20
+            while not hangs(300) and time.monotonic() < end:
+                time.sleep(0.02)
+            assert (hangs(300), hangs(30)) == (True, False)
+        finally:
+            process.kill()
+
+
+def test_notes_that_were_laid_for_ranks_say_nothing_yet(ended):
+    run = ended({}, "training", ranks=range(2, 4))
+    run.prepare(num_nodes=1)
+    laid = {file.name for file in Path(run.status_dir).iterdir() if file.stat().st_size >= 4096}
+    assert laid == {"rank-2", "rank-3", "beat-2", "beat-3", "smaller"}
+    assert (run.codes(), sorted(run.beats()), run.smaller()) == ({}, [0, 1], {})
+
+
+@pytest.mark.parametrize(("left", "said"), [(0, "No usable temporary directory"), (100, "/holo1-run-")])
+def test_a_temporary_folder_without_space_is_said_before_the_start(here, left, said):
+    """No file may grow beyond that, as on a full disk; the number of the error is another one (EFBIG)."""
+    full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (left, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    command = [sys.executable, wrapper.__file__, "--script", "train.py", "--config", "zero.json"]
+    env = {**os.environ, "TMPDIR": str(here)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, preexec_fn=full, timeout=20)
+    assert done.returncode == 81, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert "exit 81: disk: " in last and said in last and "set TMPDIR" in last
+    assert not [file.name for file in here.iterdir() if file.name.startswith("holo1-run-")]
 
 
 # -----------------------------------------------------------------------------
@@ -568,6 +691,16 @@ def test_memory_that_never_does_is_tried_six_times_more(starts):
     args, passed_on = wrapper.read_command_line(["--num_nodes", "1", "--resume"])
     assert wrapper.train(args, [], passed_on) == 83
     assert starts[0] == [["--resume"]] + 6 * [["--resume", "--micro_batch", "1"]]
+
+
+@pytest.mark.parametrize("typed", ["--resume_from_checkpoint out/checkpoint-4", "--resume-from-checkpoint=x --lora"])
+def test_a_new_start_goes_on_from_the_newest_checkpoint_not_from_the_one_that_was_given(starts, capsys, typed):
+    """The script takes one of the two flags; the one that was given is older, or has been replaced."""
+    args, passed_on = wrapper.read_command_line(["--num_nodes", "1", "--lr", "1", *typed.split()])
+    assert wrapper.train(args, [], passed_on) == 83
+    kept = [word for word in passed_on if word in ("--lr", "1", "--lora")]
+    assert starts[0] == [passed_on] + 6 * [[*kept, "--micro_batch", "1", "--resume"]]
+    assert "again with --micro_batch 1 --resume in place of --resume_from_checkpoint" in capsys.readouterr().err
 
 
 def test_memory_that_ran_out_is_left_at_that_where_it_was_asked(starts):

@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 import struct
+import zlib
 
 import pytest
 from conftest import ROOT, loaded_for_help, make_pages, run_script, start_plain, weights
@@ -46,6 +47,11 @@ def test_help_answers_at_once_without_torch(tmp_path):
         (HOW_TO, HOW_TO),
         (f"<html><body><pre>\n{HOW_TO}\n```\n</pre>", f"<html><body><pre>\n{HOW_TO}\n```\n</pre>"),
         ("Warning: no file <p>a part</p>", "Warning: no file <p>a part</p>"),
+        # A snippet that a text shows before its first tag is no page.
+        ("How to\n```js\nlet a\n```\n<p>The rest</p>", "How to\n```js\nlet a\n```\n<p>The rest</p>"),
+        ("How to\n```js\nlet a = '<b>'\n```\n<p>The rest</p>", "How to\n```js\nlet a = '<b>'\n```\n<p>The rest</p>"),
+        ("First\n```css\nb {}\n```\nthen\n```html\n<b>a</b>\n```", "<b>a</b>"),
+        ("```html\nHello <b>you</b>\n```", "Hello <b>you</b>"),
         # Fences and chatter around them, and fences inside.
         (f"```html\n{HOW_TO}\n```", HOW_TO),
         (f"Here:\n```html\n{HOW_TO}\n```\nIt has a heading.", HOW_TO),
@@ -79,6 +85,18 @@ def test_greys_of_any_depth_are_the_same_in_eight_bits(depth, see_through):
     if see_through:
         expected = [255 if value == values[2] else grey for value, grey in zip(values, expected)]
     assert shown.mode == "RGB" and [shown.getpixel((x, 0)) for x in range(4)] == [(grey,) * 3 for grey in expected]
+
+
+def test_a_chunk_before_the_header_of_a_png_changes_nothing():
+    """The bits of a sample were read where the header stands as a rule: 0 of them ended in a division by zero."""
+    whole = png(4, 1, 8, 0, samples(0, 51, 102, 255, depth=8), struct.pack(">H", 51))
+    before = struct.pack(">I4sI", 4, b"teXt", 0) + struct.pack(">I", zlib.crc32(b"teXt" + bytes(4)))
+    shown = use.open_screenshot(whole[:8] + before + whole[8:])
+    assert (
+        list(shown.tobytes())
+        == list(use.open_screenshot(whole).tobytes())
+        == [0] * 3 + [255] * 3 + [102] * 3 + [255] * 3
+    )
 
 
 @pytest.mark.parametrize("depth", [8, 16])

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -71,7 +71,7 @@ def load_config(base: Path, settings: PageSettings) -> PretrainedConfig:
     """
     try:
         return AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:  # the last one of values that contradict each other
         raise SettingsError(f"--base_model {settings.base_model} has no configuration that loads: {error}") from error
 
 
@@ -175,7 +175,10 @@ def base_tensors(base: Path, settings: PageSettings) -> dict[str, BaseTensor]:
     the base's files, in its shape, once; a tied one is there where the one is that it is tied to.
     """
     family_of(load_config(base, settings))  # refuses what nobody has written a family for
-    model = empty_model(base, "meta", torch.bfloat16, settings.trust_remote_code)
+    try:
+        model = empty_model(base, "meta", torch.bfloat16, settings.trust_remote_code)
+    except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:  # whatever a layer finds wrong
+        raise SettingsError(f"--base_model {settings.base_model}: no model fits its config.json: {error}") from error
     # A plan of a model on the Hub downloads no weights; an earlier download may have left some of them in the cache.
     planned = settings.plan and not (Path(settings.base_model).is_dir() and any(base.glob("*.safetensors")))
     if settings.random_weights or planned:

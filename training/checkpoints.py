@@ -28,12 +28,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from training.errors import DiskError, PipelineError, SettingsError, is_disk_full
-from training.processes import gather, is_main, local_rank, on_main, say, say_from_here
+from training.errors import MEANINGS, DiskError, PipelineError, SettingsError, exit_code, is_disk_full
+from training.processes import gather, is_main, local_rank, on_main, say, say_from_here, together
 
 RESTARTED = "HOLO1_RESTARTED"  # in the environment of a training that has restarted itself before step one
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the manifest
+STUCK_S, WRITES_S = 20.0, 7200.0  # for one that has failed to wait for others, and for others that still write
 STAGING = "checkpoint.partial"  # a name that nobody takes for a checkpoint
 
 # -----------------------------------------------------------------------------
@@ -166,7 +167,8 @@ class Checkpoints:
         """
         self.settle()
         try:
-            yield
+            with agreed():
+                yield
             mark = f".shared-{uuid.uuid4().hex}"
             mark = on_main(lambda: (self.staging / mark).touch() or mark)
             # One of each machine that does not share the main process's disk has shards of its own to vouch for.
@@ -214,7 +216,7 @@ class Checkpoints:
         whole = [path for path in self.output_dir.glob("checkpoint-*") if (path / MANIFEST).is_file()]
         whole = [path for path in whole if step_of(path) is not None and path != self.newest]
         whole.sort(key=lambda path: (path / MANIFEST).stat().st_mtime)
-        for number, path in enumerate(whole[: len(whole) + 1 - self.limit]):
+        for number, path in enumerate(whole[: max(0, len(whole) + 1 - self.limit)]):
             path.rename(self.staging / f"old-{number}")
 
     def join(self) -> None:
@@ -231,6 +233,22 @@ class Checkpoints:
         for full, text in filter(None, gather(words)):
             error = DiskError(self.full_words(failure or OSError(text))) if full else None
             raise error or PipelineError(f"a checkpoint could not be finished in {self.output_dir}: {text}")
+
+
+@contextlib.contextmanager
+def agreed() -> Iterator[None]:
+    """(all ranks) What is done inside, each rank its part. Raises on all what has failed on one: over gloo, since under
+    NCCL the others would wait for it in the next collective, long after it has gone."""
+    try:
+        yield
+    except Exception as error:
+        with contextlib.suppress(RuntimeError):  # the others are stuck in a collective of this very work
+            together(exit_code(error), STUCK_S)
+        raise
+    if code := together(0, WRITES_S):
+        error = PipelineError(f"another rank could not write its part of a checkpoint: {code}, {MEANINGS[code]}")
+        error.code = code
+        raise error
 
 
 def step_of_or_none(folder: Path) -> int:

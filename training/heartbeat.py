@@ -29,7 +29,17 @@ from pathlib import Path
 from typing import IO
 
 from training.errors import MEANINGS, HangError
-from training.processes import Result, code_of_another, leave_note, on_main, rank, report_end, several, tell
+from training.processes import (
+    Result,
+    code_of_another,
+    leave_note,
+    on_main,
+    rank,
+    report_end,
+    several,
+    take_note_back,
+    tell,
+)
 
 BEAT_S = 1.0
 OTHERS_S = 3.0  # that a rank leaves the others for finding the same hang
@@ -47,7 +57,8 @@ ASLEEP_S = 5.0  # a beat that comes later than this was stopped (Ctrl-Z, SIGSTOP
 @dataclass(frozen=True)
 class Place:
     """What the main thread is doing since its last progress (`time.monotonic()`): "loading", "reading pages",
-    "training", "saving", "judging" or "publishing". `waits`: for other ranks, which have limits of their own."""
+    "training", "saving", "finishing" (an earlier checkpoint, after a failure), "judging" or "publishing". `waits`: for
+    other ranks, which have limits of their own."""
 
     stage: str
     since: float
@@ -70,16 +81,17 @@ class Heart:
         self.hang_timeout: float | None = None  # --hang_timeout
         self.collective_s: float | None = None  # --ddp_timeout: longer than this no rank waits for another
         self.output_dir = self.stacks = ""  # known once the settings are
+        self.asked = ""  # by what this rank was asked to stop: the wrapper need not pass that on
         self.file: IO[str] | None = None
         self.last_beat, self.awake = time.monotonic(), time.monotonic()
         self.failed_elsewhere: float | None = None  # when another rank's failure was first seen
+        self.over, self.thread = threading.Event(), None
 
     def __enter__(self) -> Heart:
         """(main thread only)"""
         self.__init__()
         # On the console until there is a folder: without a handler SIGUSR2 would end the process.
         faulthandler.register(signal.SIGUSR2, file=2, all_threads=True, chain=False)
-        self.over = threading.Event()
         self.thread = threading.Thread(target=self.beat_on, name="heartbeat", daemon=True)
         self.thread.start()
         return self
@@ -94,6 +106,13 @@ class Heart:
                 if not os.path.getsize(self.stacks):
                     os.unlink(self.stacks)
                     os.rmdir(os.path.dirname(self.stacks))  # refused where other ranks' stacks lie
+
+    def falls_silent(self) -> None:
+        """This process is about to become another program: until that beats, it is one that still imports."""
+        self.over.set()
+        if self.thread is not None:
+            self.thread.join(timeout=5)
+        take_note_back(f"beat-{rank()}")
 
     def knows(self, output_dir: str | Path, collective_s: float, hang_timeout: float | None) -> None:
         """The settings: seconds that a collective waits at most, and that a step may take (None: as measured).
@@ -144,7 +163,7 @@ class Heart:
     def limit_s(self, place: Place) -> float | None:
         """Seconds without progress after which this is a hang; None where nobody can say, as while a model is loaded
         or downloaded."""
-        if place.waits or place.stage == "saving":
+        if place.waits or place.stage in ("saving", "finishing"):
             return self.collective_s
         if place.stage == "judging":
             return max(WRITTEN_BATCH_S, self.hang_timeout or 0.0)
@@ -188,6 +207,7 @@ class Heart:
             "micro_batch": self.micro_batch,
             "output_dir": self.output_dir,
             "stacks": self.stacks,
+            "asked": self.asked,
         }
 
     def follow(self, place: Place, now: float) -> None:

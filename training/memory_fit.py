@@ -28,6 +28,7 @@ from training import page_costs, zero3
 from training.checkpoints import RESTARTED, STAGING, checkpoints_in
 from training.errors import PipelineError, is_out_of_memory
 from training.families import Family, family_of, trains_fast
+from training.heartbeat import heart
 from training.memory_plan import (
     MEMORY_SHARE,
     RECOMPUTED_SHARES,
@@ -327,6 +328,7 @@ class Fit:
         if self.settings.checkpoint_share is None:
             again += ["--checkpoint_share", "1"]
         os.environ[RESTARTED] = "1"  # its own evaluation before training is no earlier run's
+        heart.falls_silent()
         os.execv(sys.executable, [sys.executable, *again])
 
 

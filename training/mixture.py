@@ -109,7 +109,9 @@ def _shares(texts: Sequence[str]) -> tuple[list[str], list[float], list[str]]:
     """(names, shares that add up to 1, problems)."""
     parts, problems = [split_share(text) for text in texts], []
     names, given = [name for name, _ in parts], []
-    for text, (_, share) in zip(texts, parts):
+    for text, (name, share) in zip(texts, parts):
+        if not name.strip():  # a variable of a shell that is not set; as a path it would be the folder we are in
+            problems.append(f"--dataset {text!r} names nothing; give a name on the Hub, a folder or a file")
         number = float(share.rstrip("%")) / (100 if share.endswith("%") else 1) if share else None
         if number is not None and not 0 < number <= 1:
             problems.append(f"--dataset {text}: {share} is no share; give more than 0 and at most 1, or 0% to 100%")

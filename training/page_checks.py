@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 from training.cleaning import clean_html, cleaning_steps, visible_text
 from training.dataset import BadPage
-from use_model_from_hub import PictureError, extract_html, picture_size
+from use_model_from_hub import PictureError, extract_html, page_in_fence, picture_size
 
 
 class WantedPages(Protocol):
@@ -87,8 +87,8 @@ def _as_an_answer(html: str) -> str:
     browsers add it anyway.
     """
     html = html.strip()
-    if "```" in html.partition("<")[0]:
-        html = extract_html(html)
+    fenced = page_in_fence(html)
+    html = html if fenced is None else fenced
     return html if extract_html(html) == html else f"<html>{html}"
 
 

@@ -373,7 +373,8 @@ def answer_for(row: Row, job: Job) -> tuple[dict[str, Any] | None, Marks | None,
 
 def be_a_worker(number: int) -> None:
     """What this file does as a program: `number` is the descriptor of its end of a pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it, too; it ends with its parent
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(each, signal.SIG_IGN)  # they reach whole groups; it ends with its parent, and not before
     pipe, tasks = Connection(number), queue.SimpleQueue()
     threading.Thread(target=listen, args=(pipe, tasks), daemon=True).start()
     job = tasks.get()

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from transformers import ProcessorMixin, TrainingArguments
 
 from training.collecting import load_pages, load_pages_from_disk
 from training.dataset import dataset_revision
-from training.errors import DataError, SettingsError
+from training.errors import DataError, DiskError, PipelineError, SettingsError, is_disk_full
 from training.mixture import NOT_SAID, asked_datasets
 from training.page_workers import PagePool, TokenizerCount, cores, job_of
 from training.prepared import age, claimed, describe
@@ -71,7 +72,7 @@ def prepare_pages(
     def prepare() -> tuple[str, str, str]:
         report, found = report_if_same(args.output_dir, known), (known or {}).get("fingerprint", "")
         if report is None:
-            report, found = find_or_make(settings, args, encoder, processor)
+            report, found = find_or_make_on_disk(settings, args, encoder, processor)
         for earlier in (Path(args.output_dir) / "pages").glob("prepared-*"):
             earlier.unlink()
         (Path(args.output_dir) / "pages" / mark).touch()
@@ -92,12 +93,34 @@ def prepare_pages(
     return Pages(training, held_out, report, found)
 
 
+def find_or_make_on_disk(
+    settings: PageSettings, args: TrainingArguments, encoder: PageEncoder, processor: ProcessorMixin
+) -> tuple[str, str]:
+    """(one process of each disk) As find_or_make. DiskError that says where, since a full disk itself does not."""
+    try:
+        return find_or_make(settings, args, encoder, processor)
+    except Exception as error:
+        if isinstance(error, PipelineError) or not is_disk_full(error):
+            raise
+        place = pages_dir_of(settings, args)
+        raise DiskError(
+            f"a disk is full ({error}) while pages are prepared in {place}, whose own has "
+            f"{shutil.disk_usage(place).free / 1e9:.2f} GB free; give a --pages_dir on another disk, or fewer "
+            "--num_samples; what is prepared is gone on with"
+        ) from error
+
+
+def pages_dir_of(settings: PageSettings, args: TrainingArguments) -> Path:
+    """Where prepared pages lie for later runs."""
+    return Path(settings.pages_dir or Path(args.output_dir).absolute().parent / PAGES_FOLDER).expanduser()
+
+
 def find_or_make(
     settings: PageSettings, args: TrainingArguments, encoder: PageEncoder, processor: ProcessorMixin
 ) -> tuple[str, str]:
     """(one process of each disk) (report, fingerprint) of the pages, which then lie in the output folder: found where
     an earlier run has prepared the same, else made, by as many workers as there are cores."""
-    pages_dir = Path(settings.pages_dir or Path(args.output_dir).absolute().parent / PAGES_FOLDER).expanduser()
+    pages_dir = pages_dir_of(settings, args)
     # What is read is what was looked up: a dataset may change between the two.
     asked = asked_datasets(settings)
     commits = [dataset_revision(each.name, each.revision) for each in asked]

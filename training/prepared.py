@@ -30,7 +30,8 @@ DONE, DESCRIPTION = "prepared.json", "description.json"
 # Whoever changes one of these has other pages; packages that decode, count and shuffle, too.
 ROOMS = "cleaning collecting containers dataset duplicates mixture page_checks page_store page_workers reading".split()
 ROOMS += ["tables"]
-PACKAGES = ("datasets", "pillow", "tokenizers")
+COUNTING = ["prompt_and_mask.py", "families/*.py"]  # how tokens of text and picture are counted, which pages hold, too
+PACKAGES = ("datasets", "pillow", "tokenizers", "transformers")
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
@@ -43,6 +44,9 @@ def describe(
     code = hashlib.sha256()
     for room in ROOMS:
         code.update(Path(__file__).with_name(f"{room}.py").read_bytes())
+    for pattern in COUNTING:
+        for file in sorted(Path(__file__).parent.glob(pattern)):
+            code.update(file.read_bytes())
     code.update(Path(use.__file__).read_bytes())  # what a picture is
     asked = []
     for each in datasets:
@@ -64,8 +68,11 @@ def state_of_files(path: Path, apart: Sequence[str | Path] = ()) -> str:
     may name. Takes 10 s for a million files."""
     digest, left_out = hashlib.sha256(), {str(Path(folder).expanduser().resolve()) for folder in apart}
     alone = path.is_file()
-    for folder, names, files in os.walk(path.parent if alone else path):
-        names[:] = sorted(name for name in names if str(Path(folder, name).resolve()) not in left_out)
+    for folder, names, files in os.walk(path.parent if alone else path, followlinks=not alone):
+        places = {name: str(Path(folder, name).resolve()) for name in names}
+        names[:] = sorted(name for name in names if places[name] not in left_out)
+        # Links to folders are followed, as `datasets` follows them, each once: one may lead back.
+        left_out.update(places[name] for name in names if Path(folder, name).is_symlink())
         for name in sorted(files):
             file = Path(folder, name)
             if alone and file != path and file.suffix.lower() not in PICTURES:

@@ -14,6 +14,7 @@ Sections: Who, Talk, Together, After a failure.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import sys
@@ -73,7 +74,7 @@ def several() -> bool:
 def say(message: str) -> None:
     """(main process only) One line on stdout."""
     if is_main():
-        print(message, flush=True)
+        print_line(message)
 
 
 def here(folder: Path) -> str:
@@ -83,22 +84,79 @@ def here(folder: Path) -> str:
 
 def say_from_here(message: str) -> None:
     """One line on stdout that names this process."""
-    print(f"rank {rank()}: {message}", flush=True)
+    print_line(f"rank {rank()}: {message}")
+
+
+NOBODY_READS = (errno.EIO, errno.EPIPE)  # a terminal whose window was closed, a pipe whose reader has gone
+
+
+def print_line(line: str) -> None:
+    """On stdout. One that nobody reads any more ends no run: what comes later goes nowhere, whoever says it."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        if error.errno not in NOBODY_READS:
+            raise
+        lead_nowhere(sys.stdout.fileno())
+        tell(f"rank {rank()}: stdout is closed ({error}); what would be said there from now on is lost")
+
+
+def lead_nowhere(*files: int) -> None:
+    """What is written to these file descriptors from now on is thrown away, and no error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for file in files:
+        os.dup2(nowhere, file)
+    os.close(nowhere)
 
 
 def tell(message: str) -> None:
     """(any rank, any thread) One line on stderr, past Python's buffer, whose lock a stuck main thread may hold."""
-    with contextlib.suppress(OSError):  # a closed terminal
+    try:
         os.write(2, f"{message}\n".encode())
+    except OSError as error:
+        if error.errno in NOBODY_READS:
+            lead_nowhere(2)
+
+
+_said_full: list[str] = []  # folders
 
 
 def leave_note(name: str, text: str) -> None:
-    """(any rank, any thread) A file for the wrapper, whole or not there; nothing where there is no wrapper."""
+    """(any rank, any thread) A file for the wrapper, whole or not there; nothing where there is no wrapper. On a full
+    disk it goes into the one that the wrapper has laid there, whose block is there, too."""
+    if not (folder := os.environ.get("HOLO1_STATUS_DIR")):
+        return
+    partial, place = Path(folder) / f".{name}.{rank()}", Path(folder) / name
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(place)
+    except OSError as error:
+        if not Path(folder).is_dir():  # the wrapper has gone, and its folder with it
+            return
+        if folder not in _said_full:
+            _said_full.append(folder)
+            tell(f"rank {rank()}: {folder}: {error}; the wrapper may not learn how this rank is: free some space there")
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        write_over(place, text)
+
+
+def take_note_back(name: str) -> None:
+    """(any rank) What the wrapper was told is true no longer."""
     if folder := os.environ.get("HOLO1_STATUS_DIR"):
-        partial = Path(folder) / f".{name}.{rank()}"
-        with contextlib.suppress(OSError):  # the wrapper has gone, and its folder with it
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(Path(folder) / name)
+        with contextlib.suppress(OSError):
+            Path(folder, name).unlink(missing_ok=True)
+
+
+def write_over(place: Path, text: str) -> None:
+    """In place. Where that fails, too, it goes: half of it, or what it said before, would be believed."""
+    try:
+        with place.open("r+b") as file:
+            file.write(text.encode())
+            file.truncate()
+    except OSError:
+        with contextlib.suppress(OSError):
+            place.unlink(missing_ok=True)
 
 
 def report_end(code: int) -> None:
@@ -244,6 +302,7 @@ def on_each_machine(work: Callable[[], Result], there: Callable[[Result], bool])
 # After a failure: over gloo, whatever training used, since NCCL may be stuck in the collective that failed
 
 _emergency_group: list = []  # at most one; made before anything can have failed
+_apart: list[str] = []  # why some rank did not come once: nobody is waited for again, or ranks would meet out of turn
 
 
 def emergency_group() -> Any:
@@ -257,29 +316,40 @@ def emergency_group() -> Any:
 
 def all_ranks_arrive(seconds: float = 20.0) -> bool:
     """(any rank) Whether every rank comes here in time: after a failure, some may hang or be gone."""
-    if not several():
-        return True
-    import torch.distributed as dist
-
     try:
-        dist.monitored_barrier(emergency_group(), timeout=timedelta(seconds=seconds))
+        meet(seconds)
     except RuntimeError as error:
         say_from_here(f"not every rank can take part in an emergency checkpoint ({error})")
         return False
     return True
 
 
-def together(flag: bool, seconds: float = 60.0) -> bool:
-    """(all ranks) `agree` after what may have failed somewhere; RuntimeError where a rank does not come in time."""
+def meet(seconds: float) -> None:
+    """(all ranks) Every rank is here; RuntimeError where one does not come in time, or has not come before."""
     if not several():
-        return flag
-    import torch
+        return
     import torch.distributed as dist
 
-    dist.monitored_barrier(emergency_group(), timeout=timedelta(seconds=seconds))
-    votes = torch.tensor(float(flag))
+    if _apart:
+        raise RuntimeError(_apart[0])
+    try:
+        dist.monitored_barrier(emergency_group(), timeout=timedelta(seconds=seconds))
+    except RuntimeError as error:
+        _apart.append(str(error))
+        raise
+
+
+def together(number: int, seconds: float = 60.0) -> int:
+    """(all ranks) The largest number that any rank has, after what may have failed somewhere: a flag, or an exit code.
+    Raises RuntimeError where a rank does not come in time."""
+    if not several():
+        return number
+    import torch
+
+    meet(seconds)
+    votes = torch.tensor(float(number))
     take_largest(votes, emergency_group())
-    return bool(votes)
+    return int(votes)
 
 
 def agreed_port() -> int:

@@ -19,6 +19,7 @@ from typing import TypeVar
 import huggingface_hub as hub
 
 from training.errors import SettingsError, UploadError
+from training.processes import say
 from training.settings import PageSettings
 
 Result = TypeVar("Result")
@@ -77,7 +78,7 @@ def patiently(attempt: Callable[[], Result], again: str) -> Result:
             why = shown(f"{error} {error.__cause__ or ''}")
             if refused or not waits_s or isinstance(error, (ValueError, PermissionError)):  # waiting cannot help
                 raise UploadError(f"{why} {again}") from None
-            print(f"Upload: {why} Again in {waits_s[0]} s.", flush=True)
+            say(f"Upload: {why} Again in {waits_s[0]} s.")
             time.sleep(waits_s.pop(0))
 
 

@@ -7,7 +7,8 @@
 
 While a run trains, ranks agree on the flag and save the same step. Before that there is nothing to save, and after it
 everything is on disk: a thread ends the process then, also while the main thread is stuck in C, where no handler of
-Python's runs. A second signal over two seconds later ends it at any time. Standard library only.
+Python's runs. A second SIGTERM or SIGINT over two seconds after the first ends it at any time; a file, a warning or a
+closed terminal is no first one. Standard library only.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from training.heartbeat import end
-from training.processes import code_of_another, is_main, rank, tell
+from training.heartbeat import end, heart
+from training.processes import code_of_another, is_main, lead_nowhere, rank, tell
 from training.run_record import take_mark_away
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # SLURM warns by the last one
+SOFT = (signal.SIGHUP, signal.SIGUSR1)  # a request, but never one of the two that end a run at once
 FILE = "SAVE_AND_STOP"
 LOOK_S = 1.0  # for the file
 AGAIN_S = 2.0  # schedulers signal the wrapper and the ranks at once: that is one request
 STATE_SAVED = 85
+STOPPED_EARLY = [128 + number for number in SIGNALS]  # what a rank leaves that was stopped before it trained
 NOTHING_TRAINED = "nothing was trained, and checkpoints are as they were"
 
 
@@ -43,7 +46,8 @@ class StopRequest:
     def __init__(self):
         self.name = ""  # of what has asked, for messages; empty: nobody
         self.signal = 0  # its number; that of SIGTERM for the file
-        self.first: float | None = None  # when; the thread's
+        self.asked = False  # whether the thread knows of the request
+        self.first: float | None = None  # when the first SIGTERM or SIGINT came; the thread's
         self.folder: Path | None = None
         # How a request ends the process at once: exit code (0: 128 + the signal's number) and last words. None: it is
         # only noted.
@@ -128,7 +132,7 @@ class StopRequest:
             for number in os.read(self.reading, 64) if arrived else b"":
                 if number in SIGNALS:
                     self.arrive(number)
-            if self.first is None:
+            if not self.asked:
                 self.look()
             if self.signal and self.ends and not self.unbroken and not self.over:
                 self.end()
@@ -139,39 +143,48 @@ class StopRequest:
             self.ask(self.signal, self.name)
         elif self.folder is not None and (self.folder / FILE).exists():
             self.ask(signal.SIGTERM, FILE)
-        # All is on disk: a rank that was stopped then is waited for in vain.
-        elif self.ends and self.ends[0] and (found := code_of_another([STATE_SAVED])):
+        # Nothing is to be saved, or all is on disk: a rank that was stopped then is waited for in vain.
+        elif self.ends and (found := code_of_another([STATE_SAVED] if self.ends[0] else STOPPED_EARLY)):
             self.ask(signal.SIGTERM, f"a signal to rank {found[0]}")
 
     def arrive(self, number: int) -> None:
-        """A signal: the first is a request, one that comes later ends the process."""
-        if self.first is None:
-            self.ask(number, signal.Signals(number).name)
-        elif time.monotonic() - self.first > AGAIN_S and number != signal.SIGHUP:  # a terminal that closes sends two
-            tell(f"rank {rank()}: ended at once by a second signal, {signal.Signals(number).name}")
+        """A signal: the first is a request; of SIGTERM and SIGINT, one that comes later ends the process."""
+        name = signal.Signals(number).name
+        if not self.asked:
+            self.ask(number, name)
+        elif number == signal.SIGHUP:  # a terminal that closes sends two
+            self.leave_terminal()
+        elif number not in SOFT and self.first is None:
+            self.first = time.monotonic()
+            if self.ends is None and is_main():
+                tell(f"{name}: already stopping at the end of this step, state is saved; once more to stop at once")
+        elif number not in SOFT and time.monotonic() - self.first > AGAIN_S:
+            tell(f"rank {rank()}: ended at once by a second signal, {name}")
             end(128 + number)
 
     def ask(self, number: int, name: str) -> None:
         """The request, however it came."""
-        self.first = time.monotonic()
+        self.asked, heart.asked = True, name
         self.signal, self.name = number, name
-        if number == signal.SIGHUP:
+        # Ranks have no terminal whose end they are told of by SIGHUP: what they are sent for it may be another signal.
+        if number == signal.SIGHUP or not all(map(os.isatty, self.terminals)):
             self.leave_terminal()
+        if name != FILE and number not in SOFT:
+            self.first = time.monotonic()
         if self.ends is None and is_main():
-            again = "" if name == FILE else "; once more to stop at once"
+            again = "; once more to stop at once" if self.first is not None else ""
             tell(f"{name}: stopping at the end of this step, state will be saved{again}")
 
     def leave_terminal(self) -> None:
         """Its window was closed: the next line that is said there would be an error, and nothing would be saved."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for file in self.terminals:
-            os.dup2(nowhere, file)
-        os.close(nowhere)
+        lead_nowhere(*self.terminals)
 
     def end(self) -> None:
         """At once."""
         code, words = self.ends or (0, "")
         tell(f"rank {rank()}: stopped by {self.name}: {words}")
+        if self.name == FILE:
+            time.sleep(2 * LOOK_S)  # until every other rank has seen it, too
         self.honoured()
         if not code and self.signal == signal.SIGINT:  # by whoever sits there, and did not mean this run
             take_mark_away()

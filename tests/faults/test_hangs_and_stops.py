@@ -135,6 +135,16 @@ def test_ranks_that_judge_during_training_agree_and_save_the_step(tiny_base, pag
 
 
 @pytest.mark.slow
+def test_no_rank_waits_for_an_upload(tiny_base, pages_folder, tmp_path):
+    """It may take longer than a collective may, which would then end a run whose model is trained and saved."""
+    pages = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    process = begin(small_run(tiny_base, pages_folder, max_steps=1, **pages), tmp_path, 2, HOW="publish")
+    said = process.communicate(timeout=240)[0]
+    assert process.returncode == 0 and codes(tmp_path) == {"rank-0": "0", "rank-1": "0"}, said
+    assert "while it was published, the other rank had ended" in said and "done: python use_model_from_hub.py" in said
+
+
+@pytest.mark.slow
 def test_a_failure_while_judging_at_the_end_leaves_a_card(tiny_base, pages_folder, tmp_path):
     """The score of the last evaluation is not planned, which raises a KeyError there."""
     flags = small_run(tiny_base, pages_folder, max_steps=1, **PAGE_A_STEP)

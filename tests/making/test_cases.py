@@ -55,12 +55,16 @@ SHEETS = {
     "late.css": 'h1{color:#0a0}@import "s.css";',
     "layers.css": '@layer a,b;@import "blue.css" layer(b);@import "s.css" layer(a);',
     "unnamed.css": '@import "s.css" layer;p{color:#00c}',
+    "gbk_parent.css": '@charset "gbk";@import "gbk_child.css";',
+    "gbk_child.css": ".中{color:#c00}".encode("gbk"),
+    "escaped.css": '@\\69mport "s.css";',
     "left_open.css": "@media all{p{color:#c00",
     "open.css": '@import "left_open.css" screen;p{font-size:40px}',
 }
 LINK = '<link rel="stylesheet" href="{}">'
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" {}><rect width="400" height="100"/></svg>'
 VECTORS = {"ratio": 'viewBox="0 0 400 100"', "wide": 'viewBox="0 0 400 100" width="200"', "bare": ""}
+VECTORS |= {"cm": 'width="2cm" height="1cm"', "high": 'viewBox="0 0 400 100" height="50"'}
 BESIDE = {  # name: (head, body, what is seen)
     "srcset_w": ("", '<img srcset="small.png 100w, wide.png 600w" sizes="300px">', {"boxes": "300x50"}),
     "srcset_and_src": ("", '<img src=logo.png srcset="small.png 2x,wide.png 3x">', LOGO),
@@ -132,6 +136,48 @@ BESIDE = {  # name: (head, body, what is seen)
     "slash": ("<link rel=stylesheet href=s.css/>", "A<br/>B", {"looks": f"{BLACK} 16px", "text": "A B P"}),
     "crowded": ("", '<img alt="x>y"src="logo.png"class="y">B', {**LOGO, "text": "B P"}),
     "comments": ("", "<!- bogus -->A<?php x ?>B<!-- x -- > y -->C</!>D<!>E", {"text": "ABCDE P"}),
+    "late_base": (LINK.format("s.css") + '<base href="sub/">', "<img src=../logo.png>", LARGE | LOGO),
+    "no_bases": (
+        '<base href="data:text/plain,x"><base href="javascript:x">' + LINK.format("s.css"),
+        "<svg width=9 height=9><base href='sub/' /></svg><img src=logo.png>",
+        LARGE | {"boxes": "9x9 120x40"},
+    ),
+    "whole_base": ('<base href="{site}/sub/x">' + LINK.format("../s.css"), "<img src=../logo.png>", LARGE | LOGO),
+    "whole_paths": (LINK.format("{site}/s.css"), '<img src="{site}/logo.png">', LARGE | LOGO),
+    "gbk_import": (LINK.format("gbk_parent.css"), '<p class="x 中">B<p>', {"looks": f"{RED} 16px"}),
+    "escaped_import": (LINK.format("escaped.css"), "", LARGE),
+    "late_default_style": (
+        "<style title=X>p{color:#c00}</style><style title=Y>p{font-size:40px}</style>"
+        "<meta http-equiv=default-style content=Y>",
+        "",
+        {"looks": f"{RED} 16px"},
+    ),
+    "disabled_title": (
+        "<link rel=stylesheet href=blue.css title=X disabled><style title=Y>p{color:#c00}</style>",
+        "",
+        {"looks": f"{RED} 16px"},
+    ),
+    "types": (
+        "<link rel=stylesheet type='text/css; charset=utf-8' href=s.css>"
+        "<style type='text/css; charset=utf-8'>p{color:red}</style><style type=' text/css'>p{color:red}</style>",
+        "",
+        LARGE,
+    ),
+    "vector_print": (
+        "",
+        "<svg width=9 height=9><style media=print>p{color:red}</style></svg>",
+        {"looks": f"{BLACK} 16px"},
+    ),
+    "dense": ("", "<img src=dense.jpg>", {"boxes": "30x15"}),
+    "far_vector": ("", "<img src=far.svg><img src=utf16.svg>", {"boxes": "60x20 60x20"}),
+    "vector_object": ("", "<object data=cm.svg></object><object data=high.svg></object>", {"boxes": "76x38 200x50"}),
+    "fallbacks": (
+        "",
+        "<object data=none.swf type=application/x-shockwave-flash>A</object><object>B</object>"
+        "<object classid=x>C</object><object data=none.png>D</object><object data=logo.png>E</object>",
+        {"text": "ABCD P", **LOGO},
+    ),
+    "frame_border": ("", "<iframe width=60 height=50></iframe>", {"boxes": "64x54"}),
     "two_bases": (
         '<base href="sub/"><base href="x/">' + LINK.format("../s.css"),
         "<img src=../logo.png>",
@@ -151,6 +197,13 @@ WHOLE = {
         "frames",
     ),
     "not_xml.xhtml": ('<html xmlns="http://www.w3.org/1999/xhtml"><body><p>A</body></html>', "unreadable"),
+    "no_namespace.xhtml": ("<html><body><p>A</p></body></html>", "unreadable"),
+    "order.xhtml": (
+        '<?xml-stylesheet href="s.css"?><?xml-stylesheet href="blue.css"?><html xmlns="http://www.w3.org/1999/xhtml">'
+        "<head><style>p:lang(de){font-size:20px}</style></head><body>"
+        '<p xml:lang="de" lang="en">A</p><div><template shadowrootmode="open">x</template>B</div></body></html>',
+        {"looks": f"{BLUE} 20px", "text": "A B"},
+    ),
     "prefixes.xhtml": (
         '<?xml version="1.0"?><?xml-stylesheet href="s.css" type="text/css"?><!DOCTYPE h:html PUBLIC '
         '"-//W3C//DTD XHTML 1.0 Strict//EN" "http://www.w3.org/TR/xhtml1/DTD/xhtml1-strict.dtd">'
@@ -172,6 +225,14 @@ def write_beside(folder: Path) -> None:
     turned[0x0112] = 6
     for suffix in ("png", "webp"):
         Image.new("RGB", (60, 30), "navy").save(folder / f"o.{suffix}", exif=turned)
+    dense = Image.Exif()
+    dense.update({0x011A: 144.0, 0x011B: 144.0, 0x0128: 2})
+    dense.get_ifd(0x8769).update({0xA002: 30, 0xA003: 15})
+    Image.new("RGB", (60, 30), "navy").save(folder / "dense.jpg", exif=dense)
+    (folder / "far.svg").write_text(
+        f"<?xml version='1.0'?><!--{'x' * 30_000}-->" + SVG.format('width="60" height="20"')
+    )
+    (folder / "utf16.svg").write_bytes(("\ufeff" + SVG.format('width="60" height="20"')).encode("utf-16-le"))
     for name, attributes in VECTORS.items():
         (folder / f"{name}.svg").write_text(SVG.format(attributes))
     for name, css in SHEETS.items():
@@ -179,7 +240,8 @@ def write_beside(folder: Path) -> None:
     for name, (html, _) in WHOLE.items():
         (folder / name).write_text(html)
     for name, (head, body, _) in BESIDE.items():
-        (folder / f"{name}.html").write_text(page(head, body if "<p>" in body else f"{body}<p>P</p>"))
+        html = page(head, body if "<p>" in body or "<p " in body else f"{body}<p>P</p>")
+        (folder / f"{name}.html").write_text(html.replace("{site}", folder.resolve().as_uri()))
 
 
 WANTED = FOUND | {f"beside/{name}.html": seen for name, (_, _, seen) in BESIDE.items()}

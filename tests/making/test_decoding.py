@@ -39,6 +39,8 @@ def test_undeclared_encodings_are_read_rightly_or_dropped_by_name(renderer):
         decode_page(b"<p>\xe9", renderer)  # one character says nothing
     assert dropped.value.reason == "encoding"
     assert decode_page("<p>é".encode(), None) == ("<p>é", "utf-8")
+    unknown = "<meta charset=utf-32><p>é"
+    assert decode_page(unknown.encode(), None) == (unknown, "utf-8")
 
 
 @pytest.mark.parametrize(
@@ -93,10 +95,21 @@ def test_declarations_are_found_where_browsers_find_them(renderer):
     [
         b"<meta charset=hz-gb-2312><p>x",  # browsers refuse it
         "<meta charset=iso-8859-1><p>Ça va là-bas, où êtes-vous ?".encode(),
+        "<meta charset=gb2312><p>Погода в Москве сегодня хорошая".encode(),
+        "<meta charset=gbk><p>今天天气很好，我们去公园散步".encode(),
         "<meta charset=utf-8><p>Погода в Москве сегодня хорошая".encode("cp1251"),
+        "<!DOCTYPE html><html><head><title>276</title></head><body><p>Dvořák</p></body></html>".encode("iso8859-2"),
         b'<p>\x1b$B$"\x1b(B',  # which a browser would show as it stands
     ],
-    ids=["refused", "utf-8 as another", "another as utf-8", "escapes"],
+    ids=[
+        "refused",
+        "utf-8 as another",
+        "utf-8 as gbk",
+        "chinese utf-8 as gbk",
+        "another as utf-8",
+        "two scripts in a word",
+        "escapes",
+    ],
 )
 def test_what_declares_a_wrong_encoding_is_dropped_by_name(renderer, page):
     with pytest.raises(PageDropped) as dropped:
@@ -106,9 +119,9 @@ def test_what_declares_a_wrong_encoding_is_dropped_by_name(renderer, page):
 
 def test_style_sheets_are_read_by_mark_by_charset_and_as_their_page(renderer):
     css = ".中{color:red}"
-    assert decode_sheet(css.encode(), "utf-8", None) == css
-    assert decode_sheet(f'@charset "gb2312";{css}'.encode("gbk"), "utf-8", renderer).endswith(css)
-    assert decode_sheet(b"\xff\xfe" + css.encode("utf-16-le"), "gbk", renderer) == css
-    assert decode_sheet(css.encode("big5"), "big5", renderer) == css
-    assert decode_sheet(b"\xef\xbb\xbf" + css.encode(), "big5", renderer) == css
-    assert decode_sheet(f'@charset "utf-16";{css}'.encode(), "gbk", renderer).endswith(css)
+    assert decode_sheet(css.encode(), "utf-8", None) == (css, "utf-8")
+    assert decode_sheet(f'@charset "gb2312";{css}'.encode("gbk"), "utf-8", renderer)[0].endswith(css)
+    assert decode_sheet(b"\xff\xfe" + css.encode("utf-16-le"), "gbk", renderer) == (css, "utf-16le")
+    assert decode_sheet(css.encode("big5"), "big5", renderer) == (css, "big5")
+    assert decode_sheet(b"\xef\xbb\xbf" + css.encode(), "big5", renderer) == (css, "utf-8")
+    assert decode_sheet(f'@charset "utf-16";{css}'.encode(), "gbk", renderer)[0].endswith(css)

@@ -56,10 +56,12 @@ def tasks(*words: str) -> list[Task]:
 @pytest.fixture
 def workers(tmp_path):
     """Two of them; afterwards none is left, nor anything that they have started."""
+    before = {child.pid for child in psutil.Process().children()}  # other tests' browsers
     workers = Workers(2, Playing(tmp_path), seconds_per_page=4)
     with workers:
         yield workers
-    left = [child.cmdline() for child in psutil.Process().children() if "resource_tracker" not in str(child.cmdline())]
+    new = [child.cmdline() for child in psutil.Process().children() if child.pid not in before]
+    left = [command for command in new if "resource_tracker" not in str(command)]
     asleep = [one.pid for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == ASLEEP]
     assert not left and not asleep
 

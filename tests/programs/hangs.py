@@ -3,6 +3,7 @@
     hang    the main thread is stuck, for ever, as in a collective that nobody else has called
     memory  the memory runs out; with OTHERS=hang, the other ranks are stuck in that step, as NCCL would wait
     pages   the main thread is stuck where pages are read, before any step
+    publish the upload takes until the other rank has left its exit code, or for 30 seconds
     judge   each batch of held-out pages is written only once a file `go_on` is in the current folder
 
 `reached-<rank>` in the current folder tells that it has come so far.
@@ -69,7 +70,17 @@ def judged(self, real=pipeline.Evaluator.copy):
     return copy
 
 
-if how in ("hang", "memory"):
+def slow_publishing(*arguments, real=pipeline.publish):
+    other, end = Path(os.environ["HOLO1_STATUS_DIR"], "rank-1"), time.monotonic() + 30
+    while not other.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    print("while it was published, the other rank", "had ended" if other.exists() else "waited", flush=True)
+    return real(*arguments)
+
+
+if how == "publish":
+    pipeline.publish = slow_publishing
+elif how in ("hang", "memory"):
     Trainer.compute_loss = stuck_loss
 elif how == "pages":
     pipeline.prepare_pages = stuck_pages

@@ -170,6 +170,14 @@ def test_ten_of_many_lost_weights_are_named_as_the_base_names_them(tiny_base, tm
     refused(copy_of(tiny_base, tmp_path / "newer", newer), r": model\.visual\.merger\.ln_q\.weight;")
 
 
+@pytest.mark.parametrize("values", [{"num_hidden_layers": 9}, {"num_hidden_layers": "2"}, {"num_attention_heads": 7}])
+def test_a_configuration_that_contradicts_itself_is_refused(tiny_base, tmp_path, values):
+    """Of which transformers and huggingface_hub tell by exceptions of their own."""
+    refused(
+        configured(copy_of(tiny_base, tmp_path / "base"), **values), "has no configuration that loads|no model fits"
+    )
+
+
 def test_a_wrong_shape_and_one_weight_under_two_names_are_refused(tiny_base, tmp_path):
     def short(tensors):
         tensors["model.norm.weight"] = tensors["model.norm.weight"][:16].clone()

@@ -1,13 +1,17 @@
 """Checkpoints that are whole or not there, and what another training makes of an output folder."""
 
+import errno
 import json
 import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
+import torch
+from conftest import call_in_processes, free_port
 
-from training import checkpoints
+from training import checkpoints, processes
 from training.checkpoints import (
     MANIFEST,
     RESTARTED,
@@ -19,7 +23,7 @@ from training.checkpoints import (
     seal,
     write_manifest,
 )
-from training.errors import DiskError, PipelineError, SettingsError
+from training.errors import DiskError, PipelineError, SettingsError, exit_code
 
 # -----------------------------------------------------------------------------
 # Whole or not there
@@ -64,6 +68,50 @@ def test_what_a_rank_writes_after_another_has_gone_is_not_left(tmp_path, monkeyp
     with pytest.raises(RuntimeError, match="closed by peer"):
         save(kept, 2)
     assert not [*tmp_path.iterdir()]
+
+
+def test_none_goes_while_there_are_fewer_than_may_stay(tmp_path):
+    """Five of ten: the oldest went, counted from the wrong end of the list."""
+    kept = Checkpoints(tmp_path, 10, {})
+    for step in range(1, 7):
+        save(kept, step)
+    assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in range(1, 7)}
+
+
+def write_on_two_ranks(rank: int, port: int, folder: str) -> None:
+    """Rank 1 finds the disk full in its own part; it stays until rank 0 knows that, or for ten seconds."""
+    places = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in places.items()} | {"OMP_NUM_THREADS": "1"})
+    torch.distributed.init_process_group("gloo")
+    processes.emergency_group()
+    kept, told = Checkpoints(Path(folder) / "out", 2, {}), Path(folder) / "told-0"
+    for fails in (False, True):
+        try:
+            with kept.staged():
+                fill(kept.staging / "checkpoint-2") if rank == 0 else None
+                if fails and rank == 1:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+            kept.settle()
+        except Exception as error:
+            Path(folder, f"told-{rank}").write_text(f"{exit_code(error)} {type(error).__name__} {error}")
+        both = processes.all_ranks_arrive(10)  # as for an emergency checkpoint
+        Path(folder, f"both-{rank}").write_text(str(both))
+    end = time.monotonic() + 10
+    while not told.exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    os._exit(0)
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_write_its_part_tells_the_others(tmp_path):
+    """They would wait for it in the next collective, and under NCCL long after it has gone."""
+    port = free_port()
+    call_in_processes(write_on_two_ranks, [[rank, port, tmp_path] for rank in range(2)], tmp_path)
+    told = [(tmp_path / f"told-{rank}").read_text() for rank in range(2)]
+    assert told[0] == "81 PipelineError another rank could not write its part of a checkpoint: 81, disk"
+    assert told[1].startswith("81 DiskError") and "nothing half-written is left" in told[1]
+    assert [(tmp_path / f"both-{rank}").read_text() for rank in range(2)] == ["True", "True"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-2"]
 
 
 def test_what_was_half_written_is_neither_a_checkpoint_nor_left(tmp_path):

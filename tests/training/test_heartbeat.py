@@ -56,6 +56,14 @@ def test_the_wrapper_reads_where_a_rank_is(status, tmp_path):
     assert not [path for path in status.iterdir() if path.name != "beat-0"], "written aside, and renamed"
 
 
+def test_a_rank_that_becomes_another_program_has_no_beat_until_that_begins(status):
+    with Heart() as heart:
+        read_beat(status)
+        heart.falls_silent()
+        time.sleep(0.2)
+        assert not (status / "beat-0").exists()
+
+
 def test_a_signal_writes_the_stacks_of_all_threads_into_a_file(status, tmp_path):
     with Heart() as heart:
         heart.knows(tmp_path, collective_s=7200, hang_timeout=None)

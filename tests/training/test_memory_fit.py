@@ -208,6 +208,14 @@ def test_a_batch_that_auto_chose_is_halved_whatever_the_command_line_looks_like(
         memory_fit.Fit(MemoryPlan(Way(micro_batch=1), {}), None, PageSettings()).restart(8, None)
 
 
+def test_a_restart_is_importing_to_the_wrapper_and_not_silent(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOLO1_STATUS_DIR", str(tmp_path))
+    monkeypatch.setenv("RANK", "0")
+    (tmp_path / "beat-0").write_text("{}")
+    restarted(monkeypatch, [], size=4, pages=8)
+    assert not (tmp_path / "beat-0").exists()
+
+
 @pytest.mark.parametrize(("pages", "size", "smaller"), [(8, 8, 4), (9, 9, 3), (9, 3, 1), (6, 3, 1), (15, 15, 5)])
 def test_a_restart_takes_a_size_that_its_settings_accept(pages, size, smaller, monkeypatch):
     argv = ["--gradient_accumulation_steps", str(pages)]

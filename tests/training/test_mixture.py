@@ -61,6 +61,7 @@ def test_shares(datasets, shares):
     [
         (["--dataset", "a/b:7", "--dataset", "c/d"], "--dataset a/b:7: 7 is no share"),
         (["--dataset", "a/b:0", "--dataset", "c/d"], "--dataset a/b:0: 0 is no share"),
+        (["--dataset", ""], "--dataset '' names nothing; give a name on the Hub"),
         (["--dataset", "a/b:-1", "--dataset", "c/d"], "--dataset a/b:-1: -1 is no share"),
         (["--dataset", "a/b:nan", "--dataset", "c/d"], "--dataset a/b:nan: nan is no share"),
         (["--dataset", "a/b:0.7", "--dataset", "c/d:0.7"], "the shares add up to 1.4; they must give 1"),

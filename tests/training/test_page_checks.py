@@ -128,6 +128,8 @@ PAGES = {
     "fragment with a fence": "<div><h1>How to</h1><pre>```js\nlet a = 1\n```</pre><p>The rest</p></div>",
     "fence on lines of its own": "<p>a<pre>\n```\nlet a = 1\n```\n</pre><p>The rest",
     "words, then a fence": "How to\n\n<pre>```js\nlet a = 1\n```</pre><p>The rest</p>",
+    "words, then a snippet": "How to\n```js\nlet a = 1\n```\n<p>The rest</p>",
+    "words, then a snippet and a document": f"How to\n```js\nlet a = 1\n```\n{DOCUMENT}",
     "in a fence": f"```html\n{DOCUMENT}\n```",
     "chat": f"Here is the page:\n```html\n{DOCUMENT}\n```\nIt is short.",
     "fragment with words before": "Hello <b>you</b>",

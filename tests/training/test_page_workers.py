@@ -77,6 +77,14 @@ def test_a_page_that_kills_a_worker_twice_is_named_and_one_that_does_once_is_kep
 
 
 @pytest.mark.slow
+def test_no_page_is_lost_where_workers_are_signalled(tmp_path, at_once, capfd):
+    """Their parent decides what a signal to all of them means: each page would be said to have killed a worker."""
+    folder = write_folder(tmp_path / "in", good_pages(20))
+    pool = pool_of(folder, 2, small_pages.signalled_count, max_bad_share=1.0)
+    assert load(folder, tmp_path / "out", pool=pool, max_bad_share=1.0)[2].kept == 20
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["executable", "path"])
 def test_workers_that_cannot_start_are_done_without(tmp_path, at_once, capsys, monkeypatch, name):
     """The program is another one; it does not find the room of the function that counts."""

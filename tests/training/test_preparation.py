@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import resource
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, call_in_processes, free_port, make_pages, make_processor
 
-from training import collecting, preparation
-from training.errors import DataError
+from training import collecting, preparation, prepared
+from training.errors import DataError, DiskError
 from training.families import family_of
 from training.preparation import how_to_count, prepare_pages
 from training.prepared import ROOMS
@@ -135,6 +136,16 @@ def test_every_room_that_decides_what_pages_come_out_is_known():
     assert found == {*ROOMS}
 
 
+@pytest.mark.parametrize("name", ["prompt_and_mask.py", "families/qwen2_5_vl.py", "page_checks.py"])
+def test_code_that_decides_or_counts_pages_makes_them_others_where_it_changes(name, tmp_path, monkeypatch):
+    code = shutil.copytree(ROOT / "training", tmp_path / "training", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(prepared, "__file__", str(code / "prepared.py"))
+    before = prepared.describe(PageSettings(), [], 3, "counted so", [])
+    assert prepared.describe(PageSettings(), [], 3, "counted so", []) == before
+    (code / name).write_text((code / name).read_text() + "# another\n")
+    assert prepared.describe(PageSettings(), [], 3, "counted so", []) != before
+
+
 def test_another_tokenizer_or_picture_size_counts_otherwise():
     processor = make_processor()
     encoder = PageEncoder(processor, "Write the page.", family_of("qwen2_5_vl"))
@@ -162,6 +173,20 @@ def test_a_folder_that_was_changed_is_prepared_anew(alone, tmp_path, reads, what
     else:
         (pages / "new.png").write_bytes(b"")
     prepare(pages, tmp_path / "second")
+    assert len(reads) == 2
+
+
+def test_pages_in_a_folder_that_is_linked_to_are_looked_at_too(alone, tmp_path, reads):
+    """Of a split, say, that lies on another disk; a link back ends."""
+    elsewhere, pages = make_pages(tmp_path / "elsewhere", 12), tmp_path / "pages"
+    pages.mkdir()
+    (pages / "train").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(pages)
+    for place in ("first", "second"):
+        prepare(pages, tmp_path / place)
+    assert len(reads) == 1
+    (elsewhere / "003.png").write_bytes((elsewhere / "004.png").read_bytes() + b" ")
+    prepare(pages, tmp_path / "third")
     assert len(reads) == 2
 
 
@@ -194,6 +219,19 @@ def test_a_run_goes_on_with_pages_that_are_found_where_its_own_are_gone(twelve_p
     said = capsys.readouterr().out
     assert "pages: no longer on the disk, read again" in said and "pages: found in" in said
     assert len(reads) == 1 and again.known == first.known
+
+
+def test_a_disk_that_is_full_is_told_with_what_to_do_and_the_pages_are_gone_on_with(twelve_pages, alone, tmp_path):
+    """Files that may not grow, for want of a small disk (EFBIG instead of ENOSPC)."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(DiskError, match=r"while pages are prepared in .* GB free; give a --pages_dir"):
+            prepare(twelve_pages, tmp_path / "first")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    pages, *_ = prepare(twelve_pages, tmp_path / "first")
+    assert len(pages.training) == 6
 
 
 def test_pages_on_another_disk_are_linked_and_not_copied(twelve_pages, alone, tmp_path, monkeypatch):

@@ -154,6 +154,26 @@ def test_a_rank_finds_out_how_another_has_failed(tmp_path, monkeypatch, capfd):
     assert processes.code_of_another(range(80, 85)) is None, "its own does not count"
 
 
+def test_a_note_needs_no_space_where_one_lies_already(tmp_path, monkeypatch, capfd):
+    """The wrapper lays them there before the start; a full disk's own error, from the device for that."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("HOLO1_STATUS_DIR", str(tmp_path))
+    monkeypatch.setattr(processes, "_said_full", [])
+    for code in (83, 1):
+        (tmp_path / "rank-0").write_text(" " * 4096)
+        (tmp_path / ".rank-0.0").symlink_to("/dev/full")
+        processes.report_end(code)
+        assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"rank-0": str(code)}
+    (tmp_path / "beat-0").symlink_to("/dev/full")  # where not even that is possible, nothing stale is believed
+    (tmp_path / ".beat-0.0").symlink_to("/dev/full")
+    processes.leave_note("beat-0", "{}")
+    assert [file.name for file in tmp_path.iterdir()] == ["rank-0"]
+    monkeypatch.setenv("HOLO1_STATUS_DIR", str(tmp_path / "gone"))
+    processes.report_end(83)  # with its wrapper
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and "No space left on device" in said and str(tmp_path) in said
+
+
 def test_only_the_main_process_speaks(monkeypatch, capsys):
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
@@ -168,3 +188,37 @@ def test_a_log_on_a_full_disk_does_not_hide_the_code(monkeypatch):
         codes = [processes.say_failure(DiskError("no space for a checkpoint")), processes.say_failure(MemoryError())]
         monkeypatch.undo()
     assert codes == [81, 83]
+
+
+def closed_terminal() -> int:
+    terminal, other = os.openpty()
+    os.close(terminal)
+    return other
+
+
+def closed_pipe() -> int:
+    reading, writing = os.pipe()
+    os.close(reading)
+    return writing
+
+
+@pytest.mark.parametrize("closed", [closed_terminal, closed_pipe])
+def test_what_is_said_to_nobody_ends_no_run(closed, monkeypatch, capfd):
+    """As in the second between a terminal's end and the signal, or where the signal is ignored."""
+    monkeypatch.setenv("RANK", "0")
+    with open(closed(), "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        for _ in range(3):
+            processes.say("a step's line")
+            processes.say_from_here("training failed")
+        print("what a library says", flush=True)
+        monkeypatch.undo()
+    assert capfd.readouterr().err.count("rank 0: stdout is closed") == 1
+
+
+def test_a_log_that_cannot_be_written_for_another_reason_is_not_passed_over(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with contextlib.suppress(OSError), open("/dev/full", "w") as log:
+        monkeypatch.setattr(sys, "stdout", log)
+        with pytest.raises(OSError, match="No space left"):
+            processes.say("a step's line")

@@ -4,6 +4,7 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def signal_twice(number: int, seconds_between: float) -> None:
     with StopRequest() as stop:
         stop.at_the_end_of_a_step()
         os.kill(os.getpid(), number)
-        if stop.signal != number or not stop.wanted or not within(lambda: stop.first is not None):
+        if stop.signal != number or not stop.wanted or not within(lambda: stop.asked):
             os._exit(1)
         time.sleep(seconds_between)
         os.kill(os.getpid(), number)
@@ -46,8 +47,38 @@ def signal_twice(number: int, seconds_between: float) -> None:
 def test_the_first_signal_sets_a_flag_and_only_a_later_one_ends_at_once(number, seconds_between, ends):
     process = process_of(signal_twice, number, seconds_between)
     process.join(timeout=60)
-    # A terminal that closes sends SIGHUP twice.
-    assert process.exitcode == (128 + number if ends and number != signal.SIGHUP else 0)
+    # A terminal that closes sends SIGHUP twice, and SLURM's warning is no more than that.
+    assert process.exitcode == (128 + number if ends and number in (signal.SIGTERM, signal.SIGINT) else 0)
+
+
+@pytest.fixture
+def ends(monkeypatch):
+    """The codes with which the process would have been ended; played, or the tests would end, too."""
+    codes = []
+    monkeypatch.setattr(stopping, "end", codes.append)
+    monkeypatch.setattr(stopping, "AGAIN_S", 0.0)
+    monkeypatch.setattr(stopping, "LOOK_S", 0.05)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever starts tests under nohup has it ignored
+    yield codes
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("first", [FILE, signal.SIGUSR1, signal.SIGHUP])
+def test_after_a_file_a_warning_or_a_closed_terminal_the_first_sigterm_is_no_second_one(first, ends, tmp_path):
+    """SLURM's at the time limit, say, while a long step still has to end."""
+    with StopRequest() as stop:
+        stop.terminals = []
+        stop.at_the_end_of_a_step()
+        stop.looks_into(tmp_path)
+        (tmp_path / FILE).touch() if first == FILE else os.kill(os.getpid(), first)
+        assert within(lambda: stop.asked)
+        for number in (signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
+        assert within(lambda: stop.first is not None) and ends == []
+        assert stop.wanted and stop.name == (first if first == FILE else signal.Signals(first).name)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert within(lambda: ends == [128 + signal.SIGINT])
 
 
 def stuck_in_c(ready: Path, code: int) -> None:
@@ -86,31 +117,36 @@ def test_what_must_not_be_broken_off_is_finished_first(tmp_path):
     assert process.exitcode == 85 and (tmp_path / "moved").exists()
 
 
-def on_a_terminal(path: str, ready: Path, done: Path) -> None:
+def on_a_terminal(path: str, told: bool, ready: Path, done: Path) -> None:
     os.setsid()
-    terminal = os.open(path, os.O_RDWR)  # a session's first one is the one whose end it is told of
+    # A session's first one is the one whose end it is told of; ranks are in the launcher's session, and are not told.
+    terminal = os.open(path, os.O_RDWR | (0 if told else os.O_NOCTTY))
     for file in (0, 1, 2):
         os.dup2(terminal, file)
     with StopRequest() as stop:
         stop.at_the_end_of_a_step()
         ready.touch()
-        if within(lambda: stop.wanted and stop.first is not None):
+        if within(lambda: stop.wanted and stop.asked):
             time.sleep(0.2)
             print("a line of the step that is saved", flush=True)
+            print("and what a library says there", file=sys.stderr, flush=True)
             done.write_text(stop.name)
     os._exit(0)
 
 
 @pytest.mark.slow
-def test_a_closed_terminal_does_not_keep_the_state_from_being_saved(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_closed_terminal_does_not_keep_the_state_from_being_saved(number, tmp_path):
     terminal, other = os.openpty()
     ready, done = tmp_path / "ready", tmp_path / "done"
-    process = process_of(on_a_terminal, os.ttyname(other), ready, done)
+    process = process_of(on_a_terminal, os.ttyname(other), number == signal.SIGHUP, ready, done)
     assert within(ready.exists, 60)
     os.close(other)
     os.close(terminal)
+    if number == signal.SIGTERM:
+        os.kill(process.pid, number)
     process.join(timeout=40)
-    assert done.exists() and done.read_text() == "SIGHUP"
+    assert done.exists() and done.read_text() == signal.Signals(number).name
 
 
 def test_a_file_in_the_output_folder_is_a_request_and_goes_once_it_is_honoured(tmp_path, monkeypatch):
@@ -125,6 +161,33 @@ def test_a_file_in_the_output_folder_is_a_request_and_goes_once_it_is_honoured(t
         assert (tmp_path / FILE).exists(), "other ranks look for it, too"
         stop.honoured()
         assert not (tmp_path / FILE).exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_rank_that_loads_stops_as_another_has_by_a_signal(number, ends, tmp_path, monkeypatch):
+    """It would be waited for in vain, or take for a failure what was a request."""
+    monkeypatch.setenv("HOLO1_STATUS_DIR", str(tmp_path))
+    (tmp_path / "rank-1").write_text(str(128 + number))
+    with StopRequest() as stop:
+        assert within(lambda: 128 + signal.SIGTERM in ends) and stop.name == "a signal to rank 1"
+    ends.clear()
+    with StopRequest() as stop:
+        stop.at_the_end_of_a_step()  # it was ended at once by a second signal, and the others may still save
+        time.sleep(0.3)
+        assert not stop.asked and ends == []
+
+
+def test_a_file_lies_until_every_rank_that_loads_has_looked(ends, tmp_path, monkeypatch):
+    monkeypatch.setattr(stopping, "LOOK_S", 0.5)
+    file = tmp_path / FILE
+    file.touch()
+    with StopRequest() as stop:
+        stop.looks_into(tmp_path)
+        assert within(lambda: stop.asked) and file.exists()
+        time.sleep(0.5)  # until the next look of another one
+        assert file.exists()
+        assert within(lambda: ends == [128 + signal.SIGTERM]) and not file.exists()
+        stop.at_the_end_of_a_step()  # or it would end once more
 
 
 def test_nohups_sighup_stays_ignored():
