@@ -148,14 +148,16 @@ def test_a_page_that_takes_too_long_is_ended_with_its_browser():
 
 
 def spin() -> None:
+    os.setsid()  # Linux shares cores out among sessions first: in ours all of them would get as much as the browser
     while True:
         pass
 
 
 @contextlib.contextmanager
 def busy_machine():
-    """Ten processes that want a core each."""
-    others = [multiprocessing.get_context("fork").Process(target=spin, daemon=True) for _ in range(10)]
+    """Ten processes on two cores, five for each of more, that want a core each."""
+    count = max(10, 5 * len(os.sched_getaffinity(0)))
+    others = [multiprocessing.get_context("fork").Process(target=spin, daemon=True) for _ in range(count)]
     for other in others:
         other.start()
     try:
@@ -170,13 +172,18 @@ def busy_machine():
     not clock.cores_had([os.getpid()]), reason="needs schedstat, by which Linux tells who waits for a core"
 )
 def test_a_busy_machine_takes_longer_and_gives_the_same():
-    """A second of work, for which it takes six here; the page is allowed three."""
-    heavy = "".join(f"<div style='box-shadow:0 0 {n % 40}px red;filter:blur({n % 3}px)'>{n}</div>" for n in range(200))
-    with Renderer(1, seconds_per_page=3) as renderer:
+    """A page may take three times what it takes alone; by the wall clock it then takes more."""
+    heavy = "".join(f"<div style='box-shadow:0 0 {n % 40}px red;filter:blur({n % 3}px)'>{n}</div>" for n in range(300))
+    job = Job(PAGE.format(heavy), steps=(SHOT,) * 2)
+    with Renderer(1) as renderer:
         renderer.render(PAGE.format("warm"))
+        alone = renderer.render(job)
+        renderer.seconds_per_page = 3 * alone.seconds
         with busy_machine():
-            render = renderer.render(Job(PAGE.format(heavy), steps=(SHOT,) * 2))
-    assert render.failure is None and render.seconds > 3, "else the machine was not busy"
+            render = renderer.render(job)
+    assert alone.failure is None and render.failure is None
+    assert render.seconds > renderer.seconds_per_page, "else the machine was not busy"
+    assert np.array_equal(render.image, alone.image)
 
 
 def test_leaving_early_leaves_nobody(monkeypatch):
@@ -357,7 +364,8 @@ def test_hostile_pages_reach_nothing_and_end(renderer, listener, tmp_path):
     found = dict(zip(HOSTILE, renderer.map(jobs)))
     time.sleep(1)
     assert listener.seen == [], "what knocked, with the path that names it"
-    assert {name: render.seconds for name, render in found.items() if render.seconds >= 17} == {}
+    # The clock of 15 s stands still while a page waits for a core, so on a busy machine it ends later.
+    assert {name: render.seconds for name, render in found.items() if render.seconds >= 60} == {}
     pictures = {name: render.image for name, render in found.items() if render.failure is None}
     assert len(pictures) > len(HOSTILE) / 2 and all(found[name].values == () for name in found.keys() - pictures.keys())
     seen = [name for name, image in pictures.items() if (image == MAGENTA).all(axis=2).any()]
