@@ -1,6 +1,6 @@
 """The house: commands at the top, trades in folders, imports that only point down, nothing too long to read.
 
-The order of the rooms is the file tree of README_DeepSpeed.md: a file may import what stands below it there.
+The order of the rooms is the file tree of CONTRIBUTING.md: a file may import what stands below it there.
 """
 
 import ast
@@ -109,8 +109,8 @@ def test_a_planted_program_is_found(planted):
 
 
 def order() -> list[str]:
-    """Our files from top to bottom, as the README's tree lists them."""
-    text = (ROOT / "README_DeepSpeed.md").read_text(encoding="utf-8").split("## Files")[1]
+    """Our files from top to bottom, as the tree of CONTRIBUTING.md lists them."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## What stands where")[1]
     files, folders = [], [""]
     for line in re.search(r"```text\n(.*?)```", text, re.S)[1].splitlines():
         indent, name = re.match(r"(\s*)(\S+)", line).groups()
@@ -150,14 +150,14 @@ def test_no_import_is_relative():
     }
 
 
-def test_every_room_is_in_the_readmes_tree():
+def test_every_room_is_in_the_tree():
     rooms = {name for name in ours() if name.split("/")[0] in FOLDERS and not name.endswith("__init__.py")}
     told = order()
-    assert not rooms - set(told), "not in the file tree of README_DeepSpeed.md"
+    assert not rooms - set(told), "not in the file tree of CONTRIBUTING.md"
     assert not {name for name in told if name.startswith(FOLDERS) and not (ROOT / name).exists()}
 
 
-def test_imports_only_point_down_the_readmes_tree():
+def test_imports_only_point_down_the_tree():
     places = {name: place for place, name in enumerate(order())}
     places |= {f"{folder}__init__.py": place for folder, place in places.items() if folder.endswith("/")}
     upward = [
@@ -218,7 +218,7 @@ def test_a_folders_first_room_says_what_lives_there(folder):
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_folders_first_room_lists_the_rooms_in_the_order_of_their_imports(folder):
-    """As the README's tree does, which imports are held against. A folder inside is one entry, its rooms together."""
+    """As the tree of CONTRIBUTING.md does. A folder inside is one entry, its rooms together."""
     inside = [name.removeprefix(f"{folder}/") for name in order() if name.startswith(f"{folder}/") and name[-1] != "/"]
     wanted = [f"{name.split('/')[0]}/" if "/" in name else Path(name).stem for name in inside]
     wanted = [name for name, _ in itertools.groupby(wanted)]

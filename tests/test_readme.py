@@ -32,7 +32,10 @@ from training.mixture import one_or_all
 from training.run_record import BEGINNING, write_record
 
 README = ROOT / "README_DeepSpeed.md"
-PAGES = {page.name: page.read_text(encoding="utf-8") for page in (README, ROOT / "README.md")}
+NAMES = (README.name, "README.md", "SETTINGS.md", "CONTRIBUTING.md")
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
+TEXT = "\n".join(PAGES.values())
+ENVIRONMENT_FOLDER = ".venv"
 PLACEHOLDERS = ("PAGE.png", "my_pages", "my_model", "site", "reference.html", "prediction.html")  # the reader brings
 ENVIRONMENT = ("CUDA_LAUNCH_BLOCKING", "CUDA_VISIBLE_DEVICES", "DS_BUILD_OPS", "NCCL_DEBUG", "NCCL_P2P_DISABLE")
 ENVIRONMENT += ("PYTORCH_CUDA_ALLOC_CONF", "TORCH_DISTRIBUTED_DEBUG")
@@ -49,8 +52,10 @@ def commands(text: str) -> list[str]:
 
 
 def rows(heading: str) -> dict[str, list[str]]:
-    """The cells of the tables under a heading, by their first cell without its backticks."""
-    section = README.read_text(encoding="utf-8").split(f"# {heading}\n", 1)[1]
+    """The cells of the tables under a heading, by their first cell without its backticks; of the settings those of the
+    page that has them all."""
+    page = PAGES["SETTINGS.md"] if f"# {heading}\n" in PAGES["SETTINGS.md"] else PAGES[README.name]
+    section = page.split(f"# {heading}\n", 1)[1]
     section = re.split(r"^#+ ", re.sub(r"^```.*?^```$", "", section, flags=re.M | re.S), maxsplit=1, flags=re.M)[0]
     lines = re.findall(r"^\| (.*) \|$", section, re.MULTILINE)
     cells = [[cell.strip() for cell in line.split(" | ")] for line in lines]
@@ -206,7 +211,18 @@ def check_ds_report(flags: list[str]) -> None:
     assert not flags and installed("ds_report")
 
 
-CHECKS = {"python": check_python, "pip": check_pip, "hf": check_hf, "tensorboard": check_tensorboard}
+def check_environment(flags: list[str]) -> None:
+    """A virtual environment is made, or entered as one that was made so."""
+    assert flags in (["-m", "venv", ENVIRONMENT_FOLDER], [f"{ENVIRONMENT_FOLDER}/bin/activate"])
+    assert importlib.util.find_spec("venv")
+
+
+def check_ci(flags: list[str]) -> None:
+    assert not flags and os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+CHECKS = {"python": check_python, "python3": check_environment, "source": check_environment, ".ci/run": check_ci}
+CHECKS |= {"pip": check_pip, "hf": check_hf, "tensorboard": check_tensorboard}
 CHECKS |= {"deepspeed": check_deepspeed, "torchrun": check_torchrun, "ds_report": check_ds_report}
 
 
@@ -255,8 +271,8 @@ def test_a_command_that_could_not_work_is_noticed(at_the_readers, command, reaso
 
 
 def test_both_pages_begin_with_the_demo():
-    assert commands(PAGES["README.md"])[:2] == commands(PAGES["README_DeepSpeed.md"])[:2]
-    assert commands(PAGES["README.md"])[1] == "python run_deepspeed_training.py --demo"
+    assert commands(PAGES["README.md"])[:4] == commands(PAGES["README_DeepSpeed.md"])[:4]
+    assert commands(PAGES["README.md"])[3] == "python run_deepspeed_training.py --demo"
 
 
 def test_only_placeholders_and_defaults_are_files_that_are_not_shipped():
@@ -264,6 +280,7 @@ def test_only_placeholders_and_defaults_are_files_that_are_not_shipped():
     words = {re.sub(r":[\d.]+%?$", "", word) for word in words}  # a share of the pages
     files = {word.removeprefix("./") for word in words if word.startswith("./") or re.search(r"\.[a-z]{2,4}$", word)}
     outputs = {use.FINAL_FOLDER, training.EMERGENCY_FOLDER, "page.html", "report.html", "scores.json"}
+    outputs |= {ENVIRONMENT_FOLDER, ".ci/run"}
     assert not [name for name in files - outputs if name not in PLACEHOLDERS and not (ROOT / name).is_file()]
 
 
@@ -316,7 +333,7 @@ def test_the_wrappers_table_has_every_flag_with_its_default():
 
 
 def test_no_cell_of_a_table_is_empty():
-    tables = re.findall(r"^\|.*\|$", PAGES[README.name], re.MULTILINE)
+    tables = re.findall(r"^\|.*\|$", TEXT, re.MULTILINE)
     assert tables and not [line for line in tables if re.search(r"\|\s*\|", line)]
 
 
@@ -371,7 +388,7 @@ def test_every_output_is_named_as_the_code_names_it():
 
 def test_the_file_tree_lists_exactly_the_top_level_files():
     """Of what git knows: a log that a run has left is no matter; a new file is noticed once it is added."""
-    tree = blocks(PAGES[README.name].split("## Files")[1], "text")[0]
+    tree = blocks(PAGES["CONTRIBUTING.md"].split("## What stands where")[1], "text")[0]
     here, folder = set(), ""
     for line in tree.splitlines():
         name, what_for = re.fullmatch(r"(\s*\S+)\s{2,}(\S.*)", line).groups()
@@ -387,24 +404,31 @@ def test_the_file_tree_lists_exactly_the_top_level_files():
 @pytest.mark.parametrize("name", PAGES)
 def test_every_link_leads_somewhere(name):
     text = re.sub(r"^```.*?^```$", "", PAGES[name], flags=re.MULTILINE | re.DOTALL)
+    assert (links := re.findall(r"\]\(([^)]*)\)", text))
+    assert not [link for link in links if not link.startswith("http") and not leads_somewhere(link, ROOT / name)]
+
+
+def leads_somewhere(link: str, page: Path) -> bool:
+    file, _, anchor = link.partition("#")
+    page = ROOT / file if file else page
+    if not page.exists() or not anchor:
+        return page.exists()
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-    anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}  # as GitHub makes them
-    links = re.findall(r"\]\(([^)]*)\)", text)
-    assert links
-    dead = [link for link in links if link.startswith("#") and link[1:] not in anchors]
-    dead += [link for link in links if not link.startswith(("#", "http")) and not (ROOT / link).exists()]
-    assert not dead
+    return anchor in {
+        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles
+    }  # as GitHub makes them
 
 
 def test_every_file_named_in_the_text_exists():
-    text = re.sub(r"^```.*?^```$", "", PAGES[README.name], flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^```.*?^```$", "", TEXT, flags=re.MULTILINE | re.DOTALL)
     named = set(re.findall(r"`([\w./-]+\.(?:py|json|md|txt|toml))`", text))
-    written = {"metadata.jsonl", "results.json", use.RECIPE_FILE, MANIFEST, BEGINNING}
+    written = {"__init__.py", "metadata.jsonl", "results.json", use.RECIPE_FILE, MANIFEST, BEGINNING}
     assert not [name for name in named - written if not (ROOT / name).exists() and "finetune_" not in name]
 
 
 def test_every_flag_named_in_the_text_exists(at_the_readers):
-    text = re.sub(r"^```.*?^```$", "", PAGES[README.name], flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^```.*?^```$", "", TEXT, flags=re.MULTILINE | re.DOTALL)
     known = {*training_settings.parse([])[0], *vars(wrapper.read_command_line([])[0]), "deepspeed", "help_training"}
     known |= {*vars(use.parse(["--image", "PAGE.png"])), *vars(make_pages.parse_arguments(["site", "--out", "x"]))}
     known |= {*vars(page_scores.parse(["reference.html", "prediction.html"]))}
