@@ -65,6 +65,7 @@ from training.evaluation import Rendering, announce, keep_outputs, parts_of, sco
 from training.families import Family, Picture, family_of, trains_fast
 from training.final_folder import copy_base_files, load_weights, save_final, whole_copy
 from training.heartbeat import heart, on_main_alone
+from training.loss import plain_loss
 from training.memory_fit import Fit, choose_micro_batch, compare_with_plan, costs_of, note_smaller, print_plan
 from training.model_card import describe
 from training.packing import image_geometry, pack
@@ -611,13 +612,8 @@ class Evaluator:
         pages, copy = self.pages.select(range(min(2, len(self.pages)))), self.copy()
         screenshots = [use.open_screenshot(page["screenshot"]) for page in pages]
         check_same_question(collate.encoder, self.processor, screenshots, self.decoding.prompt)
-        batch = {
-            name: value.to(copy.device) if torch.is_tensor(value) else value
-            for name, value in collate(list(pages)).items()
-        }
-        batch["pixel_values"] = batch["pixel_values"].to(copy.dtype)
-        with torch.no_grad(), zero3.plain_linear():
-            loss = copy(**batch).loss
+        with zero3.plain_linear():
+            loss = plain_loss(copy, (collate([page]) for page in pages))
         if not loss.isfinite():
             raise NotFiniteError(
                 f"the loss of two held-out pages is {loss.item()} before training: the base is damaged"

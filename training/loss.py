@@ -1,6 +1,7 @@
 """The loss of supervised tokens, whose logits never exist all at once.
 
     supervised_loss(hidden, weight, targets)        # (L, H), (V, H), (L,): the sum of L cross-entropies
+    plain_loss(model, pages)                        # the model's own way to the mean over the tokens of some pages
 
 Only the states that predict a supervised token come here (packing.pack's `supervised_places`).
 
@@ -9,11 +10,12 @@ Shapes: L supervised tokens of all pages of a pack, H the width of a state, V th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
 from training.page_costs import LOSS_ROWS
+from training.prompt_and_mask import IGNORED
 
 Entropy = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # as `cross_entropy` below
 
@@ -42,6 +44,28 @@ def supervised_loss(
     multiplied by the gradient of the loss.
     """
     return SupervisedLoss.apply(hidden, weight, targets, entropy)
+
+
+@torch.no_grad()
+def plain_loss(model: torch.nn.Module, pages: Iterable[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """Mean cross-entropy of all supervised tokens of `pages`, a collated batch of one page each, by the model's own
+    forward pass: a scalar in fp32.
+
+    Its own loss would hold the logits of all tokens at once in fp32, 3 GB a page of 3B's vocabulary: more than training
+    needs, so that a run which fits a small GPU would end here.
+    """
+    total, count = torch.zeros((), device=model.device), 0
+    for page in pages:
+        labels = page["labels"][0, 1:].to(model.device)
+        places = (labels != IGNORED).nonzero()[:, 0]
+        inputs = {name: value.to(model.device) for name, value in page.items() if name != "labels"}
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        logits = model(**inputs, logits_to_keep=places).logits[0]
+        for start in range(0, len(places), LOSS_ROWS):
+            rows = slice(start, start + LOSS_ROWS)
+            total += torch.nn.functional.cross_entropy(logits[rows].float(), labels[places[rows]], reduction="sum")
+        count += len(places)
+    return total / count
 
 
 class SupervisedLoss(torch.autograd.Function):
