@@ -21,6 +21,8 @@ import time
 
 import pytest
 import torch
+import warm
+from card_examples import block, card_of, numbers_without_a_source, run_commands
 from conftest import (
     GATHERED,
     MAIN,
@@ -542,5 +544,14 @@ def test_base_and_tuned_are_compared_by_rendering(tiny_base, pages_folder, tmp_p
     assert "likeness of the rendered pages" in done.stdout
     report = (evaluation / "report.html").read_text(encoding="utf-8")
     assert report.rstrip().endswith("</html>") and not list(evaluation.glob("rendered_*"))
-    card = (tmp_path / "holo1_dom_finetune_final" / "README.md").read_text()
-    assert "likeness" in card
+    final = tmp_path / "holo1_dom_finetune_final"
+    card = card_of(final)
+    assert (final / "evaluation" / "results.json").read_text() == json.dumps(results, indent=2) + "\n"
+    assert f"| likeness | {results['before']['likeness']:.4g} | {results['after']['likeness']:.4g} | how much" in card
+    assert f"Difference in likeness: {found['difference']:+.3f} (95 % bootstrap interval" in card
+    assert not numbers_without_a_source(card, results) and "not measured" not in card and "unknown |" not in card
+    # Its command, as it stands, in a folder that has nothing else.
+    (fresh := tmp_path / "fresh").mkdir()
+    final.rename(fresh / final.name)
+    done = run_commands(block(card, "bash"), fresh, warm.usual_environment())
+    assert done.returncode == 0 and (fresh / "page.html").read_text().strip(), done.stderr

@@ -1,11 +1,13 @@
 """The real main against a Hub: pushed whole, refused early, or left on disk; then used from there."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 import warm
-from conftest import MAIN, ROOT, make_pages, small_run
+from card_examples import block, numbers_without_a_source, run_commands
+from conftest import MAIN, small_run
 from fake_hub import READER, WRITER, FakeHub
 
 TRAIN = {"max_steps": 1, "push_to_hub": True, "private_repo": True, "hub_repo": "my_model"}
@@ -34,15 +36,22 @@ def test_a_trained_model_is_pushed_in_one_commit_and_used_from_there(tiny_base, 
         assert files - {".gitattributes"} == {
             str(path.relative_to(final)) for path in final.rglob("*") if path.is_file()
         }
-        # Used where the final folder is not at hand, so that everything must come from the Hub.
-        elsewhere = tmp_path / "elsewhere"
-        elsewhere.mkdir()
-        picture = make_pages(tmp_path / "one", 1) / "000.png"
-        command = ["--image", str(picture), "--model", "user/my_model", "--output", "page.html"]
+        assert hub.count("POST", "validate-yaml"), "the client has asked the Hub what it thinks of the card"
+        # Used where the final folder is not at hand, by the card alone, so that everything must come from the Hub.
+        pushed = hub.commits("user/my_model")[0]["files"]
+        card, results = pushed["README.md"].decode(), json.loads(pushed["evaluation/results.json"])
+        assert "\n# my_model\n" in card and "@misc{my_model,\n" in card and not numbers_without_a_source(card, results)
+        (elsewhere := tmp_path / "elsewhere").mkdir()
         environment = hub.environment(tmp_path / "other_home")
-        used = start(str(ROOT / "use_model_from_hub.py"), command, elsewhere, environment)
+        used = run_commands(block(card, "bash"), elsewhere, environment)
         assert used.returncode == 0, used.stderr
-        assert (elsewhere / "page.html").is_file() and '"max_html_tokens": 120' in used.stderr
+        assert '"max_html_tokens": 120' in used.stderr
+        page = (elsewhere / "page.html").read_text(encoding="utf-8")
+        (again := tmp_path / "again").mkdir()
+        (again / "example.py").write_text(block(card, "python"), encoding="utf-8")
+        done_again = start("example.py", [], again, environment)
+        assert done_again.returncode == 0, done_again.stderr
+        assert (again / "page.html").read_text(encoding="utf-8") == page.removesuffix("\n")
         assert WRITER not in done.stdout + done.stderr + used.stderr
         written = [path for path in tmp_path.rglob("*") if path.is_file() and "home" not in str(path)]
         assert not [path for path in written if WRITER.encode() in path.read_bytes()]

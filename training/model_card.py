@@ -166,7 +166,8 @@ def describe(
         "repo_id": settings.hub_repo if settings.push_to_hub else None,
     }
     write_model_card(final_folder, card)
-    rows = [*told(card), *details(card), ("loads in transformers", " and ".join(LOADED_IN))]
+    rows = [*told(card), *details(card), ("licence", ", ".join(filter(None, card["licence"])))]
+    rows += [("loads in transformers", " and ".join(LOADED_IN))]
     return {name: value if isinstance(value, int | float) else shown(value) for name, value in rows}
 
 
@@ -192,7 +193,7 @@ def write_model_card(final_folder: Path, facts: Mapping[str, Any]) -> str:
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         head=hub.ModelCardData(**head).to_yaml(),
         title=title,
-        lead=f"{subject(linked(base), map(linked, data), scratch)}.",
+        lead="" if (lead := subject(linked(base), map(linked, data), scratch)) == title else f"{lead}. ",
         on_hub=on_hub,
         where=shown(where),
         quoted=shlex.quote(where),
@@ -255,8 +256,10 @@ def told(facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 def details(facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Settings, recipe and versions, without what is told before, and what has no value."""
-    groups = [(group, facts.get(group) or {}) for group in ("settings", "recipe", "versions")]
-    found = [(f"{group}: {key}", value) for group, part in groups for key, value in part.items() if key not in facts]
+    found, seen = [], {*facts}
+    for group in ("recipe", "settings", "versions"):
+        found += [(f"{group}: {key}", value) for key, value in (facts.get(group) or {}).items() if key not in seen]
+        seen |= {*(facts.get(group) or {})} if group == "recipe" else set()
     return [(key, listed(value)) for key, value in found if value is not None]
 
 
@@ -277,7 +280,7 @@ MEASURES = (
     (
         "tokens_per_second",
         "tokens per second",
-        "all pages written at once as in this evaluation, on the hardware below",
+        "several pages at once, as in this evaluation, on the hardware below",
     ),
 )
 FEW = 10  # pages: the interval of fewer is too narrow (percentile bootstrap), and p cannot be small

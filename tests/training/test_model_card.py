@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from card_examples import numbers_without_a_source
 from fake_hub import WRITER, problems_of_card
 from huggingface_hub import ModelCard
 
@@ -291,3 +292,33 @@ def test_no_comparison_where_no_page_is_left() -> None:
     before, after = judged(2, chosen=True), judged(2, chosen=True)
     after["pages"][1]["reference_failed"] = True
     assert compare_results(before, after)["metrics"] == {}
+
+
+def test_what_stands_in_for_the_hubs_check_refuses_what_the_hub_refuses() -> None:
+    """Or the cards above would pass whatever they said."""
+    for head in (
+        "license: [mit",
+        "license: my-terms",
+        "license: other\nlicense_name: My Terms",
+        "license_link: terms/all of them.txt",
+        "base_model: ./holo1_dom_finetune_final",
+        "base_model: a/b/c",
+        "datasets: HuggingFaceM4/WebSight",
+        "datasets:\n- my pages",
+        "base_model_relation: finetune",
+        "base_model: a/b\nbase_model_relation: child",
+        "model-index:\n- name: x",
+    ):
+        assert problems_of_card(f"---\n{head}\n---\n# Card\n", "model"), head
+    assert not problems_of_card("---\nlicense: mit\nbase_model: a/b\n---\n", "model")
+
+
+def test_a_number_that_no_run_has_is_found_on_a_card(tmp_path: Path) -> None:
+    results = FACTS["results"] | {"n": 20}
+    sources = {"run": {name: value for name, value in FACTS.items() if name != "results"}, "after": results}
+    text = write_model_card(tmp_path, FACTS)
+    assert "4.57" in numbers_without_a_source(text, sources)
+    sources["run"]["added by describe"] = ["4.57 and 5.23", *QWEN_RESEARCH]
+    assert not numbers_without_a_source(text, sources)
+    assert numbers_without_a_source(text.replace("| 0.95 |", "| 0.951 |"), sources) == ["0.951"]
+    assert numbers_without_a_source(text, {**sources, "after": results | {"valid": 0.9512}}) == ["0.95"]
