@@ -21,8 +21,7 @@ import time
 
 import pytest
 import torch
-import warm
-from card_examples import block, card_of, numbers_without_a_source, run_commands
+from card_examples import card_of, numbers_without_a_source
 from conftest import (
     GATHERED,
     MAIN,
@@ -550,8 +549,3 @@ def test_base_and_tuned_are_compared_by_rendering(tiny_base, pages_folder, tmp_p
     assert f"| likeness | {results['before']['likeness']:.4g} | {results['after']['likeness']:.4g} | how much" in card
     assert f"Difference in likeness: {found['difference']:+.3f} (95 % bootstrap interval" in card
     assert not numbers_without_a_source(card, results) and "not measured" not in card and "unknown |" not in card
-    # Its command, as it stands, in a folder that has nothing else.
-    (fresh := tmp_path / "fresh").mkdir()
-    final.rename(fresh / final.name)
-    done = run_commands(block(card, "bash"), fresh, warm.usual_environment())
-    assert done.returncode == 0 and (fresh / "page.html").read_text().strip(), done.stderr
