@@ -1,6 +1,7 @@
 """The real main against a Hub: pushed whole, refused early, or left on disk; then used from there."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import warm
 from card_examples import block, numbers_without_a_source, run_commands
 from conftest import MAIN, small_run
 from fake_hub import READER, WRITER, FakeHub
+from huggingface_hub import ModelCard
 
 TRAIN = {"max_steps": 1, "push_to_hub": True, "private_repo": True, "hub_repo": "my_model"}
 
@@ -27,8 +29,13 @@ def train(hub: FakeHub, base, pages, cwd, token: str | None = WRITER) -> subproc
 
 @pytest.mark.slow
 def test_a_trained_model_is_pushed_in_one_commit_and_used_from_there(tiny_base, pages_folder, tmp_path):
+    # Both local, and both say where they come from.
+    base, pages = (shutil.copytree(place, tmp_path / name) for place, name in ((tiny_base, "b"), (pages_folder, "p")))
+    (base / "dom_recipe.json").write_text('{"base_model": "Hcompany/Holo1-3B"}')
+    made = {"source": "HuggingFaceM4/WebSight", "source_is_on_hub": True, "browser": {}}
+    (pages / "summary.json").write_text(json.dumps(made))
     with FakeHub() as hub:
-        done = train(hub, tiny_base, pages_folder, tmp_path)
+        done = train(hub, base, pages, tmp_path)
         assert done.returncode == 0, done.stderr
         assert hub.repos["user/my_model"].private and len(hub.commits("user/my_model")) == 1
         files = set(hub.commits("user/my_model")[0]["files"])
@@ -41,6 +48,9 @@ def test_a_trained_model_is_pushed_in_one_commit_and_used_from_there(tiny_base, 
         pushed = hub.commits("user/my_model")[0]["files"]
         card, results = pushed["README.md"].decode(), json.loads(pushed["evaluation/results.json"])
         assert "\n# my_model\n" in card and "@misc{my_model,\n" in card and not numbers_without_a_source(card, results)
+        head = ModelCard(card).data
+        assert (head.base_model, head.datasets) == ("Hcompany/Holo1-3B", ["HuggingFaceM4/WebSight"])
+        assert head.license_name == "qwen-research" and "The data: cc-by-4.0, asks for credit." in card
         (elsewhere := tmp_path / "elsewhere").mkdir()
         environment = hub.environment(tmp_path / "other_home")
         used = run_commands(block(card, "bash"), elsewhere, environment)
