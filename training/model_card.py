@@ -58,7 +58,7 @@ def base_of(facts: Mapping[str, Any]) -> str:
     """Of the base, shown: its own name, or where that names nothing the one that it came from; else ""."""
     names = [shown(facts["base_model"])] if facts.get("base_model") else []
     names += [shown(name) for name in strings(facts.get("base_model_from"))]
-    return next((name for name in names if plain_name(name)), "")
+    return next((name for name in names if plain_name(name) or reads_as_hub_id(name)), "")
 
 
 def subject(base: str, data: Iterable[str], scratch: bool) -> str:
@@ -176,7 +176,7 @@ def write_model_card(final_folder: Path, facts: Mapping[str, Any]) -> str:
     repo = shown(facts.get("repo_id"))
     on_hub, base, data = is_hub_id(repo), base_of(facts), names_of_data(facts)
     scratch = bool(facts.get("random_weights"))
-    about = subject(plain_name(base), map(plain_name, data), scratch)
+    about = subject(plain_name(base), filter(None, map(plain_name, data)), scratch)
     title, where = (plain_name(repo), repo) if on_hub else (about, final_folder.name)
     known = facts.get("licence")  # looked up before the base's folder lost its path
     licence, name, link = known or derived_licence(str(facts.get("base_model")), facts.get("base_licence"))

@@ -73,10 +73,11 @@ class Results:
             f"with the screenshots shuffled {100 * (after['shuffled_exact'] or 0):.1f} % are exact"
         )
         if found := after["comparison"]["metrics"].get(metrics.CHOOSING):
+            interval = f"(95 % {found['low']:+.3f} to {found['high']:+.3f}, p = {found['p']:.4f})"
             say(
                 f"{metrics.entry(metrics.CHOOSING).label} of the rendered pages: {found['before']:.3f} before, "
                 f"{found['after']:.3f} after; difference {found['difference']:+.3f} "
-                f"(95 % {found['low']:+.3f} to {found['high']:+.3f}, p = {found['p']:.4f})"
+                + (interval if found["n"] > 1 else "on one page, which gives no interval")
             )
 
 

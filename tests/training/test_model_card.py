@@ -207,6 +207,7 @@ def test_of_several_datasets_each_is_named_and_the_terms_of_all_hold(tmp_path):
             "Holo1-3B, trained from random weights, on WebSight",
             "holo1_3b_trained_from_random_weights_on_websight",
         ),
+        ({"base_model": "a/holo1_dom_finetune_final"}, "holo1_ui2dom", "holo1_ui2dom"),
         ({"repo_id": "user/2026_q\u00e9"}, "2026_q\u00e9", "m_2026_q"),
     ],
 )
