@@ -179,7 +179,6 @@ def write_limits(path: Path, own: dict, trained: dict) -> None:
     path.write_text(json.dumps(content, indent=indent and indent[1], ensure_ascii=False) + end, encoding="utf-8")
 
 
-EXAMPLE = Path(__file__).with_name("example.png")  # a screenshot of example.html, for the card's first command
 SHARD_SIZE = "5GB"  # of a file of weights; more become several, with the index that transformers and vLLM read
 
 
@@ -198,8 +197,6 @@ def write_folder(
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)
     copy_base_files(base, folder, processor, recipe["trust_remote_code"])
-    for file in (Path(use.__file__), EXAMPLE):  # whoever has this folder alone can use it
-        shutil.copyfile(file, folder / file.name)
     (folder / use.RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
     compare_tensors(read_safetensors(folder), tensors)
     for file in (path for path in folder.rglob("*") if path.is_file()):

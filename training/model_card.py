@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,15 @@ import huggingface_hub as hub
 import jinja2
 import yaml
 
+import use_model_from_hub as use
 from scoring import metrics
 from training.origins import reads_as_hub_id, strings
 from training.publishing import shown
-from training.settings import TRAINING_DEFAULTS, PageSettings
+from training.settings import PROJECT, TRAINING_DEFAULTS, PageSettings
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
+EXAMPLE = Path(__file__).with_name("example.png")  # a screenshot of example.html beside it
+DEMO_EXAMPLE = PROJECT / "demo" / "pages" / "000000.html.webp"  # the demo's model knows its own kind of page alone
 
 # -----------------------------------------------------------------------------
 # Words
@@ -149,8 +153,8 @@ def describe(
     recipe: Mapping[str, Any],
     results: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """(main process only) Writes the card of what a training has saved, and returns what it tells of the training, by
-    name, for results.json.
+    """(main process only) Writes the card of what a training has saved, with the script and the screenshot of its
+    commands, and returns what it tells of the training, by name, for results.json.
 
     `results` by their label, "after" only once it is judged. `training` are TrainingArguments by name.
     """
@@ -166,6 +170,9 @@ def describe(
         "repo_id": settings.hub_repo if settings.push_to_hub else None,
     }
     write_model_card(final_folder, card)
+    shutil.copyfile(use.__file__, final_folder / Path(use.__file__).name)  # whoever has this folder alone can use it
+    picture = DEMO_EXAMPLE if settings.demo else EXAMPLE
+    use.open_screenshot(picture.read_bytes()).save(final_folder / "example.png", optimize=True)
     rows = [*told(card), *details(card), ("licence", ", ".join(filter(None, card["licence"])))]
     rows += [("loads in transformers", " and ".join(LOADED_IN))]
     return {name: value if isinstance(value, int | float) else shown(value) for name, value in rows}
