@@ -855,11 +855,12 @@ def keep_model(
 
 def finish(final: Path, evaluator: Evaluator, resolved: Resolved, facts: dict, recipe: dict) -> None:
     """(main process only) The better weights become final, results and report are written."""
+    results = evaluator.results
     with stop.held_off():
         evaluator.choose(final)
-        describe(final, resolved.settings, resolved.training, facts, recipe, evaluator.results.by_label)
+        results.run = describe(final, resolved.settings, resolved.training, facts, recipe, results.by_label)
     shown = {"model": final.name} | {name: facts[name] for name in ("base_model", "dataset", "hardware")}
-    evaluator.results.write(shown | {"steps": str(facts["steps"]), "date": time.strftime("%Y-%m-%d")})
+    results.write(shown | {"steps": str(facts["steps"]), "date": time.strftime("%Y-%m-%d")})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -102,7 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         total = min(filter(None, (count_pages(args.source), args.num_samples)), default=None)
         with Folder(args.out, settings.digest()) as folder, Workers(at_once, maker) as workers:
             report = write_pages(itertools.chain(first, pages), folder, workers, total)
-            facts = {"settings": asdict(settings), "source": args.source, "browser": facts_of_browser(report.browser)}
+            on_hub = not Path(args.source).expanduser().exists()
+            facts = {"settings": asdict(settings), "source": args.source, "source_is_on_hub": on_hub}
+            facts |= {"browser": facts_of_browser(report.browser)}
             summary = report.summary() | facts
             folder.write_summary(summary)
     except (SettingsError, BrowserMissing) as error:

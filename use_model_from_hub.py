@@ -6,8 +6,9 @@
     python use_model_from_hub.py --image page.png --model user/holo1_ui2dom --output page.html
 
 The answer goes to --output (or stdout), everything else to stderr. The prompt and the limits come from the model's own
-`dom_recipe.json`, so that it is asked exactly what it was trained on. This file stands alone: the training script's
-evaluation calls the functions below, so a model is judged by what its users run.
+`dom_recipe.json`, so that it is asked exactly what it was trained on. This file stands alone; a copy of it lies in each
+final folder, and without --model such a copy takes the model beside it. The training script's evaluation calls the
+functions below, so a model is judged by what its users run.
 
 Sections: Recipe, Screenshot, Prompt, Generation, Clean-up, Loading, Command line.
 """
@@ -377,7 +378,11 @@ def page_in_fence(answer: str) -> str | None:
 
 
 def resolve_model(name: str | None) -> str:
-    """A folder or a Hub repository: the final folder where it is, else this user's repository of the default name."""
+    """A folder or a Hub repository: the final folder that this file lies in, or that lies here, else this user's
+    repository of the default name."""
+    own = Path(__file__).parent
+    if name is None and (own / RECIPE_FILE).is_file() and (own / "config.json").is_file():
+        return str(own)
     if name is None:
         name = f"./{FINAL_FOLDER}" if Path(FINAL_FOLDER).is_dir() else HUB_REPO
     if Path(name).is_dir():
@@ -441,7 +446,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--image", required=True, help="the screenshot: PNG, JPEG or WebP")
     parser.add_argument("--output", help="file for the HTML (default: stdout)")
-    parser.add_argument("--model", help=f"folder or Hub repository (default: ./{FINAL_FOLDER}, else {HUB_REPO})")
+    default = f"default: the one that this file lies beside, else ./{FINAL_FOLDER}, else {HUB_REPO}"
+    parser.add_argument("--model", help=f"folder or Hub repository ({default})")
     parser.add_argument("--show_html", action="store_true", help="print the HTML also when it goes to --output")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model repository brings")
     return parser.parse_args(argv)

@@ -160,6 +160,7 @@ class Metric:
     needs_clip: bool = False  # measured only where CLIP's weights are at hand
     needs_text: bool = False  # the worst for a page without any text
     falls: tuple[str, str] | None = None  # cases of the proof: worse in the second than in the first
+    meaning: str = ""  # in one line, for whoever meets the number on a card or in a report
 
     @property
     def best(self) -> float:
@@ -177,17 +178,72 @@ class Metric:
 
 
 METRICS: tuple[Metric, ...] = (
-    Metric("block", "block", lambda pair: pair.of_blocks[0], needs_text=True, falls=("2 removed", "6 removed")),
-    Metric("text", "text", lambda pair: pair.of_blocks[1], needs_text=True, falls=("3 shortened", "9 shortened")),
-    Metric("position", "position", lambda pair: pair.of_blocks[2], needs_text=True, falls=("3 moved", "6 moved")),
-    Metric("color", "color", lambda pair: pair.of_blocks[3], needs_text=True, falls=("3 recoloured", "9 recoloured")),
-    Metric("overall", "overall", overall),
-    Metric("likeness", "likeness", likeness, needs_text=True),
-    Metric("tree_bleu", "TreeBLEU", tree_bleu, falls=("2 removed", "another page")),
     Metric(
-        "ssim", "SSIM", lambda pair: ssim(pair.reference.image, pair.prediction.image), falls=("3 moved", "6 moved")
+        "block",
+        "block",
+        lambda pair: pair.of_blocks[0],
+        needs_text=True,
+        falls=("2 removed", "6 removed"),
+        meaning="Design2Code: how much of the text, by area, stands in blocks that both pages have",
     ),
-    Metric("clip", "CLIP", lambda pair: pair.clip_cosine, needs_clip=True),
+    Metric(
+        "text",
+        "text",
+        lambda pair: pair.of_blocks[1],
+        needs_text=True,
+        falls=("3 shortened", "9 shortened"),
+        meaning="Design2Code: how alike those blocks read, letter by letter",
+    ),
+    Metric(
+        "position",
+        "position",
+        lambda pair: pair.of_blocks[2],
+        needs_text=True,
+        falls=("3 moved", "6 moved"),
+        meaning="Design2Code: how near to their places those blocks stand",
+    ),
+    Metric(
+        "color",
+        "color",
+        lambda pair: pair.of_blocks[3],
+        needs_text=True,
+        falls=("3 recoloured", "9 recoloured"),
+        meaning="Design2Code: how alike the colours of those blocks are",
+    ),
+    Metric(
+        "overall",
+        "overall",
+        overall,
+        meaning="Design2Code: the mean of block, text, position and color, and of CLIP where it is measured",
+    ),
+    Metric(
+        "likeness",
+        "likeness",
+        likeness,
+        needs_text=True,
+        meaning="how much of all text that is seen, by area, reads, stands and is coloured as in the screenshot's page",
+    ),
+    Metric(
+        "tree_bleu",
+        "TreeBLEU",
+        tree_bleu,
+        falls=("2 removed", "another page"),
+        meaning="the share of the page's elements that are written with the same children in the same order",
+    ),
+    Metric(
+        "ssim",
+        "SSIM",
+        lambda pair: ssim(pair.reference.image, pair.prediction.image),
+        falls=("3 moved", "6 moved"),
+        meaning="structural similarity of the two screenshots, in grey",
+    ),
+    Metric(
+        "clip",
+        "CLIP",
+        lambda pair: pair.clip_cosine,
+        needs_clip=True,
+        meaning="how alike CLIP finds the two screenshots, their texts painted over",
+    ),
 )
 CHOOSING = "likeness"  # by this metric the best weights are kept, and the report's worst pages come first
 

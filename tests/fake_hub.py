@@ -21,6 +21,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
 # Made up, one of each kind that the Hub gives out. The fine-grained one may read repositories, not write them.
 WRITER, READER, FINE_GRAINED = (f"hf_{name * 4}" for name in ("CanaryWriter", "CanaryReader", "CanaryScoped"))
 LFS = (".safetensors", ".bin", ".png", ".parquet")
@@ -50,6 +52,50 @@ def blob_oid(path: str, content: bytes) -> str:  # SHA-256 for LFS files, git's 
     if path.endswith(LFS):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+# As the Hub's documentation gives them (huggingface.co/docs/hub: model-cards, repositories-licenses; modelcard.md of
+# hub-docs): what its own check says of anything else nobody here can know.
+REPO_ID = re.compile(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?")
+LICENCES = set("apache-2.0 mit bsd-3-clause cc0-1.0 cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 gemma".split())
+LICENCES |= {"odc-by", "other", "unknown"}
+STRINGS = ("license", "license_name", "license_link", "library_name", "pipeline_tag", "base_model_relation")
+
+
+def problems_of_card(content: str, kind: str) -> list[str]:
+    """What is wrong with the YAML at the head of a card; stands in for the Hub's own check of it."""
+    head = re.match(r"---\r?\n(.*?\n)---\r?\n", content, re.DOTALL)
+    try:
+        data = yaml.safe_load(head[1]) if head else {}
+    except yaml.YAMLError as error:
+        return [f"Invalid YAML: {error}"]
+    if not isinstance(data, dict):
+        return ["the metadata must be an object"]
+    if kind != "model":
+        return []
+    found = [f'"{name}" must be a string' for name in STRINGS if not isinstance(data.get(name, ""), str)]
+    found += [] if data.get("license", "other") in LICENCES else [f'"license" {data["license"]!r} is not known']
+    named = re.fullmatch(r"[a-z0-9-.]+", str(data.get("license_name", "a")))
+    found += [] if named else ['"license_name" must be lower case letters, digits, - and .']
+    linked = re.fullmatch(r"LICENSE(\.md)?|https?://\S+", str(data.get("license_link", "LICENSE")))
+    found += [] if linked else ['"license_link" must be LICENSE, LICENSE.md, or a URL']
+    for name in ("base_model", "datasets", "tags"):
+        values = data.get(name, [])
+        values = [values] if isinstance(values, str) and name == "base_model" else values
+        good = re.compile(r"\S.*") if name == "tags" else REPO_ID
+        if not isinstance(values, list) or not all(isinstance(one, str) and good.fullmatch(one) for one in values):
+            found.append(f'"{name}" must be a list of names, not {data[name]!r}')
+    relations = ("finetune", "adapter", "merge", "quantized")
+    if "base_model_relation" in data and (data["base_model_relation"] not in relations or "base_model" not in data):
+        found.append(f'"base_model_relation" must be one of {relations}, beside a base_model')
+    if "model-index" in data:
+        from huggingface_hub.repocard_data import model_index_to_eval_results  # as late as clients are started
+
+        try:
+            model_index_to_eval_results(data["model-index"])
+        except (KeyError, TypeError, ValueError) as error:
+            found.append(f'"model-index" is not one: {error!r}')
+    return found
 
 
 class FakeHub:
@@ -130,7 +176,7 @@ class HubHandler(BaseHTTPRequestHandler):
         patterns = {
             r"(/api/whoami-v2)": self.whoami,
             r"(/api/repos/create)": self.create,
-            r"(/api/validate-yaml)": lambda *_: self.reply({"errors": [], "warnings": []}),
+            r"(/api/validate-yaml)": self.validate,
             r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/(\w[\w-]*)(?:/(.+))?)?": self.repo_api,
             r"(?:/datasets)?/([^/]+/[^/]+)\.git/info/lfs/objects/(batch)": self.lfs_batch,
             r"/([^/]+/[^/]+)/lfs/(\w+)(/verify)?": self.lfs_object,
@@ -156,6 +202,11 @@ class HubHandler(BaseHTTPRequestHandler):
         orgs = [{"name": name, "roleInOrg": role} for name, role in self.user["orgs"].items()]
         access = {"accessToken": {"role": self.user["role"]}}
         self.reply({"type": "user", "name": self.user["name"], "orgs": orgs, "auth": access})
+
+    def validate(self, *_: object) -> None:
+        asked = json.loads(self.body)
+        errors = [{"message": problem} for problem in problems_of_card(asked["content"], asked["repoType"])]
+        self.reply({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def create(self, *_: object) -> None:
         asked = json.loads(self.body)

@@ -7,7 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import warm
+from card_examples import block, card_of, numbers_without_a_source, run_commands
 from conftest import ROOT, run_script
+
+from scoring.validity import validity
 
 sys.path.insert(0, str(ROOT / "demo"))
 import make_demo_pages
@@ -57,3 +61,11 @@ def test_demo_fine_tunes_through_launcher_and_zero_3(tmp_path):
     used = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert used.returncode == 0, used.stderr
     assert used.stdout.strip() == (page / "written.html").read_text().strip(), "users get what was judged"
+    # What the card shows, as it stands, in a folder that has nothing but the final one.
+    (fresh := tmp_path / "fresh").mkdir()
+    final = (tmp_path / "holo1_dom_finetune_final").rename(fresh / "holo1_dom_finetune_final")
+    card = card_of(final)
+    assert "\n# tiny_holo1 fine-tuned on pages\n" in card and not numbers_without_a_source(card, results)
+    shown = run_commands(block(card, "bash"), fresh, warm.usual_environment())
+    assert shown.returncode == 0, shown.stderr
+    assert validity((fresh / "page.html").read_text(encoding="utf-8")).valid

@@ -21,6 +21,7 @@ import time
 
 import pytest
 import torch
+from card_examples import card_of, numbers_without_a_source
 from conftest import (
     GATHERED,
     MAIN,
@@ -542,5 +543,10 @@ def test_base_and_tuned_are_compared_by_rendering(tiny_base, pages_folder, tmp_p
     assert "likeness of the rendered pages" in done.stdout
     report = (evaluation / "report.html").read_text(encoding="utf-8")
     assert report.rstrip().endswith("</html>") and not list(evaluation.glob("rendered_*"))
-    card = (tmp_path / "holo1_dom_finetune_final" / "README.md").read_text()
-    assert "likeness" in card
+    final = tmp_path / "holo1_dom_finetune_final"
+    card = card_of(final)
+    assert (final / "evaluation" / "results.json").read_text() == json.dumps(results, indent=2) + "\n"
+    assert f"| likeness | {results['before']['likeness']:.4g} | {results['after']['likeness']:.4g} | how much" in card
+    assert f"Difference in likeness: {found['difference']:+.3f} (95 % bootstrap interval" in card
+    assert (final / "use_model_from_hub.py").read_bytes() == (ROOT / "use_model_from_hub.py").read_bytes()
+    assert not numbers_without_a_source(card, results) and "not measured" not in card and "unknown |" not in card

@@ -177,6 +177,7 @@ def test_the_command_line_is_interrupted_carried_on_and_its_folder_loads(browser
         assert (width, height) == next((row["width"], row["height"]) for row in rows if row["file_name"] == name)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["written"] == 3 and summary["dropped"] == {"blank": 1, "without text": 1}
+    assert summary["source_is_on_hub"] is False
 
 
 def test_the_demos_pages_come_from_here(browser, tmp_path):

@@ -1,12 +1,16 @@
 """The real main against a Hub: pushed whole, refused early, or left on disk; then used from there."""
 
+import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import warm
-from conftest import MAIN, ROOT, make_pages, small_run
+from card_examples import block, numbers_without_a_source, run_commands
+from conftest import MAIN, small_run
 from fake_hub import READER, WRITER, FakeHub
+from huggingface_hub import ModelCard
 
 TRAIN = {"max_steps": 1, "push_to_hub": True, "private_repo": True, "hub_repo": "my_model"}
 
@@ -25,8 +29,13 @@ def train(hub: FakeHub, base, pages, cwd, token: str | None = WRITER) -> subproc
 
 @pytest.mark.slow
 def test_a_trained_model_is_pushed_in_one_commit_and_used_from_there(tiny_base, pages_folder, tmp_path):
+    # Both local, and both say where they come from.
+    base, pages = (shutil.copytree(place, tmp_path / name) for place, name in ((tiny_base, "b"), (pages_folder, "p")))
+    (base / "dom_recipe.json").write_text('{"base_model": "Hcompany/Holo1-3B"}')
+    made = {"source": "HuggingFaceM4/WebSight", "source_is_on_hub": True, "browser": {}}
+    (pages / "summary.json").write_text(json.dumps(made))
     with FakeHub() as hub:
-        done = train(hub, tiny_base, pages_folder, tmp_path)
+        done = train(hub, base, pages, tmp_path)
         assert done.returncode == 0, done.stderr
         assert hub.repos["user/my_model"].private and len(hub.commits("user/my_model")) == 1
         files = set(hub.commits("user/my_model")[0]["files"])
@@ -34,15 +43,25 @@ def test_a_trained_model_is_pushed_in_one_commit_and_used_from_there(tiny_base, 
         assert files - {".gitattributes"} == {
             str(path.relative_to(final)) for path in final.rglob("*") if path.is_file()
         }
-        # Used where the final folder is not at hand, so that everything must come from the Hub.
-        elsewhere = tmp_path / "elsewhere"
-        elsewhere.mkdir()
-        picture = make_pages(tmp_path / "one", 1) / "000.png"
-        command = ["--image", str(picture), "--model", "user/my_model", "--output", "page.html"]
+        assert hub.count("POST", "validate-yaml"), "the client has asked the Hub what it thinks of the card"
+        # Used where the final folder is not at hand, by the card alone, so that everything must come from the Hub.
+        pushed = hub.commits("user/my_model")[0]["files"]
+        card, results = pushed["README.md"].decode(), json.loads(pushed["evaluation/results.json"])
+        assert "\n# my_model\n" in card and "@misc{my_model,\n" in card and not numbers_without_a_source(card, results)
+        head = ModelCard(card).data
+        assert (head.base_model, head.datasets) == ("Hcompany/Holo1-3B", ["HuggingFaceM4/WebSight"])
+        assert head.license_name == "qwen-research" and "The data: cc-by-4.0, asks for credit." in card
+        (elsewhere := tmp_path / "elsewhere").mkdir()
         environment = hub.environment(tmp_path / "other_home")
-        used = start(str(ROOT / "use_model_from_hub.py"), command, elsewhere, environment)
+        used = run_commands(block(card, "bash"), elsewhere, environment)
         assert used.returncode == 0, used.stderr
-        assert (elsewhere / "page.html").is_file() and '"max_html_tokens": 120' in used.stderr
+        assert '"max_html_tokens": 120' in used.stderr
+        page = (elsewhere / "page.html").read_text(encoding="utf-8")
+        (again := tmp_path / "again").mkdir()
+        (again / "example.py").write_text(block(card, "python"), encoding="utf-8")
+        done_again = start("example.py", [], again, environment)
+        assert done_again.returncode == 0, done_again.stderr
+        assert (again / "page.html").read_text(encoding="utf-8") == page.removesuffix("\n")
         assert WRITER not in done.stdout + done.stderr + used.stderr
         written = [path for path in tmp_path.rglob("*") if path.is_file() and "home" not in str(path)]
         assert not [path for path in written if WRITER.encode() in path.read_bytes()]

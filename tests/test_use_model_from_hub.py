@@ -202,6 +202,19 @@ def test_model_is_the_final_folder_where_it_is(tmp_path, monkeypatch):
         use.resolve_model("./nowhere")
 
 
+def test_a_copy_beside_a_model_takes_that_one(tmp_path, monkeypatch):
+    """As the one that lies in every final folder; the project's own lies beside none."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "holo1_dom_finetune_final").mkdir()
+    (tmp_path / "holo1_dom_finetune_final" / "config.json").write_text("{}")
+    monkeypatch.setattr(use, "__file__", str(tmp_path / "renamed" / "use_model_from_hub.py"))
+    (tmp_path / "renamed").mkdir()
+    (tmp_path / "renamed" / "config.json").write_text("{}")
+    assert use.resolve_model(None) == "./holo1_dom_finetune_final"
+    (tmp_path / "renamed" / "dom_recipe.json").write_text("{}")
+    assert use.resolve_model(None) == str(tmp_path / "renamed") and use.resolve_model("user/name") == "user/name"
+
+
 def test_base_settings_of_generation_do_not_leak_in(tiny_base):
     from PIL import Image
 

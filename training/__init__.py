@@ -9,6 +9,7 @@ Rooms from top to bottom; each may import those below it, and none above:
     final_folder    the base's tensors as training has left them: written aside, compared, renamed
     model_card      the model card, by model_card.md beside it
     publishing      the push to the Hub
+    origins         which names on the Hub a local folder comes from
     memory_fit      the one decision what fits, for --plan and for training, and its proof before step one
     resuming        how a run goes on: its checkpoint, its own settings, what was typed anew
     disk_space      what a run will write, and whether the disks have room for it

@@ -27,7 +27,7 @@ PUBLISHED = (  # all that may leave the machine; arguments, optimizer states, lo
     "*.safetensors *.safetensors.index.json config.json generation_config.json *processor_config.json tokenizer*.json "
     "tokenizer.model special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.json "
     "chat_template.jinja additional_chat_templates/*.jinja dom_recipe.json evaluation/results.json README.md LICENSE* "
-    "NOTICE*"
+    "NOTICE* use_model_from_hub.py example.png"
 ).split()
 
 

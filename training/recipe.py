@@ -13,6 +13,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -24,6 +25,7 @@ from transformers import TrainingArguments
 import use_model_from_hub as use
 from training.dataset import dataset_revision
 from training.mixture import AskedDataset, asked_datasets
+from training.origins import licence_of_origin, name_in_cache, origin_of_base, origin_of_dataset
 from training.processes import world_size
 from training.settings import PROJECT, PageSettings
 
@@ -42,24 +44,29 @@ def gather_facts(settings: PageSettings, args: TrainingArguments, base: Path) ->
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
     snapshot = base.name if base.parent.name == "snapshots" else settings.base_revision  # the Hub cache names commits
-    asked = asked_datasets(settings)
+    asked, origin = asked_datasets(settings), origin_of_base(settings.base_model)
     return {
         "base_model": public_name(settings.base_model),
+        **({"base_model_from": origin} if origin else {}),
         "base_revision": snapshot,
+        **({"random_weights": True} if settings.random_weights else {}),
         "dataset": " and ".join(public_name(each.name) for each in asked),
         **(facts_of(asked[0]) if len(asked) == 1 else facts_of_several(asked)),
         "commit": commit or None,
         "versions": versions,
         "hardware": f"{world_size()} x {device}",
+        "date": time.strftime("%Y-%m-%d"),
     }
 
 
 def facts_of(asked: AskedDataset) -> dict[str, Any]:
-    """What there is to say of one dataset."""
+    """What there is to say of one dataset, and of those that a local folder's pages come from."""
+    origin = origin_of_dataset(asked.name)
     return {
+        **({"dataset_from": origin} if origin else {}),
         "dataset_config": asked.source.config,
         "dataset_revision": dataset_revision(asked.name, asked.revision),
-        "dataset_licence": asked.source.licence,
+        "dataset_licence": asked.source.licence or licence_of_origin(origin),
     }
 
 
@@ -69,13 +76,16 @@ def facts_of_several(asked: Sequence[AskedDataset]) -> dict[str, Any]:
     for one in asked:
         head = {"dataset": public_name(one.name), "share": round(one.share, 4), "dataset_split": one.source.split}
         each.append(head | facts_of(one))
-    licences = dict.fromkeys(one.source.licence or f"unknown for {public_name(one.name)}" for one in asked)
-    return {"datasets": each, "dataset_licence": ", ".join(licences)}
+    licences = [one["dataset_licence"] or f"unknown for {one['dataset']}" for one in each]
+    return {"datasets": each, "dataset_licence": ", ".join(dict.fromkeys(licences))}
 
 
 def public_name(name: str) -> str:
-    """A Hub name as it is; of a local folder only its last part, since recipe and card are published."""
-    return Path(name).resolve().name if Path(name).exists() else name
+    """A Hub name as it is, or as the path of a folder in the Hub's cache says it; of any other local folder only its
+    last part, since recipe and card are published."""
+    if not Path(name).expanduser().exists():
+        return name
+    return name_in_cache(name, "models") or name_in_cache(name, "datasets") or Path(name).expanduser().resolve().name
 
 
 def make_recipe(settings: PageSettings, facts: dict[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class Results:
         self.by_label: dict[str, dict[str, Any]] = {}
         self.rows: dict[str, list[Row]] = {}
         self.final = "after"  # the label under which the final folder's weights were judged
+        self.run: Mapping[str, Any] = {}  # what the card tells of the training, so that all of it is found here, too
 
     def add(self, label: str, result: dict[str, Any], rows: list[Row]) -> None:
         """Keeps an evaluation's result and what was written, in place of an earlier one of that label."""
@@ -49,7 +50,7 @@ class Results:
         after, before = self.by_label["after"], self.by_label.get("before")
         comparison = compare_results(before, after) if before else None
         content = {"decoding": asdict(self.decoding), "rendering": self.rendering.facts, "final": self.final}
-        content |= {"comparison": comparison, **self.by_label}
+        content |= {"run": self.run, "comparison": comparison, **self.by_label}
         keep_outputs(self.rows["after"], self.pages, self.folder, "written")
         (self.folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if metrics.CHOOSING in after and self.rendering.facts:
@@ -72,10 +73,11 @@ class Results:
             f"with the screenshots shuffled {100 * (after['shuffled_exact'] or 0):.1f} % are exact"
         )
         if found := after["comparison"]["metrics"].get(metrics.CHOOSING):
+            interval = f"(95 % {found['low']:+.3f} to {found['high']:+.3f}, p = {found['p']:.4f})"
             say(
                 f"{metrics.entry(metrics.CHOOSING).label} of the rendered pages: {found['before']:.3f} before, "
                 f"{found['after']:.3f} after; difference {found['difference']:+.3f} "
-                f"(95 % {found['low']:+.3f} to {found['high']:+.3f}, p = {found['p']:.4f})"
+                + (interval if found["n"] > 1 else "on one page, which gives no interval")
             )
 
 
@@ -88,14 +90,15 @@ def compare_results(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict
     """Base against tuned on the same pages under the same decoding, page by page, and the means under others.
 
     Over the pages that did not choose the weights and whose reference could be rendered. "apart" is False where there
-    was but one page for both.
+    was but one page for both. Nothing is compared where no page is left.
     """
     unusable = {page["page"] for run in (before, after) for page in run["pages"] if page.get("reference_failed")}
     runs = [
         [page for page in run["pages"] if not page.get("chooses") and page["page"] not in unusable]
         for run in (before, after)
     ]
-    known = set.intersection(*({*page} for pages in runs for page in pages))  # a metric may have left a page out
+    every = [{*page} for pages in runs for page in pages]
+    known = set.intersection(*every) if every else set()  # a metric may have left a page out, or all could not be had
     names = [name for name in (*metrics.names(), "exact", "valid") if name in known]
     differences = {
         name: paired_comparison(*([float(page[name]) for page in pages] for pages in runs)) for name in names
@@ -107,4 +110,4 @@ def compare_results(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict
         if penalty in grids[1]
     ]
     apart = after.get("choosing", {}).get("apart", True)
-    return {"metrics": differences, "decoding": grid, "n": len(runs[1]), "apart": apart}
+    return {"metrics": differences, "confidence": 0.95, "decoding": grid, "n": len(runs[1]), "apart": apart}

@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_hub import WRITER
+from card_examples import numbers_without_a_source
+from fake_hub import WRITER, problems_of_card
 from huggingface_hub import ModelCard
 
 from scoring import metrics
-from training.model_card import QWEN_RESEARCH, derived_licence, write_model_card
+from training.evaluation import parts_of, score_held_out
+from training.model_card import MEASURES, QWEN_RESEARCH, derived_licence, write_model_card
+from training.results import compare_results
 
 FACTS: dict[str, Any] = {
     "base_model": "Hcompany/Holo1-3B",
@@ -95,12 +98,13 @@ def test_the_card_says_what_the_facts_say(tmp_path: Path) -> None:
         "pipeline_tag": "image-text-to-text",
         "tags": ["screenshot-to-html"],
     }
-    for row in ("| valid | not measured | 0.95 |", "| train_loss | 0.25 |", "| commit | unknown |", "| steps | 120 |"):
+    for row in ("| valid | 0.95 | the share", "| train_loss | 0.25 |", "| steps | 120 |", "| measure | score | what"):
         assert row in text
+    assert "not measured" not in text and "| commit |" not in text and "before" not in text
     for fact in ("961 kept", "learning_rate | 1e-05", "1003520", "1 x H200", "cc-by-4.0, asks for credit"):
         assert fact in text
     assert "Improved using Qwen" in text  # section 4.b of the Qwen research licence
-    assert "--model user/holo1_ui2dom --image" in text and 'from_pretrained("user/holo1_ui2dom")' in text
+    assert "--model user/holo1_ui2dom --image" in text and 'snapshot_download("user/holo1_ui2dom")' in text
 
 
 def test_the_cards_python_compiles_and_nothing_is_invented(tmp_path: Path) -> None:
@@ -108,7 +112,7 @@ def test_the_cards_python_compiles_and_nothing_is_invented(tmp_path: Path) -> No
     text = write_model_card(tmp_path, facts)
     compile(text.split("```python\n")[1].split("```")[0], "card", "exec")
     assert set(front_matter(text)) == {"library_name", "license", "license_name", "pipeline_tag", "tags"}
-    assert "| valid | not measured | not measured |" in text
+    assert "not judged yet" in text and "| measure |" not in text
     assert str(tmp_path.parent) not in text  # a folder's name is enough
 
 
@@ -120,14 +124,13 @@ def test_hostile_facts_stay_inside_their_cells(tmp_path: Path) -> None:
     (base / "README.md").write_text(f"---\n{json.dumps({'license_name': evil, 'license_link': evil})}\n---\n")
     facts |= {"base_model": str(base), "results_before": {"valid": evil}}
     text = write_model_card(tmp_path, facts)
-    assert sorted(front_matter(text)) == sorted(
-        ["library_name", "license", "license_link", "license_name", "pipeline_tag", "tags"]
-    )
+    assert sorted(front_matter(text)) == ["library_name", "license", "license_name", "pipeline_tag", "tags"]
+    assert not problems_of_card(text, "model")
     assert front_matter(text)["license"] == "other" and "<script" not in text
     body = text.split("\n---\n", 1)[1]
     assert body.count("\n```") == 6 and "\n---" not in body
     cells = [line for line in body.splitlines() if line.startswith("|")]
-    assert all(line.count("|") in (3, 4) and line.endswith("|") for line in cells)
+    assert all(line.count("|") in (3, 5) and line.endswith("|") for line in cells)
 
 
 def test_no_token_reaches_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,9 +160,10 @@ def test_a_metric_added_to_the_table_is_on_the_card(tmp_path: Path, monkeypatch:
     more = metrics.Metric("excess_text", "excess text", lambda pair: 0.0, better="lower")
     monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, more))
     text = write_model_card(tmp_path, FACTS | {"results": FACTS["results"] | {"excess_text": 0.125}})
-    assert "| excess text | not measured | 0.125 |" in text
+    assert "| excess text | 0.125 | less is better |" in text
     monkeypatch.setattr(metrics, "CHOOSING", "excess_text")
-    text = write_model_card(tmp_path, FACTS)
+    both = {"excess_text": 0.125, "likeness": 0.5}
+    text = write_model_card(tmp_path, FACTS | {"results": FACTS["results"] | both})
     assert text.index("| excess text |") < text.index("| likeness |"), "the one that chooses comes first"
 
 
@@ -176,3 +180,146 @@ def test_of_several_datasets_each_is_named_and_the_terms_of_all_hold(tmp_path):
     assert card.data.datasets == ["HuggingFaceM4/WebSight", "user/more"]
     assert f"The data: {licences}, asks for credit, forbids commercial use." in text
     assert "| dataset 1: share | 0.7 |" in text and "| dataset 3: licence | cc-by-nc-4.0 |" in text
+
+
+@pytest.mark.parametrize(
+    ("facts", "title", "key"),
+    [
+        ({}, "holo1_ui2dom", "holo1_ui2dom"),
+        ({"repo_id": None}, "Holo1-3B fine-tuned on WebSight", "holo1_3b_fine_tuned_on_websight"),
+        (
+            {
+                "repo_id": None,
+                "base_model": "holo1_dom_finetune_final",
+                "base_model_from": ["tiny"],
+                "dataset": "pages",
+            },
+            "tiny fine-tuned on pages",
+            "tiny_fine_tuned_on_pages",
+        ),
+        (
+            {"repo_id": None, "base_model": "checkpoint-20", "dataset": None},
+            "A screenshot-to-HTML model fine-tuned",
+            "a_screenshot_to_html_model_fine_tuned",
+        ),
+        (
+            {"repo_id": None, "random_weights": True},
+            "Holo1-3B, trained from random weights, on WebSight",
+            "holo1_3b_trained_from_random_weights_on_websight",
+        ),
+        ({"base_model": "a/holo1_dom_finetune_final"}, "holo1_ui2dom", "holo1_ui2dom"),
+        ({"repo_id": "user/2026_q\u00e9"}, "2026_q\u00e9", "m_2026_q"),
+    ],
+)
+def test_title_and_citation_key_are_names(facts: dict, title: str, key: str, tmp_path: Path) -> None:
+    (final := tmp_path / "holo1_dom_finetune_final").mkdir()
+    text = write_model_card(final, FACTS | facts)
+    assert f"\n# {title}\n" in text and f"@misc{{{key},\n" in text
+    entry = text.split("```bibtex\n")[1].split("```")[0]
+    assert "holo1_dom_finetune" not in text.split("\n# ")[1].split("\n")[0] + entry
+    assert ("url = {https://huggingface.co/user/" in entry) == (facts.get("repo_id", "user/") is not None)
+
+
+@pytest.mark.parametrize(
+    ("facts", "bases", "data"),
+    [
+        ({}, "Hcompany/Holo1-3B", ["HuggingFaceM4/WebSight"]),
+        ({"base_model": "mine", "dataset": "my_pages"}, None, None),
+        (
+            {"base_model": "mine", "base_model_from": ["a/b"], "dataset": "my_pages", "dataset_from": ["c/d", "e/f"]},
+            "a/b",
+            ["c/d", "e/f"],
+        ),
+        ({"base_model": "mine", "base_model_from": ["tiny", "a/b", "c/d"]}, ["a/b", "c/d"], ["HuggingFaceM4/WebSight"]),
+        ({"random_weights": True}, None, ["HuggingFaceM4/WebSight"]),  # nothing of its base but its shape
+    ],
+)
+def test_the_head_names_what_is_known_and_nothing_else(facts: dict, bases: object, data: object, tmp_path) -> None:
+    text = write_model_card(tmp_path, FACTS | facts)
+    head = front_matter(text)
+    assert (head.get("base_model"), head.get("datasets")) == (bases, data)
+    assert ("base_model_relation" in head) == (bases is not None) and not problems_of_card(text, "model")
+
+
+def test_a_licence_link_that_the_hub_would_refuse_is_left_out(tmp_path: Path) -> None:
+    """And the terms that came with the base are linked where nothing else is."""
+    (base := tmp_path / "base").mkdir()
+    (base / "README.md").write_text("---\nlicense: other\nlicense_link: terms/all of them.txt\n---\n")
+    facts = FACTS | {"base_model": str(base)}
+    assert "license_link" not in front_matter(write_model_card(tmp_path, facts))
+    (tmp_path / "LICENSE.md").write_text("terms")
+    assert front_matter(text := write_model_card(tmp_path, facts))["license_link"] == "LICENSE.md"
+    assert not problems_of_card(text, "model")
+
+
+def test_every_measure_says_what_it_means() -> None:
+    assert all(metric.meaning and "\n" not in metric.meaning for metric in metrics.METRICS)
+    assert all(meaning for _, _, meaning in MEASURES)
+
+
+def judged(count: int, chosen: bool, seed: float = 0.0) -> dict[str, Any]:
+    """The result of so many held-out pages, the first of which scores `seed`, and each next one 0.05 more."""
+    pages = [{"name": f"page {n}", "html": f"<p>{n}</p>", "html_tokens": 9} for n in range(count)]
+    rows = [
+        {"place": n, "html": f"<p>{n}", "raw": f"<p>{n}", "tokens": 8, "cut_off": False, "seconds": 1.0}
+        for n in range(count)
+    ]
+    scores = [{"page": page["name"], metrics.CHOOSING: seed + 0.05 * n} for n, page in enumerate(pages)]
+    return score_held_out(rows, pages, scores, parts_of(count, weights_are_chosen=chosen))
+
+
+@pytest.mark.parametrize(
+    ("count", "chosen", "sentence", "interval"),
+    [
+        (8, False, "No held-out page chose the weights", "n = 8). So few pages prove little."),
+        (24, True, "Other held-out pages, n = 12, chose the weights, by likeness; none of them", "n = 12).\n"),
+        (3, True, "Other held-out pages, n = 2, chose the weights", "on 1 page alone, which gives no interval."),
+        (1, True, "The same pages chose the weights", "on 1 page alone, which gives no interval."),
+    ],
+)
+def test_the_card_says_which_pages_chose_the_weights(count, chosen, sentence, interval, tmp_path) -> None:
+    """And an interval is of the others; also where the base was not judged, and there is no interval."""
+    before, after = judged(count, chosen), judged(count, chosen, seed=0.2)
+    both = {"results": after | {"comparison": compare_results(before, after)}, "results_before": before}
+    text = write_model_card(tmp_path, FACTS | both)
+    assert sentence in text and interval in text
+    assert f"Over {after['n']} held-out page" in text
+    text = write_model_card(tmp_path, FACTS | {"results": after, "results_before": None})
+    assert sentence in text and "Difference" not in text
+
+
+def test_no_comparison_where_no_page_is_left() -> None:
+    """The one page that compares has a reference that cannot be rendered: once this ended the run."""
+    before, after = judged(2, chosen=True), judged(2, chosen=True)
+    after["pages"][1]["reference_failed"] = True
+    assert compare_results(before, after)["metrics"] == {}
+
+
+def test_what_stands_in_for_the_hubs_check_refuses_what_the_hub_refuses() -> None:
+    """Or the cards above would pass whatever they said."""
+    for head in (
+        "license: [mit",
+        "license: my-terms",
+        "license: other\nlicense_name: My Terms",
+        "license_link: terms/all of them.txt",
+        "base_model: ./holo1_dom_finetune_final",
+        "base_model: a/b/c",
+        "datasets: HuggingFaceM4/WebSight",
+        "datasets:\n- my pages",
+        "base_model_relation: finetune",
+        "base_model: a/b\nbase_model_relation: child",
+        "model-index:\n- name: x",
+    ):
+        assert problems_of_card(f"---\n{head}\n---\n# Card\n", "model"), head
+    assert not problems_of_card("---\nlicense: mit\nbase_model: a/b\n---\n", "model")
+
+
+def test_a_number_that_no_run_has_is_found_on_a_card(tmp_path: Path) -> None:
+    results = FACTS["results"] | {"n": 20}
+    sources = {"run": {name: value for name, value in FACTS.items() if name != "results"}, "after": results}
+    text = write_model_card(tmp_path, FACTS)
+    assert "4.57" in numbers_without_a_source(text, sources)
+    sources["run"]["added by describe"] = ["4.57 and 5.23", *QWEN_RESEARCH]
+    assert not numbers_without_a_source(text, sources)
+    assert numbers_without_a_source(text.replace("| 0.95 |", "| 0.951 |"), sources) == ["0.951"]
+    assert numbers_without_a_source(text, {**sources, "after": results | {"valid": 0.96}}) == ["0.95"]
