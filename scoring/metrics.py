@@ -160,6 +160,7 @@ class Metric:
     needs_clip: bool = False  # measured only where CLIP's weights are at hand
     needs_text: bool = False  # the worst for a page without any text
     falls: tuple[str, str] | None = None  # cases of the proof: worse in the second than in the first
+    meaning: str = ""  # one line for whoever reads the report
 
     @property
     def best(self) -> float:
@@ -177,17 +178,72 @@ class Metric:
 
 
 METRICS: tuple[Metric, ...] = (
-    Metric("block", "block", lambda pair: pair.of_blocks[0], needs_text=True, falls=("2 removed", "6 removed")),
-    Metric("text", "text", lambda pair: pair.of_blocks[1], needs_text=True, falls=("3 shortened", "9 shortened")),
-    Metric("position", "position", lambda pair: pair.of_blocks[2], needs_text=True, falls=("3 moved", "6 moved")),
-    Metric("color", "color", lambda pair: pair.of_blocks[3], needs_text=True, falls=("3 recoloured", "9 recoloured")),
-    Metric("overall", "overall", overall),
-    Metric("likeness", "likeness", likeness, needs_text=True),
-    Metric("tree_bleu", "TreeBLEU", tree_bleu, falls=("2 removed", "another page")),
     Metric(
-        "ssim", "SSIM", lambda pair: ssim(pair.reference.image, pair.prediction.image), falls=("3 moved", "6 moved")
+        "block",
+        "block",
+        lambda pair: pair.of_blocks[0],
+        needs_text=True,
+        falls=("2 removed", "6 removed"),
+        meaning="the share of the texts' area that has a partner on the other page (Design2Code)",
     ),
-    Metric("clip", "CLIP", lambda pair: pair.clip_cosine, needs_clip=True),
+    Metric(
+        "text",
+        "text",
+        lambda pair: pair.of_blocks[1],
+        needs_text=True,
+        falls=("3 shortened", "9 shortened"),
+        meaning="how alike the paired texts read (Design2Code)",
+    ),
+    Metric(
+        "position",
+        "position",
+        lambda pair: pair.of_blocks[2],
+        needs_text=True,
+        falls=("3 moved", "6 moved"),
+        meaning="how near the paired texts stand to each other (Design2Code)",
+    ),
+    Metric(
+        "color",
+        "color",
+        lambda pair: pair.of_blocks[3],
+        needs_text=True,
+        falls=("3 recoloured", "9 recoloured"),
+        meaning="how alike the colours of the paired texts are (Design2Code)",
+    ),
+    Metric(
+        "overall",
+        "overall",
+        overall,
+        meaning="Design2Code's own score: the mean of block, text, position and color, and of CLIP where known",
+    ),
+    Metric(
+        "likeness",
+        "likeness",
+        likeness,
+        needs_text=True,
+        meaning="the share of all visible texts that are there, read alike, in the same place and colour: 1 for a copy",
+    ),
+    Metric(
+        "tree_bleu",
+        "TreeBLEU",
+        tree_bleu,
+        falls=("2 removed", "another page"),
+        meaning="the share of the wanted page's elements, each with its children, that the written HTML has, too",
+    ),
+    Metric(
+        "ssim",
+        "SSIM",
+        lambda pair: ssim(pair.reference.image, pair.prediction.image),
+        falls=("3 moved", "6 moved"),
+        meaning="how alike the two pictures are in grey, pixel by pixel in small windows",
+    ),
+    Metric(
+        "clip",
+        "CLIP",
+        lambda pair: pair.clip_cosine,
+        needs_clip=True,
+        meaning="how alike the pages look besides their texts, as the CLIP model sees it",
+    ),
 )
 CHOOSING = "likeness"  # by this metric the best weights are kept, and the report's worst pages come first
 
