@@ -67,15 +67,13 @@ class Results:
         after["comparison"] = comparison
 
     def evaluations(self) -> list[tuple[int, float]]:
-        """(step, mean of the metric that chooses, over the pages that compare) of each evaluation during training, the
-        base's as step 0."""
-        steps = {
-            label: 0 if label == "before" else int(label.removeprefix("step "))
-            for label in self.by_label
-            if label == "before" or label.startswith("step ")
-        }
-        found = ((step, self.by_label[label].get(metrics.CHOOSING)) for label, step in steps.items())
-        return sorted((step, value) for step, value in found if value is not None)
+        """(step, mean of the metric that chooses, over the pages that compare) of each evaluation, the base's as step
+        0 and the end's as the last step of `losses`."""
+        steps = {label: int(label.removeprefix("step ")) for label in self.by_label if label.startswith("step ")}
+        steps |= {"before": 0} if "before" in self.by_label else {}
+        steps |= {("last" if "last" in self.by_label else "after"): self.losses[-1][0]} if self.losses else {}
+        found = {step: self.by_label[label].get(metrics.CHOOSING) for label, step in steps.items()}
+        return sorted((step, value) for step, value in found.items() if value is not None)
 
     def say_difference(self) -> None:
         """(main process only) What training has changed, where the base was judged, too."""
