@@ -25,7 +25,7 @@ from PIL import Image
 
 from scoring.blocks import Block, Page, job_for, page_of
 from scoring.clip import Clip
-from scoring.metrics import CHOOSING, Compared, PageScore, compare, likeness, names
+from scoring.metrics import Compared, PageScore, compare, likeness, names
 from scoring.renders import Job, Renderer
 from scoring.report import write_report
 from scoring.report_values import Before, Box, PageResult
@@ -223,14 +223,14 @@ SHUFFLED_PAGES = 40  # at most: wholly different texts are the slowest to match
 def shuffled_likeness(
     pairs: Sequence[Pair], progress: Progress, more: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, tuple[float, str]]:
-    """The control of the report, by the name of the metric that chooses: the mean of each answer against another page's
+    """The control of the report, by the score's name: the mean likeness of each answer against another page's
     reference, as if the screenshots had been shuffled, and a note; {} where fewer than two pages can be compared.
 
-    By the texts that are kept of both, so that nothing is rendered again. Pages that chose the weights, failed, or are
-    without any text are not among them.
+    By the texts that are kept of both, so that nothing is rendered again. An answer that could not be rendered counts as
+    the worst, as elsewhere. Pages that chose the weights, or whose reference has failed or has no text, are left out.
     """
     scores = [score_of(progress.rows[pair.key]) for pair in pairs if not more.get(pair.name, {}).get("chooses")]
-    scores = [score for score in scores if score.failure is None and score.texts_reference]
+    scores = [score for score in scores if not score.reference_failed and score.texts_reference]
     scores = scores[:: max(1, -(-len(scores) // SHUFFLED_PAGES))]
     if len(scores) < 2:
         return {}
@@ -238,8 +238,9 @@ def shuffled_likeness(
     for score, other in zip(scores, scores[1:] + scores[:1]):
         wanted = tuple(block for block, _ in other.matched) + other.missing
         written = tuple(block for _, block in score.matched) + score.invented
-        found.append(likeness(Compared(Page(None, texts=wanted), Page(None, texts=written))))
-    return {CHOOSING: (sum(found) / len(found), f"against another page, {len(found):,} pages")}
+        failed = score.failure is not None
+        found.append(0.0 if failed else likeness(Compared(Page(None, texts=wanted), Page(None, texts=written))))
+    return {"likeness": (sum(found) / len(found), f"against another page, {len(found):,} pages")}
 
 
 def sources_of(pairs: Sequence[Pair]) -> list[str]:

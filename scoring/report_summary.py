@@ -152,7 +152,11 @@ def headline(rows: Sequence[Row], control: Mapping[str, Any]) -> str:
     known = f"{plural(len(rows), 'page')}: mean {name} {number(now)}"
     known += f", {number(then)} before training" if then is not None else ""
     shuffled = control.get(metrics.CHOOSING)
-    return known + (f", {number(shuffled[0])} against another page" if shuffled else "") + " (1 is a copy)."
+    return (
+        known
+        + (f", {number(shuffled[0])} against another page" if shuffled else "")
+        + f" ({metrics.entry(metrics.CHOOSING).best:g} is a copy)."
+    )
 
 
 MEANINGS = {

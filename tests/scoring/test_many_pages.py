@@ -65,9 +65,13 @@ def kept(folder, texts: list[tuple[str, str]]) -> tuple[list[Pair], Progress]:
 def test_the_control_tells_a_model_that_looks_from_one_that_does_not(tmp_path):
     words = ["Imprint", "Basket", "Download", "Weather"]
     looks = shuffled_likeness(*kept(tmp_path / "a", [(word, word) for word in words]), {})
-    assert looks[metrics.CHOOSING] == (0.0, "against another page, 4 pages")
+    assert looks["likeness"] == (0.0, "against another page, 4 pages")
     blind = shuffled_likeness(*kept(tmp_path / "b", [(word, "Basket") for word in words]), {})
-    assert blind[metrics.CHOOSING][0] == pytest.approx(0.25), "one page in four, as without shuffling"
+    assert blind["likeness"][0] == pytest.approx(0.25), "one page in four, as without shuffling"
+    pairs, progress = kept(tmp_path / "b", [(word, "Basket") for word in words])
+    score = progress.rows[pairs[0].key] | {"failure": "out of time"}
+    progress.rows[pairs[0].key] = score  # its answer would have been the next page's text
+    assert shuffled_likeness(pairs, progress, {})["likeness"][0] == 0, "the only lucky one has failed"
     pairs, progress = kept(tmp_path / "c", [(word, word) for word in words])
     assert shuffled_likeness(pairs, progress, {pair.name: {"chooses": True} for pair in pairs[1:]}) == {}
 
