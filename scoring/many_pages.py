@@ -226,8 +226,8 @@ def shuffled_likeness(
     """The control of the report, by the score's name: the mean likeness of each answer against another page's
     reference, as if the screenshots had been shuffled, and a note; {} where fewer than two pages can be compared.
 
-    By the texts that are kept of both, so that nothing is rendered again. An answer that could not be rendered counts as
-    the worst, as elsewhere. Pages that chose the weights, or whose reference has failed or has no text, are left out.
+    By the texts that are kept of both, so that nothing is rendered again. An answer that could not be rendered is the
+    worst, as elsewhere. Pages that chose the weights, or whose reference has failed or has no text, are left out.
     """
     scores = [score_of(progress.rows[pair.key]) for pair in pairs if not more.get(pair.name, {}).get("chooses")]
     scores = [score for score in scores if not score.reference_failed and score.texts_reference]
