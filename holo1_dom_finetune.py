@@ -827,7 +827,7 @@ def fine_tune(
     facts |= {"train_loss": result.training_loss, "steps": trainer.state.global_step, "seconds": seconds}
     facts |= {"pages_trained": len(training), "pages_held_out": len(pages.held_out), "drops": pages.report}
     final = keep_model(save, evaluator, resolved, facts, recipe, checkpoints.newest)
-    on_main(lambda: draw_loss(trainer.state.log_history, Path(args.output_dir) / "loss.png"))
+    evaluator.results.losses = on_main(lambda: draw_loss(trainer.state.log_history, Path(args.output_dir) / "loss.png"))
     evaluator.evaluate("after")
     heart.enter("publishing")
     on_main(lambda: finish(final, evaluator, resolved, facts, recipe))

@@ -49,6 +49,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def written_before(folder: Path, width: int) -> list[Pair]:
+    """What the base of a training has written of its held-out pages; [] where it has written none."""
+    pairs = pairs_of(folder, None, width, "written_before.html")
+    return pairs if any(pair.prediction is not None for pair in pairs) else []
+
+
 def summary_line(found: Mapping[str, Any]) -> str:
     """Of `means` and `shares`."""
     valid = f"{100 * found['valid']:.1f} % valid"
@@ -81,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Renderer() as renderer:
             prove(renderer, clip=clip)
             scores = run_pairs(pairs, renderer, progress, clip)
+            earlier = written_before(args.references, args.width) if args.report and not args.predictions else []
+            run_pairs(earlier, renderer, progress, clip)
             facts = browser_facts(renderer, clip, why_not)
     except (BrowserMissing, ClipMissing, ScorerError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -89,7 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(summary_line(means(scores) | shares(scores)), file=sys.stderr)
     if args.report:
         folders = {"references": args.references.name, "predictions": (args.predictions or args.references).name}
-        write_pages_report(args.report, "What was written", pairs, progress, folders | facts)
+        before = (earlier, progress) if earlier else None
+        write_pages_report(args.report, "What was written", pairs, progress, folders | facts, before=before)
     whole = {"summary": means(scores) | shares(scores), "facts": facts, "pages": scores}
     text = json.dumps(scores[0] if single else whole, indent=2)
     if args.json == "-":

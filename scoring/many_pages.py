@@ -25,9 +25,10 @@ from PIL import Image
 
 from scoring.blocks import Block, Page, job_for, page_of
 from scoring.clip import Clip
-from scoring.metrics import PageScore, compare, names
+from scoring.metrics import Compared, PageScore, compare, likeness, names
 from scoring.renders import Job, Renderer
-from scoring.report import Box, PageResult, write_report
+from scoring.report import write_report
+from scoring.report_values import Before, Box, PageResult
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,9 @@ def window_of(width: int, height: int) -> tuple[int, int]:
     return min(2560, max(160, width)), min(720, max(64, height))
 
 
-def pairs_of(references: Path, predictions: Path | None, width: int) -> list[Pair]:
-    """Pairs of two folders, by equal file names, or of what a training has left: page-*/{reference,written}.html, in a
-    window for screenshot.png beside them."""
+def pairs_of(references: Path, predictions: Path | None, width: int, written: str = "written.html") -> list[Pair]:
+    """Pairs of two folders, by equal file names, or of what a training has left: page-*/reference.html and `written`
+    beside it, in a window for screenshot.png."""
 
     def window(place: Path) -> tuple[int, int]:
         screenshot = place.with_name("screenshot.png")
@@ -87,7 +88,7 @@ def pairs_of(references: Path, predictions: Path | None, width: int) -> list[Pai
 
     if predictions is None:
         files = [
-            (place.parent.name, place, place.with_name("written.html"))
+            (place.parent.name, place, place.with_name(written))
             for place in sorted(references.glob("page-*/reference.html"))
         ]
     else:
@@ -96,8 +97,8 @@ def pairs_of(references: Path, predictions: Path | None, width: int) -> list[Pai
             for place in sorted(references.rglob("*.html"))
         ]
     return [
-        Pair(name, read(wanted), read(written) if written.is_file() else None, *window(wanted))
-        for name, wanted, written in files
+        Pair(name, read(wanted), read(file) if file.is_file() else None, *window(wanted))
+        for name, wanted, file in files
     ]
 
 
@@ -136,7 +137,7 @@ class Progress:
         for name, image in zip(("reference", "written"), images):
             if self.pictures and image is not None:
                 picture = Image.fromarray(image)
-                picture = picture.reduce(2) if picture.width > 960 else picture  # twice what the report shows
+                picture = picture.reduce(2) if picture.width > 1280 else picture  # as wide as the report shows
                 picture.save(self.folder / f"{key}-{name}.png", compress_level=1)
         with (self.folder / "scores.jsonl").open("a", encoding="utf-8") as file:
             asked = {"pictures": self.pictures, "clip": self.clip, "metrics": names()}
@@ -183,7 +184,17 @@ def box(block: Block) -> Box:
     return Box(block.x, block.y, block.width, block.height, block.text)
 
 
-def page_result(pair: Pair, progress: Progress, more: Mapping[str, Any]) -> PageResult:
+def before_of(pair: Pair, progress: Progress) -> Before | None:
+    """What was written before training, as the report shows it; None where nothing was."""
+    if pair.prediction is None:
+        return None
+    score = score_of(progress.rows[pair.key])
+    return Before(progress.picture(pair.key, "written"), pair.prediction, score.values, score.failure)
+
+
+def page_result(
+    pair: Pair, progress: Progress, more: Mapping[str, Any], before: Before | None = None, source: str = ""
+) -> PageResult:
     """A scored pair as the report shows it; its pictures stay on disk until they are drawn."""
     score = score_of(progress.rows[pair.key])
     return PageResult(
@@ -200,7 +211,42 @@ def page_result(pair: Pair, progress: Progress, more: Mapping[str, Any]) -> Page
         causes=score.causes,
         chooses=bool(more.get("chooses")),
         reference_failed=score.reference_failed,
+        before=before,
+        width=pair.width,
+        source=source,
     )
+
+
+SHUFFLED_PAGES = 40  # at most: wholly different texts are the slowest to match
+
+
+def shuffled_likeness(
+    pairs: Sequence[Pair], progress: Progress, more: Mapping[str, Mapping[str, Any]]
+) -> dict[str, tuple[float, str]]:
+    """The control of the report, by the score's name: the mean likeness of each answer against another page's
+    reference, as if the screenshots had been shuffled, and a note; {} where fewer than two pages can be compared.
+
+    By the texts that are kept of both, so that nothing is rendered again. An answer that could not be rendered is the
+    worst, as elsewhere. Pages that chose the weights, or whose reference has failed or has no text, are left out.
+    """
+    scores = [score_of(progress.rows[pair.key]) for pair in pairs if not more.get(pair.name, {}).get("chooses")]
+    scores = [score for score in scores if not score.reference_failed and score.texts_reference]
+    scores = scores[:: max(1, -(-len(scores) // SHUFFLED_PAGES))]
+    if len(scores) < 2:
+        return {}
+    found = []
+    for score, other in zip(scores, scores[1:] + scores[:1]):
+        wanted = tuple(block for block, _ in other.matched) + other.missing
+        written = tuple(block for _, block in score.matched) + score.invented
+        failed = score.failure is not None
+        found.append(0.0 if failed else likeness(Compared(Page(None, texts=wanted), Page(None, texts=written))))
+    return {"likeness": (sum(found) / len(found), f"against another page, {len(found):,} pages")}
+
+
+def sources_of(pairs: Sequence[Pair]) -> list[str]:
+    """The dataset or folder of each page, by its name ("websight/train 7"); "" for all where that tells nothing."""
+    found = [pair.name.rpartition("/")[0] for pair in pairs]
+    return found if 1 < len({*found}) <= max(2, len(found) // 2) else [""] * len(found)
 
 
 def write_pages_report(
@@ -211,12 +257,21 @@ def write_pages_report(
     facts: Mapping[str, str],
     more: Mapping[str, Mapping[str, Any]] | None = None,
     comparison: Mapping[str, Any] | None = None,
+    before: tuple[Sequence[Pair], Progress] | None = None,
+    training: Mapping[str, Sequence[tuple[int, float]]] | None = None,
 ) -> None:
     """The report of pairs that `run_pairs` has scored under this progress. `more` has further scores of a page by its
     name, such as `truncated`; they stand beside the others, but for `chooses`: the page chose the weights, and is shown
-    but counted in no mean. `comparison` as in `scoring.report.write_report`."""
-    results = (page_result(pair, progress, (more or {}).get(pair.name, {})) for pair in pairs)
-    write_report(file, title, results, facts, comparison)
+    but counted in no mean. `before` is the same pages, in the same order, as written before training. `comparison` and
+    `training` as in `scoring.report.write_report`."""
+    more, sources = more or {}, sources_of(pairs)
+    earlier, kept = before or ([None] * len(pairs), progress)
+    results = (
+        page_result(pair, progress, more.get(pair.name, {}), then and before_of(then, kept), source)
+        for pair, then, source in zip(pairs, earlier, sources, strict=True)
+    )
+    control = shuffled_likeness(pairs, progress, more)
+    write_report(file, title, results, facts, comparison, training, control, count=len(pairs))
 
 
 def browser_facts(renderer: Renderer, clip: Clip | None, why_not: str) -> dict[str, str]:

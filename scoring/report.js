@@ -68,7 +68,7 @@ function showAll() {
 }
 
 function choose(event) {
-  const button = event.target.closest("button"), link = event.target.closest(".failures a");
+  const button = event.target.closest("button"), link = event.target.closest(".failures a, .pick h2 a");
   if (link) showAll();
   if (!button) return;
   if (button.id === "reset") { showAll(); byId("find").focus(); }
@@ -107,7 +107,7 @@ function walk(event, items, current) {
 
 // One stop of the Tab key for each histogram and each picture; arrow keys go on from there.
 function press(event) {
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("#viewer")) return;
   const bins = event.target.closest(".bins"), boxes = event.target.closest(".boxes");
   if (bins) {
     const items = all("button:enabled", bins), next = walk(event, items, items.indexOf(event.target));
@@ -140,6 +140,45 @@ function light(event) {
   card.querySelector(".readout").textContent = same ? first : `${first}  →  ${second.replace(/^matched: /, "")}`;
 }
 
+// A picture as large as there is room, or in its own pixels; the arrow keys go to the page's other pictures.
+const viewer = byId("viewer"), view = {images: [], at: 0, from: null};
+
+function show(at) {
+  view.at = (at + view.images.length) % view.images.length;
+  const image = view.images[view.at], copy = new Image();
+  const page = image.closest(".card, .pick").querySelector("bdi").textContent;
+  copy.src = image.src;
+  copy.alt = image.alt;
+  viewer.querySelector(".stage").replaceChildren(copy);
+  viewer.querySelector("h2").textContent = `${image.closest("figure").querySelector("b").textContent} · ${page}`;
+  for (const button of all("[data-view='1'], [data-view='-1']", viewer)) button.hidden = view.images.length < 2;
+}
+
+function enlarge(event) {
+  const shot = event.target.closest(".shot");
+  if (!shot || getSelection().toString()) return;
+  view.images = all("img", shot.closest(".shots"));
+  view.from = shot.querySelector(".enlarge");
+  show(view.images.indexOf(shot.querySelector("img")));
+  viewer.showModal();
+  viewer.querySelector("[data-view=close]").focus();
+}
+
+function turn(event) {
+  const what = event.target === viewer ? "close" : event.target.closest("button")?.dataset.view;
+  if (what === "close") viewer.close();
+  else if (what === "zoom" || event.target.closest(".stage img")) {
+    const zoomed = viewer.classList.toggle("zoomed");
+    viewer.querySelector("[data-view=zoom]").setAttribute("aria-pressed", zoomed);
+  } else if (what) show(view.at + Number(what));
+}
+
+function leaf(event) {
+  const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
+  // In its own pixels a picture may be wider than the window: then the arrows scroll it.
+  if (step && !(viewer.classList.contains("zoomed") && event.target.matches(".stage"))) show(view.at + step);
+}
+
 if (list) {
   for (const group of all(".bins")) {
     all("button:enabled", group).forEach((item, index) => { item.tabIndex = index ? -1 : 0; });
@@ -147,6 +186,10 @@ if (list) {
   for (const svg of all(".boxes")) svg.setAttribute("tabindex", "0");
   document.addEventListener("click", choose);
   document.addEventListener("keydown", press);
+  document.querySelector("main").addEventListener("click", enlarge);
+  viewer.addEventListener("click", turn);
+  viewer.addEventListener("keydown", leaf);
+  viewer.addEventListener("close", () => view.from?.focus({preventScroll: true}));
   for (const kind of ["pointerover", "focusin"]) list.addEventListener(kind, light);
   document.addEventListener("pointermove", (event) => {
     const resting = rests(event);  // a box that came under the mouse by scrolling gets the light once the mouse moves

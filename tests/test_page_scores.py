@@ -61,3 +61,15 @@ def test_clip_is_scored_by_the_weights_that_are_named(renderer, tiny_clip, tmp_p
     assert json.loads(told.out)["clip"] == pytest.approx(1) and f"CLIP: {tiny_clip}" in told.err
     assert page_scores.main([*pair, "--clip", str(tmp_path)]) == 2
     assert "not at hand" in capsys.readouterr().err
+
+
+def test_what_the_base_wrote_is_found_in_what_a_training_has_left(tmp_path):
+    for number in (1, 2):
+        place = tmp_path / f"page-000{number}"
+        place.mkdir()
+        for name in ("reference", "written"):
+            (place / f"{name}.html").write_text(name)
+    assert page_scores.written_before(tmp_path, 1280) == []
+    (place / "written_before.html").write_text("before")
+    found = page_scores.written_before(tmp_path, 1280)
+    assert [(pair.name, pair.prediction) for pair in found] == [("page-0001", None), ("page-0002", "before")]

@@ -272,14 +272,23 @@ class Rendering:
         facts: Mapping[str, str],
         more: Mapping[str, Mapping[str, Any]],
         comparison: Mapping[str, Any] | None,
+        before: tuple[str, Sequence[Row]] | None = None,
+        training: Mapping[str, Sequence[tuple[int, float]]] | None = None,
     ) -> None:
-        """report.html of the pages under `label`; pictures that an interruption has lost are rendered again."""
+        """report.html of the pages under `label`, beside those written `before`, (label, rows)."""
+        pairs, progress = self.rendered(label, rows, pages)
+        earlier = self.rendered(*before, pages) if before else None
+        file = self.folder / "report.html"
+        title = "What the model wrote"
+        write_pages_report(file, title, pairs, progress, facts, more, comparison, earlier, training)
+
+    def rendered(self, label: str, rows: Sequence[Row], pages: Dataset) -> tuple[list[Pair], Progress]:
+        """What was rendered under `label`; what an interruption has lost is rendered again."""
         pairs, progress = pairs_of(rows, pages), self.progress(label)
         if any(pair.key not in progress.rows for pair in pairs):
             with Renderer() as renderer:
                 run_pairs(pairs, renderer, progress, self.clip[0])
-        file = self.folder / "report.html"
-        write_pages_report(file, "What the model wrote", pairs, progress, facts, more, comparison)
+        return pairs, progress
 
     def forget(self) -> None:
         """Removes what every `progress` has kept, once the results are written."""

@@ -133,8 +133,8 @@ def log_line(logs: dict, state: TrainerState) -> str:
     )
 
 
-def draw_loss(history: list[dict], path: Path) -> None:
-    """The loss curve as a picture: every step pale, their running mean strong."""
+def draw_loss(history: list[dict], path: Path) -> list[tuple[int, float]]:
+    """The loss curve as a picture: every step pale, their running mean strong. Returns its (step, loss)."""
     import matplotlib  # half a second, and only at the end of a run
 
     matplotlib.use("Agg")
@@ -142,7 +142,7 @@ def draw_loss(history: list[dict], path: Path) -> None:
 
     points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     if not points:
-        return
+        return points
     steps, losses = zip(*points)
     mean, smooth = losses[0], []
     for loss in losses:
@@ -156,3 +156,4 @@ def draw_loss(history: list[dict], path: Path) -> None:
     axes.grid(alpha=0.3)
     figure.savefig(path)
     pyplot.close(figure)
+    return points

@@ -34,6 +34,7 @@ class Results:
         self.rows: dict[str, list[Row]] = {}
         self.final = "after"  # the label under which the final folder's weights were judged
         self.run: Mapping[str, Any] = {}  # what the card tells of the training, so that all of it is found here, too
+        self.losses: list[tuple[int, float]] = []  # (step, loss) of the training, for the report
 
     def add(self, label: str, result: dict[str, Any], rows: list[Row]) -> None:
         """Keeps an evaluation's result and what was written, in place of an earlier one of that label."""
@@ -54,13 +55,26 @@ class Results:
         keep_outputs(self.rows["after"], self.pages, self.folder, "written")
         (self.folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if metrics.CHOOSING in after and self.rendering.facts:
-            names = ("truncated", "looping", "exact", "chooses")
+            names = ("truncated", "looping", "exact", "chooses", "tokens", "reference_tokens")
             more = {page["page"]: {name: page[name] for name in names if name in page} for page in after["pages"]}
             shown = {**facts, "decoding": decoding_words(self.decoding), **self.rendering.facts}
-            label = f"{self.final} {self.decoding.repetition_penalty}"
-            self.rendering.write_report(label, self.rows["after"], self.pages, shown, more, comparison)
+            penalty = self.decoding.repetition_penalty
+            earlier = (f"before {penalty}", self.rows["before"]) if "before" in self.rows else None
+            label, training = f"{self.final} {penalty}", {"losses": self.losses, "evaluations": self.evaluations()}
+            self.rendering.write_report(
+                label, self.rows["after"], self.pages, shown, more, comparison, earlier, training
+            )
         self.rendering.forget()
         after["comparison"] = comparison
+
+    def evaluations(self) -> list[tuple[int, float]]:
+        """(step, mean of the metric that chooses, over the pages that compare) of each evaluation, the base's as step
+        0 and the end's as the last step of `losses`."""
+        steps = {label: int(label.removeprefix("step ")) for label in self.by_label if label.startswith("step ")}
+        steps |= {"before": 0} if "before" in self.by_label else {}
+        steps |= {("last" if "last" in self.by_label else "after"): self.losses[-1][0]} if self.losses else {}
+        found = {step: self.by_label[label].get(metrics.CHOOSING) for label, step in steps.items()}
+        return sorted((step, value) for step, value in found.items() if value is not None)
 
     def say_difference(self) -> None:
         """(main process only) What training has changed, where the base was judged, too."""

@@ -17,9 +17,13 @@ import numpy as np
 import pytest
 from conftest import need_browser
 from PIL import Image
+from small_reports import COMPARISON, failed, picture, result, sample, written
 
 from scoring import report as page_report
-from scoring.report import Box, PageResult, bin_of, mean_of, row_of, scores_of, share_of, write_report
+from scoring import report_pictures, report_summary
+from scoring.report import write_report
+from scoring.report_summary import bin_of, mean_of, scores_of, share_of
+from scoring.report_values import Before, Box, PageResult, row_of
 
 HOSTILE = [
     "</script><script>window.hacked=1</script>",
@@ -29,50 +33,6 @@ HOSTILE = [
     "<a href=\"javascript:alert('5')\">x</a><iframe srcdoc='<script>parent.hacked=6</script>'></iframe>",
     "<svg onload=alert(7)><style>body{display:none}</style><meta http-equiv=refresh content='0;url=//a.example'>",
 ]
-
-
-def picture(height: int = 90, width: int = 120, shade: int = 255) -> np.ndarray:
-    image = np.full((height, width, 3), shade, np.uint8)
-    image[10:20, 12:60] = 40
-    return image
-
-
-def result(name: str, likeness: float | None = 0.5, **changes) -> PageResult:
-    """A small page with two matched blocks, one missing, one invented."""
-    first, second = Box(0.1, 0.1, 0.4, 0.12, "Hello"), Box(0.1, 0.5, 0.3, 0.1, "World")
-    scores = {"likeness": likeness, "block": 0.25, "valid": True, "truncated": False, "looping": False, "exact": False}
-    values = {
-        "scores": scores,
-        "reference": picture(),
-        "written": picture(shade=250),
-        "html": f"<p>{name}</p>",
-        "reference_html": "<p>Hello</p>",
-        "matched": [(first, Box(0.12, 0.1, 0.4, 0.12, "Hello!")), (second, second)],
-        "missing": [Box(0.6, 0.1, 0.3, 0.1, "Menu")],
-        "invented": [Box(0.6, 0.7, 0.3, 0.1, "Lorem")],
-    }
-    return PageResult(name, **(values | changes))
-
-
-def failed(name: str, **changes) -> PageResult:
-    values = {
-        "written": None,
-        "failure": "out of time after 15 s",
-        "matched": [],
-        "invented": [],
-        "causes": ("looping",),
-    }
-    return result(name, 0.9, **(values | changes))
-
-
-def sample() -> list[PageResult]:
-    pages = [result(f"page {place}", likeness) for place, likeness in enumerate([0.81, 0.34, 1.0, 0.05, 0.37])]
-    return [*pages, failed("broken"), result("unmeasured", None, causes=("misplaced",), html="")]
-
-
-def written(tmp_path: Path, pages, **more) -> str:
-    write_report(tmp_path / "report.html", "Title", pages, more.pop("facts", {"model": "tiny"}), **more)
-    return (tmp_path / "report.html").read_bytes().decode("utf-8")
 
 
 class Parts(HTMLParser):
@@ -126,8 +86,9 @@ def test_hostile_text_stays_text(tmp_path):
     parts = Parts(hostile_report(tmp_path))
     counts = {tag: sum(name == tag for name, _ in parts.tags) for tag in ("script", "style", "iframe", "a", "meta")}
     pages = 2 * len(HOSTILE)
-    # One skip link, one link a page, one more for each failure.
-    assert counts == {"script": 1, "style": 1, "iframe": 0, "a": 1 + pages + pages // 2, "meta": 4}
+    # One skip link, six to parts of the report, three pages of the first screen, one link a page, one more a failure.
+    links = 1 + 6 + 3 + pages + pages // 2
+    assert counts == {"script": 1, "style": 1, "iframe": 0, "a": links, "meta": 4}
     assert [attrs for _, attrs in parts.tags if any(name.startswith("on") or name == "srcdoc" for name in attrs)] == []
     links = {attrs.get("src") or attrs.get("href") for _, attrs in parts.tags if {"src", "href"} & set(attrs)}
     assert {link[:11] for link in links if not link.startswith("#")} == {"data:,", "data:image/"}
@@ -169,18 +130,27 @@ def test_a_page_without_a_name_has_a_link(tmp_path):
 
 
 def pictures_in(html: str) -> list[Image.Image]:
-    return [
-        Image.open(BytesIO(base64.b64decode(data))) for data in re.findall(r'src="data:image/webp;base64,([^"]+)', html)
-    ]
+    """Those of the cards, without the first screen's."""
+    found = re.findall(r'src="data:image/webp;base64,([^"]+)', html[html.index("<article") :])
+    return [Image.open(BytesIO(base64.b64decode(data))) for data in found]
 
 
 def test_a_tall_page_is_shrunk_and_cut_and_its_boxes_follow(tmp_path):
     boxes = {"matched": [], "invented": [], "missing": [Box(0.5, 0.25, 0.25, 0.1, "in"), Box(0, 0.9, 1, 0.1, "below")]}
-    html = written(tmp_path, [result("tall", reference=picture(6000, 960), written=picture(300, 960), **boxes)])
-    assert [image.size for image in pictures_in(html)] == [(480, 1200), (480, 150), (320, 800)]
-    assert "the first 2,400 rows are shown · 2 missing · 1 not drawn" in html
+    page = result("tall", reference=picture(6000, 1120), written=picture(300, 1120), **boxes)
+    html = written(tmp_path, iter([page]))
+    assert [image.size for image in pictures_in(html)] == [(560, 1600), (560, 150), (320, 914)]
+    assert "the first 3,200 rows are shown · 2 missing · 1 not drawn" in html
     # 0.25 of 6,000 rows is 1,500, at half the size 750; one pixel of air around.
-    assert 'class="missing" x="239.0" y="749.0" width="122.0" height="302.0"' in html
+    assert 'class="missing" x="279.0" y="749.0" width="142.0" height="302.0"' in html
+
+
+def test_few_pages_are_shown_as_wide_as_they_are_and_many_smaller(tmp_path):
+    page = result("page", reference=picture(900, 1280), written=picture(900, 1280))
+    for count, width in ((1, 1280), (60, 1280), (61, 800), (150, 800), (151, 560), (None, 560)):
+        write_report(tmp_path / "report.html", "Title", iter([page]), {}, count=count)
+        html = (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert [image.width for image in pictures_in(html)] == [width, width, 320], count
 
 
 def test_boxes_outside_the_page_and_without_a_size_are_not_drawn(tmp_path):
@@ -200,7 +170,9 @@ def test_boxes_outside_the_page_and_without_a_size_are_not_drawn(tmp_path):
 def test_many_boxes_stay_bounded(tmp_path):
     boxes = [Box(0.1, 0.1, 0.1, 0.1, "x")] * 3000
     html = written(tmp_path, [result("page", missing=boxes, matched=[])])
-    assert html.count('class="missing" x=') == page_report.MAX_BOXES + 1 and "3,000 missing · 2,500 not drawn" in html
+    assert (
+        html.count('class="missing" x=') == report_pictures.MAX_BOXES + 1 and "3,000 missing · 2,500 not drawn" in html
+    )
 
 
 def test_small_boxes_lie_above_large_ones(tmp_path):
@@ -212,9 +184,9 @@ def test_small_boxes_lie_above_large_ones(tmp_path):
 def test_the_difference_is_white_where_pages_are_equal():
     page = Image.fromarray(picture())
     other = Image.fromarray(picture(100))
-    assert page_report.difference(page, page).getextrema() == (255, 255)
-    assert page_report.difference(page, other).size == (120, 100)
-    assert page_report.difference(page, Image.new("RGB", page.size, (255, 245, 255))).getpixel((100, 80)) == 225
+    assert report_pictures.difference(page, page).getextrema() == (255, 255)
+    assert report_pictures.difference(page, other).size == (120, 100)
+    assert report_pictures.difference(page, Image.new("RGB", page.size, (255, 245, 255))).getpixel((100, 80)) == 225
 
 
 def test_pictures_come_from_files_and_a_bad_one_is_said(tmp_path):
@@ -224,6 +196,7 @@ def test_pictures_come_from_files_and_a_bad_one_is_said(tmp_path):
     pages += [result("b", reference=np.zeros((0, 5, 3), np.uint8), written=np.zeros((3, 3, 9), np.uint8))]
     html = written(tmp_path, [*pages, result("c", reference=None, written=None)])
     assert [image.convert("RGB").getpixel((9, 9)) for image in pictures_in(html)] == [(255, 255, 255)]
+    html = html[html.index("<article") :]
     assert (
         html.count("could not be read") == 2
         and html.count("picture is empty") == 1
@@ -234,11 +207,15 @@ def test_pictures_come_from_files_and_a_bad_one_is_said(tmp_path):
 
 def test_even_noise_stays_small_enough_for_five_hundred_pages(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (4000, 1280, 3), np.uint8)
-    html = written(tmp_path, [result("noise", reference=noise, written=noise[::-1])])
-    limits = [page_report.PICTURE_BYTES, page_report.PICTURE_BYTES, page_report.DIFFERENCE_BYTES]
-    sizes = [len(base64.b64decode(data)) for data in re.findall('base64,([^"]+)"', html)]
-    assert all(size <= limit for size, limit in zip(sizes, limits)) and len(sizes) == 3
-    assert sum(limits) * 4 / 3 * 500 < 60_000_000
+    page = result("noise", reference=noise, written=noise[::-1], before=Before(noise[:, ::-1], "<p>", {}))
+    many = report_pictures.MANY_PAGES
+    limits = [*[many.picture_bytes] * 3, many.difference_bytes]
+    html = written(tmp_path, iter([page]))
+    sizes = [len(base64.b64decode(data)) for data in re.findall('base64,([^"]+)"', html[html.index("<article") :])]
+    assert all(size <= limit for size, limit in zip(sizes, limits)) and len(sizes) == 4
+    assert sum(limits) * 4 / 3 * 500 < 62_000_000
+    for detail in report_pictures.DETAILS:
+        assert (3 * detail.picture_bytes + detail.difference_bytes) * 4 / 3 * detail.pages < 40_000_000
 
 
 # -----------------------------------------------------------------------------
@@ -251,8 +228,8 @@ def test_failures_count_as_zero_and_the_mean_without_them_stands_beside():
     assert (likeness.with_failures, likeness.without, likeness.measured) == (
         pytest.approx(2.57 / 6), pytest.approx(2.57 / 5), 5)  # fmt: skip
     assert (block.with_failures, block.without, block.measured) == (pytest.approx(1.5 / 7), 0.25, 6)
-    assert mean_of([row_of(failed("x"), 1)], "likeness") == page_report.Mean(0.0, None, 0)
-    assert mean_of([], "likeness") == page_report.Mean(None, None, 0)
+    assert mean_of([row_of(failed("x"), 1)], "likeness") == report_summary.Mean(0.0, None, 0)
+    assert mean_of([], "likeness") == report_summary.Mean(None, None, 0)
     assert share_of(rows, "valid") == (7, 7)
     assert share_of([*rows, row_of(failed("x", scores={}), 1), row_of(result("y", scores={}), 1)], "valid") == (7, 8)
 
@@ -295,7 +272,7 @@ def test_the_metric_that_chooses_comes_first_and_orders_the_pages(tmp_path):
 
 def test_a_failed_page_shows_zeros_whatever_it_says(tmp_path):
     html = written(tmp_path, [failed("broken", scores={"likeness": 0.9, "ssim": 0.8, "seconds": 15.0})])
-    card = html[html.index("<article") :]
+    card = html[html.index("<article") : html.index("</article>")]
     assert re.findall(r"<dt>(\w+)</dt><dd>([^<]*)", card) == [("likeness", "0.00"), ("SSIM", "0.00")]
     assert "seconds 15.00" in card and "0.9" not in card
 
@@ -370,20 +347,6 @@ def test_a_histogram_counts_every_page_and_sets_failures_apart(tmp_path):
     assert 'aria-label="Pages with likeness 0.0 to 0.1: 2, 0.3 to 0.4: 2, 0.8 to 0.9: 1, 0.9 to 1.0: 1"' in html
     assert 'aria-label="Pages with block 0.0 to 0.1: 1, 0.2 to 0.3: 6"' in html
     assert html.count('class="failed" x="0.6" y="50.0" width="8.8" height="50.0"') == 1
-
-
-COMPARISON = {
-    "metrics": {
-        "overall": {"before": 0.31, "after": 0.82, "difference": 0.51, "low": 0.44, "high": 0.58, "p": 0.0004},
-        "tree_bleu": {"before": 0.3, "after": 0.27, "difference": -0.03, "low": -0.09, "high": 0.03, "p": 0.31},
-        "ssim": {"before": None, "after": 0.5},
-    },
-    "decoding": [
-        {"repetition_penalty": 1.0, "before": 0.2, "after": 0.79},
-        {"repetition_penalty": 1.05, "after": 0.82},
-    ],
-    "n": 40,
-}
 
 
 def test_the_comparison_shows_differences_with_their_intervals(tmp_path):
@@ -557,7 +520,7 @@ def test_the_report_fits_every_width(show, report, width):
         .locator("figure")
         .evaluate_all("all => all.map((f) => f.getBoundingClientRect().y)")
     )
-    assert len(set(tops)) == (1 if width > 704 else 3)
+    assert len(set(tops)) == (1 if width > 704 else 2)
 
 
 def test_buttons_sort_by_order_name_and_any_score(show, report):
@@ -626,7 +589,7 @@ def test_boxes_lie_on_their_text_and_can_be_hidden(show, report):
     assert place == pytest.approx([0.6, 0.1], abs=0.02)
     assert card.locator("rect").evaluate_all("all => all.map((r) => r.getAttribute('class'))") == [
         "matched", "matched", "missing", "matched", "matched", "invented"]  # fmt: skip
-    for kind in page_report.KINDS:
+    for kind in report_pictures.KINDS:
         page.get_by_label(kind).uncheck()
         assert card.locator(f"rect.{kind}:visible").count() == 0
     page.get_by_label("missing").check()
@@ -639,15 +602,16 @@ def test_boxes_lie_on_their_text_and_can_be_hidden(show, report):
 def test_a_matched_box_lights_its_partner_for_mouse_and_keyboard(show, report):
     page = show(report)
     card = page.locator("#page-1")
-    lit = "c => [...c.querySelectorAll('.lit')].map((r) => r.closest('figure').innerText[0] + r.textContent)"
+    name = "r.closest('figure').innerText.split(/\\W/)[0]"
+    lit = f"c => [...c.querySelectorAll('.lit')].map((r) => {name} + ' ' + r.textContent)"
     card.locator('rect[data-pair="1"]').last.hover()
-    assert card.evaluate(lit) == ["Rmatched: World", "Wmatched: World"]
+    assert card.evaluate(lit) == ["Wanted matched: World", "Written matched: World"]
     card.locator(".boxes").first.focus()
     page.keyboard.press("ArrowRight")
-    assert card.evaluate(lit) == ["Rmatched: Hello", "Wmatched: Hello!"]
+    assert card.evaluate(lit) == ["Wanted matched: Hello", "Written matched: Hello!"]
     assert card.locator(".readout").inner_text() == "matched: Hello → Hello!"
     page.keyboard.press("ArrowRight")
-    assert card.evaluate(lit) == ["Rmissing: Menu"]
+    assert card.evaluate(lit) == ["Wanted missing: Menu"]
 
 
 def test_details_open_by_enter_and_show_the_source(show, report):
@@ -656,6 +620,29 @@ def test_details_open_by_enter_and_show_the_source(show, report):
     part.locator("summary").focus()
     page.keyboard.press("Enter")
     assert part.locator("pre").inner_text() == "<p>page 0</p>" and part.locator("pre").is_visible()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_picture_is_enlarged_by_mouse_and_by_keyboard(show, report, width):
+    page = show(report, width)
+    viewer = page.locator("#viewer")
+    page.locator(".pick img").first.click(position={"x": 20, "y": 40})
+    title = viewer.locator("h2")
+    assert viewer.is_visible() and title.inner_text().startswith("Wanted · page")
+    assert viewer.locator("img").get_attribute("src") == page.locator(".pick img").first.get_attribute("src")
+    page.keyboard.press("ArrowRight")
+    assert title.inner_text().startswith("Written · page")
+    viewer.get_by_role("button", name="Actual pixels").click()
+    assert viewer.locator("img").evaluate("(image) => image.clientWidth === image.naturalWidth")
+    page.keyboard.press("Escape")
+    assert viewer.is_hidden() and page.url.endswith("report.html")
+    button = page.locator("#page-1 .enlarge").nth(1)
+    button.focus()
+    page.keyboard.press("Enter")
+    assert title.inner_text() == "Written · page 0" and focused(page, "dataset.view") == "close"
+    page.keyboard.press("j")  # walks no pages behind the picture
+    page.keyboard.press("Enter")
+    assert viewer.is_hidden() and focused(page, "ariaLabel") == "Enlarge: Written"
 
 
 def test_j_and_k_walk_the_pages_but_not_while_typing(show, report):

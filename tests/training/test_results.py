@@ -45,3 +45,33 @@ def test_the_report_leaves_out_the_pages_that_chose_the_weights_as_the_results_d
     assert abs(told - 0.3) < 1e-9 and f"<dt>likeness</dt><dd>{told:.3f}</dd>" in report
     assert report.count("<article") == 4 and report.count('<li class="chooses">') == 2
     assert "2 of 4 pages chose the weights" in report
+
+
+def test_the_report_shows_what_the_base_wrote_and_how_the_training_went(tmp_path):
+    """The scores are given, so that no browser is needed."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "screenshot.png")
+    screenshot = (tmp_path / "screenshot.png").read_bytes()
+    pages = [{"name": f"page {n}", "screenshot": screenshot, "html": f"<p>{n}</p>", "html_tokens": 9} for n in range(2)]
+    rendering, recipe = Rendering(tmp_path), use.Recipe()
+    results = Results(tmp_path, recipe, pages, rendering)
+    for label, likeness in (("before", 0.25), ("after", 0.75)):
+        rows = [
+            {"place": n, "html": f"{label} {n}", "raw": "", "tokens": 8, "cut_off": False, "seconds": 1.0}
+            for n in range(2)
+        ]
+        progress = rendering.progress(f"{label} {recipe.repetition_penalty}")
+        for pair in pairs_of(rows, pages):
+            picture = np.zeros((64, 64, 3), np.uint8)
+            progress.keep(pair.key, PageScore({CHOOSING: likeness}, valid=True), [picture, picture])
+        scores = [{"page": page["name"], CHOOSING: likeness} for page in pages]
+        results.add(label, score_held_out(rows, pages, scores), rows)
+    results.add("step 10", {CHOOSING: 0.5}, [])
+    results.losses = [(step, 3 / step) for step in range(1, 21)]
+    rendering.facts = {"browser": "none"}
+    assert results.evaluations() == [(0, 0.25), (10, 0.5), (20, 0.75)]
+    results.write({"model": "tiny"})
+    report = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert report.count("<b>Before training</b>") == 2 + 2, "in each card, and on the first screen"
+    assert "mean likeness 0.750, 0.250 before training" in report and "before 1</code>" in report
+    assert "<title>step 10: 0.500</title>" in report and "Training loss" in report
+    assert not [*tmp_path.glob("rendered_*")]
