@@ -31,8 +31,8 @@ from pathlib import Path
 
 from training.settings import PageSettings, Resolved, answer, check_settings, penalties, resolve
 
-if __name__ == "__main__" and {"-h", "--help", "--check_settings"} & {*sys.argv}:
-    answer(sys.argv[1:])  # and end here: torch, and all that needs it, takes seconds to load
+if __name__ == "__main__":
+    answer(sys.argv[1:])  # what can be answered without torch, which takes seconds to load, and end there
 
 import torch
 from datasets import Dataset

@@ -16,14 +16,14 @@ import os
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import use_model_from_hub as use
 from training import training_arguments as fields_of_transformers
 from training.checkpoints import checkpoints_in, read_manifest
 from training.cleaning import cleaning_steps
 from training.command_line import forbid_torch, make_parser, read, training_arguments
-from training.errors import SettingsError
+from training.errors import SettingsError, refuse_other_systems
 from training.families import FAMILIES
 from training.mixture import FLAGS, asked_datasets, split_share
 from training.processes import local_world_size, world_size
@@ -530,13 +530,19 @@ def check_settings(resolved: Resolved) -> None:
         raise SettingsError(in_one(problems))
 
 
-def answer(argv: list[str]) -> NoReturn:
-    """--help and --check_settings: says what there is to say, and ends the process.
+def answer(argv: list[str]) -> None:
+    """--help and --check_settings: says what there is to say, and ends the process; so does any other command line
+    where this is no Linux.
 
     --check_settings ends it with 0, or with 2 and a line on stderr for each problem. The code is the one that training
     resolves and checks with, for a machine at which nobody has looked: so it needs no torch, and a second or two. The
     wrapper asks this before it starts the launcher, with WORLD_SIZE set.
     """
+    helps = {"-h", "--help"} & {*argv}
+    if not helps:
+        refuse_other_systems()
+        if "--check_settings" not in argv:
+            return
     forbid_torch()
     resolved = resolve(argv, Machine())
     problems = find_problems(resolved)
