@@ -29,7 +29,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
-from training.settings import PageSettings, Resolved, answer, check_settings, penalties, resolve
+from training.settings import PageSettings, Resolved, answer, ask_before_cpu, check_settings, penalties, resolve
 
 if __name__ == "__main__":
     answer(sys.argv[1:])  # what can be answered without torch, which takes seconds to load, and end there
@@ -55,7 +55,7 @@ from transformers.trainer_utils import TrainOutput
 
 import use_model_from_hub as use
 from scoring import metrics
-from training import fast_layers, page_costs, resuming, zero3
+from training import fast_layers, page_costs, progress, resuming, zero3
 from training.base_model import BaseTensor, base_tensors, fetch_base, fingerprint, load_config, load_processor
 from training.best_weights import BestWeights
 from training.checkpoints import Checkpoints
@@ -721,6 +721,7 @@ def make_arguments(resolved: Resolved) -> TrainingArguments:
     Raises `SettingsError` for what transformers refuses, `PipelineError` where the Trainer counts other processes than
     the launcher has started: each would then train on all pages.
     """
+    progress.hush_libraries()
     if resolved.deepspeed is not None and "RANK" not in os.environ:
         zero3.begin_alone()
     training = {**resolved.training, "deepspeed": resolved.deepspeed}
@@ -754,6 +755,8 @@ def run(argv: list[str]) -> None:
         base = fetch_base(settings)
         parameters = sum(math.prod(tensor.shape) for tensor in base_tensors(base, settings).values())
         return print_plan(resolved, load_config(base, settings), parameters)
+    if is_main():
+        ask_before_cpu(resolved)  # here, since the config alone tells the size: the weights are not fetched yet
     args = make_arguments(resolved)
     resuming.take_folders(resolved)
     heart.knows(args.output_dir, args.ddp_timeout, settings.hang_timeout)
@@ -773,7 +776,8 @@ def run(argv: list[str]) -> None:
         first = pages.training[0]
         (picture,) = encoder.family.pictures(processor, [use.open_screenshot(first["screenshot"])])
         ids, labels = encoder.encode(first["html"], picture.ids)
-        return say(colour_supervision(ids, labels, processor.tokenizer, encoder.image_token_id))
+        shown = (ids, labels, processor.tokenizer, encoder.image_token_id, sys.stdout.isatty())
+        return say(colour_supervision(*shown))
     fine_tune(resolved, args, base, tensors, processor, encoder, pages, checkpoint)
 
 

@@ -35,7 +35,7 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
-from training.errors import MEANINGS, OUT_OF_MEMORY_CODE, refuse_other_systems
+from training.errors import MEANINGS, ON_CPU, OUT_OF_MEMORY_CODE, agreed, refuse_other_systems
 
 DEFAULT_PORT = 29500
 NO_GPU = 1000  # the number of no GPU: the launcher shows hidden GPUs to the ranks again, by the numbers we give it
@@ -222,7 +222,7 @@ def knows_its_check(script: Path) -> bool:
     return any(re.search(r"--check_settings\b|[\"']check_settings[\"']|^\s+check_settings:", t, re.M) for t in texts)
 
 
-def script_problems(args: argparse.Namespace, passed_on: list[str], known: list[str]) -> list[str]:
+def script_problems(args: argparse.Namespace, passed_on: list[str], known: list[str], gpus: list[str]) -> list[str]:
     """What the script's own check says against the passed-on flags; `known` are the problems that were found before."""
     flags = {problem.split()[0].rstrip(":") for problem in known}
     if "--script" in flags or {"--help", "-h", "--help_training"} & {*passed_on}:
@@ -234,6 +234,7 @@ def script_problems(args: argparse.Namespace, passed_on: list[str], known: list[
     apart = ("RANK", "LOCAL_RANK", "HOLO1_STATUS_DIR", "HOLO1_RUN_ID")
     env = {key: text for key, text in os.environ.items() if key not in apart}
     ranks = max(1, args.num_gpus)
+    env |= {} if gpus else {"DS_ACCELERATOR": "cpu"}
     env |= {"WORLD_SIZE": str(ranks * args.num_nodes), "LOCAL_WORLD_SIZE": str(ranks)}
     env["HOLO1_WRAPPER_FLAGS"] = " ".join(f"--{name}" for name in vars(args))  # for its "did you mean"
     config = [] if "--config" in flags else ["--deepspeed", args.config]
@@ -248,12 +249,24 @@ def script_problems(args: argparse.Namespace, passed_on: list[str], known: list[
     if done.stdout.strip():
         print(done.stdout.rstrip(), file=sys.stderr)
     if done.returncode == 0:
-        return []
+        slow = any(line.startswith(ON_CPU) for line in done.stdout.splitlines())
+        return slow_problems(passed_on, args.dry_run) if slow else []
     told = [line for line in done.stderr.splitlines() if line.strip()]
     told = [line for line in told if line.split()[0].rstrip(":") not in flags]  # told already
     if done.returncode != 2 or not (told or known):
         told.append(f"{args.script} --check_settings ended with {done.returncode}: the check itself has failed")
     return told
+
+
+def slow_problems(passed_on: list[str], dry_run: bool) -> list[str]:
+    """The script has said that this takes a CPU for ever: on a terminal whoever sits there is asked, since its ranks
+    have no keyboard. Adds --yes to `passed_on`, by which they know that it was said; returns a no as a problem."""
+    asked = "--yes" not in passed_on and sys.stdin.isatty() and sys.stderr.isatty() and not dry_run
+    if asked and not agreed():
+        return ["not started: take a GPU, a smaller --base_model, or --yes"]
+    if "--yes" not in passed_on and not dry_run:
+        passed_on.append("--yes")
+    return []
 
 
 # -----------------------------------------------------------------------------
@@ -754,7 +767,7 @@ def main(argv: list[str] | None = None) -> int:
     refuse_other_systems()
     gpus = usable_gpus()
     problems = find_problems(args, gpus, passed_on)
-    problems += script_problems(args, passed_on, problems)
+    problems += script_problems(args, passed_on, problems, gpus)
     try:
         tempfile.gettempdir()  # one in which it has written a few bytes
     except FileNotFoundError as error:

@@ -97,7 +97,8 @@ def test_plan_needs_neither_gpu_nor_weights(tmp_path):
 def test_supervision_is_shown_without_loading_a_model(tiny_base, pages_folder, tmp_path):
     done = start_plain(small_run(tiny_base, pages_folder, show_supervision=True), tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "\033[32m<!DOCTYPE html>" in done.stdout and "rehearsal" not in done.stdout
+    assert "\n[supervised] <!DOCTYPE html>" in done.stdout and "rehearsal" not in done.stdout
+    assert "\033" not in done.stdout, "colours in a pipe"
 
 
 @pytest.mark.slow

@@ -54,6 +54,15 @@ def refuse_other_systems() -> None:
     sys.exit(SettingsError.code)
 
 
+ON_CPU = "on a CPU:"  # how a line begins that the wrapper asks about, where it finds it in the script's own check
+
+
+def agreed() -> bool:
+    """Asks on the terminal whether to train all the same; nothing typed, and a closed terminal, are a no."""
+    print("train all the same? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 class PipelineError(Exception):
     """What the user can mend; the class says the exit code, the message the value and the remedy."""
 

@@ -14,6 +14,7 @@ Sections: Writing, Scoring, Rendering, Keeping, Telling.
 from __future__ import annotations
 
 import shutil
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -311,21 +312,24 @@ def keep_outputs(rows: Sequence[Row], pages: Dataset, folder: Path, name: str) -
 # -----------------------------------------------------------------------------
 # Telling
 
+CONSOLE_COLUMNS = 100
+
 
 def announce(label: str, result: Mapping[str, Any]) -> str:
-    """One line of a result for the console; metrics by the table of scoring.metrics."""
+    """A result for the console, in lines that a terminal shows whole; metrics by the table of scoring.metrics."""
 
     def share(name: str) -> str:
         return "-" if result[name] is None else f"{100 * result[name]:.1f} %"
 
     choosing = result.get("choosing")
     others = f" ({choosing['n']} others choose the weights)" if choosing and choosing["apart"] else ""
-    return (
+    told = (
         f"{label}: {result['n']} held-out pages{others}: exact {share('exact')}, valid {share('valid')}, "
         f"truncated {share('truncated')}, looping {share('looping')}, exact with the screenshots shuffled "
         f"{share('shuffled_exact')}; {result['mean_tokens']:.0f} tokens a page (references "
         f"{result['mean_reference_tokens']:.0f}), {result['tokens_per_second']:.0f} tokens/s" + rendered_words(result)
     )
+    return textwrap.fill(told, CONSOLE_COLUMNS, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
 
 
 def rendered_words(result: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from scoring.bar import beside_bars
 from training.errors import HINTS, MEANINGS, PipelineError, StoppedError, exit_code
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ NOBODY_READS = (errno.EIO, errno.EPIPE)  # a terminal whose window was closed, a
 def print_line(line: str) -> None:
     """On stdout. One that nobody reads any more ends no run: what comes later goes nowhere, whoever says it."""
     try:
-        print(line, flush=True)
+        with beside_bars():
+            print(line, flush=True)
     except OSError as error:
         if error.errno not in NOBODY_READS:
             raise

@@ -11,20 +11,56 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import resource
 import time
+import warnings
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import torch
 from transformers import TrainerState, TrainingArguments
 
+from scoring.bar import on_terminal
 from training.heartbeat import heart
 from training.page_costs import peak_tflops
 from training.processes import add_up, say, take_largest, world_size
 from training.prompt_and_mask import IGNORED
+
+# What others say on every run and nobody can act on, each with who says it and why it does not matter here.
+DEPRECATED = (
+    r"`torch\.distributed\.\w+` (is deprecated|is a private function)"  # deepspeed 0.19.8 calls them, torch 2.14
+)
+SAID_IN_VAIN = {
+    # The Trainer of transformers 5.23 gives accelerate 1.15 a 1, whatever the steps; DeepSpeed's value is right.
+    "accelerate.accelerator": "Gradient accumulation steps mismatch",
+    # While training, no generation config is used (load_model); the final folder has the base's own.
+    "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
+}
+
+
+def matters(record: logging.LogRecord) -> bool:
+    """A filter for the loggers of SAID_IN_VAIN: everything else that they say is heard."""
+    return not record.getMessage().startswith(SAID_IN_VAIN.get(record.name, "\0"))
+
+
+def hush_libraries() -> None:
+    """No more of what is said on every run and means nothing, and no bars of others where there is no terminal."""
+    warnings.filterwarnings("ignore", DEPRECATED, FutureWarning)
+    for name in SAID_IN_VAIN:
+        logging.getLogger(name).addFilter(matters)
+    if not on_terminal():
+        import datasets
+        import huggingface_hub.utils
+        from transformers.utils import logging as transformers_logging
+
+        for disable in (
+            datasets.disable_progress_bars,
+            huggingface_hub.utils.disable_progress_bars,
+            transformers_logging.disable_progress_bar,
+        ):
+            disable()
 
 
 def say_memory(what: str, start: float) -> None:
@@ -121,15 +157,17 @@ def release_memory() -> None:
 
 
 def log_line(logs: dict, state: TrainerState) -> str:
-    """A step's `logs` for the console: loss, rates a second, peak in GiB, and the time left."""
-    left = (state.max_steps - state.global_step) * logs["seconds_per_step"]
+    """A step's `logs` for the console, in 100 columns up to step 99,999: loss, rate, pages a second, the share of the
+    GPU's operations (MFU) and of the time that waits for data, peak in GiB, hours and minutes left. Tokens a second are
+    in the logs of --report_to."""
+    minutes, seconds = divmod(round((state.max_steps - state.global_step) * logs["seconds_per_step"]), 60)
+    left = f"{minutes // 60}:{minutes % 60:02d} h" if minutes >= 60 else f"{minutes}:{seconds:02d} min"
+    speed = logs["pages_per_second"]
     return (
-        f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"
-        f"  {logs['pages_per_second']:.2f} pages/s  {logs['supervised_tokens_per_second']:,.0f} supervised tokens/s"
-        f"  {logs['image_tokens_per_second']:,.0f} image tokens/s  {logs['seconds_per_step']:.2f} s/step"
-        + (f"  MFU {100 * logs['mfu']:.1f} %" if "mfu" in logs else "")
-        + f"  data wait {100 * logs['data_wait_share']:.0f} %  peak {logs['peak_gib']:.1f} GiB"
-        f"  {timedelta(seconds=round(left))} left"
+        f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.1e}"
+        f"  {speed:.{2 if speed < 10 else 1 if speed < 100 else 0}f} pages/s"
+        + (f"  MFU {100 * logs['mfu']:.0f} %" if "mfu" in logs else "")
+        + f"  wait {100 * logs['data_wait_share']:.0f} %  {logs['peak_gib']:.1f} GiB  {left} left"
     )
 
 

@@ -23,6 +23,7 @@ from training import training_arguments as fields_of_transformers
 from training.checkpoints import checkpoints_in, read_manifest
 from training.cleaning import cleaning_steps
 from training.command_line import forbid_torch, make_parser, read, training_arguments
+from training.cpu_time import slow_words, sure
 from training.errors import SettingsError, refuse_other_systems
 from training.families import FAMILIES
 from training.mixture import FLAGS, asked_datasets, split_share
@@ -140,6 +141,7 @@ class PageSettings:
     hang_timeout: float | None = setting(
         None, "Seconds without a finished step after which training hangs and is ended (not set: by the steps so far)."
     )
+    yes: bool = setting(False, "Do not ask before a model of 1 B weights or more is trained on a CPU.")
     show_supervision: bool = setting(False, "Print one example with the supervised tokens in colour, then stop.")
     check_settings: bool = setting(False, "Check all that can be checked without loading anything, then stop.")
     demo: bool = setting(False, "The bundled tiny model on the bundled pages: no network, no GPU, a few minutes.")
@@ -517,7 +519,17 @@ def finish_deepspeed_json(config: dict, values: dict, typed: dict, notes: list[s
     offload = get_json(config, "zero_optimization.offload_optimizer.device") not in (None, "none")
     if offload and "optimizer" not in config:
         config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW on the CPU; DeepSpeed would refuse it
-    notes.append(f"DeepSpeed {values['deepspeed']}: {json.dumps(config)}")
+    notes.append(f"DeepSpeed {values['deepspeed']}: {deepspeed_words(config)}")
+
+
+def deepspeed_words(config: dict) -> str:
+    """What a resolved DeepSpeed JSON comes to, in a few words; pages per step and precision have lines of their own."""
+    zero = config.get("zero_optimization", {})
+    moved = [name for name in ("param", "optimizer") if get_json(zero, f"offload_{name}.device") not in (None, "none")]
+    words = [f"ZeRO stage {zero.get('stage', 0)}", f"gradients clipped at {config.get('gradient_clipping', 'auto')}"]
+    words += [f"{' and '.join(moved)} offloaded"] if moved else []
+    words += [f"its own {name}" for name in ("optimizer", "scheduler") if name in config]
+    return ", ".join(words)
 
 
 # -----------------------------------------------------------------------------
@@ -548,9 +560,25 @@ def answer(argv: list[str]) -> None:
     problems = find_problems(resolved)
     if not resolved.settings.check_settings:
         problems.append("--check_settings False: leave it out")
+    # The wrapper has looked for GPUs, and says by DS_ACCELERATOR that its ranks will find none.
+    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or resolved.training["use_cpu"]
+    if not problems and on_cpu and (words := slow_words(vars(resolved.settings), resolved.training)):
+        print(words, flush=True)
     for problem in problems:
         print(" ".join(problem.split()), file=sys.stderr, flush=True)
     sys.exit(2 if problems else 0)
+
+
+def ask_before_cpu(resolved: Resolved) -> str:
+    """(main process only) The line of a large model on a machine without a GPU, once it may be trained all the same;
+    "" for any other. Under the wrapper it has been said, and asked: --yes."""
+    told = resolved.settings.yes and "HOLO1_STATUS_DIR" in os.environ
+    if told or (resolved.machine.gpu and not resolved.training["use_cpu"]):
+        return ""
+    if words := slow_words(vars(resolved.settings), resolved.training):
+        print(words, file=sys.stderr, flush=True)
+        sure(resolved.settings.yes)
+    return words
 
 
 def find_problems(resolved: Resolved) -> list[str]:

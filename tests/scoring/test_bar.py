@@ -1,24 +1,25 @@
 """A bar on a terminal, lines in a file."""
 
+import fcntl
 import io
 import os
+import struct
 import sys
-
-import pytest
+import termios
 
 from scoring import bar
 
 
-@pytest.fixture
-def terminal(monkeypatch):
-    """stdout and stderr are a terminal; calling it reads what stands on it so far."""
+def on_a_terminal(monkeypatch, kind: str = "xterm"):
+    """stdout and stderr are a terminal from now on; what is returned reads what stands on it so far."""
     ours, theirs = os.openpty()
-    with open(theirs, "w", buffering=1) as both:
-        monkeypatch.setattr(sys, "stderr", both)
-        monkeypatch.setattr(sys, "stdout", both)
-        monkeypatch.setenv("TERM", "xterm")
-        yield lambda: os.read(ours, 100_000).decode()
-    os.close(ours)
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    both = open(theirs, "w", buffering=1)  # noqa: SIM115 (its descriptor goes with the test's frame)
+    monkeypatch.setattr(sys, "stderr", both)
+    monkeypatch.setattr(sys, "stdout", both)
+    monkeypatch.setenv("TERM", kind)
+    os.set_blocking(ours, False)
+    return lambda: os.read(ours, 100_000).decode()
 
 
 def count_to(number: int) -> None:
@@ -48,7 +49,8 @@ def test_a_file_is_told_now_and_then_how_fast_and_how_long_still(monkeypatch):
     ]
 
 
-def test_a_terminal_has_a_bar_and_what_is_said_meanwhile_stands_above_it(terminal):
+def test_a_terminal_has_a_bar_and_what_is_said_meanwhile_stands_above_it(monkeypatch):
+    terminal = on_a_terminal(monkeypatch)
     with bar.progress_bar("pages", 3) as progress:
         progress.update()
         with bar.beside_bars():
@@ -59,13 +61,14 @@ def test_a_terminal_has_a_bar_and_what_is_said_meanwhile_stands_above_it(termina
     assert said[:above].endswith("\r") and "pages:" in said[above:], "the bar was taken away before, and drawn again"
 
 
-@pytest.mark.parametrize("kind", ["dumb", "file"])
-def test_a_terminal_that_cannot_draw_and_a_program_without_bars_print_as_ever(terminal, monkeypatch, kind):
-    monkeypatch.setenv("TERM", kind)
-    if kind == "dumb":
-        count_to(2)
-        assert terminal() == "pages: 2 of 2 in 0:00:00\r\n"  # \r\n is the terminal's own line end
-    else:
-        with bar.beside_bars():
-            print("alone")
-        assert terminal() == "alone\r\n"
+def test_a_terminal_that_cannot_draw_has_lines(monkeypatch):
+    terminal = on_a_terminal(monkeypatch, "dumb")
+    count_to(2)
+    assert terminal() == "pages: 2 of 2 in 0:00:00\r\n"  # \r\n is the terminal's own line end
+
+
+def test_without_a_bar_a_line_is_printed_as_ever(monkeypatch):
+    terminal = on_a_terminal(monkeypatch)
+    with bar.beside_bars():
+        print("alone")
+    assert terminal() == "alone\r\n"
