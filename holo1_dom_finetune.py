@@ -55,7 +55,7 @@ from transformers.trainer_utils import TrainOutput
 
 import use_model_from_hub as use
 from scoring import metrics
-from training import fast_layers, page_costs, progress, resuming, zero3
+from training import fast_layers, page_costs, resuming, zero3
 from training.base_model import BaseTensor, base_tensors, fetch_base, fingerprint, load_config, load_processor
 from training.best_weights import BestWeights
 from training.checkpoints import Checkpoints
@@ -721,7 +721,6 @@ def make_arguments(resolved: Resolved) -> TrainingArguments:
     Raises `SettingsError` for what transformers refuses, `PipelineError` where the Trainer counts other processes than
     the launcher has started: each would then train on all pages.
     """
-    progress.hush_libraries()
     if resolved.deepspeed is not None and "RANK" not in os.environ:
         zero3.begin_alone()
     training = {**resolved.training, "deepspeed": resolved.deepspeed}

@@ -14,7 +14,6 @@ Sections: Writing, Scoring, Rendering, Keeping, Telling.
 from __future__ import annotations
 
 import shutil
-import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -36,7 +35,7 @@ from scoring.validity import looping, same_html, validity
 from training import zero3
 from training.errors import OUT_OF_MEMORY_CODE, PipelineError, StoppedError, exit_code, is_out_of_memory
 from training.heartbeat import heart
-from training.processes import gather, rank, say, say_from_here, world_size
+from training.processes import gather, in_columns, rank, say, say_from_here, world_size
 from training.progress import release_memory
 from training.stopping import stop
 
@@ -312,8 +311,6 @@ def keep_outputs(rows: Sequence[Row], pages: Dataset, folder: Path, name: str) -
 # -----------------------------------------------------------------------------
 # Telling
 
-CONSOLE_COLUMNS = 100
-
 
 def announce(label: str, result: Mapping[str, Any]) -> str:
     """A result for the console, in lines that a terminal shows whole; metrics by the table of scoring.metrics."""
@@ -329,7 +326,7 @@ def announce(label: str, result: Mapping[str, Any]) -> str:
         f"{share('shuffled_exact')}; {result['mean_tokens']:.0f} tokens a page (references "
         f"{result['mean_reference_tokens']:.0f}), {result['tokens_per_second']:.0f} tokens/s" + rendered_words(result)
     )
-    return textwrap.fill(told, CONSOLE_COLUMNS, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
+    return in_columns(told)
 
 
 def rendered_words(result: Mapping[str, Any]) -> str:

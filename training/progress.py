@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
 import resource
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,45 +20,10 @@ import psutil
 import torch
 from transformers import TrainerState, TrainingArguments
 
-from scoring.bar import on_terminal
 from training.heartbeat import heart
 from training.page_costs import peak_tflops
 from training.processes import add_up, say, take_largest, world_size
 from training.prompt_and_mask import IGNORED
-
-# What others say on every run and nobody can act on, each with who says it and why it does not matter here.
-DEPRECATED = (
-    r"`torch\.distributed\.\w+` (is deprecated|is a private function)"  # deepspeed 0.19.8 calls them, torch 2.14
-)
-SAID_IN_VAIN = {
-    # The Trainer of transformers 5.23 gives accelerate 1.15 a 1, whatever the steps; DeepSpeed's value is right.
-    "accelerate.accelerator": "Gradient accumulation steps mismatch",
-    # While training, no generation config is used (load_model); the final folder has the base's own.
-    "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
-}
-
-
-def matters(record: logging.LogRecord) -> bool:
-    """A filter for the loggers of SAID_IN_VAIN: everything else that they say is heard."""
-    return not record.getMessage().startswith(SAID_IN_VAIN.get(record.name, "\0"))
-
-
-def hush_libraries() -> None:
-    """No more of what is said on every run and means nothing, and no bars of others where there is no terminal."""
-    warnings.filterwarnings("ignore", DEPRECATED, FutureWarning)
-    for name in SAID_IN_VAIN:
-        logging.getLogger(name).addFilter(matters)
-    if not on_terminal():
-        import datasets
-        import huggingface_hub.utils
-        from transformers.utils import logging as transformers_logging
-
-        for disable in (
-            datasets.disable_progress_bars,
-            huggingface_hub.utils.disable_progress_bars,
-            transformers_logging.disable_progress_bar,
-        ):
-            disable()
 
 
 def say_memory(what: str, start: float) -> None:

@@ -27,7 +27,7 @@ from training.cpu_time import slow_words, sure
 from training.errors import SettingsError, refuse_other_systems
 from training.families import FAMILIES
 from training.mixture import FLAGS, asked_datasets, split_share
-from training.processes import local_world_size, world_size
+from training.processes import hush_libraries, local_world_size, world_size
 from training.run_record import (
     differences,
     has_begun,
@@ -544,7 +544,7 @@ def check_settings(resolved: Resolved) -> None:
 
 def answer(argv: list[str]) -> None:
     """--help and --check_settings: says what there is to say, and ends the process; so does any other command line
-    where this is no Linux.
+    where this is no Linux. Others go on, with less noise from what is imported next.
 
     --check_settings ends it with 0, or with 2 and a line on stderr for each problem. The code is the one that training
     resolves and checks with, for a machine at which nobody has looked: so it needs no torch, and a second or two. The
@@ -554,7 +554,7 @@ def answer(argv: list[str]) -> None:
     if not helps:
         refuse_other_systems()
         if "--check_settings" not in argv:
-            return
+            return hush_libraries()
     forbid_torch()
     resolved = resolve(argv, Machine())
     problems = find_problems(resolved)
