@@ -84,7 +84,7 @@ from training.processes import (
     say_from_here,
     world_size,
 )
-from training.progress import Meter, draw_loss, log_line, memory_is_tight, release_memory, say_batch, say_memory
+from training.progress import Meter, draw_loss, memory_is_tight, release_memory, say_batch, say_memory, say_step
 from training.prompt_and_mask import IGNORED, PageEncoder, check_same_question, colour_supervision
 from training.publishing import check_hub_access, push_final_folder, saved_words
 from training.recipe import gather_facts, make_recipe
@@ -393,7 +393,7 @@ class PageTrainer(Trainer):
             if not math.isfinite(logs["loss"]):
                 raise NotFiniteError(NOT_FINITE.format(f"loss is {logs['loss']},", self.state.global_step))
             logs |= self.meter.read(self.args)
-            say(log_line(logs, self.state))
+            say_step(logs, self.state)
         super().log(logs, start_time)
 
     def _get_output_dir(self, trial: object) -> str:
@@ -513,7 +513,7 @@ def make_trainer(
         processing_class=collate.processor,
         callbacks=[steps],
     )
-    # It prints the dictionary that log_line puts into words.
+    # It prints the dictionary that say_step puts into words.
     trainer.remove_callback(PrinterCallback)
     file = Path(args.output_dir) / "page_order.jsonl"
     sampler = PageSampler(costs, args, checkpoints.record["began_on"])

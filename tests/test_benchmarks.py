@@ -156,12 +156,12 @@ def test_a_figure_that_the_line_lacks_is_left_out():
 
 
 def test_the_line_of_the_real_trainer_is_read():
-    import holo1_dom_finetune as training
+    from training.progress import log_line
 
     names = "pages_per_second supervised_tokens_per_second image_tokens_per_second seconds_per_step".split()
     logs = dict.fromkeys([*names, "data_wait_share", "peak_gib", "mfu"], 0.5) | {"loss": 1.25, "learning_rate": 1e-5}
     state = type("State", (), {"global_step": 4, "max_steps": 9})
-    figures = step_speed.read_step(training.log_line(logs, state))
+    figures = step_speed.read_step(log_line(logs, state))
     assert (figures["step"], figures["loss"], figures["logged_mfu"], figures["peak_gib"]) == (4, 1.25, 0.5, 0.5)
 
 

@@ -15,15 +15,20 @@ import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 from transformers import TrainerState, TrainingArguments
 
+from scoring.bar import draw, erase, on_terminal
 from training.heartbeat import heart
 from training.page_costs import peak_tflops
-from training.processes import add_up, say, take_largest, world_size
+from training.processes import add_up, is_main, say, take_largest, world_size
 from training.prompt_and_mask import IGNORED
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 def say_memory(what: str, start: float) -> None:
@@ -132,6 +137,21 @@ def log_line(logs: dict, state: TrainerState) -> str:
         + (f"  MFU {100 * logs['mfu']:.0f} %" if "mfu" in logs else "")
         + f"  wait {100 * logs['data_wait_share']:.0f} %  {logs['peak_gib']:.1f} GiB  {left} left"
     )
+
+
+_bar: list[tqdm] = []  # of the steps, while they are trained on a terminal
+
+
+def say_step(logs: dict, state: TrainerState) -> None:
+    """(main process only speaks) The line of a step, and on a terminal a bar of all steps below it."""
+    say(log_line(logs, state))
+    if not is_main() or not on_terminal():
+        return
+    if not _bar:
+        _bar.append(draw("steps", state.max_steps, state.global_step, "step"))
+    _bar[0].update(state.global_step - _bar[0].n)
+    if state.global_step >= state.max_steps:
+        erase(_bar.pop())
 
 
 def draw_loss(history: list[dict], path: Path) -> None:
