@@ -29,10 +29,10 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
-from training.settings import PageSettings, Resolved, answer, check_settings, penalties, resolve
+from training.settings import PageSettings, Resolved, answer, ask_before_cpu, check_settings, penalties, resolve
 
-if __name__ == "__main__" and {"-h", "--help", "--check_settings"} & {*sys.argv}:
-    answer(sys.argv[1:])  # and end here: torch, and all that needs it, takes seconds to load
+if __name__ == "__main__":
+    answer(sys.argv[1:])  # what can be answered without torch, which takes seconds to load, and end there
 
 import torch
 from datasets import Dataset
@@ -85,7 +85,7 @@ from training.processes import (
     say_from_here,
     world_size,
 )
-from training.progress import Meter, draw_loss, log_line, memory_is_tight, release_memory, say_batch, say_memory
+from training.progress import Meter, draw_loss, memory_is_tight, release_memory, say_batch, say_memory, say_step
 from training.prompt_and_mask import IGNORED, PageEncoder, check_same_question, colour_supervision
 from training.publishing import check_hub_access, push_final_folder, saved_words
 from training.recipe import gather_facts, make_recipe
@@ -394,7 +394,7 @@ class PageTrainer(Trainer):
             if not math.isfinite(logs["loss"]):
                 raise NotFiniteError(NOT_FINITE.format(f"loss is {logs['loss']},", self.state.global_step))
             logs |= self.meter.read(self.args)
-            say(log_line(logs, self.state))
+            say_step(logs, self.state)
         super().log(logs, start_time)
 
     def _get_output_dir(self, trial: object) -> str:
@@ -514,7 +514,7 @@ def make_trainer(
         processing_class=collate.processor,
         callbacks=[steps],
     )
-    # It prints the dictionary that log_line puts into words.
+    # It prints the dictionary that say_step puts into words.
     trainer.remove_callback(PrinterCallback)
     file = Path(args.output_dir) / "page_order.jsonl"
     sampler = PageSampler(costs, args, checkpoints.record["began_on"])
@@ -750,6 +750,8 @@ def run(argv: list[str]) -> None:
         base = fetch_base(settings)
         parameters = sum(math.prod(tensor.shape) for tensor in base_tensors(base, settings).values())
         return print_plan(resolved, load_config(base, settings), parameters)
+    if is_main():
+        ask_before_cpu(resolved)  # here, since the config alone tells the size: the weights are not fetched yet
     args = make_arguments(resolved)
     resuming.take_folders(resolved)
     heart.knows(args.output_dir, args.ddp_timeout, settings.hang_timeout)
@@ -769,7 +771,8 @@ def run(argv: list[str]) -> None:
         first = pages.training[0]
         (picture,) = encoder.family.pictures(processor, [use.open_screenshot(first["screenshot"])])
         ids, labels = encoder.encode(first["html"], picture.ids)
-        return say(colour_supervision(ids, labels, processor.tokenizer, encoder.image_token_id))
+        shown = (ids, labels, processor.tokenizer, encoder.image_token_id, sys.stdout.isatty())
+        return say(colour_supervision(*shown))
     fine_tune(resolved, args, base, tensors, processor, encoder, pages, checkpoint)
 
 

@@ -34,7 +34,7 @@ from making.sources import count_pages, find_pages
 from making.workers import PageMaker, Workers, most_at_once
 from scoring.renders import BrowserMissing, facts_of_browser, find_chromium
 from training.dataset import known_dataset
-from training.errors import SettingsError, UploadError, is_disk_full
+from training.errors import SettingsError, UploadError, is_disk_full, refuse_other_systems
 
 SECONDS_PER_RENDER = 30.0
 
@@ -86,6 +86,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
+    refuse_other_systems()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         settings = settings_from(args)

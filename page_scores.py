@@ -23,6 +23,7 @@ from scoring.metrics import names, worst_words
 from scoring.proof import ScorerError, prove
 from scoring.renders import BrowserMissing, Renderer
 from scoring.statistics import left_out_words, means, scores_line, shares
+from training.errors import refuse_other_systems
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -69,6 +70,7 @@ def summary_line(found: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 1 where the scorer is broken, 2 where pages, browser or CLIP's weights are missing."""
     args = parse(argv)
+    refuse_other_systems()
     single = args.references.is_file()
     pairs = pairs_of(args.references, args.predictions, args.width)
     if single:

@@ -18,7 +18,6 @@ Sections: Command line, Checks, The script's own check, Port, Run, Beats, Main.
 import argparse
 import ast
 import contextlib
-import fcntl
 import importlib.util
 import json
 import os
@@ -36,12 +35,13 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
-from training.errors import MEANINGS, OUT_OF_MEMORY_CODE
+from training.errors import MEANINGS, ON_CPU, OUT_OF_MEMORY_CODE, agreed, refuse_other_systems
 
 DEFAULT_PORT = 29500
 NO_GPU = 1000  # the number of no GPU: the launcher shows hidden GPUs to the ranks again, by the numbers we give it
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-SOFT = (signal.SIGHUP, signal.SIGUSR1)  # a terminal that closes sends two, and a warning is no more than that
+# A terminal that closes sends two, and a warning is no more than that. Windows has neither, and answers --help, too.
+SOFT = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name))
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *SOFT)
 GRACE_S = 10  # the other ranks' time when one has failed, and the launcher's when all have left their code
 ORPHAN_GRACE_S = 4.5  # all ranks' time when the launcher was killed: after 5 s none may be left,
 SAVING_S = 600  # but for one that saves: a save is not cut before this time
@@ -99,12 +99,16 @@ def read_command_line(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def build_command(args: argparse.Namespace, gpus: list[str], passed_on: list[str], hostfile: str) -> list[str]:
     # This interpreter starts the launcher, and the launcher the ranks: right in a venv that nobody activated.
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(args.num_gpus)]
+    # Its own lines would stand around every error of ours, and `Run.verdict` says what they mean; whatever ends the
+    # launcher itself is raised, and seen at any level (deepspeed 0.19.8).
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical"]
+    which = ["--num_gpus", str(args.num_gpus)]
     if "CUDA_VISIBLE_DEVICES" in os.environ:  # --num_gpus ignores it and takes the first GPUs; --include obeys
         chosen = gpus or [str(NO_GPU + rank) for rank in range(args.num_gpus)]
         ours = ",".join(chosen[: args.num_gpus])  # of other machines' GPUs, only the number counts here
         hosts = ["localhost"] if args.num_nodes == 1 else [f"node{number}" for number in range(args.num_nodes)]
-        launcher[3:] = ["--include", "@".join(f"{host}:{ours}" for host in hosts)]
+        which = ["--include", "@".join(f"{host}:{ours}" for host in hosts)]
+    launcher += which
     if args.num_nodes > 1:
         launcher += ["--hostfile", hostfile, "--no_ssh", "--node_rank", str(args.node_rank)]
         launcher += ["--master_addr", args.master_addr]
@@ -218,7 +222,7 @@ def knows_its_check(script: Path) -> bool:
     return any(re.search(r"--check_settings\b|[\"']check_settings[\"']|^\s+check_settings:", t, re.M) for t in texts)
 
 
-def script_problems(args: argparse.Namespace, passed_on: list[str], known: list[str]) -> list[str]:
+def script_problems(args: argparse.Namespace, passed_on: list[str], known: list[str], gpus: list[str]) -> list[str]:
     """What the script's own check says against the passed-on flags; `known` are the problems that were found before."""
     flags = {problem.split()[0].rstrip(":") for problem in known}
     if "--script" in flags or {"--help", "-h", "--help_training"} & {*passed_on}:
@@ -230,6 +234,7 @@ def script_problems(args: argparse.Namespace, passed_on: list[str], known: list[
     apart = ("RANK", "LOCAL_RANK", "HOLO1_STATUS_DIR", "HOLO1_RUN_ID")
     env = {key: text for key, text in os.environ.items() if key not in apart}
     ranks = max(1, args.num_gpus)
+    env |= {} if gpus else {"DS_ACCELERATOR": "cpu"}
     env |= {"WORLD_SIZE": str(ranks * args.num_nodes), "LOCAL_WORLD_SIZE": str(ranks)}
     env["HOLO1_WRAPPER_FLAGS"] = " ".join(f"--{name}" for name in vars(args))  # for its "did you mean"
     config = [] if "--config" in flags else ["--deepspeed", args.config]
@@ -244,12 +249,24 @@ def script_problems(args: argparse.Namespace, passed_on: list[str], known: list[
     if done.stdout.strip():
         print(done.stdout.rstrip(), file=sys.stderr)
     if done.returncode == 0:
-        return []
+        slow = any(line.startswith(ON_CPU) for line in done.stdout.splitlines())
+        return slow_problems(passed_on, args.dry_run) if slow else []
     told = [line for line in done.stderr.splitlines() if line.strip()]
     told = [line for line in told if line.split()[0].rstrip(":") not in flags]  # told already
     if done.returncode != 2 or not (told or known):
         told.append(f"{args.script} --check_settings ended with {done.returncode}: the check itself has failed")
     return told
+
+
+def slow_problems(passed_on: list[str], dry_run: bool) -> list[str]:
+    """The script has said that this takes a CPU for ever: on a terminal whoever sits there is asked, since its ranks
+    have no keyboard. Adds --yes to `passed_on`, by which they know that it was said; returns a no as a problem."""
+    asked = "--yes" not in passed_on and sys.stdin.isatty() and sys.stderr.isatty() and not dry_run
+    if asked and not agreed():
+        return ["not started: take a GPU, a smaller --base_model, or --yes"]
+    if "--yes" not in passed_on and not dry_run:
+        passed_on.append("--yes")
+    return []
 
 
 # -----------------------------------------------------------------------------
@@ -262,6 +279,8 @@ def lock_port(port: int) -> bool:
     """Whether no other wrapper of this user has chosen the port; it is ours, then, until `release_ports`, or until this
     process and its watchdog end. Between a look at a port and the ranks' use of it lie the seconds that imports take.
     """
+    import fcntl  # nowhere but on POSIX, and --help is answered anywhere
+
     path = os.path.join(tempfile.gettempdir(), f"holo1-port-{os.getuid()}-{port}")
     while True:
         try:
@@ -745,9 +764,10 @@ def train(args: argparse.Namespace, gpus: list[str], passed_on: list[str]) -> in
 
 def main(argv: list[str] | None = None) -> int:
     args, passed_on = read_command_line(sys.argv[1:] if argv is None else argv)
+    refuse_other_systems()
     gpus = usable_gpus()
     problems = find_problems(args, gpus, passed_on)
-    problems += script_problems(args, passed_on, problems)
+    problems += script_problems(args, passed_on, problems, gpus)
     try:
         tempfile.gettempdir()  # one in which it has written a few bytes
     except FileNotFoundError as error:

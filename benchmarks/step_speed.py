@@ -265,11 +265,10 @@ def environment(gpus: int, gpu: bool) -> dict[str, str]:
 OUR_FIGURES = {
     "step": r"\bstep (\d+)/\d+",
     "loss": r"\bloss (\S+)",
-    "seconds": r"([\d.,]+) s/step",
     "logged_pages_per_second": r"([\d.,]+) pages/s",
     "logged_mfu": r"\bMFU ([\d.,]+) ?%",
-    "data_wait_share": r"\bdata wait ([\d.,]+) ?%",
-    "peak_gib": r"\bpeak ([\d.,]+) GiB",
+    "data_wait_share": r"\bwait ([\d.,]+) ?%",
+    "peak_gib": r"([\d.,]+) GiB",
 }
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -28,6 +27,7 @@ from typing import Any, BinaryIO
 from making.drops import REASONS
 from making.sources import Source
 from making.workers import Made, Task, Workers
+from scoring.bar import progress_bar
 from training.errors import SettingsError
 
 RETRIED = ("render", "changing", "duplicate", "died")  # another run may see them otherwise
@@ -154,6 +154,8 @@ class Folder:
 
     def _own(self) -> None:
         """One run a folder: two would write over each other. The system lets go when the process ends."""
+        import fcntl  # not on Windows, where --help is still answered
+
         self.lock = os.open(self.place, os.O_RDONLY)
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -335,24 +337,20 @@ def write_pages(sources: Iterable[Source], folder: Folder, workers: Workers, tot
 
     So does a source that ends in a SettingsError, which is raised again.
     """
-    from tqdm import tqdm
-
-    bar = tqdm(desc="pages", unit="page", mininterval=0.5, total=total)
     tasks = (Task(number, source, folder.earlier(source.name)) for number, source in enumerate(sources))
     interrupted, browser = False, ""
     try:
-        for made in workers.make(tasks):
-            with uninterrupted():
-                folder.keep(made)
-            browser = made.browser or browser
-            bar.update()
+        with progress_bar("pages", total) as bar:
+            for made in workers.make(tasks):
+                with uninterrupted():
+                    folder.keep(made)
+                browser = made.browser or browser
+                bar.update()
     except KeyboardInterrupt:
         interrupted = True
     except SettingsError:
         folder.finish(interrupted=True)
         raise
-    finally:
-        bar.close()
     report = folder.finish(interrupted)
     report.browser = browser
     return report

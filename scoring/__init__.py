@@ -16,6 +16,7 @@ Rooms from top to bottom; each may import those below it, and none above:
     validity         whether a page is whole, repeats itself, equals another
     renders          draws hostile pages in Chromium, safely; of ours it needs the clock and use_model_from_hub.py alone
     clock            how long a page has taken by its own work
+    bar              how far a long piece of work has come
 
 Everything here is started as a module (`python -m scoring.renders`): started as a file, this folder would come first on
 Python's path, and `statistics` would hide Python's own.

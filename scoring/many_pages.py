@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from scoring.bar import progress_bar
 from scoring.blocks import Block, Page, job_for, page_of
 from scoring.clip import Clip
 from scoring.metrics import Compared, PageScore, compare, likeness, names
@@ -157,11 +157,9 @@ class Progress:
 def run_pairs(
     pairs: Sequence[Pair], renderer: Renderer, progress: Progress, clip: Clip | None = None
 ) -> list[dict[str, Any]]:
-    """Scores of all pairs, in order, each with its `page`; a bar on stderr."""
-    from tqdm import tqdm
-
+    """Scores of all pairs, in order, each with its `page`; a bar on a terminal, lines elsewhere."""
     left = [pair for pair in pairs if pair.key not in progress.rows]
-    with tqdm(total=len(pairs), initial=len(pairs) - len(left), unit="page", file=sys.stderr) as bar:
+    with progress_bar("pages scored", len(pairs), len(pairs) - len(left)) as bar:
         for pair, score, *images in score_pairs(left, renderer, clip):
             progress.keep(pair.key, score, images)
             bar.update()

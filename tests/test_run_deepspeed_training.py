@@ -26,7 +26,7 @@ from conftest import PROGRAMS, loaded_for_help
 import run_deepspeed_training as wrapper
 
 ROOT = Path(wrapper.__file__).resolve().parent
-LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner"]
+LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical"]
 
 
 @pytest.fixture
@@ -351,7 +351,7 @@ def test_a_hostfile_tells_how_many_machines_there_are(here, capsys):
     flags = "--hostfile hosts --no_ssh --master_addr a.example".split()
     assert dry_run(capsys, *flags, "--node_rank", "1") == expected_command(1, "a.example")
     assert "--node_rank 2: give a number from 0 to 1" in refused(capsys, *flags, "--node_rank", "2")
-    assert dry_run(capsys, "--hostfile", "hosts", "--num_nodes", "1")[3:5] == ["--num_gpus", "1"]
+    assert dry_run(capsys, "--hostfile", "hosts", "--num_nodes", "1")[5:7] == ["--num_gpus", "1"]
 
 
 ALONE = "--node_rank, --no_ssh, --master_addr: for several machines only; tell how many, --num_nodes"
@@ -443,7 +443,7 @@ def test_what_is_typed_wins_over_srun(here, capsys, monkeypatch):
 
 def test_srun_on_one_machine_changes_nothing(here, capsys, monkeypatch):
     by_srun(monkeypatch, STEP_NUM_NODES="1", STEP_NUM_TASKS="1", NODEID="0", STEP_NODELIST="node05")
-    assert dry_run(capsys)[3:7] == ["--num_gpus", "1", "--master_port", "29500"]
+    assert dry_run(capsys)[5:9] == ["--num_gpus", "1", "--master_port", "29500"]
 
 
 def test_more_than_one_wrapper_on_a_machine_is_refused(here, capsys, monkeypatch):
@@ -457,7 +457,7 @@ def test_a_batch_script_without_srun_trains_on_its_one_machine_and_says_so(here,
     monkeypatch.setenv("SLURM_NODEID", "0")
     assert wrapper.main(["--dry_run", "--script", "train.py", "--config", "zero.json"]) == 0
     said = capsys.readouterr()
-    assert shlex.split(said.out)[3:7] == ["--num_gpus", "1", "--master_port", "29500"]
+    assert shlex.split(said.out)[5:9] == ["--num_gpus", "1", "--master_port", "29500"]
     assert "of the 8 machines of this SLURM job only this one trains" in said.err
 
 

@@ -36,6 +36,7 @@ Rooms from top to bottom; each may import those below it, and none above:
     zero3           all that is known of DeepSpeed's insides
     memory_plan     how much memory a step takes, and which way to train is fastest among those that fit
     settings        every setting, how command line and JSON meet, what is refused
+    cpu_time        how long a large model would take on a CPU, and the question before it
     training_arguments  which fields of transformers' own settings hold here, and within which bounds
     command_line    the command line, read to its end: every flag, and all that is wrong with it at once
     run_record      what a run was, and what of it cannot be changed

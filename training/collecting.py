@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scoring.bar import progress_bar
 from training.dataset import BROKEN, REASONS, BadPage
 from training.duplicates import KnownPages
 from training.errors import DataError, DiskError
@@ -30,6 +31,8 @@ from training.reading import read_pages
 if TYPE_CHECKING:
     from datasets import Dataset
     from tqdm import tqdm
+
+    from scoring.bar import Lines
 
 SEAL_ROWS = 1000  # read, after which a killed reading would go on
 KEPT = ("asked", "read", "kept", "dropped", "broken", "ending")  # of a DropReport, in a seal
@@ -195,8 +198,6 @@ class Collector:
 
     def collect(self, pool: PagePool) -> DropReport:
         """All that is asked for, or all there is."""
-        from tqdm import tqdm
-
         total = self.held_out + self.settings.num_samples
         if self.store.finished:
             return self.report(total)
@@ -207,7 +208,7 @@ class Collector:
         ]
         lanes = pool.lanes(rows, [each.share for each in self.asked])
         unsealed = 0
-        with tqdm(desc="pages", unit="page", mininterval=1) as progress:
+        with progress_bar("pages read", None) as progress:
             while self.kept < total and self.still:
                 pool.remaining = total - self.kept
                 number = self.turn()
@@ -223,7 +224,7 @@ class Collector:
         self.store.finish(self.state())
         return self.report(total)
 
-    def show(self, progress: tqdm, total: int, counts: Mapping[int, int]) -> None:
+    def show(self, progress: tqdm | Lines, total: int, counts: Mapping[int, int]) -> None:
         """A bar that counts to what there is: pages kept as asked; rows read, where there are fewer than that, or where
         nobody knows how many there are."""
         every = sum(counts.values()) if len(counts) == len(self.parts) else None

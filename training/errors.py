@@ -2,12 +2,14 @@
 
     raise SettingsError("--num_samples 0: give 1 or more")      # ends the run with 2
     MEANINGS[82]                                                # what the wrapper says of a run that ended with 82
+    refuse_other_systems()                                      # a command's first act, once --help has been answered
 
 A class of ours is a failure that the user can mend; every other exception is a bug, but for full memory and full disks.
 """
 
 import errno
 import re
+import sys
 
 # Each code and what it means, once; README_DeepSpeed.md's table is held against it by a test.
 MEANINGS = {
@@ -30,6 +32,35 @@ HINTS = {  # behind the message of a failure that no class of ours names
     83: "\nOut of memory: smaller --micro_batch, --max_pixels or --max_html_tokens, more GPUs, or "
     "--deepspeed ds_z3_offload.json.",
 }
+
+
+OTHER_SYSTEMS = {  # by the beginning of sys.platform: its name, and where the same commands work
+    "win": ("Windows", "install WSL2 (wsl --install, in a terminal of an administrator) and start it inside"),
+    "cygwin": ("Windows", "install WSL2 (wsl --install, in a terminal of an administrator) and start it inside"),
+    "darwin": ("macOS", "start it in a Linux container (Docker, Podman) or on a Linux machine"),
+}
+
+
+def refuse_other_systems() -> None:
+    """Ends the process with 2 anywhere but on Linux, before it asks for a signal, a lock or a /proc that is not there.
+
+    --help comes before it: what a command can do is of use on any system.
+    """
+    if sys.platform.startswith("linux"):
+        return
+    found = [told for start, told in OTHER_SYSTEMS.items() if sys.platform.startswith(start)]
+    name, remedy = found[0] if found else (sys.platform, "start it on a Linux machine")
+    print(f"error: this system is {name}, and this command works on Linux alone: {remedy}", file=sys.stderr)
+    sys.exit(SettingsError.code)
+
+
+ON_CPU = "on a CPU:"  # how a line begins that the wrapper asks about, where it finds it in the script's own check
+
+
+def agreed() -> bool:
+    """Asks on the terminal whether to train all the same; nothing typed, and a closed terminal, are a no."""
+    print("train all the same? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 class PipelineError(Exception):

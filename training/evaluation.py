@@ -35,7 +35,7 @@ from scoring.validity import looping, same_html, validity
 from training import zero3
 from training.errors import OUT_OF_MEMORY_CODE, PipelineError, StoppedError, exit_code, is_out_of_memory
 from training.heartbeat import heart
-from training.processes import gather, rank, say, say_from_here, world_size
+from training.processes import gather, in_columns, rank, say, say_from_here, world_size
 from training.progress import release_memory
 from training.stopping import stop
 
@@ -322,19 +322,20 @@ def keep_outputs(rows: Sequence[Row], pages: Dataset, folder: Path, name: str) -
 
 
 def announce(label: str, result: Mapping[str, Any]) -> str:
-    """One line of a result for the console; metrics by the table of scoring.metrics."""
+    """A result for the console, in lines that a terminal shows whole; metrics by the table of scoring.metrics."""
 
     def share(name: str) -> str:
         return "-" if result[name] is None else f"{100 * result[name]:.1f} %"
 
     choosing = result.get("choosing")
     others = f" ({choosing['n']} others choose the weights)" if choosing and choosing["apart"] else ""
-    return (
+    told = (
         f"{label}: {result['n']} held-out pages{others}: exact {share('exact')}, valid {share('valid')}, "
         f"truncated {share('truncated')}, looping {share('looping')}, exact with the screenshots shuffled "
         f"{share('shuffled_exact')}; {result['mean_tokens']:.0f} tokens a page (references "
         f"{result['mean_reference_tokens']:.0f}), {result['tokens_per_second']:.0f} tokens/s" + rendered_words(result)
     )
+    return in_columns(told)
 
 
 def rendered_words(result: Mapping[str, Any]) -> str:

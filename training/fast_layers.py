@@ -28,7 +28,7 @@ import torch
 from training import zero3
 from training.attention import attend, attention_words
 from training.loss import cross_entropy, supervised_loss
-from training.processes import say
+from training.processes import in_columns, say
 from training.settings import PageSettings
 
 if TYPE_CHECKING:
@@ -104,7 +104,8 @@ def make_fast(model: PreTrainedModel, settings: PageSettings, args: TrainingArgu
     fused = "fused" if fuse else f"not fused ({obstacle or 'as asked'})"
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     kernel = attention_words(model.config, args.device.type, dtype)
-    say(f"fast path: pages packed, attention by {kernel}, element-wise parts {fused}, vision MLP {width:,} wide")
+    told = f"fast path: pages packed, attention by {kernel}, element-wise parts {fused}, vision MLP {width:,} wide"
+    say(in_columns(told))
 
 
 def install(model: torch.nn.Module, fuse: bool) -> None:

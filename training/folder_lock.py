@@ -4,14 +4,14 @@
     with alone_in(folder, "doing this"): ...    # (one process) waits for whoever else is at it
 
 A POSIX record lock (fcntl.lockf) on a small file: it holds on NFS, too, is not inherited by data workers, and dies with
-its process, so that a lock left behind keeps nobody out. The file tells the others who the owner is.
+its process, so that a lock left behind keeps nobody out. The file tells the others who the owner is. fcntl is imported
+on use: --help, which reads this room, too, is answered on systems that have none.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -50,6 +50,8 @@ def _lock(folder: Path, flag: str, name: str, mark: str) -> str:
     path = (folder / name).absolute()
     if path in _held:  # a second training in one process
         return str(_owner(path).get("run"))
+    import fcntl
+
     folder.mkdir(parents=True, exist_ok=True)
     while True:
         number = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -97,6 +99,8 @@ def alone_in(folder: Path, doing: str, name: str = ".owner") -> Iterator[None]:
 
 def _lock_file(path: Path) -> int | None:
     """The descriptor of a lock file that is ours now; None while another process has it."""
+    import fcntl
+
     number = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)

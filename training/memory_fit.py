@@ -41,7 +41,7 @@ from training.memory_plan import (
     state_table,
     table,
 )
-from training.processes import agreed_port, least, leave_note, say, together, world_size
+from training.processes import agreed_port, in_columns, least, leave_note, say, together, world_size
 from training.progress import say_memory
 from training.prompt_and_mask import PageEncoder
 from training.settings import PageSettings, Resolved
@@ -177,10 +177,11 @@ def choose_micro_batch(
         deepspeed["gradient_accumulation_steps"] = args.gradient_accumulation_steps
         zero3.tune_zero(deepspeed.get("zero_optimization", {}), way)
     parts = ", ".join(f"{name} {size:.1f}" for name, size in plan.parts_gib.items())
-    say(
+    told = (
         f"micro-batch: {way.micro_batch} pages at once, {way.recomputed:.0%} of the layers recomputed"
         f"{whole_words(way)}; {plan.total_gib:.1f} GiB planned of {limit:.1f} ({parts})"
     )
+    say(in_columns(told))
     return plan
 
 

@@ -15,15 +15,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import socket
 import sys
+import textwrap
 import traceback
+import warnings
 from collections.abc import Callable, Container
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from scoring.bar import beside_bars, on_terminal
 from training.errors import HINTS, MEANINGS, PipelineError, StoppedError, exit_code
 
 if TYPE_CHECKING:
@@ -87,13 +91,52 @@ def say_from_here(message: str) -> None:
     print_line(f"rank {rank()}: {message}")
 
 
+CONSOLE_COLUMNS = 100
+
+
+def in_columns(text: str) -> str:
+    """`text` in lines that a terminal shows whole, the later ones indented; a path is never broken."""
+    options = {"subsequent_indent": "  ", "break_on_hyphens": False, "break_long_words": False}
+    return textwrap.fill(text, CONSOLE_COLUMNS, **options)
+
+
+# What others say on every run and nobody can act on, by its logger: who says it, and why it does not matter here.
+SAID_IN_VAIN = {
+    # The Trainer of transformers 5.23 gives accelerate 1.15 a 1, whatever the steps; DeepSpeed's value is right.
+    "accelerate.accelerator": "Gradient accumulation steps mismatch",
+    # While training, no generation config is used (load_model); the final folder has the base's own.
+    "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
+    # bitsandbytes, imported by peft: it looks for a kernel of 4-bit products on a CPU, where nothing is quantised.
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+}
+# deepspeed 0.19.8 calls collectives by names that torch 2.14 has replaced; they still work.
+DEPRECATED = r"`torch\.distributed\.\w+` (is deprecated|is a private function)"
+
+
+def matters(record: logging.LogRecord) -> bool:
+    """A filter for the loggers of SAID_IN_VAIN: everything else that they say is heard. Some begin with the rank."""
+    return SAID_IN_VAIN.get(record.name, "\0") not in record.getMessage()
+
+
+def hush_libraries() -> None:
+    """Before they are imported: no more of what is said on every run and means nothing, and no bars of theirs where
+    they would be carriage returns in a file."""
+    warnings.filterwarnings("ignore", DEPRECATED, FutureWarning)
+    for name in SAID_IN_VAIN:
+        logging.getLogger(name).addFilter(matters)
+    if not on_terminal():
+        for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")
+
+
 NOBODY_READS = (errno.EIO, errno.EPIPE)  # a terminal whose window was closed, a pipe whose reader has gone
 
 
 def print_line(line: str) -> None:
     """On stdout. One that nobody reads any more ends no run: what comes later goes nowhere, whoever says it."""
     try:
-        print(line, flush=True)
+        with beside_bars():
+            print(line, flush=True)
     except OSError as error:
         if error.errno not in NOBODY_READS:
             raise

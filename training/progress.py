@@ -14,17 +14,21 @@ import gc
 import resource
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 from transformers import TrainerState, TrainingArguments
 
+from scoring.bar import draw, erase, on_terminal
 from training.heartbeat import heart
 from training.page_costs import peak_tflops
-from training.processes import add_up, say, take_largest, world_size
+from training.processes import add_up, is_main, say, take_largest, world_size
 from training.prompt_and_mask import IGNORED
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 def say_memory(what: str, start: float) -> None:
@@ -121,16 +125,33 @@ def release_memory() -> None:
 
 
 def log_line(logs: dict, state: TrainerState) -> str:
-    """A step's `logs` for the console: loss, rates a second, peak in GiB, and the time left."""
-    left = (state.max_steps - state.global_step) * logs["seconds_per_step"]
+    """A step's `logs` for the console, in 100 columns up to step 99,999: loss, rate, pages a second, the share of the
+    GPU's operations (MFU) and of the time that waits for data, peak in GiB, hours and minutes left. Tokens a second are
+    in the logs of --report_to."""
+    minutes, seconds = divmod(round((state.max_steps - state.global_step) * logs["seconds_per_step"]), 60)
+    left = f"{minutes // 60}:{minutes % 60:02d} h" if minutes >= 60 else f"{minutes}:{seconds:02d} min"
+    speed = logs["pages_per_second"]
     return (
-        f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"
-        f"  {logs['pages_per_second']:.2f} pages/s  {logs['supervised_tokens_per_second']:,.0f} supervised tokens/s"
-        f"  {logs['image_tokens_per_second']:,.0f} image tokens/s  {logs['seconds_per_step']:.2f} s/step"
-        + (f"  MFU {100 * logs['mfu']:.1f} %" if "mfu" in logs else "")
-        + f"  data wait {100 * logs['data_wait_share']:.0f} %  peak {logs['peak_gib']:.1f} GiB"
-        f"  {timedelta(seconds=round(left))} left"
+        f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.1e}"
+        f"  {speed:.{2 if speed < 10 else 1 if speed < 100 else 0}f} pages/s"
+        + (f"  MFU {100 * logs['mfu']:.0f} %" if "mfu" in logs else "")
+        + f"  wait {100 * logs['data_wait_share']:.0f} %  {logs['peak_gib']:.1f} GiB  {left} left"
     )
+
+
+_bar: list[tqdm] = []  # of the steps, while they are trained on a terminal
+
+
+def say_step(logs: dict, state: TrainerState) -> None:
+    """(main process only speaks) The line of a step, and on a terminal a bar of all steps below it."""
+    say(log_line(logs, state))
+    if not is_main() or not on_terminal():
+        return
+    if not _bar:
+        _bar.append(draw("steps", state.max_steps, state.global_step, "step"))
+    _bar[0].update(state.global_step - _bar[0].n)
+    if state.global_step >= state.max_steps:
+        erase(_bar.pop())
 
 
 def draw_loss(history: list[dict], path: Path) -> list[tuple[int, float]]:

@@ -91,9 +91,10 @@ def count_tokens(encoder: PageEncoder, processor: ProcessorMixin) -> Callable[[s
 
 
 def colour_supervision(
-    ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase, image_token_id: int
+    ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase, image_token_id: int, colours: bool = True
 ) -> str:
-    """One example as text: image tokens counted, the prompt grey, what the loss sees green."""
+    """One example as text: image tokens counted, the prompt grey, what the loss sees green; without `colours`, for a
+    file, in words."""
     parts, place = [], 0
     while place < len(ids):
         supervised, picture = labels[place] != IGNORED, ids[place] == image_token_id
@@ -102,7 +103,8 @@ def colour_supervision(
             end += 1
         text = f"[{end - place:,} image tokens]" if picture else tokenizer.decode(ids[place:end])
         colour = "32" if supervised else "34" if picture else "90"
-        parts.append(f"\033[{colour}m{text}\033[0m")
+        word = "[supervised] " if supervised else "" if picture else "[not supervised] "
+        parts.append(f"\033[{colour}m{text}\033[0m" if colours else f"\n{word}{text}")
         place = end
     return "".join(parts)
 

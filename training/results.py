@@ -19,7 +19,7 @@ import use_model_from_hub as use
 from scoring import metrics
 from scoring.statistics import paired_comparison
 from training.evaluation import Rendering, Row, keep_outputs
-from training.processes import say
+from training.processes import in_columns, say
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -81,18 +81,20 @@ class Results:
         if "before" not in self.by_label:
             return
         before, after = self.by_label["before"], self.by_label["after"]
-        say(
+        told = (
             f"before training {100 * before['exact']:.1f} % of {before['n']} held-out pages were exact; "
             f"after it {100 * after['exact']:.1f} % are exact and {100 * after['valid']:.1f} % valid; "
             f"with the screenshots shuffled {100 * (after['shuffled_exact'] or 0):.1f} % are exact"
         )
+        say(in_columns(told))
         if found := after["comparison"]["metrics"].get(metrics.CHOOSING):
             interval = f"(95 % {found['low']:+.3f} to {found['high']:+.3f}, p = {found['p']:.4f})"
-            say(
+            told = (
                 f"{metrics.entry(metrics.CHOOSING).label} of the rendered pages: {found['before']:.3f} before, "
                 f"{found['after']:.3f} after; difference {found['difference']:+.3f} "
                 + (interval if found["n"] > 1 else "on one page, which gives no interval")
             )
+            say(in_columns(told))
 
 
 def decoding_words(decoding: use.Recipe) -> str:

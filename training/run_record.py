@@ -65,7 +65,7 @@ FIXED = {
 }
 # Typed anew by whoever starts again, or said by the launcher: a later start's own.
 NOT_KEPT = {"resume", "resume_from_checkpoint", "output_dir", "deepspeed", "local_rank", "plan", "show_supervision"}
-NOT_KEPT |= {"hub_token", "check_settings"}
+NOT_KEPT |= {"hub_token", "check_settings", "yes"}
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 

@@ -16,17 +16,18 @@ import os
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import use_model_from_hub as use
 from training import training_arguments as fields_of_transformers
 from training.checkpoints import checkpoints_in, read_manifest
 from training.cleaning import cleaning_steps
 from training.command_line import forbid_torch, make_parser, read, training_arguments
-from training.errors import SettingsError
+from training.cpu_time import slow_words, sure
+from training.errors import SettingsError, refuse_other_systems
 from training.families import FAMILIES
 from training.mixture import FLAGS, asked_datasets, split_share
-from training.processes import local_world_size, world_size
+from training.processes import hush_libraries, local_world_size, world_size
 from training.run_record import (
     differences,
     has_begun,
@@ -140,6 +141,7 @@ class PageSettings:
     hang_timeout: float | None = setting(
         None, "Seconds without a finished step after which training hangs and is ended (not set: by the steps so far)."
     )
+    yes: bool = setting(False, "Do not ask before a model of 1 B weights or more is trained on a CPU.")
     show_supervision: bool = setting(False, "Print one example with the supervised tokens in colour, then stop.")
     check_settings: bool = setting(False, "Check all that can be checked without loading anything, then stop.")
     demo: bool = setting(False, "The bundled tiny model on the bundled pages: no network, no GPU, a few minutes.")
@@ -517,7 +519,17 @@ def finish_deepspeed_json(config: dict, values: dict, typed: dict, notes: list[s
     offload = get_json(config, "zero_optimization.offload_optimizer.device") not in (None, "none")
     if offload and "optimizer" not in config:
         config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW on the CPU; DeepSpeed would refuse it
-    notes.append(f"DeepSpeed {values['deepspeed']}: {json.dumps(config)}")
+    notes.append(f"DeepSpeed {values['deepspeed']}: {deepspeed_words(config)}")
+
+
+def deepspeed_words(config: dict) -> str:
+    """What a resolved DeepSpeed JSON comes to, in a few words; pages per step and precision have lines of their own."""
+    zero = config.get("zero_optimization", {})
+    moved = [name for name in ("param", "optimizer") if get_json(zero, f"offload_{name}.device") not in (None, "none")]
+    words = [f"ZeRO stage {zero.get('stage', 0)}", f"gradients clipped at {config.get('gradient_clipping', 'auto')}"]
+    words += [f"{' and '.join(moved)} offloaded"] if moved else []
+    words += [f"its own {name}" for name in ("optimizer", "scheduler") if name in config]
+    return ", ".join(words)
 
 
 # -----------------------------------------------------------------------------
@@ -530,21 +542,43 @@ def check_settings(resolved: Resolved) -> None:
         raise SettingsError(in_one(problems))
 
 
-def answer(argv: list[str]) -> NoReturn:
-    """--help and --check_settings: says what there is to say, and ends the process.
+def answer(argv: list[str]) -> None:
+    """--help and --check_settings: says what there is to say, and ends the process; so does any other command line
+    where this is no Linux. Others go on, with less noise from what is imported next.
 
     --check_settings ends it with 0, or with 2 and a line on stderr for each problem. The code is the one that training
     resolves and checks with, for a machine at which nobody has looked: so it needs no torch, and a second or two. The
     wrapper asks this before it starts the launcher, with WORLD_SIZE set.
     """
+    helps = {"-h", "--help"} & {*argv}
+    if not helps:
+        refuse_other_systems()
+        if "--check_settings" not in argv:
+            return hush_libraries()
     forbid_torch()
     resolved = resolve(argv, Machine())
     problems = find_problems(resolved)
     if not resolved.settings.check_settings:
         problems.append("--check_settings False: leave it out")
+    # The wrapper has looked for GPUs, and says by DS_ACCELERATOR that its ranks will find none.
+    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or resolved.training["use_cpu"]
+    if not problems and on_cpu and (words := slow_words(vars(resolved.settings), resolved.training)):
+        print(words, flush=True)
     for problem in problems:
         print(" ".join(problem.split()), file=sys.stderr, flush=True)
     sys.exit(2 if problems else 0)
+
+
+def ask_before_cpu(resolved: Resolved) -> str:
+    """(main process only) The line of a large model on a machine without a GPU, once it may be trained all the same;
+    "" for any other. Under the wrapper it has been said, and asked: --yes."""
+    told = resolved.settings.yes and "HOLO1_STATUS_DIR" in os.environ
+    if told or (resolved.machine.gpu and not resolved.training["use_cpu"]):
+        return ""
+    if words := slow_words(vars(resolved.settings), resolved.training):
+        print(words, file=sys.stderr, flush=True)
+        sure(resolved.settings.yes)
+    return words
 
 
 def find_problems(resolved: Resolved) -> list[str]:

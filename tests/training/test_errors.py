@@ -1,10 +1,11 @@
 """What goes wrong, and the exit code that says so."""
 
 import json
+import re
 
 import pytest
 import torch
-from conftest import PROGRAMS, run_script
+from conftest import PROGRAMS, ROOT, run_script
 
 from training.errors import (
     DataError,
@@ -62,3 +63,38 @@ def test_a_full_disk_is_known_as_the_cause_of_another_error():
     assert not is_disk_full(RuntimeError("shape mismatch"))
     damaged = "[enforce fail at inline_container.cc:145] . PytorchStreamReader failed reading zip archive"
     assert exit_code(RuntimeError(damaged)) == 1, "reading a damaged file needs no space"
+
+
+# -----------------------------------------------------------------------------
+# Other systems
+
+COMMANDS = ["run_deepspeed_training.py --dry_run", "holo1_dom_finetune.py --demo", "holo1_dom_finetune.py"]
+COMMANDS += ["holo1_dom_finetune.py --demo --check_settings", "make_pages.py . --out pages"]
+COMMANDS += ["page_scores.py README.md README.md"]
+
+
+def on(system: str, command: str):
+    name, *flags = command.split()
+    return run_script(str(PROGRAMS / "on_another_system.py"), system, str(ROOT / name), *flags, cwd=ROOT, timeout=60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("system", "words"), [("win32", "Windows, .*WSL2"), ("darwin", "macOS, .*Linux container")])
+def test_every_command_refuses_other_systems_in_one_line_before_it_asks_for_what_they_lack(system, words):
+    """Played: this interpreter is Linux' own, without the modules, signals and calls that the other system lacks."""
+    for command in COMMANDS:
+        done = on(system, command)
+        assert (done.returncode, done.stdout) == (2, ""), command + done.stderr
+        assert re.fullmatch(f"error: this system is {words}.*\n", done.stderr), command
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", ["win32", "darwin"])
+def test_help_is_answered_on_other_systems_and_a_model_may_be_used_there(system):
+    commands = {"run_deepspeed_training.py", "make_pages.py", "page_scores.py", "use_model_from_hub.py"}
+    # On Windows transformers imports what this interpreter lacks, and no import of ours: that cannot be played here.
+    for command in sorted(commands | ({"holo1_dom_finetune.py"} if system == "darwin" else set())):
+        done = on(system, f"{command} --help")
+        assert done.returncode == 0 and "usage: " in done.stdout, command + done.stderr
+    used = on(system, "use_model_from_hub.py --image gone.png")
+    assert used.returncode != 0 and "gone.png" in used.stderr and "Traceback" not in used.stderr

@@ -1,8 +1,61 @@
 """What a run tells of itself while it trains."""
 
-from training.progress import draw_loss
+import logging
+import warnings
+from types import SimpleNamespace
+
+import pytest
+
+from training.processes import DEPRECATED, SAID_IN_VAIN, in_columns, matters
+from training.progress import draw_loss, log_line
 
 
 def test_loss_picture_survives_an_empty_history(tmp_path):
     draw_loss([], tmp_path / "loss.png")
     assert not (tmp_path / "loss.png").exists()
+
+
+def line(steps: int = 1000, **changed: float) -> str:
+    logs = {"loss": 0.4321, "learning_rate": 9.1e-6, "pages_per_second": 4.354, "seconds_per_step": 1.84, "mfu": 0.417}
+    logs |= {"data_wait_share": 0.004, "peak_gib": 71.94} | changed
+    return log_line(logs, SimpleNamespace(global_step=250, max_steps=steps))
+
+
+def test_a_steps_line_tells_what_matters_in_100_columns():
+    said = "step 250/1000  loss 0.4321  lr 9.1e-06  4.35 pages/s  MFU 42 %  wait 0 %  71.9 GiB  23:00 min left"
+    assert line() == said
+    longest = {"loss": 12.3456, "pages_per_second": 128.4, "data_wait_share": 0.99, "peak_gib": 139.6}
+    assert len(line(99_999, seconds_per_step=3, **longest)) <= 100, line(99_999, seconds_per_step=3, **longest)
+
+
+@pytest.mark.parametrize(
+    ("seconds_per_step", "left"), [(0.001, "0:01 min"), (0.0796, "1:00 min"), (4.799, "59:59 min"), (96, "20:00 h")]
+)
+def test_the_time_left_is_told_in_hours_or_minutes(seconds_per_step, left):
+    assert line(seconds_per_step=seconds_per_step).endswith(f"  {left} left")
+
+
+def test_long_lines_are_folded_and_paths_are_not():
+    path = "/" + "a-b/" * 40
+    assert in_columns(f"saved in {path} at last").splitlines() == ["saved in", f"  {path}", "  at last"]
+    assert max(map(len, in_columns("word " * 100).splitlines())) <= 100
+
+
+@pytest.mark.parametrize("name", SAID_IN_VAIN)
+def test_of_a_library_only_the_line_that_is_said_in_vain_is_left_out(name):
+    def record(text: str) -> logging.LogRecord:
+        return logging.LogRecord(name, logging.WARNING, "", 0, text, (), None)
+
+    assert not matters(record(f"[RANK 0] {SAID_IN_VAIN[name]} and so on"))
+    assert matters(record("the optimizer is not what you think"))
+
+
+def test_only_the_deprecations_that_deepspeed_causes_are_left_out():
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", DEPRECATED, FutureWarning)
+        warnings.warn(
+            "`torch.distributed.reduce_scatter_tensor` is deprecated. Use another", FutureWarning, stacklevel=1
+        )
+        warnings.warn("`torch.load` is deprecated. Use another", FutureWarning, stacklevel=1)
+    assert [str(one.message)[:12] for one in heard] == ["`torch.load`"]
