@@ -1,5 +1,7 @@
 """`likeness` sees every text that a person sees, whatever element, style or script it is in."""
 
+from dataclasses import replace
+
 import pytest
 
 from scoring import blocks, proof
@@ -119,6 +121,17 @@ def test_a_copy_is_alike_where_equal_texts_stand_in_another_order(renderer):
     ]
     one, other = rendered(renderer, markups)
     assert compare(one, other)["likeness"] == 1
+
+
+def test_a_copy_is_1_in_every_score_and_one_with_other_words_is_not(renderer):
+    """Also where Design2Code's definition sees none of the texts, or pairs equal ones crosswise."""
+    spots = "".join(f"<b style='position:absolute;left:{x}px;top:{y}px'>More</b>" for x in (20, 200) for y in (60, 120))
+    label, other, equal = rendered(renderer, ["<label>one two</label>", "<label>six ten</label>", spots])
+    lone = replace(label, blocks=())  # as of a page whose texts all lie outside the 19 tags
+    for page in (label, equal, lone):
+        scores = compare(page, page)
+        assert {name: scores[name] for name in scores.values} == {name: pytest.approx(1) for name in scores.values}
+    assert compare(lone, replace(other, blocks=()))["block"] == 0
 
 
 def test_case_and_place_and_colour_count(renderer):
