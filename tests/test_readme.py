@@ -324,7 +324,7 @@ def test_the_settings_tables_have_every_setting_with_the_codes_default():
 
 
 def test_the_wrappers_table_has_every_flag_with_its_default():
-    told = {name.removeprefix("--"): row[0] for name, row in rows("Four ways to run").items() if name.startswith("--")}
+    told = {name.removeprefix("--"): row[0] for name, row in rows("The wrapper").items() if name.startswith("--")}
     args = vars(wrapper.read_command_line([])[0])
     settings = training_settings.PageSettings()
     own = {"master_port": wrapper.DEFAULT_PORT, "hub_repo": settings.hub_repo, "num_samples": settings.num_samples}
