@@ -42,7 +42,8 @@ def assert_final_is_like(base, cwd):
     copied = {path.name for path in base.iterdir() if path.suffix in (".json", ".jinja")} - {INDEX}
     assert {"config.json", "generation_config.json", "tokenizer.json"} <= copied
     others = {path.name for path in final.iterdir() if path.suffix != ".safetensors"}
-    assert others - {INDEX} == copied | {"dom_recipe.json", "README.md", "evaluation"}
+    beside = {"dom_recipe.json", "README.md", "evaluation", "use_model_from_hub.py", "example.png"}
+    assert others - {INDEX} == copied | beside
     assert all((final / name).read_bytes() == (base / name).read_bytes() for name in copied), "but the pixel limits"
     recipe = json.loads((final / "dom_recipe.json").read_text())
     assert recipe["max_html_tokens"] == 120 and recipe["prompt"] and recipe["versions"]["transformers"]
