@@ -166,8 +166,8 @@ def test_a_finished_run_trains_no_step_more_and_what_is_typed_anew_is_honoured(t
     more = ["--max_steps", "6", "--learning_rate", "5e-4", "--save_steps", "3", "--weight_decay", "0.5"]
     done = start_plain(["--resume", *more], tmp_path)
     assert done.returncode == 0, output(done)
-    rates = [line.split("lr ")[1].split()[0] for line in done.stdout.splitlines() if line.startswith("step ")]
-    assert rates == ["5.00e-04"] * 3, "not the checkpoint's"
+    rates = [float(line.split("lr ")[1].split()[0]) for line in done.stdout.splitlines() if line.startswith("step ")]
+    assert rates == [5e-4] * 3, "not the checkpoint's"
     assert {path.name for path in (tmp_path / OUT).glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
     saved = torch.load(tmp_path / OUT / "checkpoint-6" / "optimizer.pt", weights_only=True)
     assert [group["weight_decay"] for group in saved["param_groups"]] == [0.5, 0.0]
