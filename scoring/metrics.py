@@ -51,16 +51,19 @@ class Compared:
 
     @cached_property
     def of_blocks(self) -> tuple[float, float, float, float]:
-        """Design2Code's block, text, position and color; without any match all are 0. Of a copy all are 1, where its
-        own definition pairs equal texts crosswise or sees none of them."""
-        return (1.0, 1.0, 1.0, 1.0) if self.is_copy else block_scores(self.matching)
+        """Design2Code's block, text, position and color; without any match all are 0. Of a copy all are 1, too, where
+        its own definition sees no text, or pairs equal ones crosswise."""
+        return (1.0, 1.0, 1.0, 1.0) if self.is_copy_of_unclear_texts else block_scores(self.matching)
 
     @cached_property
-    def is_copy(self) -> bool:
-        """Whether both show the same texts in the same picture, pixel by pixel."""
+    def is_copy_of_unclear_texts(self) -> bool:
+        """Whether both show the same texts in the same picture, and Design2Code's definition cannot tell which text is
+        which. Of no other copy, or the self-proof of a page against itself would prove nothing."""
         one, two = self.reference, self.prediction
-        same = bool(one.texts) and (one.texts, one.blocks) == (two.texts, two.blocks)
-        return same and np.array_equal(one.image, two.image)
+        known = [block.text for block in one.blocks]
+        if not one.texts or (known and len({*known}) == len(known)):
+            return False
+        return (one.texts, one.blocks) == (two.texts, two.blocks) and np.array_equal(one.image, two.image)
 
     @cached_property
     def clip_cosine(self) -> float | None:
