@@ -616,12 +616,12 @@ class Evaluator:
             loss = plain_loss(copy, (collate([page]) for page in pages))
         if not loss.isfinite():
             raise NotFiniteError(
-                f"the loss of two held-out pages is {loss.item()} before training: the base is damaged"
+                f"the loss of {len(pages)} held-out pages is {loss.item()} before training: the base is damaged"
             )
         # 32 tokens show that writing works; whole pages would take minutes before step one.
         short = replace(self.decoding, max_html_tokens=min(32, self.decoding.max_html_tokens))
         tokens = sum(row["tokens"] for row in write_held_out(copy, self.processor, pages, short, batch=2))
-        say(f"rehearsal: loss {loss.item():.4f} on two held-out pages, {tokens} tokens written")
+        say(f"rehearsal: loss {loss.item():.4f} on {len(pages)} held-out pages, {tokens} tokens written")
         del copy
         # The copy was the first thing on the GPU; the peaks to come are training's own, and held against the plan.
         release_memory()

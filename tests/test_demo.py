@@ -64,6 +64,8 @@ def test_demo_fine_tunes_through_launcher_and_zero_3(tmp_path):
     done = run_script(str(ROOT / "run_deepspeed_training.py"), "--demo", cwd=tmp_path, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "ZeRO stage 3" in done.stdout
+    resolved = json.loads((tmp_path / "holo1_dom_finetune_output" / "deepspeed.json").read_text())
+    assert resolved["zero_optimization"]["stage"] == 3 and resolved["gradient_clipping"] == 1.0
     assert_quiet(done, tmp_path)
     results = json.loads((tmp_path / "holo1_dom_finetune_output" / "evaluation" / "results.json").read_text())
     before, after = results["before"], results["after"]

@@ -29,7 +29,7 @@ from training.checkpoints import MANIFEST
 from training.dataset import KNOWN_DATASETS
 from training.evaluation import score_held_out
 from training.mixture import one_or_all
-from training.run_record import BEGINNING, write_record
+from training.run_record import BEGINNING, DEEPSPEED_FILE, write_record
 
 README = ROOT / "README_DeepSpeed.md"
 NAMES = (README.name, "README.md", "SETTINGS.md", "CONTRIBUTING.md")
@@ -423,7 +423,7 @@ def leads_somewhere(link: str, page: Path) -> bool:
 def test_every_file_named_in_the_text_exists():
     text = re.sub(r"^```.*?^```$", "", TEXT, flags=re.MULTILINE | re.DOTALL)
     named = set(re.findall(r"`([\w./-]+\.(?:py|json|md|txt|toml))`", text))
-    written = {"__init__.py", "metadata.jsonl", "results.json", use.RECIPE_FILE, MANIFEST, BEGINNING}
+    written = {"__init__.py", "metadata.jsonl", "results.json", use.RECIPE_FILE, MANIFEST, BEGINNING, DEEPSPEED_FILE}
     assert not [name for name in named - written if not (ROOT / name).exists() and "finetune_" not in name]
 
 

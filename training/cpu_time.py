@@ -5,7 +5,8 @@
         sure(settings.yes)                          # asks on a terminal; SettingsError for a no
 
 The size comes from the model's config.json alone. The rate is this machine's own, measured with numpy's product of
-matrices, which no step surpasses: so the time is a lower bound. Without torch, since --check_settings tells it, too.
+matrices, which no step surpasses: on an idle machine the time is a lower bound, on a busy one it is what that leaves.
+Without torch, since --check_settings tells it, too.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def slow_words(settings: Mapping[str, Any], training: Mapping[str, Any]) -> str:
     pages = pages_trained(settings["num_samples"], training)
     return (
         f"{ON_CPU} {settings['base_model']} has {weights / 1e9:.1f} B weights and there is no GPU: {pages:,} pages x "
-        f"{flops / 1e12:,.0f} TFLOP / {rate / 1e12:.2f} TFLOP/s (measured) = at least {duration(pages * flops / rate)}"
+        f"{flops / 1e12:,.0f} TFLOP / {rate / 1e12:.2f} TFLOP/s (measured now) = "
+        f"{duration(pages * flops / rate)} at that rate"
     )
 
 

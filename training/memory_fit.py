@@ -260,7 +260,7 @@ class Fit:
         if self.plain_loss is not None:
             with torch.no_grad():
                 loss = self.forward(trainer, collate(list(held_out.select(range(min(2, len(held_out)))))))
-            say(f"fast path: loss {loss.item():.4f} on the two held-out pages, {self.plain_loss:.4f} the plain way")
+            say(f"fast path: loss {loss.item():.4f} on the same pages, {self.plain_loss:.4f} the plain way")
             if not abs(loss.item() - self.plain_loss) <= 0.02 * self.plain_loss:
                 raise PipelineError(
                     f"the fast path's loss is {loss.item()}, the plain one's {self.plain_loss}, of the same weights "

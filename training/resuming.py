@@ -38,7 +38,7 @@ from training.disk_space import shortage
 from training.errors import DataError, DiskError, SettingsError, is_disk_full, is_out_of_memory
 from training.folder_lock import let_go, own
 from training.processes import gather, local_rank, on_each_machine, on_main, say, world_size
-from training.run_record import RECORD_FILE, mark_beginning, take_mark_away, why_foreign, write_record
+from training.run_record import DEEPSPEED_FILE, RECORD_FILE, mark_beginning, take_mark_away, why_foreign, write_record
 from training.settings import Resolved
 
 if TYPE_CHECKING:
@@ -206,6 +206,8 @@ def begin_record(resolved: Resolved, base: str, pages: Mapping[str, str]) -> Che
     record["run"] = known or on_main(lambda: uuid.uuid4().hex)
     if local_rank() == 0:
         write_record(output_dir, record)
+        if resolved.deepspeed is not None:
+            write_record(output_dir, resolved.deepspeed, DEEPSPEED_FILE)
         take_mark_away()
     checkpoints = Checkpoints(output_dir, resolved.training["save_total_limit"], record)
     checkpoints.clear()

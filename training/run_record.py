@@ -23,6 +23,7 @@ from training.mixture import one_or_all
 from training.processes import rank
 
 RECORD_FILE = "run.json"
+DEEPSPEED_FILE = "deepspeed.json"  # as it was resolved, whole: the log says in a few words what it comes to
 # Of a run that has not come to its first step: minutes may pass until base and pages are there, and what lies beside it
 # is an earlier run's. Killed meanwhile, it begins again.
 BEGINNING = "run_begins.json"
