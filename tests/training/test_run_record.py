@@ -28,6 +28,12 @@ def begin(folder, monkeypatch, *flags: str, processes: int = 1):
     return resolved
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory, monkeypatch):
+    """A folder of each test's own for --final_dir, which is "." and has one owner: two tests may run at once."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+
+
 def train(folder, *flags: str, steps: tuple[int, ...] = ()):
     """As far as the real thing goes without a model: what is moved, noted and saved; where it goes on."""
     resolved = go_on(folder, *flags)
