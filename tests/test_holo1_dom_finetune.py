@@ -255,7 +255,7 @@ def test_a_batch_that_does_not_fit_restarts_with_half_as_many_pages(start, faili
     flags = small_run(exact_base, pages_folder, compare_base=True, **pages)
     environment = {"FAILING_RANKS": failing}
     options = {"cold": True} if start is start_torchrun else {}  # its store keeps what the first attempt left in it
-    done = start(flags, tmp_path, script=script, processes=2, timeout=120, env=environment, **options)
+    done = start(flags, tmp_path, script=script, processes=2, timeout=300, env=environment, **options)
     assert done.returncode == 0, output(done)
     assert "restarting with --micro_batch 2" in done.stdout
     assert "4 pages x 1 accumulated x 2 processes = 8 pages per step" in done.stdout
