@@ -274,7 +274,8 @@ def test_every_way_to_train_refuses_a_base_that_lacks_a_weight(way, pages_folder
         done = start(flags, tmp_path, env={"HOLO1_STATUS_DIR": str(status)}, **options)
         # What the wrapper makes its own exit code; torchrun's is 1 whatever its ranks end with.
         codes = [(status / f"rank-{rank}").read_text() for rank in range(ranks)]
-        assert done.returncode != 0 and codes == ["2"] * ranks, output(done)
+        # A launcher that sees one rank's refusal first may stop the others before they came to say the same.
+        assert done.returncode != 0 and "2" in codes and set(codes) <= {"2", "143"}, output(done)
         assert re.search(rf"lacks 1 of the 57 weights .*{re.escape(end)};", done.stderr), output(done)
         assert "Traceback" not in done.stderr and not list(tmp_path.glob("*final*"))
         assert not list(tmp_path.glob("holo1_dom_finetune_output/page*")), "before pages are read"
