@@ -27,8 +27,6 @@ Rooms from top to bottom; each may import those below it, and none above:
     page_order      which pages are trained on when
     packing         pages as one row, and where each picture's patches lie
     fast_layers     layers that take packed pages, each faster than the model's own way to the same
-    attention       attention inside packed pages, by the kernel that proves right
-    rotary_kernel   rotary positions at the speed of a GPU's memory
     loss            the loss on supervised tokens alone, in chunks
     progress        what a run tells of itself: rates, waits, memory, the loss as a picture
     stopping        how a run is asked to stop, and when it does
