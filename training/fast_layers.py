@@ -9,7 +9,7 @@ of their own, no class of transformers is changed. Sections: Architectures, Elem
 MLP.
 
 Shapes: T language tokens of all pages of a pack, P patches of all their pictures, S either of them; H the width of the
-residual stream, I of the MLP, D of a head; (S, heads, D) as in kernels/attention.py, `page_bounds` and `cu_seqlens` its bounds.
+residual stream, I of the MLP, D of a head; (S, heads, D), `page_bounds` and `cu_seqlens` as in kernels/attention.py.
 """
 
 from __future__ import annotations
