@@ -537,7 +537,7 @@ def packed_forward(
 
     `input_ids` (1, T), `position_ids` (4, 1, T), `pixel_values` (P, pixels of a patch), `image_grid_thw` (pages, 3) in
     patches, `image_places` (image tokens,), `page_bounds` (pages + 1), `supervised_places` and `targets` (L,), and what
-    packing.image_geometry has made of the grids. Returns transformers' output with nothing but `loss`.
+    kernels.positions.image_geometry has made of the grids. Returns transformers' output with nothing but `loss`.
     """
     # Not at the top: transformers is heavy, and the rest of this room does without it.
     from transformers.modeling_outputs import CausalLMOutputWithPast
