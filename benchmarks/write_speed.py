@@ -250,8 +250,8 @@ def replayed_us(work: Callable[[], object], times: int) -> float:
 
 
 def tune(model, most: int) -> dict:
-    """Microseconds of each product of a step for `most` rows, by torch and by each tile, over all layers in turn, so that
-    no weight comes out of a cache. The fastest is what the engine uses from here on."""
+    """Microseconds of each product of a step for `most` rows, by torch and by each tile, over all layers in turn: none
+    comes out of a cache. The fastest is what the engine uses from here on."""
     import torch
     from torch.nn.functional import linear
 

@@ -14,8 +14,8 @@ LONGEST = 8  # tokens of an earlier place that are held against the last ones
 
 
 def drafts(history: torch.Tensor, places: torch.Tensor, starts: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` tokens (S, count) that may come after the one at `places` (S,) of `history` (S, C), whose answers begin at
-    `starts` (S,): those that came after the longest match of the last tokens, the latest one among equals."""
+    """`count` tokens (S, count) that may come after the one at `places` (S,) of `history` (S, C), where answers begin
+    at `starts` (S,): those that came after the longest match of the last tokens, the latest one among equals."""
     slots, capacity = history.shape
     device = history.device
     place = torch.arange(capacity, device=device)
