@@ -22,26 +22,27 @@ import triton
 import triton.language as tl
 from torch.nn.functional import linear
 
+from kernels.early import early, follow, warm
 from kernels.row_kernels import on_triton, rms_norm, swiglu
 
-# (columns of a tile, depth of a block, warps, stages) by the product's kind and its most rows; None where torch is
-# faster. Measured by benchmarks/write_speed.py --tune on an H100.
+MOST_ROWS = 16
+# Numbers of each row of a tile that are asked for early, and in one line of memory, of half precision.
+WARMED, LINE = tl.constexpr(1024), tl.constexpr(64)
+# (columns of a tile, depth of a block, warps, stages) by the product's kind; None where torch is faster. Measured by
+# benchmarks/write_speed.py --tune on an H100.
 Tile = tuple[int, int, int, int]
-TILES: dict[str, dict[int, Tile | None]] = {
-    "qkv": {16: (16, 256, 2, 4)},
-    "out": {16: (16, 256, 2, 4)},
-    "gated": {16: (32, 256, 4, 3)},
-    "down": {16: (16, 256, 2, 4)},
-    "head": {16: (32, 256, 4, 3)},
+TILES: dict[str, Tile | None] = {
+    "qkv": (16, 256, 2, 6),
+    "out": (16, 512, 2, 4),
+    "gated": (16, 256, 2, 3),
+    "down": (16, 256, 2, 6),
+    "head": (32, 256, 4, 3),
 }
 
 
 def tile_of(kind: str, source: torch.Tensor, columns: int) -> Tile | None:
     """The tile for `source` (R, K) and a weight of `columns` (N); None where torch does it. Whole tiles only."""
-    if not on_triton(source):
-        return None
-    rows = next((rows for rows in TILES[kind] if rows >= len(source)), None)
-    tile = rows and TILES[kind][rows]
+    tile = TILES[kind] if on_triton(source) and len(source) <= MOST_ROWS else None
     return tile if tile and not columns % tile[0] and not source.shape[1] % tile[1] else None
 
 
@@ -62,48 +63,68 @@ def product_kernel(
     source, weight, bias, residual, squares, norm, target, squares_done,
     rows, columns, parts, epsilon,
     DEPTH: tl.constexpr, PARTS: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One tile of COLUMNS columns for all rows; DEPTH is a multiple of BLOCK, `columns` of COLUMNS."""
+    """One tile of COLUMNS columns for all rows; DEPTH is a multiple of BLOCK, `columns` of COLUMNS.
+
+    The weight is the left matrix and the rows the right one: a tensor core's tile has 16 of the former and 8 of the
+    latter.
+    """
+    kind: tl.constexpr = source.dtype.element_ty
     row, inner = tl.arange(0, ROWS), tl.arange(0, BLOCK)
     tile = tl.program_id(0)
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     known = row < rows
-    inverse = tl.zeros((ROWS,), tl.float32)
+    # In 64 bits: the head of a large vocabulary has more numbers than 2**31.
+    places = weight + column.to(tl.int64)[:, None] * DEPTH + inner[None, :]
+    if EARLY:
+        # The weights are nobody's to write: their first blocks come while the kernel before this one ends.
+        many: tl.constexpr = WARMED if DEPTH >= WARMED else BLOCK
+        ahead = weight + column.to(tl.int64)[:, None] * DEPTH + (tl.arange(0, many // LINE) * LINE)[None, :]
+        warm(ahead)
+        if GATED:
+            warm(ahead + columns.to(tl.int64) * DEPTH)
+    follow(EARLY)
+    inverse = tl.full((ROWS,), 1.0, tl.float32)
     if NORMED:
         part = tl.arange(0, PARTS)
         inside = known[:, None] & (part < parts)[None, :]
         sums = tl.sum(tl.load(squares + row[:, None] * parts + part[None, :], mask=inside, other=0.0), 1)
         inverse = tl.rsqrt(sums / DEPTH + epsilon)
-    # In 64 bits: the head of a large vocabulary has more numbers than 2**31.
-    places = weight + column.to(tl.int64)[None, :] * DEPTH + inner[:, None]
-    rows_at = source + row[:, None] * DEPTH + inner[None, :]
-    done = tl.zeros((ROWS, COLUMNS), tl.float32)
-    second = tl.zeros((ROWS, COLUMNS), tl.float32)
+    rows_at = source + row[None, :] * DEPTH + inner[:, None]
+    done = tl.zeros((COLUMNS, ROWS), tl.float32)
+    second = tl.zeros((COLUMNS, ROWS), tl.float32)
     for start in range(0, DEPTH, BLOCK):
         first_weight = tl.load(places + start)
-        states = tl.load(rows_at + start, mask=known[:, None], other=0.0)
+        states = tl.load(rows_at + start, mask=known[None, :], other=0.0)
         if NORMED:
-            scale = tl.load(norm + start + inner).to(tl.float32)
-            # Rounded before it meets the weight, as the model's own norm is.
-            states = (states.to(tl.float32) * inverse[:, None]).to(source.dtype.element_ty).to(tl.float32)
-            states = (states * scale[None, :]).to(source.dtype.element_ty)
-        done = tl.dot(states, first_weight, done)
+            scale = tl.load(norm + start + inner)[:, None]
+            if kind == tl.bfloat16:
+                # A row's own factor may come after the product: one multiplication here instead of six operations.
+                states = states * scale
+            else:
+                # fp16 has no room for what is not normed yet.
+                states = (states.to(tl.float32) * inverse[None, :]).to(kind).to(tl.float32) * scale.to(tl.float32)
+                states = states.to(kind)
+        done = tl.dot(first_weight, states, done)
         if GATED:
-            second = tl.dot(states, tl.load(places + columns.to(tl.int64) * DEPTH + start), second)
-    out = row[:, None] * columns + column[None, :]
+            second = tl.dot(tl.load(places + columns.to(tl.int64) * DEPTH + start), states, second)
+    if NORMED and kind == tl.bfloat16:
+        done *= inverse[None, :]
+        second *= inverse[None, :]
+    out = row[None, :] * columns + column[:, None]
     if GATED:
-        gate = done.to(target.dtype.element_ty).to(tl.float32)
-        done = (gate * tl.sigmoid(gate)).to(target.dtype.element_ty).to(tl.float32) * second
+        gate = done.to(kind).to(tl.float32)
+        done = (gate * tl.sigmoid(gate)).to(kind).to(tl.float32) * second
     if BIAS:
-        done += tl.load(bias + column).to(tl.float32)[None, :]
+        done += tl.load(bias + column).to(tl.float32)[:, None]
     if RESIDUAL:
-        done += tl.load(residual + out, mask=known[:, None], other=0.0).to(tl.float32)
-    rounded = done.to(target.dtype.element_ty)
-    tl.store(target + out, rounded, mask=known[:, None])
+        done += tl.load(residual + out, mask=known[None, :], other=0.0).to(tl.float32)
+    rounded = done.to(kind)
+    tl.store(target + out, rounded, mask=known[None, :])
     if RESIDUAL:
         wide = rounded.to(tl.float32)
-        tl.store(squares_done + row * tl.num_programs(0) + tile, tl.sum(wide * wide, 1), mask=known)
+        tl.store(squares_done + row * tl.num_programs(0) + tile, tl.sum(wide * wide, 0), mask=known)
 
 
 def launch(
@@ -124,13 +145,14 @@ def launch(
     target = source.new_empty(rows, columns)
     left = source.new_empty(rows, columns // width if residual is not None else 1, dtype=torch.float32)
     parts = squares.shape[1] if norm else 1
+    begins = early(source.device)
     product_kernel[(columns // width,)](
         source, weight, weight if bias is None else bias, source if residual is None else residual,
         squares if norm else left, norm[0] if norm else weight, target, left,
         rows, columns, parts, norm[1] if norm else 0.0,
         DEPTH=depth, PARTS=triton.next_power_of_2(parts), NORMED=norm is not None, BIAS=bias is not None,
-        RESIDUAL=residual is not None, GATED=gated, ROWS=max(16, triton.next_power_of_2(rows)), COLUMNS=width,
-        BLOCK=block, num_warps=warps, num_stages=stages,
+        RESIDUAL=residual is not None, GATED=gated, ROWS=8 if rows <= 8 else MOST_ROWS, COLUMNS=width,
+        BLOCK=block, EARLY=begins, num_warps=warps, num_stages=stages, **({"launch_pdl": True} if begins else {}),
     )  # fmt: skip
     return target, left
 

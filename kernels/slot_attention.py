@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.early import early, follow, warm
+
 BLOCK = 64  # keys that are looked at together
 MOST_PARTS = 16  # of one slot's keys, each by a program of its own
 PROGRAMS = 512  # that keep all multiprocessors of an H100 busy, some four each
@@ -85,13 +87,14 @@ def turned_rows(states, other, cos, sin, HALF: tl.constexpr):
 def attend_kernel(
     qkv, cos, sin, keys, values, places, sums, tops, partial, capacity, scale, parts,
     HEADS: tl.constexpr, FEWER: tl.constexpr, NEW: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, NEW_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, NEW_ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys of one slot and one head of keys, for all NEW x (HEADS / FEWER) queries that share it."""
     slot, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     shared: tl.constexpr = HEADS // FEWER
     line: tl.constexpr = (HEADS + 2 * FEWER) * WIDTH
     half: tl.constexpr = WIDTH // 2
+    # Moved on at the end of the step before: there already.
     place = tl.load(places + slot)
     total = place + NEW
     chunk = tl.cdiv(tl.cdiv(total, parts), BLOCK) * BLOCK
@@ -100,6 +103,13 @@ def attend_kernel(
     wide, turn = tl.arange(0, WIDTH), (tl.arange(0, WIDTH) + half) % WIDTH
     sign = tl.where(wide < half, -1.0, 1.0)
     cache = (slot * FEWER + head).to(tl.int64) * capacity * WIDTH
+    if EARLY:
+        # What is in the cache comes nearer while the kernel before this one ends.
+        old = tl.minimum(begin + tl.arange(0, 2 * BLOCK), capacity - 1).to(tl.int64)
+        for line in tl.static_range(0, WIDTH, 64):
+            warm(keys + cache + old * WIDTH + line)
+            warm(values + cache + old * WIDTH + line)
+    follow(EARLY)
 
     # New keys and values, by the program in whose part they lie.
     fresh = tl.arange(0, NEW_ROWS)
@@ -158,9 +168,12 @@ def attend_kernel(
 
 
 @triton.jit
-def join_kernel(sums, tops, partial, target, parts, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+def join_kernel(
+    sums, tops, partial, target, parts, PARTS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
     """One query of one head: its parts, each by the weight of what it has seen."""
     row = tl.program_id(0)
+    follow(EARLY)
     part, wide = tl.arange(0, PARTS), tl.arange(0, WIDTH)
     inside = part < parts
     top = tl.load(tops + row * parts + part, mask=inside, other=float("-inf"))
@@ -189,13 +202,16 @@ def attend_in_parts(
     sums = qkv.new_empty(rows, heads, parts, dtype=torch.float32)
     tops, partial = torch.empty_like(sums), qkv.new_empty(rows, heads, parts, width, dtype=torch.float32)
     target = qkv.new_empty(rows, heads * width)
+    begins = early(qkv.device)
+    launch = {"launch_pdl": True} if begins else {}
     lanes = max(16, triton.next_power_of_2(new * heads // fewer))
     attend_kernel[(slots, fewer, parts)](
         qkv, cos, sin, keys, values, places, sums, tops, partial, capacity, scale, parts,
         HEADS=heads, FEWER=fewer, NEW=new, WIDTH=width, ROWS=lanes, NEW_ROWS=triton.next_power_of_2(new), BLOCK=BLOCK,
-        num_warps=4, num_stages=3,
+        EARLY=begins, num_warps=4, num_stages=3, **launch,
     )  # fmt: skip
     join_kernel[(rows * heads,)](
-        sums, tops, partial, target, parts, PARTS=triton.next_power_of_2(parts), WIDTH=width, num_warps=2
-    )
+        sums, tops, partial, target, parts,
+        PARTS=triton.next_power_of_2(parts), WIDTH=width, EARLY=begins, num_warps=2, **launch,
+    )  # fmt: skip
     return target

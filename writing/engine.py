@@ -11,6 +11,7 @@ never depends on what is written beside it. Ends are looked at every `BLOCK` ste
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -138,7 +139,8 @@ class Engine:
         """Answers as they end, in any order. Screenshots are opened when their turn is near; what opening raises is
         raised here. `shown` gets each answer's text in pieces as it is written."""
         with ThreadPoolExecutor(READERS) as pool:
-            waiting = Waiting(requests, pool, lambda request: question_of(self.processor, self.recipe, request))
+            make = functools.partial(question_of, self.processor, self.recipe, dtype=self.model.dtype)
+            waiting = Waiting(requests, pool, make)
             while True:
                 try:
                     self.fill(waiting)
