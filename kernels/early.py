@@ -25,10 +25,10 @@ def early(device: torch.device) -> bool:
 
 @triton.jit
 def follow(EARLY: tl.constexpr):
-    """Lets the next kernel begin, and waits for the one before."""
+    """Waits for the kernel before, and lets the next one begin: in this order, so that no more than two are under way."""
     if EARLY:
-        cuda.gdc_launch_dependents()
         cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
 
 
 @triton.jit

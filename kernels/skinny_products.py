@@ -32,11 +32,11 @@ WARMED, LINE = tl.constexpr(1024), tl.constexpr(64)
 # benchmarks/write_speed.py --tune on an H100.
 Tile = tuple[int, int, int, int]
 TILES: dict[str, Tile | None] = {
-    "qkv": (16, 256, 2, 6),
-    "out": (16, 512, 2, 4),
-    "gated": (16, 256, 2, 3),
-    "down": (16, 256, 2, 6),
-    "head": (32, 256, 4, 3),
+    "qkv": (32, 256, 2, 5),
+    "out": (16, 512, 1, 4),
+    "gated": (32, 256, 2, 5),
+    "down": (16, 256, 1, 6),
+    "head": (16, 256, 2, 6),
 }
 
 

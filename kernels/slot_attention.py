@@ -18,8 +18,8 @@ import triton.language as tl
 from kernels.early import early, follow, warm
 
 BLOCK = 64  # keys that are looked at together
-MOST_PARTS = 16  # of one slot's keys, each by a program of its own
-PROGRAMS = 512  # that keep all multiprocessors of an H100 busy, some four each
+# Parts of one slot's keys, each by a program of its own; as many as keep an H100 busy (write_speed.py --tune).
+LEAST_PARTS, MOST_PARTS, PROGRAMS = 2, 32, 128
 
 
 def attend_slots(
@@ -198,7 +198,7 @@ def attend_in_parts(
     """`attend_slots` by the kernels above; the keys of a slot in `parts` parts, as many as keep a GPU busy."""
     slots, fewer, capacity, width = keys.shape
     new, rows = len(qkv) // slots, len(qkv)
-    parts = parts or max(1, min(MOST_PARTS, PROGRAMS // (slots * fewer)))
+    parts = parts or max(LEAST_PARTS, min(MOST_PARTS, PROGRAMS // (slots * fewer)))
     sums = qkv.new_empty(rows, heads, parts, dtype=torch.float32)
     tops, partial = torch.empty_like(sums), qkv.new_empty(rows, heads, parts, width, dtype=torch.float32)
     target = qkv.new_empty(rows, heads * width)
