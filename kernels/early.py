@@ -25,7 +25,7 @@ def early(device: torch.device) -> bool:
 
 @triton.jit
 def follow(EARLY: tl.constexpr):
-    """Waits for the kernel before, and lets the next one begin: in this order, so that no more than two are under way."""
+    """Waits for the kernel before, then lets the next one begin: in this order no more than two are under way."""
     if EARLY:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()

@@ -106,9 +106,9 @@ def attend_kernel(
     if EARLY:
         # What is in the cache comes nearer while the kernel before this one ends.
         old = tl.minimum(begin + tl.arange(0, 2 * BLOCK), capacity - 1).to(tl.int64)
-        for line in tl.static_range(0, WIDTH, 64):
-            warm(keys + cache + old * WIDTH + line)
-            warm(values + cache + old * WIDTH + line)
+        for ahead in tl.static_range(0, WIDTH, 64):
+            warm(keys + cache + old * WIDTH + ahead)
+            warm(values + cache + old * WIDTH + ahead)
     follow(EARLY)
 
     # New keys and values, by the program in whose part they lie.
