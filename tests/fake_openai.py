@@ -78,15 +78,16 @@ class Handler(BaseHTTPRequestHandler):
             return self.plain(
                 STATUS[status], {"message": f"told to {fault}"}, **({"Retry_After": wait} if wait else {})
             )
-        html = fake.html(picture, asked)
+        html, finish = fake.answer(picture, asked)
         if fault == "whole":
-            choice = {"index": 0, "message": {"role": "assistant", "content": html}, "finish_reason": "stop"}
+            choice = {"index": 0, "message": {"role": "assistant", "content": html}, "finish_reason": finish}
             return self.plain(200, {"choices": [choice], "usage": fake.usage(picture, asked, html)})
         if fault == "whole, not JSON":
             return self.plain(200, b"<html>Bad gateway")
-        return self.stream(fake, fault, html, fake.usage(picture, asked, html))
+        finish = "length" if fault == "length" else finish
+        return self.stream(fake, fault, html, finish, fake.usage(picture, asked, html))
 
-    def stream(self, fake, fault: str, html: str, usage: dict) -> None:
+    def stream(self, fake, fault: str, html: str, finish: str, usage: dict) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream; charset=utf-8")
         self.send_header("Transfer-Encoding", "chunked")
@@ -102,8 +103,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "no choices":
             return self.end()
         if fault != "no finish":
-            reason = "length" if fault == "length" else "stop"
-            self.event({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
+            self.event({"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
         self.event({"choices": [], "usage": usage})
         self.event("[DONE]")
         self.end()
@@ -172,7 +172,7 @@ class Listening(ThreadingHTTPServer):
 class FakeOpenAI:
     def __init__(
         self,
-        html: Callable[[Image.Image, dict], str],
+        html: Callable[[Image.Image, dict], str | tuple[str, str]],  # or (text, finish_reason)
         name: Callable[[Image.Image], object] | None = None,
         chance: Callable[[object, int], str] = lambda name, attempt: "",
     ):
@@ -187,6 +187,10 @@ class FakeOpenAI:
 
     def number(self, picture: Image.Image) -> int:
         return self.known.setdefault(picture.tobytes(), len(self.known))
+
+    def answer(self, picture: Image.Image, asked: dict) -> tuple[str, str]:
+        found = self.html(picture, asked)
+        return (found, "stop") if isinstance(found, str) else found
 
     def usage(self, picture: Image.Image, asked: dict, html: str) -> dict:
         tokens = int(picture.width * picture.height * self.resized) // 28**2
