@@ -76,7 +76,9 @@ class Handler(BaseHTTPRequestHandler):
         if fault.partition(" ")[0] in STATUS:  # "429 0.5": with Retry-After
             status, _, wait = fault.partition(" ")
             return self.plain(
-                STATUS[status], {"message": f"told to {fault}"}, **({"Retry_After": wait} if wait else {})
+                STATUS[status],
+                {"message": f"told to {fault} {self.headers.get('Authorization', '')}"},
+                **({"Retry_After": wait} if wait else {}),
             )
         html, finish = fake.answer(picture, asked)
         if fault == "whole":
@@ -121,10 +123,11 @@ class Handler(BaseHTTPRequestHandler):
         elif fault == "refusal":
             self.event({"error": {"message": "the prompt is longer than the context", "code": 400}})
         elif fault == "silence":
-            fake.silence.wait(30)
+            fake.silence.wait(10)
         elif fault == "comments":  # the connection is kept open, and nothing comes
-            while not fake.silence.wait(0.05):
-                self.chunk(b": ping\n\n")
+            for _ in range(200):
+                if not fake.silence.wait(0.05):
+                    self.chunk(b": ping\n\n")
         else:
             return False
         self.close_connection = True

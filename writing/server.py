@@ -406,7 +406,10 @@ class Server:
             raise UseError(f"in_flight {in_flight}, timeout_s {timeout_s:g}: both must be more than 0")
         self.url, self.key, self.recipe = endpoint(url), key_from(key), recipe
         self.in_flight, self.timeout_s = in_flight, timeout_s
-        self.edge = QWEN2_5_VL_EDGE if source is None else edge_of(source)
+        try:
+            self.edge = QWEN2_5_VL_EDGE if source is None else edge_of(source)
+        except (OSError, ValueError) as error:  # the Hub's own are OSErrors, too
+            raise UseError(f"{source}: how its processor resizes pictures cannot be read: {error}") from error
         self.patience = Patience(tries, patience_s, backoff_s)
         self.opening = threading.BoundedSemaphore(4)  # decoded at once: 20 M pixels are 60 MB
         self.text_tokens, self.size_told = None, False  # of the prompt, by the server's count: the same for each page
@@ -508,7 +511,10 @@ class Server:
                 yield request, outcome
         finally:
             stop.set()
-            client.close()
+            # Never under a thread that reads: the number of its socket may be another's a moment later. Each closes its
+            # own connection when it finds that nobody waits.
+            if not running:
+                client.close()
             if self.patience.kinds or counts["Failed"]:
                 faults = self.patience.summary() or "none that was tried again"
                 say(f"  {counts['Written']:,} pages answered, {counts['Failed']:,} not; faults: {faults}")
@@ -597,10 +603,6 @@ class Server:
             raise Fault(f"no word for {self.timeout_s:g} s") from error
         except (httpx.TransportError, httpx.DecodingError) as error:
             raise Fault(f"the connection broke: {error or type(error).__name__}") from error
-        except RuntimeError as error:  # of a client that was closed because nobody waits any more
-            if stop.is_set():
-                raise Stopped from error
-            raise
         written = answer.written()
         self._compare(answer.usage.get("prompt_tokens"), picture_tokens)
         return written

@@ -162,6 +162,15 @@ def test_a_processor_that_does_not_merge_patches_gets_screenshots_as_they_are(tm
     assert shown_picture(screenshot, None, RECIPE) is screenshot
 
 
+def test_a_processor_that_cannot_be_read_is_refused(fake, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text('{"merge_size": ')
+    with pytest.raises(use.UseError, match="how its processor resizes pictures cannot be read") as error:
+        server(fake, source=tmp_path)
+    assert error.value.code == 2 and not fake.asked
+    (tmp_path / "preprocessor_config.json").write_text('{"merge_size": 2, "patch_size": 16}')
+    assert server(fake, source=tmp_path).edge == 32
+
+
 def test_a_server_that_resizes_pictures_is_found_out(fake, capsys):
     sizes = [(56, 56), (280, 280), (280, 560)]
     wanted = [use.Request(place, lambda place=place: picture(place, sizes[place])) for place in range(3)]
@@ -198,9 +207,18 @@ def test_a_fault_is_tried_again_and_nothing_is_mixed_up(fake, capsys, fault):
 
 @pytest.mark.parametrize("fault", ["silence", "comments"])
 def test_silence_in_mid_answer_is_not_waited_for(fake, fault):
-    fake.faults = {0: [fault]}
-    (found,) = outcomes(fake, 0, timeout_s=0.3)
-    assert is_page(found, 0) and fake.attempts == {0: 2}
+    fake.faults, start = {0: [fault]}, time.monotonic()
+    (found,) = outcomes(fake, 0, timeout_s=0.5)
+    assert is_page(found, 0) and fake.attempts[0] > 1
+    assert time.monotonic() - start < 5
+
+
+def test_a_busy_server_is_asked_again_after_as_long_as_it_wants_and_as_often_as_it_takes(fake):
+    fake.faults = {0: ["429 0.5"], 1: [*["503"] * 7, "500"]}
+    start = time.monotonic()
+    found = outcomes(fake, 0, tries=2)
+    assert time.monotonic() - start >= 0.5
+    assert is_page(found[0], 0) and is_page(outcomes(fake, 1, tries=2)[0], 1)  # one fault of its own
 
 
 def test_the_length_says_that_a_page_is_cut_off(fake):
@@ -254,9 +272,19 @@ def test_a_server_that_is_gone_costs_its_patience_once_and_names_every_page(fake
     fake.die()
     start = time.monotonic()
     found = list(writer.write(requests(*range(20))))
-    assert time.monotonic() - start < 3  # twenty times the patience would be 8
+    assert time.monotonic() - start < 6  # twenty times the patience would be 8
     assert sorted(request.place for request, _ in found) == list(range(20))
     assert all("no connection" in str(outcome.error) for _, outcome in found)
+    fake.start()
+    fake.faults = {1: ["503"]}  # another time, it is waited for again
+    ((_, written),) = writer.write(requests(1))
+    assert is_page(written, 1)
+
+
+def test_each_time_that_a_server_is_away_has_a_patience_of_its_own(fake):
+    fake.faults = {number: ["503 0.25"] for number in range(4)}
+    found = list(server(fake, in_flight=1, patience_s=0.45).write(requests(*range(4))))
+    assert all(is_page(outcome, request.place) for request, outcome in found)
 
 
 def test_a_server_that_dies_and_comes_back_is_waited_for(fake):
@@ -347,12 +375,13 @@ def test_another_answer_after_a_fault_is_shown_from_its_start():
 
 
 def test_leaving_takes_no_time_and_ends_what_is_being_written(fake):
-    fake.pause_s = 0.05  # a second a page
+    fake.html = lambda shown, asked: "word" * (number_of(shown) and 1000)  # all but the first take half a minute
+    fake.pause_s = 0.05
     answers = server(fake, in_flight=4).write(requests(*range(1000)))
-    next(answers)
+    request, _ = next(answers)
     start = time.monotonic()
     answers.close()
-    assert time.monotonic() - start < 0.5
+    assert request.place == 0 and time.monotonic() - start < 2
     while any(thread.name.startswith("page ") for thread in threading.enumerate()):  # to the server's next word
         assert time.monotonic() - start < 5
         time.sleep(0.01)

@@ -18,7 +18,7 @@ RECIPE = use.Recipe(max_html_tokens=119)  # of the two pages one ends within the
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """(folder of the demo's model, folder of two pages). What it writes depends on what it sees: no random weights do."""
+    """(folder of the demo's model, folder of two pages). What it writes depends on what it sees."""
     folder, pages = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("pages")
     for path in (ROOT / "demo/tiny_holo1").iterdir():
         (folder / path.name).symlink_to(path)
