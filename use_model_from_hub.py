@@ -353,8 +353,8 @@ def write_pages(
     endings: Callable[..., Any] | None = None,
 ) -> list[Written]:
     """Write the HTML of a batch of screenshots (PIL) by transformers' generate(), at most `recipe.max_html_tokens`
-    tokens each; `samples` numbers answers that are drawn, 0 each where it is not given. `endings(tokenizer, limit, rows,
-    stops)` has documents end that would not: `writing.endings.Endings` of this project, where that lies beside."""
+    tokens each; `samples` numbers answers that are drawn, 0 each where it is not given. `endings(tokenizer, limit,
+    rows, stops)` has documents end that would not: `writing.endings.Endings`, where this project lies beside."""
     import torch
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 

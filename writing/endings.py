@@ -135,6 +135,7 @@ _OPENS = re.compile(r"<(/(?:body|html)\b|[a-z][^\s/>]*)", re.IGNORECASE)
 _DANGERS = frozenset(("/body", "/html", "plaintext", "frameset"))
 _DANGEROUS_TAIL = re.compile(r"</?(?:body|html|plaintext|frameset)", re.IGNORECASE)
 _LONG_TAIL = 900  # characters; a tag with more attributes than html5lib can bear is longer
+_AROUND_TAIL = '-->"></script></script>'  # what may come to close a tag, a comment, a script
 _AROUND = f'{DOCTYPE}<html></head><body>{MARK}-->"></script></script></script></body></html>'  # beside elements
 
 
@@ -151,7 +152,7 @@ class Watch:
         self.ending: Ending | None = None
         self.read = 0  # tokens that `document` has read
         self.helpless = False  # the document began where there was no room for it
-        self.around = len(self.words.spell(_AROUND))
+        self.around, self.around_tail = len(self.words.spell(_AROUND)), len(self.words.spell(_AROUND_TAIL))
         self._measure()
 
     @property
@@ -172,8 +173,9 @@ class Watch:
         """The model has written its end token: how the document is closed, where it is left open, or None."""
         if self.ending is None:
             self._read_to(len(self.ids))
-            document = self.document
-            if document.begun and "html" in document.page.starts and not self.helpless and not self._is_whole():
+            page = self.document.page
+            wanted = "html" in page.starts or page.tail[:5].lower() == "<html"  # else it may be a part of a page
+            if self.document.begun and wanted and not self.helpless and not self._is_whole():
                 self.ending = self._close(len(self.ids), END)
         return self.ending
 
@@ -184,9 +186,12 @@ class Watch:
         self._expect(self.words.join(ids))
         if self._may_be_near():
             self._read_to(start)
+            kept = self.cost, self.depth, self.danger, self.begun_tag, self.behind
             self._expect(self.words.join(ids))
-            if self._may_be_near() and (found := self._walk()):
-                return found
+            if self._may_be_near():
+                self.cost, self.depth, self.danger, self.begun_tag, self.behind = kept
+                if found := self._walk():
+                    return found
         loop = self.repeats.loop()
         return self._cut(*loop) if loop else None
 
@@ -196,10 +201,13 @@ class Watch:
         """Bounds from the document as far as it has been read."""
         page = self.document.page
         opened = [*page.stack, *page.formatting()]
-        self.cost = self.around + sum(len(self.words.spell(f"</{node.name}>")) for node in opened)
-        self.depth, self.danger = len(opened), bool(page.broken or page.body_ended)
+        self.cost = self.around + self._spelled(opened)
+        self.depth, self.danger = len(opened), self._is_dangerous()
         # A tag that is begun counts with what comes behind it.
         self.begun_tag, self.behind = page.tail, len(page.tail)
+
+    def _spelled(self, nodes: Sequence[Any]) -> int:
+        return sum(len(self.words.spell(f"</{node.name}>")) for node in nodes)
 
     def _expect(self, data: bytes) -> None:
         """The same with what comes next: every element that it opens twice, as formatting ones may open again."""
@@ -229,16 +237,18 @@ class Watch:
             begun = self.document.begun
             self.document.add(self.words.join(self.ids[self.read : place]))
             self.read = place
+            self._measure()
             if self.document.begun and not begun:
                 self.helpless = not self._can_end()
-        self._measure()
 
     def _walk(self) -> Ending | None:
         """Reads the rest, token by token: ends the answer before the first one behind which it could not end."""
         for place in range(self.read, len(self.ids)):
             before = self.document.snapshot()
-            self.document.add(self.words.join(self.ids[place : place + 1]))
+            data = self.words.join(self.ids[place : place + 1])
+            self.document.add(data)
             self.read = place + 1
+            self._expect(data)
             if self._can_end():
                 continue
             if self.document.begun and not before[1][1]:
@@ -247,8 +257,13 @@ class Watch:
             reason = END if self._cost() is None else LIMIT
             self.document.restore(before)
             return self._close(place, reason)
-        self._measure()
+        self.danger, self.behind = self._is_dangerous(), len(self.document.page.tail)
         return None
+
+    def _is_dangerous(self) -> bool:
+        """Whether the next token may make something of the document that cannot be closed, however much is left."""
+        page = self.document.page
+        return bool(page.broken or page.body_ended or _DANGEROUS_TAIL.match(page.tail))
 
     def _is_whole(self) -> bool:
         return self.document.over or self.document.page.complete
@@ -260,14 +275,21 @@ class Watch:
             return True
         if page.broken:
             return False
-        dangerous = _DANGEROUS_TAIL.match(page.tail) or len(page.tail) > _LONG_TAIL or self._is_deep()
-        if not dangerous:
-            self._measure()
-            begun = sum(2 * (len(name) + 3) for name in _OPENS.findall(page.tail))
-            if self.limit - self.read > self.cost + begun:
-                return True
+        left = self.limit - self.read
+        if (
+            not (_DANGEROUS_TAIL.match(page.tail) or len(page.tail) > _LONG_TAIL or self._is_deep())
+            and left > self.cost
+        ):
+            return True
         cost = self._cost()
-        return cost is not None and cost <= self.limit - self.read
+        if cost is None:
+            return False
+        # The next tokens are counted from here: text may open formatting elements again, what is begun may come to
+        # something else than it would now.
+        self.depth = len(page.stack) + len(page.formatting())
+        self.cost = cost + self.around_tail + len(page.tail) + self._spelled(page.formatting())
+        self.begun_tag = page.tail if len(page.tail) < 40 else ""
+        return cost <= left
 
     def _is_deep(self) -> bool:
         return len(self.document.page.stack) >= MAX_DEPTH - SPARE_DEPTH - 2

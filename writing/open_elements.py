@@ -382,47 +382,51 @@ class OpenElements:
             self.restore(kept)
 
     def _closing(self, optional: bool) -> str:
-        written, skipped = [], set()
-        rest = self._rest_of_tail(self._next(optional, skipped))
+        written: list[str] = []
+        # By node: those whose end tag must be written though HTML lets one leave it out, and those that do not hear it.
+        explicit, deaf = set(self.stack if optional else ()), set()
+        begun = self._rest_of_tail(self._next(explicit, deaf)[0])
         while not self.complete:
-            begun, rest = rest, rest or self._next(optional, skipped)
-            before = self.snapshot()
+            if len(written) > 3 * MAX_DEPTH:
+                raise Unclosable("it opens as much as is closed")
+            rest, node = (begun, None) if begun is not None else self._next(explicit, deaf)
+            begun = None
+            inner = node is not None and node is not self.stack[-1] and self.snapshot()
+            depth = len(self.stack)
             self.feed(rest)
-            if self.broken or len(written) > 3 * MAX_DEPTH:
-                raise Unclosable(self.broken or "it opens as much as is closed")
-            if begun or not rest.startswith("</") or self._is_less_open_than(before):
-                written.append(rest)
-            else:  # not heard: a special element in between, which must be closed first, or another one closes it
-                self.restore(before)
-                skipped |= {self.stack[-1]} if optional else set()
-                optional = True
-            rest = None
+            if self.broken:
+                raise Unclosable(self.broken)
+            if node is not None and len(self.stack) >= depth:
+                # A special element in between, which must be closed first; or it is not closed by its end tag at all.
+                last = self.stack[-1]
+                if inner:
+                    self.restore(inner)
+                deaf_one = node if not inner or last in explicit or last in deaf else None
+                (explicit if deaf_one is None else deaf).add(last if deaf_one is None else deaf_one)
+                if inner:
+                    continue
+            written.append(rest)
         return "".join(written)
 
-    def _is_less_open_than(self, before: tuple[Any, ...]) -> bool:
-        """Whether the end tag that has been fed since has done anything."""
-        now = self.snapshot()
-        return len(now[1][0]) < len(before[1][0]) or now[0][3:] != before[0][3:] or now[2][0] is not before[2][0]
-
-    def _next(self, optional: bool, skipped: set[Bare]) -> str:
-        """What to write next where no tag is begun."""
+    def _next(self, explicit: set[Bare], deaf: set[Bare]) -> tuple[str, Bare | None]:
+        """What to write next where no tag is begun, and the element that it closes."""
         if self.raw:
-            return f"</{self.raw}>"
-        names = [node.name for node in self.stack]
-        if "html" not in self.starts and len(names) < 2:
-            return "<html>"
-        if names[1:] == ["head"]:
-            return "</head>"
-        inner = self.stack[2:] if names[1:2] == ["body"] else self.stack[1:]
-        for node in [] if self.body_ended else reversed(inner):
-            left_out = node.namespace is None and node.name in OPTIONAL and not optional
-            if not left_out and node not in skipped:
-                return f"</{node.name}>"
+            return f"</{self.raw}>", None
+        stack = self.stack
+        if "html" not in self.starts and len(stack) < 2:
+            return "<html>", None
+        in_body = len(stack) > 1 and stack[1].name == "body"
+        if len(stack) == 2 and stack[1].name == "head":
+            return "</head>", None
+        for node in () if self.body_ended else reversed(stack[2 if in_body else 1 :]):
+            left_out = node.namespace is None and node.name in OPTIONAL and node not in explicit
+            if not left_out and node not in deaf:
+                return f"</{node.name}>", node
         if missing := [name for name in ("html", "body") if name not in self.starts]:
-            return f"<{missing[0]}>"
+            return f"<{missing[0]}>", None
         if self.body_ended:
-            return "</html>"
-        return "</body>" if self.shown else MARK
+            return "</html>", None
+        return ("</body>" if self.shown else MARK), None
 
     def _rest_of_tail(self, following: str) -> str | None:
         """What ends the tag, comment or the like that is begun; None where there is nothing begun. Of an end tag that
@@ -445,10 +449,11 @@ class OpenElements:
         return self._rest_of_tag(tail) if _TAG_NAME.match(tail) else ">" if tail != "<" else following
 
     def _rest_of_tag(self, tail: str) -> str:
-        """Ends a tag that is begun: within quotes by the quote that is open."""
-        for rest in (">", '">', "'>"):
-            text = tail + rest
-            read = self._attributes(text, _TAG_NAME.match(text).end())
-            if read is not None and read[-1] == len(text):
+        """Ends a tag that is begun: within quotes by the quote that is open, and in SVG and MathML the element, too."""
+        tag = _TAG_NAME.match(tail)
+        empty = not tag[1] and ((self.stack and self.stack[-1].namespace) or tag[2].lower() in ("svg", "math"))
+        for rest in ("/>", '"/>', "'/>", ">", '">', "'>")[0 if empty else 3 :]:
+            read = self._attributes(tail + rest, tag.end())
+            if read is not None and read[-1] == len(tail + rest) and read[1] >= rest.endswith("/>"):
                 return rest
         raise Unclosable("a tag that does not end")
