@@ -57,6 +57,7 @@ class Ending:
 
 _TAG = re.compile(r"<[a-z/!?]", re.IGNORECASE)
 _DOCUMENT = re.compile(r"<!doctype html|<html[\s>]", re.IGNORECASE)
+_START = re.compile(r"<!doctype html|<html[\s>]|<(?:head|body|style|meta|link|title)\b", re.IGNORECASE)
 _FENCE = re.compile(r"^[ \t]*```[^\n`]*\n", re.MULTILINE)
 _TO_NEXT_END = re.compile(r"[^>]*>|[^>]+\Z")
 
@@ -92,7 +93,7 @@ class Document:
         if _TAG.match(answer):
             self.begun, self.words = True, ""
             return answer
-        start = _DOCUMENT.search(self.words)
+        start = _DOCUMENT.search(self.words) and _START.search(self.words)
         tag = _TAG.search(self.words)
         if tag and len(_FENCE.findall(self.words[: tag.start()])) % 2:
             start = tag
@@ -204,7 +205,9 @@ class Watch:
         self.cost = self.around + self._spelled(opened)
         self.depth, self.danger = len(opened), self._is_dangerous()
         # A tag that is begun counts with what comes behind it.
-        self.begun_tag, self.behind = page.tail, len(page.tail)
+        words = self.document.words  # empty once the document has begun
+        self.begun_tag = page.tail or words[words.rfind("<") :][:40] * ("<" in words)
+        self.behind = len(page.tail)
 
     def _spelled(self, nodes: Sequence[Any]) -> int:
         return sum(len(self.words.spell(f"</{node.name}>")) for node in nodes)

@@ -1,6 +1,7 @@
 """Every answer that has to end is a whole document within its limit, and what needs no help is not touched."""
 
 import json
+import random
 from itertools import islice
 
 import pytest
@@ -204,6 +205,21 @@ SPARED = {
 @pytest.mark.parametrize("name", SPARED)
 def test_what_pages_repeat_is_spared(qwen, name):
     assert ending_of(qwen, ids_of(qwen, SPARED[name]), 32_768) is None
+
+
+def test_how_many_tokens_come_at_once_does_not_matter(tokenizer):
+    """Of any string of tags and of where it is cut."""
+    rng, pieces = random.Random(0), [piece for pair in ADVERSARIAL.values() for piece in pair]
+    pieces = [piece[:40] for piece in pieces if piece] + ["<frameset>", "</div>", "</p>", "</b></table>", "a ", "-->"]
+    for number in range(60):
+        begin = rng.choice(["", "<", "Here: ", BODY, BODY, "<html><head>"])
+        ids = ids_of(tokenizer, begin + "".join(rng.choices(pieces, k=30)))
+        limit = rng.choice([30, 60, 150, 400])
+        one, *others = (ending_of(tokenizer, ids, limit, block) for block in (1, 3, 16, 64))
+        assert others == [one] * 3, (number, tokenizer.decode(ids))
+        if one is not None and one.tokens:
+            html = use.extract_html(answer_of(tokenizer, ids, one))
+            assert one.keep + len(one.tokens) <= limit and validity(html).valid, html
 
 
 def test_words_without_a_document_are_left_alone(tokenizer):
