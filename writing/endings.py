@@ -132,9 +132,9 @@ class Document:
 # Watching an answer
 
 # Start tags, and what may make a document one that cannot be closed: looked at token by token.
-_OPENS = re.compile(r"<(/(?:body|html)\b|[a-z][^\s/>]*)", re.IGNORECASE)
-_DANGERS = frozenset(("/body", "/html", "plaintext", "frameset"))
-_DANGEROUS_TAIL = re.compile(r"</?(?:body|html|plaintext|frameset)", re.IGNORECASE)
+_OPENS = re.compile(r"<(/(?:body|html|form)\b|[a-z][^\s/>]*)", re.IGNORECASE)
+_DANGERS = frozenset(("/body", "/html", "/form", "plaintext", "frameset"))  # a form, once missed, is never closed
+_DANGEROUS_TAIL = re.compile(r"</?(?:body|html|form|plaintext|frameset)", re.IGNORECASE)
 _LONG_TAIL = 900  # characters; a tag with more attributes than html5lib can bear is longer
 _AROUND_TAIL = '-->"></script></script>'  # what may come to close a tag, a comment, a script
 _AROUND = f'{DOCTYPE}<html></head><body>{MARK}-->"></script></script></script></body></html>'  # beside elements

@@ -68,6 +68,7 @@ ADVERSARIAL = {
     "a character reference cut off": (BODY + "<p>a &am", ""),
     "a character cut off": (BODY + "<p>", "日本語"),
     "a body that ends too early": (BODY + "<div><p>a", "</body></html>"),
+    "a form that ends too early": (BODY + "<form><object>a</form>", "b"),
     "html that ends too early": (BODY + "<section>a", "</html> "),
     "a document after its end": (BODY + "a</body></html>", "b <p>c"),
     "documents": ("", BODY + "<p>a</p></body></html>\n"),
