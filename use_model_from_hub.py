@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for readers and editors; each is loaded where it is used
     import torch
@@ -350,9 +350,11 @@ def write_pages(
     recipe: Recipe,
     show_progress: bool = False,
     samples: Sequence[int] | None = None,
+    endings: Callable[..., Any] | None = None,
 ) -> list[Written]:
     """Write the HTML of a batch of screenshots (PIL) by transformers' generate(), at most `recipe.max_html_tokens`
-    tokens each; `samples` numbers answers that are drawn, 0 each where it is not given."""
+    tokens each; `samples` numbers answers that are drawn, 0 each where it is not given. `endings(tokenizer, limit,
+    rows, stops)` has documents end that would not: `writing.endings.Endings`, where this project lies beside."""
     import torch
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
@@ -371,6 +373,12 @@ def write_pages(
         numbers = [chances(*pair) for pair in zip(screenshots, repeat(recipe), samples or repeat(0))]
         processors.append(Draw(torch.stack(numbers).to(model.device)))
     criteria = StoppingCriteriaList([Progress(recipe.max_html_tokens)] if show_progress else [])
+    found = repeat(None)
+    if endings is not None:
+        ends = endings(processor.tokenizer, recipe.max_html_tokens, len(screenshots), stops)
+        processors.append(ends.closing)  # behind the drawing: it looks at what was drawn
+        criteria.append(ends.stopping)
+        found = ends.found
     # transformers would have the ranks of any ZeRO-3 run wait for each other at every token, and for ever where one has
     # nothing to write. Only weights that ZeRO-3 has sharded need that.
     sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
@@ -384,15 +392,18 @@ def write_pages(
     finally:
         model.generation_config = kept
     rows = output[:, inputs["input_ids"].shape[1] :].tolist()
-    return [written(processor, row, stops) for row in rows]
+    return [written(processor, row, stops, ending) for row, ending in zip(rows, found)]
 
 
-def written(processor: ProcessorMixin, row: Sequence[int], stops: Sequence[int]) -> Written:
-    """The answer in the token ids `row`, which one of `stops` ends, or nothing."""
+def written(processor: ProcessorMixin, row: Sequence[int], stops: Sequence[int], ending: Any = None) -> Written:
+    """The answer in the token ids `row`, which one of `stops` ends, or nothing, or what `writing.endings` has found."""
     length = next((place for place, token in enumerate(row) if token in stops), None)
-    ids = row if length is None else row[:length]
+    ids, reason, closing = row if length is None else row[:length], None, 0
+    if ending is not None:
+        ids, reason, closing = [*row[: ending.keep], *ending.tokens], ending.reason, len(ending.tokens)
     raw = processor.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Written(extract_html(raw), raw, len(ids), cut_off=length is None)
+    cut_off = length is None if ending is None else reason == "limit"
+    return Written(extract_html(raw), raw, len(ids), cut_off, looped=reason == "loop", closing_tokens=closing)
 
 
 def end_tokens(model: PreTrainedModel, processor: ProcessorMixin) -> list[int]:
