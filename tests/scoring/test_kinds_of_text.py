@@ -152,6 +152,11 @@ def test_pages_that_read_differently_are_not_alike(renderer):
     assert not blind
 
 
+def test_a_marquee_stands_still(renderer):
+    one, other = rendered(renderer, ["<marquee>Quiet harbour</marquee>"] * 2)
+    assert (one.image == other.image).all() and one.texts == other.texts
+
+
 def test_what_nobody_sees_is_no_text(renderer):
     pages = rendered(renderer, [markup.format("Quiet harbour") for markup in UNSEEN.values()])
     seen = {name: [text.text for text in page.texts] for name, page in zip(UNSEEN, pages)}
