@@ -35,7 +35,7 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
-from training.errors import MEANINGS, ON_CPU, OUT_OF_MEMORY_CODE, agreed, refuse_other_systems
+from training.errors import MEANINGS, ON_CPU, OUT_OF_MEMORY_CODE, agreed, can_be_asked, refuse_other_systems
 
 DEFAULT_PORT = 29500
 NO_GPU = 1000  # the number of no GPU: the launcher shows hidden GPUs to the ranks again, by the numbers we give it
@@ -261,7 +261,7 @@ def script_problems(args: argparse.Namespace, passed_on: list[str], known: list[
 def slow_problems(passed_on: list[str], dry_run: bool) -> list[str]:
     """The script has said that this takes a CPU for ever: on a terminal whoever sits there is asked, since its ranks
     have no keyboard. Adds --yes to `passed_on`, by which they know that it was said; returns a no as a problem."""
-    asked = "--yes" not in passed_on and sys.stdin.isatty() and sys.stderr.isatty() and not dry_run
+    asked = "--yes" not in passed_on and can_be_asked() and not dry_run
     if asked and not agreed():
         return ["not started: take a GPU, a smaller --base_model, or --yes"]
     if "--yes" not in passed_on and not dry_run:

@@ -14,6 +14,7 @@ Rooms from top to bottom; each may import those below it, and none above:
     matching         which block of one stands for which of the other
     blocks           where each text of a page stands and in which colour
     validity         whether a page is whole, repeats itself, equals another
+    generated        texts that CSS generates, as the browser has laid them out
     renders          draws hostile pages in Chromium, safely; of ours it needs the clock and use_model_from_hub.py alone
     clock            how long a page has taken by its own work
     bar              how far a long piece of work has come

@@ -29,7 +29,7 @@ _drawn: list[tqdm] = []  # the bars that stand on the terminal now
 
 def on_terminal() -> bool:
     """Whether stderr is a terminal that can draw a line anew."""
-    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 class Lines:
@@ -38,6 +38,7 @@ class Lines:
     def __init__(self, what: str, total: int | None, initial: int = 0, unit: str = "page"):
         self.what, self.total, self.n, self.initial, self.unit = what, total, initial, initial, unit
         self.start = self.told = monotonic()
+        self.last = -1  # how many were done when a line was told last
 
     def update(self, count: int = 1) -> None:
         """`count` more are done."""
@@ -47,7 +48,7 @@ class Lines:
 
     def tell(self) -> None:
         """One line: how many of how many, how fast (per second, or seconds each), the time left."""
-        self.told = monotonic()
+        self.told, self.last = monotonic(), self.n
         seconds, done = self.told - self.start, self.n - self.initial
         words = f"{self.what}: {self.n:,}" + (f" of {self.total:,}" if self.total is not None else "")
         words += f" in {timedelta(seconds=round(seconds))}"
@@ -59,8 +60,9 @@ class Lines:
         print(words, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """The last line."""
-        self.tell()
+        """The last line, unless all has been told already, or there was nothing to do."""
+        if self.total != 0 and not self.n == self.last == self.total:
+            self.tell()
 
     def __enter__(self) -> Lines:
         return self

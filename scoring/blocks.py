@@ -17,7 +17,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from scoring.renders import SHOT, Job, Render, step
+from scoring.generated import generated_texts
+from scoring.renders import SHOT, SNAPSHOT, Job, Render, step
 
 TEXT_TAGS = "p h1 h2 h3 h4 h5 h6 div span a b li table td th button footer header figcaption".split()
 LEVELS = tuple(range(10, 251, 16))  # of red, green and blue; 16 apart, so that each is known within 4
@@ -25,7 +26,9 @@ PALETTE, SHIFT = len(LEVELS) ** 3, 50  # colours; what the second render adds to
 NEAR_COLOUR, NEAR_SHIFT = 4, 8  # by Design2Code's definition
 SEEN = 8  # of 255: from which difference on a text stands out from what is behind it
 STRONG = 0.8  # of a text's strongest pixels: those of the letters' inside, whose colour is not mixed with the ground's
-REACH = (0, 50, 200)  # CSS px around an element in which a text that it generates is looked for
+# A frame's start tag, and its attribute that shuts us out with the page's scripts, which the policy stops anyway.
+FRAME = re.compile(r"""<iframe\b(?:[^>"']|"[^"]*"|'[^']*')*>""", re.IGNORECASE)
+SANDBOX = re.compile(r"""("[^"]*"|'[^']*')|\ssandbox(?:\s*=\s*(?:"[^"]*"|'[^']*'|[^\s>]+))?(?=[\s/>])""", re.IGNORECASE)
 BAND = 1024  # rows of a picture that are compared at once, to need less memory
 MAX_PASSES = 4  # pairs of renders: a page with more texts than colours is coloured in parts
 
@@ -70,13 +73,15 @@ def job_for(html: str, width: int = 1280, height: int = 720) -> Job:
     """What is to be rendered of a page, in a window of so many CSS pixels, so that `page_of` can read it."""
     tags = len(re.findall(rf"<(?:{'|'.join(TEXT_TAGS)})\b", html, re.IGNORECASE))
     passes = min(MAX_PASSES, max(1, -(-tags // PALETTE)))
-    steps = [SHOT, step("subtrees"), step("texts"), step("bare", hide=True), SHOT, step("bare", hide=False)]
+    steps = [SHOT, step("subtrees"), step("texts"), SNAPSHOT]
+    steps += [step("bare", hide=True), SHOT, step("bare", hide=False)]
     for number in range(passes):
         for shift in (0, SHIFT):
             options = {"levels": LEVELS, "tags": ",".join(TEXT_TAGS), "shift": shift, "pass": number}
             steps += [step("recolour", **options), SHOT]
     # Closed shadow roots look the same open, and let us read what is in them; no script is there to tell.
     html = re.sub(r"(\sshadowrootmode\s*=\s*[\"']?)closed\b", r"\1open", html, flags=re.IGNORECASE)
+    html = FRAME.sub(lambda tag: SANDBOX.sub(lambda found: found[1] or "", tag[0]), html)
     return Job(html, width, height, tuple(steps))
 
 
@@ -85,13 +90,13 @@ def page_of(render: Render, html: str) -> Page:
     if render.failure is not None:
         return Page(None, failure=render.failure, html=html)
     # One picture as it is, one without texts; then for each pass: texts, a picture, their number, a shifted picture.
-    image, subtrees, every_text, _, bare, _, *passes = render.values
+    image, subtrees, (every_text, origin), snapshot, _, bare, _, *passes = render.values
     found: list[Block] = []
     for texts, first, elements, second in zip(passes[::4], passes[1::4], passes[2::4], passes[3::4]):
         if elements > PALETTE * len(passes) // 4:
             return Page(None, failure=f"{elements:,} text elements, more than colours", html=html)
         found += blocks_of(image, first, second, texts)
-    seen = texts_of(image, bare, every_text)
+    seen = texts_of(image, bare, [*every_text, *generated_texts(snapshot, origin)])
     return Page(image, same_boxes_merged(found), frozenset(subtrees), clipped=render.clipped, html=html, texts=seen)
 
 
@@ -108,11 +113,8 @@ def texts_of(
     found = []
     for text, boxes, own in texts:
         mask = contrast >= SEEN if own else free
-        for reach in (0,) if own else REACH:
-            places = [within(box, contrast.shape, reach) for box in boxes]
-            if block := block_in(image, contrast, mask, places, text):
-                found.append(block)
-                break
+        if block := block_in(image, contrast, mask, [within(box, contrast.shape) for box in boxes], text):
+            found.append(block)
     return tuple(found)
 
 
@@ -126,11 +128,11 @@ def contrast_of(image: np.ndarray, bare: np.ndarray) -> np.ndarray:
     return found
 
 
-def within(box: Sequence[float], shape: tuple[int, int], reach: int = 0) -> tuple[slice, slice]:
-    """(rows, columns) of a box (x, y, width, height), `reach` pixels wider on every side, inside a picture."""
+def within(box: Sequence[float], shape: tuple[int, int]) -> tuple[slice, slice]:
+    """(rows, columns) of a box (x, y, width, height) inside a picture."""
     x, y, width, height = box
-    rows = max(0, math.floor(y) - reach), min(shape[0], math.ceil(y + height) + reach)
-    columns = max(0, math.floor(x) - reach), min(shape[1], math.ceil(x + width) + reach)
+    rows = max(0, math.floor(y)), min(shape[0], math.ceil(y + height))
+    columns = max(0, math.floor(x)), min(shape[1], math.ceil(x + width))
     return slice(rows[0], max(rows)), slice(columns[0], max(columns))
 
 

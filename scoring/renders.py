@@ -46,15 +46,18 @@ if TYPE_CHECKING:  # playwright is loaded by the worker, and missed with a remed
 # -----------------------------------------------------------------------------
 # What is rendered
 
-SHOT = "shot"
+SHOT, SNAPSHOT = "shot", "snapshot"
+# Of every element: where a frame's inside begins.
+SNAPSHOT_STYLES = ("border-left-width", "border-top-width", "padding-left", "padding-top")
 # Of a picture; a longer page is cut. With more pixels it would be refused wherever a screenshot is opened.
 MAX_HEIGHT, MAX_WIDTH, MAX_PIXELS = 16_384, 16_384, MAX_PICTURE_PIXELS
 
 
 @dataclass(frozen=True)
 class Job:
-    """`steps`, in order: SHOT takes the full page's picture; anything else is the source of a JavaScript function
-    `() => ...` whose JSON result is kept. `scripts` lets the page's own run, without any network; `pictures` gives
+    """`steps`, in order: SHOT takes the full page's picture; SNAPSHOT asks the browser for its layout (CDP's
+    DOMSnapshot.captureSnapshot); anything else is the source of a JavaScript function `() => ...` whose JSON result is
+    kept. `scripts` lets the page's own run, without any network; `pictures` gives
     those that cannot load a grey placeholder, since a broken picture ignores its size and moves the layout. Where
     `content_type` names no charset, `html` holds bytes, as characters up to U+00FF, and the browser finds out what they
     are in."""
@@ -286,6 +289,9 @@ def run_steps(session: CDPSession, job: Job, pictures: list[bytes]) -> tuple[lis
     evaluate(step("settle", pictures=job.pictures))
     values, clipped = [], False
     for wanted in job.steps:
+        if wanted == SNAPSHOT:
+            values.append(session.send("DOMSnapshot.captureSnapshot", {"computedStyles": [*SNAPSHOT_STYLES]}))
+            continue
         if wanted != SHOT:
             values.append(evaluate(wanted))
             continue

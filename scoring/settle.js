@@ -7,6 +7,10 @@ async ({pictures}, dom) => {
   const isData = (node, name) => /^\s*data:/i.test(dom.attribute(node, name) ?? "");
   const sourceless = (node) => node.localName === "img" && !dom.get(HTMLImageElement, "currentSrc").call(node)
     && dom.attribute(node, "src") === null && dom.attribute(node, "srcset") === null;  // it draws nothing, not even a frame
+  for (const node of dom.all("marquee")) dom.setAttribute(node, "scrollamount", "0");
+  for (const node of dom.all("marquee:not(marquee marquee)")) {  // one that moves already goes on; a copy stands still
+    Element.prototype.replaceWith.call(node, Node.prototype.cloneNode.call(node, true));
+  }
   if (pictures) {
     for (const node of dom.all("img, input[type=image i]")) {
       dom.removeAttribute(node, "loading");
@@ -35,5 +39,4 @@ async ({pictures}, dom) => {
     SVGSVGElement.prototype.pauseAnimations.call(node);
     SVGSVGElement.prototype.setCurrentTime.call(node, 3600);  // s: past the end of those that have one
   }
-  for (const node of dom.all("marquee")) dom.setAttribute(node, "scrollamount", "0");  // stands still once parsed anew
 }

@@ -1,14 +1,20 @@
-// Every text that may show, whatever element it stands in, in the document's order: [text, [[x, y, width, height], ...],
-// whether the boxes are its own]. Boxes in CSS pixels of the whole page: those of a text's lines, or of the element whose
-// generated or form text it is, which holds other things, too. What of them is painted, the pictures tell.
+// Every text that may show, whatever element it stands in, but for what CSS generates (generated.py), in the document's
+// order: [text, [[x, y, width, height], ...], whether the boxes are its own]; then [x, y] of where the picture begins,
+// left of 0 where a page overflows to the left. Boxes in pixels of the whole page's picture: those of a text's lines, or
+// of the element whose form text it is, which holds other things, too. What of them is painted, the pictures tell.
 (options, dom) => {
-  const found = [];
-  let left = 0, top = 0;  // of the document that is walked, in the page: 0, or a frame's
+  const found = [], scrolled = [scrollX, scrollY];  // a field with autofocus scrolls the page
+  scrollTo({left: -1e6, top: -1e6, behavior: "instant"});
+  const origin = [scrollX, scrollY];
+  scrollTo({left: scrolled[0], top: scrolled[1], behavior: "instant"});
+  let left = scrollX - origin[0], top = scrollY - origin[1];  // of the document that is walked, in the picture
   const boxes = (thing, type) => [...type.prototype.getClientRects.call(thing)]
     .map((box) => [box.x + left, box.y + top, box.width, box.height]).filter((box) => box[2] > 0 && box[3] > 0);
-  const styleOf = (node, pseudo) => getComputedStyle(node, pseudo);
+  const styleOf = (node) => getComputedStyle(node);
   const one = (text) => text.replace(/\s+/g, " ").trim();
   const shown = (text, style) => {  // as it is painted: an upper-case title reads like one that was typed so
+    const natural = /[\p{Script=Hebrew}\p{Script=Arabic}]/u.test(text) ? "rtl" : "ltr";
+    if (style.unicodeBidi.endsWith("override") && style.direction !== natural) text = [...text].reverse().join("");
     if (style.textTransform === "uppercase") return text.toUpperCase();
     if (style.textTransform === "lowercase") return text.toLowerCase();
     if (style.textTransform === "capitalize") return text.replace(/(^|\s)(\S)/g, (all, gap, first) => gap + first.toUpperCase());
@@ -20,24 +26,12 @@
     if (clean.replace(/[\s\p{Co}]/gu, "") && rects.length) found.push([clean, rects, own]);
   };
 
-  const markerOf = (node, style) => {
-    const own = styleOf(node);
-    if (own.display !== "list-item") return "";
-    return style.content !== "normal" ? style.content : own.listStyleType;  // a string, or the name of a kind of number
-  };
-  const generated = (node, pseudo) => {
-    const style = styleOf(node, pseudo), content = pseudo === "::marker" ? markerOf(node, style) : style.content;
-    if (!content || content === "none" || content === "normal" || style.display === "none") return;
-    const parts = content.match(/"(?:\\.|[^"\\])*"|attr\([^)]*\)|counters?\([^)]*\)/g) ?? [];
-    const words = parts.map((part) => {
-      if (part.startsWith("attr(")) return dom.attribute(node, part.slice(5, -1).split(/[\s,]/)[0]) ?? "";
-      return part.startsWith('"') ? part.slice(1, -1).replace(/\\(.)/g, "$1") : part;
-    });
-    add(shown(words.join(""), style), boxes(node, Element), false);
-  };
-
-  const unlettered = new Set(["hidden", "checkbox", "radio", "range", "color", "image", "file"]);
+  const unlettered = new Set(["hidden", "checkbox", "radio", "range", "color", "image"]);
   const labels = {submit: "Submit", reset: "Reset"};
+  const blanks = {  // of fields in which the browser itself writes what is missing, and no placeholder
+    date: "mm/dd/yyyy", time: "--:-- --", "datetime-local": "mm/dd/yyyy, --:-- --", month: "--------- ----",
+    week: "Week --, ----", file: "Choose File No file chosen",
+  };
   const valueOf = (node) => {
     if (node.localName === "textarea") {
       return dom.get(HTMLTextAreaElement, "value").call(node) || dom.attribute(node, "placeholder") || "";
@@ -46,6 +40,7 @@
     if (unlettered.has(type)) return "";
     const value = dom.get(HTMLInputElement, "value").call(node);
     if (type === "password" && value) return "\u2022".repeat(value.length);
+    if (blanks[type]) return value || blanks[type];
     return value || (dom.attribute(node, "value") === null ? labels[type] : "") || dom.attribute(node, "placeholder") || "";
   };
   const isList = (node) =>
@@ -53,6 +48,9 @@
   const field = (node) => {
     if (node.localName === "input" || node.localName === "textarea") {
       add(shown(valueOf(node), styleOf(node)), boxes(node, Element), false);
+    } else if (node.localName === "img") {  // without a source it is its alternative text; others show a grey placeholder
+      const source = dom.attribute(node, "src") ?? dom.attribute(node, "srcset");
+      if (source === null) add(shown(dom.attribute(node, "alt") ?? "", styleOf(node)), boxes(node, Element), false);
     } else if (node.localName === "select") {
       if (isList(node)) return;
       const chosen = dom.get(HTMLSelectElement, "selectedOptions").call(node)[0];
@@ -76,8 +74,6 @@
         const parent = dom.parentOf(node);
         add(parent.nodeType === Node.ELEMENT_NODE ? shown(text, styleOf(parent)) : text, boxes(range, Range), true);
       } else if (node.nodeType === Node.ELEMENT_NODE) {
-        generated(node, "::marker");
-        generated(node, "::before");
         field(node);
         const shadow = dom.get(Element, "shadowRoot").call(node);
         if (shadow) walk(shadow);
@@ -89,10 +85,9 @@
           walk(inner);
           [left, top] = before;
         }
-        generated(node, "::after");
       }
     }
   };
   walk(dom.root());
-  return found;
+  return [found, origin];
 }

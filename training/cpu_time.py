@@ -12,12 +12,11 @@ Without torch, since --check_settings tells it, too.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from training.errors import ON_CPU, SettingsError, agreed
+from training.errors import ON_CPU, SettingsError, agreed, can_be_asked
 from training.families import family_of
 from training.page_costs import page_flops, weights_of
 
@@ -84,7 +83,7 @@ def duration(seconds: float) -> str:
 def sure(yes: bool) -> None:
     """Raises `SettingsError` unless whoever sits at the terminal wants it. Nobody is asked who has said --yes, or where
     a launcher has started this: its ranks have no keyboard, and the wrapper has asked before."""
-    if yes or "RANK" in os.environ or not (sys.stdin.isatty() and sys.stderr.isatty()):
+    if yes or "RANK" in os.environ or not can_be_asked():
         return
     if not agreed():
         raise SettingsError("not started: take a GPU, a smaller --base_model, or --yes")

@@ -57,6 +57,11 @@ def refuse_other_systems() -> None:
 ON_CPU = "on a CPU:"  # how a line begins that the wrapper asks about, where it finds it in the script's own check
 
 
+def can_be_asked() -> bool:
+    """Whether somebody sits at a terminal and sees a question; a stream that was closed at the start is None."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
+
+
 def agreed() -> bool:
     """Asks on the terminal whether to train all the same; nothing typed, and a closed terminal, are a no."""
     print("train all the same? [y/N] ", end="", file=sys.stderr, flush=True)

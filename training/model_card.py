@@ -130,7 +130,8 @@ def derived_licence(
     page = (
         shown(page) if re.fullmatch(r"https?://[^\s|<>]+|LICENSE(\.md)?", str(page)) else None
     )  # or the Hub refuses it
-    return "other", re.sub(r"[^a-z0-9.]+", "-", str(name).lower()).strip("-"), page
+    name = re.sub(r"[^a-z0-9.]+", "-", str(name).lower()).strip("-")  # of another script nothing is left
+    return "other", name or "unknown-see-the-base-model", page
 
 
 # -----------------------------------------------------------------------------

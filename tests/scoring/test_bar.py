@@ -34,6 +34,14 @@ def test_a_file_gets_a_line_at_the_end_and_no_carriage_return(monkeypatch):
     assert file.getvalue() == "pages: 1,500 of 1,500 in 0:00:00\n"
 
 
+def test_a_file_is_told_nothing_twice_and_nothing_of_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", file := io.StringIO())
+    monkeypatch.setattr(bar, "EVERY_S", 0.0)
+    count_to(1)
+    count_to(0)
+    assert file.getvalue() == "pages: 1 of 1 in 0:00:00\n"
+
+
 def test_a_file_is_told_now_and_then_how_fast_and_how_long_still(monkeypatch):
     monkeypatch.setattr(sys, "stderr", file := io.StringIO())
     seconds = iter([0.0, 10.0, 31.0, 31.0, 90.0, 90.0, 100.0])

@@ -92,6 +92,8 @@ def test_nobody_is_asked_who_said_yes_or_sits_at_no_terminal(typed, monkeypatch)
         cpu_time.sure(yes=False)
     monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115
     cpu_time.sure(yes=False)
+    monkeypatch.setattr(sys, "stdin", None)  # closed by who started it
+    cpu_time.sure(yes=False)
     passed_on: list[str] = []
     assert wrapper.slow_problems(passed_on, dry_run=False) == [] and passed_on == ["--yes"]
 

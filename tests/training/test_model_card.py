@@ -57,6 +57,11 @@ def test_the_licence_is_the_bases_own(base: str, given: str | None, expected: tu
     assert derived_licence(base, given)[:2] == expected
 
 
+def test_a_licence_in_another_script_still_has_a_name():
+    """The Hub refuses `other` without one."""
+    assert derived_licence("base", "中文许可")[:2] == ("other", "unknown-see-the-base-model")
+
+
 @pytest.mark.parametrize(
     ("front", "expected"),
     [
