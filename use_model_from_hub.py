@@ -222,11 +222,9 @@ def _in_eight_bits(image: Image, depth: int) -> Image:
 
 
 def limit_pixels(processor: ProcessorMixin, min_pixels: int, max_pixels: int) -> None:
-    """Set the range of width x height to which the processor resizes every screenshot.
-
-    Those that merge patches into tokens (Qwen-VL) take both as areas. Others mean edges by the same words: they keep
-    what was saved with them, which for a model trained by this project are the limits that it was trained under.
-    """
+    """Set the range of width x height to which the processor resizes every screenshot. Those that merge patches into
+    tokens (Qwen-VL) take both as areas. Others mean edges by the same words: they keep what was saved with them, which
+    for a model trained by this project are the limits that it was trained under."""
     if hasattr(processor.image_processor, "merge_size"):
         # `size` is the one place that transformers 5 reads; `min_pixels`/`max_pixels` attributes are ignored there.
         processor.image_processor.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
@@ -391,8 +389,7 @@ class Generating:
         self.model, self.processor, self.recipe, self.batch = model, processor, recipe, batch
 
     def write(self, requests: Iterable[Request], shown: Shown | None = None) -> Iterator[tuple[Request, Written]]:
-        """The answers in order; a page that is written alone is `shown`, which generate() can do with no other. Raises
-        what that raises, out of memory for a single page alone."""
+        """The answers in order; a page that is written alone is `shown`. Out of memory it raises for a single page."""
         requests = iter(requests)
         while batch := list(islice(requests, self.batch)):
             pieces = partial(shown, batch[0]) if shown and len(batch) == 1 else None
@@ -417,8 +414,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def writer(model: PreTrainedModel, processor: ProcessorMixin, recipe: Recipe, batch: int | None = None):
-    """The project's engine, which has slots of its own, where it lies beside this file and can write with this model;
-    else `Generating`, with `batch` or, where that is None, 8 pages at once on a GPU and 1 on a CPU."""
+    """The project's engine where it is and can write with this model, else `Generating`: 8 at once, 1 on a CPU."""
     if engine := room("writing.engine"):
         if not (obstacle := engine.obstacle(model)):
             return engine.Engine(model, processor, recipe)
@@ -562,14 +558,20 @@ class Page:
     path: Path
     html: Path | None = None
     sha256: str = ""
-    piped: bytes = b""
+    piped: bytes = b""  # which can be read only once
 
     def read(self) -> bytes:
-        if str(self.path) == "-":  # which can be read only once
-            picture = self.piped = self.piped or sys.stdin.buffer.read()
-        else:
-            picture = self.path.read_bytes()
+        picture = self.piped if str(self.path) == "-" else self.path.read_bytes()
         self.sha256 = hashlib.sha256(picture).hexdigest()
+        return picture
+
+    def checked(self) -> bytes:
+        """The same, of what `open_screenshot` opens; raises `UseError`."""
+        try:
+            picture_size(picture := self.read())
+        except (OSError, PictureError) as error:
+            words = getattr(error, "strerror", None) or error
+            raise UseError(f"--image {self.path}: {words}", getattr(error, "code", 2)) from error
         return picture
 
     def beside(self, suffix: str) -> Path:
@@ -580,9 +582,8 @@ def find_pages(images: Sequence[str], output: str | None) -> tuple[list[Page], b
     """The pages of --image, and whether --output is a folder for them. Folders, to their depths, and patterns mean
     pictures there, but for hidden ones and our previews; anything else means just that, and need not be there.
 
-    They lie there as their screenshots do below the folder that all of these share: a/x.html, b/x.html; where x.png and
-    x.jpg are among them, x.png.html, x.jpg.html. Raises `UseError`.
-    """
+    There they lie as their screenshots do below the folder that all of these share: a/x.html, b/x.html; all with
+    their suffix, x.png.html, where x.png and x.jpg lie beside each other. Raises `UseError`."""
     found, bases, single = {}, [], len(images) == 1
     for image in images:
         base, pattern = Path(image), os.path.join(glob.escape(image), "**", "*")
@@ -595,7 +596,7 @@ def find_pages(images: Sequence[str], output: str | None) -> tuple[list[Page], b
             if not (hits := sorted(filter(_PICTURE.search, glob.glob(pattern, recursive=True)))):
                 raise UseError(f"--image {image}: no .png, .jpg, .jpeg or .webp there", code=80)
         bases.append(os.path.abspath(base))
-        found |= {os.path.abspath(hit): Page(Path(hit)) for hit in hits}
+        found |= {os.path.abspath(hit): Page(Path(hit), piped=hit == "-" and sys.stdin.buffer.read()) for hit in hits}
     pages = list(found.values())
     if output is None and len(pages) > 1:
         raise UseError(f"--image: {len(pages):,} screenshots; give a folder for their pages by --output")
@@ -603,6 +604,7 @@ def find_pages(images: Sequence[str], output: str | None) -> tuple[list[Page], b
         if output and not Path(output).absolute().parent.is_dir():
             raise UseError(f"--output {output}: the folder does not exist; create it first")
         pages[0].html = Path(output) if output else None
+        pages[0].checked()
         return pages, False
     if os.path.isfile(output):
         raise UseError(f"--output {output} is a file, and there may be several pages; give a folder")
@@ -659,9 +661,10 @@ def with_bar(what: str, items: Iterable, total: int, done: int = 0) -> Iterable:
     """`items`, and on stderr how many of `total` are done: a bar on a terminal, elsewhere a line each 30 s."""
     from tqdm import tqdm
 
-    lines = {"mininterval": 30.0, "bar_format": "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left\n"}
-    lines = {} if sys.stderr.isatty() else lines
-    return tqdm(items, desc=what, total=total, initial=done, unit="page", dynamic_ncols=True, **lines)
+    look = (
+        {} if sys.stderr.isatty() else {"mininterval": 30, "bar_format": "{desc}: {n} of {total}, {remaining} left\n"}
+    )
+    return tqdm(items, desc=what, total=total, initial=done, unit="page", dynamic_ncols=True, **look)
 
 
 class Shown:
@@ -791,8 +794,8 @@ def find_recipe(args: argparse.Namespace, source: str) -> tuple[Recipe, str]:
     recipe = replace(recipe, **typed)
     if args.best_of and args.temperature is None and recipe.temperature == 0:
         recipe = replace(recipe, temperature=0.7)  # greedy answers would all be the same
-    if recipe.temperature == 0 and (idle := [f"--{name}" for name in ("top_p", "seed") if name in typed]):
-        raise UseError(f"{' and '.join(idle)}: nothing is drawn at temperature 0; add --temperature")
+    if recipe.temperature == 0 and {"top_p", "seed"} & {*typed}:
+        raise UseError("--top_p, --seed: nothing is drawn at temperature 0; add --temperature")
     return recipe, commit or hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
@@ -802,21 +805,18 @@ def write_all(args: argparse.Namespace, pages: list[Page], there: int | None, ma
     failed, done, prints = [], [], args.show_html or not args.output
     shown = Shown(prints and sys.stdout.isatty()) if there is None and not args.best_of else None
 
-    def fail(page: Page, error: Exception) -> None:
-        words = getattr(error, "strerror", None) or error
-        failed.append(UseError(f"--image {page.path}: {words}", getattr(error, "code", 2)))
+    def fail(error: UseError) -> None:
+        failed.append(error)
         if there is None:
-            raise failed[0]
-        say(str(failed[-1]))
+            raise error
+        say(str(error))
 
     def requests() -> Iterator[Request]:
         for place, page in enumerate(pages):
             try:
-                picture = page.read()
-                picture_size(picture)
-                yield Request(place, partial(open_screenshot, picture))
-            except (OSError, PictureError) as error:
-                fail(page, error)
+                yield Request(place, partial(open_screenshot, page.checked()))
+            except UseError as error:
+                fail(error)
 
     wanted, total = requests(), len(pages) + (there or 0)
     first = next(wanted, None)  # before torch loads: maybe there is none
@@ -825,7 +825,7 @@ def write_all(args: argparse.Namespace, pages: list[Page], there: int | None, ma
         for request, answer in answers if there is None else with_bar("pages", answers, total, there):
             page = pages[request.place]
             if error := getattr(answer, "error", None):  # a server says why it has none
-                fail(page, error)
+                fail(UseError(f"--image {page.path}: {error}", error.code))
                 continue
             if page.html:
                 keep(page, answer, None if there is None else made)
@@ -838,8 +838,7 @@ def write_all(args: argparse.Namespace, pages: list[Page], there: int | None, ma
         tokens, seconds = sum(answer.tokens for answer in done), time.monotonic() - start
         say(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):.1f} tokens/s")
         if cut := sum(answer.cut_off for answer in done):
-            what = "the page was" if there is None else f"{cut:,} pages were"
-            say(f"{what} cut off at {made['max_html_tokens']:,} tokens and not complete")
+            say(f"{cut:,} of {len(done):,} pages cut off at {made['max_html_tokens']:,} tokens and not complete")
         if there is not None:
             say(
                 f"{args.output}: {there:,} of {total:,} pages were there, {len(done):,} are new, {len(failed):,} failed"
