@@ -672,10 +672,10 @@ class Shown:
     it has begun with a tag, after which `extract_html` takes nothing away: what is shown is the page."""
 
     def __init__(self, streams: bool):
-        self.streams, self.raw, self.out, self.told = streams, "", "", time.monotonic()
+        self.streams, self.raw, self.out, self.told = streams, "", "", 0.0
 
     def __call__(self, request: Request, piece: str) -> None:
-        self.raw += piece
+        self.raw, self.told = self.raw + piece, self.told or time.monotonic()
         text = self.raw.strip().removeprefix("\ufeff").lstrip()
         if self.streams and _TAG.match(text):
             print(text[len(self.out) :], end="", flush=True)
