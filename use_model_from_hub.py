@@ -99,7 +99,7 @@ def say(message: str) -> None:
     """Everything that is not the answer goes to stderr, above the bars that stand there."""
     from tqdm import tqdm
 
-    (tqdm.write if sys.stderr.isatty() else print)(message, file=sys.stderr)
+    (tqdm.write if sys.stderr.isatty() else print)(message + "\n", file=sys.stderr, end="")
 
 
 # -----------------------------------------------------------------------------
