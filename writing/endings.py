@@ -30,6 +30,7 @@ from html5lib.constants import voidElements
 from transformers import LogitsProcessor, StoppingCriteria
 
 from scoring.validity import MAX_DEPTH
+from use_model_from_hub import UseError
 from writing.loops import EVERY, Repeats
 from writing.open_elements import DOCTYPE, MARK, SPARE_DEPTH, OpenElements, Unclosable
 from writing.token_bytes import token_bytes
@@ -138,6 +139,15 @@ _DANGEROUS_TAIL = re.compile(r"</?(?:body|html|form|plaintext|frameset)", re.IGN
 _LONG_TAIL = 900  # characters; a tag with more attributes than html5lib can bear is longer
 _AROUND_TAIL = '-->"></script></script>'  # what may come to close a tag, a comment, a script
 _AROUND = f'{DOCTYPE}<html></head><body>{MARK}-->"></script></script></script></body></html>'  # beside elements
+
+
+def obstacle(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Why documents cannot be closed in the tokens of this tokenizer; "" where they can."""
+    try:
+        token_bytes(tokenizer)
+    except UseError as error:
+        return str(error)
+    return ""
 
 
 class Watch:

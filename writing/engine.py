@@ -16,7 +16,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +28,8 @@ from writing.step import Chooser, Step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
+
+    from writing.endings import Watch
 
 BLOCK = 16  # steps between two looks at what was written
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)  # numbers of slots for which a step is captured
@@ -75,13 +77,13 @@ def unknown_parts(model: PreTrainedModel) -> str:
 
 @dataclass
 class Slot:
-    """A question that is being answered, its answer's tokens so far, what of the text was shown, and what may end it
-    (`Watch.feed` of writing/endings.py)."""
+    """A question that is being answered, its answer's tokens so far, what of the text was shown, and what may end it: a
+    `Watch` of writing/endings.py."""
 
     question: Question
     ids: list[int]
     shown: str = ""
-    watch: object | None = None
+    watch: Watch | None = None
 
 
 class Engine:
@@ -93,7 +95,7 @@ class Engine:
         processor: ProcessorMixin,
         recipe: use.Recipe,
         wanted: int | None = None,
-        watch: Callable[[], object] | None = None,
+        watch: Callable[[], Watch] | None = None,
         drafts: bool = True,
     ):
         """`wanted` answers at most are asked for together; `watch` makes what may end an answer early; `drafts` are
@@ -247,14 +249,11 @@ class Engine:
         body = tokens if stop is None else tokens[:stop]
         slot.ids += body
         ending = slot.watch.feed(body) if slot.watch else None
-        if ending is not None:
-            ids = slot.ids[: ending.keep] + ending.tokens
-            done = use.written(self.processor, ids, self.stops)
-            looped = ending.reason == "loop"
-            return replace(done, cut_off=not looped, looped=looped, closing_tokens=len(ending.tokens))
-        if stop is None and len(slot.ids) < self.recipe.max_html_tokens:
+        if slot.watch and stop is not None:
+            ending = slot.watch.ended()
+        if ending is None and stop is None and len(slot.ids) < self.recipe.max_html_tokens:
             return None
-        return use.written(self.processor, slot.ids + ([] if stop is None else [tokens[stop]]), self.stops)
+        return use.written(self.processor, slot.ids + tokens[len(body) :][:1], self.stops, ending)
 
     def show(self, slot: Slot, ended: use.Written | None, shown: Callable[[use.Request, str], None]) -> None:
         """The text that was added since the last time; what ends within a character waits for the rest of it."""
