@@ -219,7 +219,7 @@ def limit_pixels(processor: ProcessorMixin, min_pixels: int, max_pixels: int) ->
     """Set the range of width x height to which a processor that merges patches into tokens (Qwen-VL) resizes every
     screenshot. Others mean edges by these words: they keep what was saved with them, the limits of their training."""
     if hasattr(processor.image_processor, "merge_size"):
-        # `size` is the one place that transformers 5 reads; `min_pixels`/`max_pixels` attributes are ignored there.
+        # The one place that transformers 5 reads; its attributes `min_pixels` and `max_pixels` are ignored.
         processor.image_processor.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
 
 
@@ -239,11 +239,9 @@ def encode_questions(processor: ProcessorMixin, screenshots: list[Image], prompt
     `pixel_values` (patches, dim), `image_grid_thw` (B, 3) and `mm_token_type_ids` (B, T)."""
     texts = [ask(processor, prompt)] * len(screenshots)
     text_options = {"padding": True, "padding_side": "left"}
-    # Without mm_token_type_ids the positions silently become one-dimensional (transformers 5.23, Qwen2.5-VL). Models
-    # that do not know them refuse to write with them, so the processor is asked whether its model takes them.
-    if "mm_token_type_ids" in processor.model_input_names:
-        text_options["return_mm_token_type_ids"] = True
-    # A list for each question: some processors take a flat one for the pictures of a single question.
+    # Without them Qwen2.5-VL's positions silently become one-dimensional (transformers 5.23); others refuse them.
+    text_options |= {f"return_{name}": True for name in {"mm_token_type_ids"} & {*processor.model_input_names}}
+    # A list for each question: some processors take a flat one for those of a single question.
     return processor(text=texts, images=[[picture] for picture in screenshots], return_tensors="pt", **text_options)
 
 
@@ -253,12 +251,11 @@ def encode_questions(processor: ProcessorMixin, screenshots: list[Image], prompt
 
 @dataclass(frozen=True)
 class Request:
-    """One answer that is wanted: of the screenshot that `open()` gives when its turn comes; `sample` tells the answers
-    apart that are drawn for the same screenshot, and `place` is the caller's own."""
+    """One answer that is wanted: of the screenshot that `open()` gives when its turn comes; `place` is the caller's."""
 
     place: int
     open: Callable[[], Image]
-    sample: int = 0
+    sample: int = 0  # which of the answers that are drawn for one screenshot
 
 
 @dataclass
@@ -275,8 +272,8 @@ class Written:
 
 
 def chances(screenshot: Image, recipe: Recipe, sample: int) -> torch.Tensor:
-    """(max_html_tokens,) numbers from 0 to 1 in fp32, one for each token that is drawn: they depend on seed, screenshot
-    and sample alone, so that an answer is the same whatever is written beside it, and in whatever order."""
+    """(max_html_tokens,) numbers from 0 to 1, one for each token that is drawn, of seed, screenshot and sample alone:
+    an answer is the same whatever is written beside it."""
     import torch
 
     mixed = zlib.crc32(f"{recipe.seed} {sample} {screenshot.size}".encode(), zlib.crc32(screenshot.tobytes()))
@@ -293,13 +290,13 @@ def draw(scores: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
 
 class Draw:
     """A logits processor that draws by `chances` (B, tokens): greedy decoding takes the one token that stays possible.
-    torch.multinomial takes its numbers from one generator for a batch: answers would depend on the pages beside them."""
+    torch.multinomial has one generator for a batch: an answer would depend on the pages beside it."""
 
     def __init__(self, chances: torch.Tensor):
         self.chances, self.start = chances, None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.start = input_ids.shape[1] if self.start is None else self.start
+        self.start = self.start or input_ids.shape[1]
         token = draw(scores, self.chances[:, input_ids.shape[1] - self.start])
         return scores.new_full(scores.shape, float("-inf")).scatter_(1, token[:, None], 0.0)
 
@@ -415,17 +412,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def writer(model, processor, recipe: Recipe, batch: int | None = None, wanted: int | None = None, tell: Callable = say):
-    """The project's engine where it is and can write with this model, `wanted` pages in all, else `Generating`."""
-    endings, obstacle = room("writing.endings"), ""
-    if endings and (why := endings.obstacle(processor.tokenizer)):
-        endings = tell(f"pages that do not end are not closed: {why}")  # None
-    if engine := room("writing.engine"):
-        if not (obstacle := engine.obstacle(model)):
-            watch = endings and partial(endings.Watch, processor.tokenizer, recipe.max_html_tokens)
-            return engine.Engine(model, processor, recipe, wanted, watch)
-        tell(f"written by generate(), not by the engine: {obstacle}")
+    """What writes `wanted` pages in all: with the project around it its engine where that can, and documents end."""
     batch = batch or (1 if model.device.type == "cpu" else 8)
-    return Generating(model, processor, recipe, batch, endings and endings.Endings)
+    if project := room("writing.writer"):
+        return project.writer(model, processor, recipe, batch, wanted, tell)
+    return Generating(model, processor, recipe, batch)
 
 
 # -----------------------------------------------------------------------------
@@ -486,9 +477,9 @@ def page_in_fence(answer: str) -> str | None:
 def resolve_model(name: str | None) -> str:
     """A folder or a Hub repository: by default the one that this file lies in, or here, else this user's repository."""
     own = Path(__file__).parent
-    if name is None and (own / RECIPE_FILE).is_file() and (own / "config.json").is_file():
-        return str(own)
     if name is None:
+        if (own / RECIPE_FILE).is_file() and (own / "config.json").is_file():
+            return str(own)
         name = f"./{FINAL_FOLDER}" if Path(FINAL_FOLDER).is_dir() else HUB_REPO
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
@@ -521,7 +512,9 @@ def load_model(source: str, recipe: Recipe, trust_remote_code: bool = False):
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # of tensors, a second's worth
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = {"dtype": best_dtype(device), "trust_remote_code": trust_remote_code}
     # transformers fills what is not there with random numbers and only warns; told so, it does that with wrong shapes.
@@ -575,8 +568,8 @@ class Page:
         try:
             picture_size(picture := self.read())
         except (OSError, PictureError) as error:
-            words = getattr(error, "strerror", None) or error
-            raise UseError(f"--image {self.path}: {words}", getattr(error, "code", 2)) from error
+            code, words = getattr(error, "code", 2), getattr(error, "strerror", None) or error
+            raise UseError(f"--image {self.path}: {words}", code) from error
         return picture
 
     def beside(self, suffix: str) -> Path:
@@ -737,7 +730,7 @@ def draw_previews(pages: Sequence[Page]) -> int:
             left, file = open_screenshot(page.read()), io.BytesIO()
             right = render(page.html.read_text(encoding="utf-8"), max(160, left.width), min(720, left.height))
             both = Image.new("RGB", (left.width + 16 + right.width, max(left.height, right.height)))
-            both.paste(left, (0, 0))
+            both.paste(left)
             both.paste(right, (left.width + 16, 0))
             both.save(file, "PNG")
             write_whole(page.beside(PREVIEW), file.getvalue())

@@ -408,7 +408,7 @@ def test_a_folder_is_written_once_and_what_was_made_otherwise_is_not_taken_for_d
     assert use.main(command) == 80
     said = capsys.readouterr()
     assert "shots/b/001.png: not a readable PNG" in said.err and said.out == ""
-    assert "0 of 5 pages were there, 4 are new, 1 failed" in said.err and "4 of 4 pages cut off at 6 tokens" in said.err
+    assert "0 of 5 pages were there, 4 new, 1 failed" in said.err and "4 of 4 pages cut off at 6 tokens" in said.err
     pages = [f"{name}{end}" for name in ("a/000", "a/001", "b/000", "b/002") for end in (".html", ".json")]
     assert names(here / "out") == pages
     record = json.loads((here / "out" / "a" / "000.json").read_text())
@@ -425,7 +425,7 @@ def test_a_folder_is_written_once_and_what_was_made_otherwise_is_not_taken_for_d
     (here / "out" / "b" / "002.html").unlink()
     shutil.copy(here / "shots" / "b" / "000.png", here / "shots" / "b" / "001.png")
     code, said = again()
-    assert code == 0 and "3 of 5 pages were there, 2 are new, 0 failed" in said
+    assert code == 0 and "3 of 5 pages were there, 2 new, 0 failed" in said
     kept = {name: (here / "out" / name).stat().st_mtime_ns for name in pages[:6]}
     assert kept.items() <= times.items()
     code, said = again()  # nothing to do: no model is loaded
@@ -439,14 +439,14 @@ def test_a_folder_is_written_once_and_what_was_made_otherwise_is_not_taken_for_d
     (here / "model" / "model.safetensors").touch()
     assert "5 of 5 pages stand there already, but made otherwise" in again()[1]
     code, said = again("--overwrite", "--max_html_tokens", "5")
-    assert code == 0 and "5 are new" in said
+    assert code == 0 and "5 new" in said
     assert again("--max_html_tokens", "5")[0] == 0
 
 
 def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(monkeypatch):
     tried = []
 
-    def write_pages(model, processor, screenshots, recipe, samples, shown):
+    def write_pages(model, processor, screenshots, recipe, samples, shown, endings):
         tried.append(len(screenshots))
         if len(screenshots) > 2 or "too large" in screenshots:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
@@ -507,7 +507,7 @@ def test_on_a_terminal_the_page_comes_as_it_is_written(here, monkeypatch):
     monkeypatch.setattr("sys.stdout", Terminal())
     early = []
 
-    def write_pages(model, processor, screenshots, recipe, samples, shown):
+    def write_pages(model, processor, screenshots, recipe, samples, shown, endings):
         for start in range(0, len(page), 5):
             shown(page[start : start + 5])
             early.append(use.sys.stdout.getvalue())
@@ -600,7 +600,7 @@ def test_a_copy_alone_writes_folders_and_previews(here):
     script = str(here / "model" / "use_model_from_hub.py")
     run = {"script": script, "cwd": here, "ours": False, "renders": True}
     done = start_plain(["--image", "shots", "--output", "out", "--preview", "--batch", "2"], **run)
-    assert done.returncode == 80 and "4 are new, 1 failed" in done.stderr, done.stderr
+    assert done.returncode == 80 and "4 new, 1 failed" in done.stderr, done.stderr
     pages = ("a/000", "a/001", "b/000", "b/002")
     assert names(here / "out") == [name + end for name in pages for end in (".html", ".json", ".preview.png")]
     # What a page asks for is not fetched, and its scripts do not run.

@@ -5,6 +5,7 @@ Rooms from top to bottom; each may import those below it, and none above:
     choosing        several answers to each screenshot, of which the best one is kept
     best_of         which of several answers looks most like the screenshot
     server          pages written by a server elsewhere that speaks OpenAI's protocol, whatever goes wrong there
+    writer          the engine where it can write, else generate()
     engine          screenshots in, HTML out: slots, blocks of steps, memory
     step            the next token of every slot, captured as one CUDA graph
     drafts          tokens that may come, from what stands there already

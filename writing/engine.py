@@ -1,6 +1,5 @@
 """Screenshots in, HTML out, at the speed of the GPU's memory: slots that are filled again as soon as a page ends.
 
-    reason = obstacle(model)                        # "" where the engine can write with this model
     engine = Engine(model, processor, recipe, wanted=len(requests))
     for request, written in engine.write(requests):
         ...
@@ -38,41 +37,6 @@ MOST_NEW = 8  # tokens of a page in one step, drafts included
 READ_PATCHES = 45_000  # that are read together, some eight screenshots of a million pixels
 SPARE_BYTES = 4 * 2**30  # for reading them
 READERS = 4  # threads that open and resize screenshots
-
-# -----------------------------------------------------------------------------
-# Whether it can
-
-
-def obstacle(model: PreTrainedModel) -> str:
-    """Why this engine cannot write with `model`, for people; "" where it can."""
-    if model.device.type != "cuda":
-        return "there is no GPU"
-    if model.dtype.itemsize != 2:
-        return f"weights are {model.dtype}, its kernels take half precision"
-    return unknown_parts(model)
-
-
-def unknown_parts(model: PreTrainedModel) -> str:
-    """What of `model` the engine does not know; "" where it knows all."""
-    if model.config.model_type != "qwen2_5_vl":
-        return f"it does not know the architecture {model.config.model_type}"
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        return "the weights are sharded"
-    linears = [module for name, module in model.named_modules() if name.endswith(("_proj", "qkv", "attn.proj"))]
-    if other := {type(module).__name__ for module in linears} - {"Linear"}:
-        return f"it does not know layers of {', '.join(sorted(other))}"
-    text = model.config.get_text_config()
-    if text.hidden_act != "silu" or model.config.vision_config.hidden_act != "silu":
-        return f"it does not know the activation {text.hidden_act}"
-    if "sliding_attention" in text.layer_types:
-        return "it does not know sliding windows"
-    if (rope := text.rope_parameters["rope_type"]) != "default":
-        return f"it does not know rotary positions of the kind {rope}"
-    return ""
-
-
-# -----------------------------------------------------------------------------
-# Writing
 
 
 @dataclass
