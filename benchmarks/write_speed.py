@@ -257,6 +257,7 @@ def tune(model, rows: int) -> dict:
     from torch.nn.functional import linear
 
     from kernels import skinny_products as skinny
+    from kernels.early import early
     from kernels.row_kernels import rms_norm, swiglu
     from writing.reading import Layer
 
@@ -265,6 +266,7 @@ def tune(model, rows: int) -> dict:
     hidden = torch.randn(rows, text.hidden_size, device="cuda", dtype=model.dtype)
     wide = torch.randn(rows, text.intermediate_size, device="cuda", dtype=model.dtype)
     squares = torch.rand(rows, 128, device="cuda") + 1
+    begins = early(hidden.device)
 
     def by_torch(kind: str, layer: Layer) -> None:
         if kind in ("out", "down"):
@@ -278,12 +280,12 @@ def tune(model, rows: int) -> dict:
     def by_tile(kind: str, layer: Layer, tile: tuple) -> None:
         if kind in ("out", "down"):
             source, weight = (hidden, layer.out) if kind == "out" else (wide, layer.down)
-            skinny.launch(tile, source, weight, residual=hidden)
+            skinny.launch(tile, begins, source, weight, residual=hidden)
         elif kind == "gated":
-            skinny.launch(tile, hidden, layer.gated, None, layer.norm(1), squares, gated=True)
+            skinny.launch(tile, begins, hidden, layer.gated, None, layer.norm(1), squares, gated=True)
         else:
             weight, bias = (layer.qkv, layer.qkv_bias) if kind == "qkv" else (head, None)
-            skinny.launch(tile, hidden, weight, bias, layer.norm(0), squares)
+            skinny.launch(tile, begins, hidden, weight, bias, layer.norm(0), squares)
 
     found = {}
     for kind in skinny.TILES:
