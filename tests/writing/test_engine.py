@@ -1,0 +1,247 @@
+"""The engine writes what transformers' generate() writes, token for token in fp32, whatever is written beside it.
+
+On a CPU it takes torch's products instead of its kernels (tests/kernels holds those against the same), and no graph.
+"""
+
+import random
+from dataclasses import replace
+from functools import partial
+
+import datasets
+import pytest
+import torch
+from conftest import ROOT, make_pages
+from PIL import Image
+
+import use_model_from_hub as use
+from training.evaluation import tell_once, write_held_out
+from writing import engine as room
+from writing import writer as writers
+from writing.endings import Endings, Watch
+from writing.engine import Engine
+
+RECIPE = use.Recipe(prompt="write", max_html_tokens=24, max_pixels=140 * 140)
+WAYS = {
+    "greedy": {},
+    "penalty": {"repetition_penalty": 1.3},
+    "drawn": {"temperature": 1.2, "top_p": 0.9, "repetition_penalty": 1.1},
+}
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_base):
+    """Random weights so large that each picture has an answer of its own; as they are made, all say the same."""
+    model, processor = use.load_model(str(tiny_base), RECIPE)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(10)
+    return model, processor
+
+
+@pytest.fixture(scope="module")
+def shots():
+    rng = random.Random(5)
+    sizes = [(rng.randint(30, 260), rng.randint(30, 260)) for _ in range(14)]
+    return [Image.effect_noise(size, 90).convert("RGB") for size in sizes]
+
+
+def requests_of(shots, places, samples=None):
+    """Requests whose `place` is the index in `shots`."""
+    samples = samples or [0] * len(places)
+    return [use.Request(place, partial(shots.__getitem__, place), sample) for place, sample in zip(places, samples)]
+
+
+def tokens_of(engine, requests):
+    """The ids of each answer, the end token included, by (place, sample)."""
+    found, extend = {}, engine.extend
+
+    def kept(slot, tokens):
+        done = extend(slot, tokens)
+        if done:
+            found[slot.question.request.place, slot.question.request.sample] = (slot.ids, done)
+        return done
+
+    engine.extend = kept
+    list(engine.write(requests))
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(loaded, shots):
+    """Of each way and page what generate() writes of it alone, 24 tokens, and their ids."""
+    model, processor = loaded
+    rows, written, ids = {}, use.written, {}
+
+    def kept(processor, row, stops, *ending):
+        page = written(processor, row, stops, *ending)
+        ids[id(page)] = row[: page.tokens]
+        return page
+
+    use.written = kept
+    for name, asked in WAYS.items():
+        recipe = replace(RECIPE, **asked)
+        for place, shot in enumerate(shots):
+            for sample in (0, 1) if name == "drawn" else (0,):
+                (page,) = use.write_pages(model, processor, [shot], recipe, samples=[sample])
+                rows[name, place, sample] = page
+    use.written = written
+    assert len({page.raw for page in rows.values()}) > 0.9 * len(rows), "these answers would show nothing"
+    return rows, {key: ids[id(page)] for key, page in rows.items()}
+
+
+@pytest.mark.slow
+def test_two_hundred_random_batches_are_what_generate_writes_of_each_page_alone(loaded, shots, alone, monkeypatch):
+    """Any number of slots and order, limits of tokens, penalties, drawing, drafts or none, refills, ends in between."""
+    (model, processor), (pages, tokens) = loaded, alone
+    rng, drafted = random.Random(7), 0
+    for number in range(200):
+        name = rng.choice([*WAYS, "greedy"])
+        monkeypatch.setattr(room, "BLOCK", rng.choice([1, 3, 5]))
+        recipe = replace(RECIPE, max_html_tokens=rng.randint(1, 24), **WAYS[name])
+        places = rng.choices(range(len(shots)), k=rng.randint(1, 7))
+        samples = [rng.randint(0, 1) if name == "drawn" else 0 for _ in places]
+        drafts = rng.random() < 0.5
+        engine = Engine(model, processor, recipe, wanted=rng.choice([1, 2, 4, 8]), drafts=drafts)
+        engine.read_patches = rng.choice([1, 200, 10_000])
+        drafted += drafts and engine.chooser.plain
+        found = tokens_of(engine, requests_of(shots, places, samples))
+        assert {*found} == {*zip(places, samples)}
+        for (place, sample), (ids, page) in found.items():
+            whole, wanted = pages[name, place, sample], tokens[name, place, sample][: recipe.max_html_tokens]
+            cut = whole.cut_off or whole.tokens >= recipe.max_html_tokens
+            assert ids == wanted and page.cut_off == cut, (number, name, place, sample)
+    assert drafted > 20
+
+
+def test_an_answer_ends_at_its_end_token_wherever_that_falls_in_a_block(loaded, shots, alone):
+    model, processor = loaded
+    engine = Engine(model, processor, RECIPE, wanted=4)
+    whole = {place: ids for (place, _), (ids, _) in tokens_of(engine, requests_of(shots, range(6))).items()}
+    ends = {ids[place] for place, ids in enumerate(whole.values())}
+    engine = Engine(model, processor, RECIPE, wanted=2)
+    engine.stops = ends
+    for (place, _), (ids, page) in tokens_of(engine, requests_of(shots, range(6))).items():
+        length = next(number for number, token in enumerate(whole[place]) if token in ends)
+        assert ids == whole[place][:length] and page.tokens == length and not page.cut_off
+
+
+def test_one_long_page_holds_nobody(loaded, shots, monkeypatch):
+    """Of two slots one is filled four times while the other writes on."""
+    model, processor = loaded
+    monkeypatch.setattr(room, "BLOCK", 1)
+    engine = Engine(model, processor, RECIPE, wanted=2, drafts=False)
+    begun, begin = [], engine.begin
+
+    def noted(number, question, shift):
+        begun.append((number, question.request.place))
+        begin(number, question, shift)
+        if question.request.place:  # all but the first are nearly written already
+            engine.slots[number].ids = [0] * 20
+
+    engine.begin = noted
+    order = [it.place for it, _ in engine.write(requests_of(shots, range(5)))]
+    assert begun == [(0, 0), (1, 1), (1, 2), (1, 3), (1, 4)] and order == [1, 2, 3, 4, 0]
+
+
+def test_memory_that_runs_out_loses_nothing_that_was_written(loaded, shots, alone, monkeypatch, capsys):
+    """While reading, and in the middle of writing: half the slots go on, and what was written is read again."""
+    model, processor = loaded
+    monkeypatch.setattr(room, "BLOCK", 4)
+    recipe = replace(RECIPE, **WAYS["penalty"])
+    engine = Engine(model, processor, recipe, wanted=4)
+    read, run, runs = engine.reader.read, room.Step.run, []
+
+    def tight_read(questions, *rest):
+        if len(questions) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return read(questions, *rest)
+
+    def tight_run(self, steps):
+        runs.append(self.slots)
+        if len(runs) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        run(self, steps)
+
+    monkeypatch.setattr(engine.reader, "read", tight_read)
+    monkeypatch.setattr(room.Step, "run", tight_run)
+    answers = {it.place: page.raw for it, page in engine.write(requests_of(shots, range(6)))}
+    assert answers == {place: alone[0]["penalty", place, 0].raw for place in range(6)}
+    assert engine.count == 1 and "memory ran out, going on with 2 pages at once" in capsys.readouterr().err
+
+
+def test_memory_for_not_even_one_page_ends_the_writing(loaded, shots, monkeypatch):
+    model, processor = loaded
+    engine = Engine(model, processor, RECIPE, wanted=2)
+    monkeypatch.setattr(engine.reader, "read", lambda *unused: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
+    with pytest.raises(torch.OutOfMemoryError, match="not even one page"):
+        list(engine.write(requests_of(shots, range(2))))
+
+
+def test_a_screenshot_that_cannot_be_opened_is_raised_where_answers_are_taken(loaded, shots):
+    model, processor = loaded
+    bad = use.Request(9, partial(use.open_screenshot, b"no picture"))
+    with pytest.raises(use.PictureError):
+        list(Engine(model, processor, RECIPE, wanted=2).write([*requests_of(shots, [0]), bad]))
+
+
+def test_what_is_shown_in_pieces_is_the_answer(loaded, shots, alone):
+    model, processor = loaded
+    pieces = []
+    engine = Engine(model, processor, RECIPE, wanted=1, drafts=False)
+    ((_, page),) = engine.write(requests_of(shots, [3]), lambda request, text: pieces.append(text))
+    assert "".join(pieces) == page.raw == alone[0]["greedy", 3, 0].raw and len(pieces) > 1
+
+
+def test_the_model_stays_as_it_was(loaded, shots, alone):
+    """Its weights become views of the engine's, and its own forward gives what it gave."""
+    model, processor = loaded
+    Engine(model, processor, RECIPE, wanted=1)
+    assert use.write_pages(model, processor, [shots[2]], RECIPE) == [alone[0]["greedy", 2, 0]]
+
+
+def test_documents_are_closed_as_by_generate():
+    """On the demo's trained model, whose pages are longer than these limits."""
+    recipe = use.load_recipe(str(ROOT / "demo" / "tiny_holo1"))
+    model, processor = use.load_model(str(ROOT / "demo" / "tiny_holo1"), recipe)
+    pages = sorted((ROOT / "demo" / "pages").rglob("*.webp"))[:3]
+    pictures = [use.open_screenshot(page.read_bytes()) for page in pages]
+    closed = 0
+    for limit in (40, 75):
+        short = replace(recipe, max_html_tokens=limit)
+        engine = Engine(model, processor, short, wanted=2, watch=partial(Watch, processor.tokenizer, limit))
+        found = {it.place: page for it, page in engine.write(requests_of(pictures, range(3)))}
+        wanted = use.write_pages(model, processor, pictures, short, endings=Endings)
+        assert [found[place] for place in range(3)] == wanted
+        closed += sum(page.closing_tokens > 0 for page in wanted)
+    assert closed > 0
+
+
+def test_what_the_engine_cannot_do_is_told_and_done_by_generate(loaded, monkeypatch):
+    model, processor = loaded
+    told = []
+    assert isinstance(writers.writer(model, processor, RECIPE, 2, tell=told.append), use.Generating)
+    assert told == ["pages are written by generate(), not by the engine: there is no GPU"]
+    assert writers.unknown_parts(model) == ""
+    sharded = next(model.parameters())
+    sharded.ds_id = 0
+    assert writers.unknown_parts(model) == "the weights are sharded"
+    del sharded.ds_id
+    projection = model.model.language_model.layers[1].self_attn
+    kept, projection.q_proj = projection.q_proj, torch.nn.Bilinear(1, 1, 1)
+    assert writers.unknown_parts(model) == "it does not know layers of Bilinear"
+    projection.q_proj = kept
+    monkeypatch.setattr(model.config.get_text_config(), "hidden_act", "gelu")
+    assert "it does not know the activations gelu and silu" in writers.unknown_parts(model)
+
+
+def test_evaluation_writes_by_the_engine_what_it_writes_by_generate(loaded, tmp_path, monkeypatch):
+    model, processor = loaded
+    folder = make_pages(tmp_path / "pages", 5)
+    pages = [{"screenshot": path.read_bytes(), "html": "x" * place} for place, path in enumerate(folder.glob("*.png"))]
+    pages = datasets.Dataset.from_list(pages)
+    tell_once.cache_clear()
+    plain = write_held_out(model, processor, pages, RECIPE, batch=2)
+    monkeypatch.setattr(writers, "obstacle", lambda model: "")
+    fast = write_held_out(model, processor, pages, RECIPE, batch=2)
+    assert [{**row, "seconds": 0} for row in fast] == [{**row, "seconds": 0} for row in plain] and len(plain) == 5
