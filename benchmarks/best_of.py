@@ -220,7 +220,7 @@ def ranking(args: argparse.Namespace) -> dict:
             if any(page.failure for page in pages):
                 print(f"  {folder.name} left out: {[page.failure for page in pages]}", file=sys.stderr)
                 continue
-            likenesses.append([likeness(Compared(pages[0], page)) for page in pages])
+            likenesses.append([float(likeness(Compared(pages[0], page))) for page in pages])
             kinds.append([("itself", 0.0), *ways])
             for name, target in zip(found, (pages[0].image, screenshot)):
                 for measure, values in ranked([page.image for page in pages], target).items():
@@ -247,9 +247,9 @@ def agreement(likenesses: Sequence[Sequence[float]], scores: Sequence[Sequence[f
     for ours, theirs in zip(scores, likenesses):
         for one in range(len(ours)):
             for two in range(one):
-                apart = abs(theirs[one] - theirs[two]) >= 0.01
+                apart = bool(abs(theirs[one] - theirs[two]) >= 0.01)
                 pairs += apart
-                right += apart and (ours[one] - ours[two]) * (theirs[one] - theirs[two]) > 0
+                right += apart and bool((ours[one] - ours[two]) * (theirs[one] - theirs[two]) > 0)
     winners = [int(np.argmax(ours)) for ours in scores]
     return {
         "pages": len(winners),
