@@ -84,12 +84,16 @@ def written(
     return found
 
 
-def scored(reference: str, htmls: Sequence[str], renderer: Renderer) -> list[float]:
-    """The scorer's likeness of each page to the reference."""
+def scored(
+    reference: str, screenshot: Image.Image, htmls: Sequence[str], renderer: Renderer
+) -> tuple[list[float], list[float]]:
+    """The scorer's likeness of each page to the reference, and its SSIM to the screenshot."""
     different = list(dict.fromkeys([reference, *htmls]))
     renders = renderer.map([job_for(html, *WINDOW) for html in different])
     pages = {html: page_of(render, html) for html, render in zip(different, renders)}
-    return [compare(pages[reference], pages[html])["likeness"] for html in htmls]
+    found = [float(compare(pages[reference], pages[html])["likeness"]) for html in htmls]
+    wanted = np.asarray(screenshot)
+    return found, [0.0 if pages[html].failure else ssim(wanted, pages[html].image) for html in htmls]
 
 
 def sampled(args: argparse.Namespace) -> dict:
@@ -112,14 +116,20 @@ def sampled(args: argparse.Namespace) -> dict:
             start = time.monotonic()
             choice = best_of.choose(screenshot, some, renderer)
             choosing_s += time.monotonic() - start
-            *found, of_greedy = scored(html, [*some, plain], renderer)
-            rows.append({"likeness": found, "scores": choice.scores, "chosen": choice.index, "greedy": of_greedy})
+            mixed = best_of.choose(screenshot, [plain, *some[1:]], renderer)
+            (*found, of_greedy), (*by_ssim, _) = scored(html, screenshot, [*some, plain], renderer)
+            row = {"likeness": found, "scores": choice.scores, "chosen": choice.index, "greedy": of_greedy}
+            rows.append(row | {"chosen_with_greedy": mixed.index, "chosen_by_ssim": int(np.argmax(by_ssim))})
             print(f"  {len(rows)} of {len(pages)} pages scored", file=sys.stderr, flush=True)
         browser = renderer.version
     ways = {
         "first sample": [row["likeness"][0] for row in rows],
         "mean of the samples": [float(np.mean(row["likeness"])) for row in rows],
         "chosen by its render": [row["likeness"][row["chosen"]] for row in rows],
+        "chosen by SSIM alone": [row["likeness"][row["chosen_by_ssim"]] for row in rows],
+        "chosen, greedy for the first": [
+            [row["greedy"], *row["likeness"][1:]][row["chosen_with_greedy"]] for row in rows
+        ],
         "chosen by the scorer": [max(row["likeness"]) for row in rows],
         "greedy decoding": [row["greedy"] for row in rows],
     }
@@ -130,6 +140,10 @@ def sampled(args: argparse.Namespace) -> dict:
         "ways": {name: float(np.mean(values)) for name, values in ways.items()},
         "chosen_against_first": paired_comparison(ways["first sample"], ways["chosen by its render"]),
         "chosen_against_greedy": paired_comparison(ways["greedy decoding"], ways["chosen by its render"]),
+        "chosen_with_greedy_against_greedy": paired_comparison(
+            ways["greedy decoding"], ways["chosen, greedy for the first"]
+        ),
+        "chosen_against_ssim": paired_comparison(ways["chosen by SSIM alone"], ways["chosen by its render"]),
         "best_chosen": sum(row["likeness"][row["chosen"]] >= max(row["likeness"]) for row in rows) / len(rows),
         "all_samples_alike": sum(max(row["likeness"]) - min(row["likeness"]) < 1e-9 for row in rows) / len(rows),
         "seconds_written": seconds,
@@ -220,7 +234,7 @@ def ranking(args: argparse.Namespace) -> dict:
             if any(page.failure for page in pages):
                 print(f"  {folder.name} left out: {[page.failure for page in pages]}", file=sys.stderr)
                 continue
-            likenesses.append([likeness(Compared(pages[0], page)) for page in pages])
+            likenesses.append([float(likeness(Compared(pages[0], page))) for page in pages])
             kinds.append([("itself", 0.0), *ways])
             for name, target in zip(found, (pages[0].image, screenshot)):
                 for measure, values in ranked([page.image for page in pages], target).items():
@@ -247,9 +261,9 @@ def agreement(likenesses: Sequence[Sequence[float]], scores: Sequence[Sequence[f
     for ours, theirs in zip(scores, likenesses):
         for one in range(len(ours)):
             for two in range(one):
-                apart = abs(theirs[one] - theirs[two]) >= 0.01
+                apart = bool(abs(theirs[one] - theirs[two]) >= 0.01)
                 pairs += apart
-                right += apart and (ours[one] - ours[two]) * (theirs[one] - theirs[two]) > 0
+                right += apart and bool((ours[one] - ours[two]) * (theirs[one] - theirs[two]) > 0)
     winners = [int(np.argmax(ours)) for ours in scores]
     return {
         "pages": len(winners),
@@ -276,10 +290,10 @@ def lines(result: dict) -> Iterator[str]:
     """The table."""
     for name, value in result.get("ways", {}).items():
         yield f"{value:>10.3f}  likeness, {name}"
-    for name in ("first", "greedy"):
-        if found := result.get(f"chosen_against_{name}"):
-            interval = f"[{found['low']:+.3f}, {found['high']:+.3f}]"
-            yield f"{found['difference']:>+10.3f}  chosen against {name} {interval}, p {found['p']:.4f}"
+    for name in (name for name in result if "_against_" in name):
+        found = result[name]
+        interval = f"[{found['low']:+.3f}, {found['high']:+.3f}]"
+        yield f"{found['difference']:>+10.3f}  {name.replace('_', ' ')} {interval}, p {found['p']:.4f}"
     for name, measures in result.get("agreement", {}).items():
         for measure, found in measures.items():
             yield (
