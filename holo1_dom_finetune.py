@@ -54,6 +54,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import TrainOutput
 
 import use_model_from_hub as use
+from kernels.positions import image_geometry
 from scoring import metrics
 from training import fast_layers, page_costs, resuming, zero3
 from training.base_model import BaseTensor, base_tensors, fetch_base, fingerprint, load_config, load_processor
@@ -68,7 +69,7 @@ from training.heartbeat import heart, on_main_alone
 from training.loss import plain_loss
 from training.memory_fit import Fit, choose_micro_batch, compare_with_plan, costs_of, note_smaller, print_plan
 from training.model_card import describe
-from training.packing import image_geometry, pack
+from training.packing import pack
 from training.page_order import PageSampler, check_steps, write_page_order
 from training.preparation import Pages, prepare_pages
 from training.processes import (

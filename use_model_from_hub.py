@@ -23,7 +23,9 @@ import struct
 import sys
 import time
 import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,13 +54,17 @@ class UseError(Exception):
 @dataclass(frozen=True)
 class Recipe:
     """How a page is asked for. `min_pixels` and `max_pixels` bound width x height after resizing; tokens are the
-    tokenizer's. Greedy decoding; `repetition_penalty` 1.0 leaves the model's own probabilities alone."""
+    tokenizer's. `repetition_penalty` 1.0 and `top_p` 1.0 leave the model's own probabilities alone; `temperature` 0 is
+    greedy decoding, above it answers are drawn, and `seed` says which."""
 
     prompt: str = "Write the complete HTML document of the web page in this screenshot."
     min_pixels: int = 3_136
     max_pixels: int = 1_003_520
     max_html_tokens: int = 4_096
     repetition_penalty: float = 1.0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
 
 
 def load_recipe(source: str, revision: str | None = None) -> Recipe:
@@ -249,14 +255,27 @@ def encode_questions(processor: ProcessorMixin, screenshots: list[Image], prompt
 # Generation
 
 
+@dataclass(frozen=True)
+class Request:
+    """One answer that is wanted: of the screenshot that `open()` gives when its turn comes; `sample` tells the answers
+    apart that are drawn for the same screenshot, and `place` is the caller's own."""
+
+    place: int
+    open: Callable[[], Image]
+    sample: int = 0
+
+
 @dataclass
 class Written:
-    """One answer: the HTML, what the model really wrote, its length in tokens, and whether it had to be stopped."""
+    """One answer: the HTML, what the model really wrote, its length in tokens, and whether it had to be stopped: at the
+    limit of tokens, or where it began to loop. `closing_tokens` were not the model's, but closed what was open."""
 
     html: str
     raw: str
     tokens: int
     cut_off: bool
+    looped: bool = False
+    closing_tokens: int = 0
 
 
 class Progress:
@@ -277,42 +296,103 @@ class Progress:
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
+def chances(screenshot: Image, recipe: Recipe, sample: int) -> torch.Tensor:
+    """(max_html_tokens,) numbers from 0 to 1 in fp32, one for each token that is drawn: they depend on seed, screenshot
+    and sample alone, so that an answer is the same whatever is written beside it, and in whatever order."""
+    import torch
+
+    mixed = zlib.crc32(f"{recipe.seed} {sample} {screenshot.size}".encode(), zlib.crc32(screenshot.tobytes()))
+    return torch.rand(recipe.max_html_tokens, generator=torch.Generator().manual_seed(mixed))
+
+
+def draw(scores: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
+    """The token (B,) of each row of `scores` (B, V) at which the sum of probabilities passes `chance` (B,)."""
+    sums = scores.softmax(-1).cumsum(-1)
+    whole = sums[:, -1:]
+    # Below the whole sum, lest rounding draws a token behind the last one that has any probability.
+    return (sums <= (chance[:, None] * whole).minimum(whole.nextafter(whole.new_zeros(())))).sum(-1)
+
+
+class Draw:
+    """A logits processor that draws: all tokens but the drawn one become impossible, and greedy decoding takes it.
+
+    `chances` (B, tokens) of each row. torch.multinomial, which generate() would call, takes its numbers from one
+    generator for the whole batch: an answer would depend on the pages beside it.
+    """
+
+    def __init__(self, chances: torch.Tensor):
+        self.chances, self.start = chances, None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.start = input_ids.shape[1] if self.start is None else self.start
+        token = draw(scores, self.chances[:, input_ids.shape[1] - self.start])
+        return scores.new_full(scores.shape, float("-inf")).scatter_(1, token[:, None], 0.0)
+
+
+def logits_processors(recipe: Recipe) -> list[Callable]:
+    """transformers' own processors for what `recipe` asks, in generate()'s order, without the drawing."""
+    from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+
+    asked = []
+    if recipe.repetition_penalty != 1:
+        asked.append(RepetitionPenaltyLogitsProcessor(recipe.repetition_penalty))
+    if recipe.temperature > 0 and recipe.temperature != 1:
+        asked.append(TemperatureLogitsWarper(recipe.temperature))
+    if recipe.temperature > 0 and recipe.top_p < 1:
+        asked.append(TopPLogitsWarper(recipe.top_p))
+    return asked
+
+
 def write_pages(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     screenshots: list[Image],
     recipe: Recipe,
     show_progress: bool = False,
+    samples: Sequence[int] | None = None,
 ) -> list[Written]:
-    """Write the HTML of a batch of screenshots (PIL), greedily, at most `recipe.max_html_tokens` tokens each."""
+    """Write the HTML of a batch of screenshots (PIL) by transformers' generate(), at most `recipe.max_html_tokens`
+    tokens each; `samples` numbers answers that are drawn, 0 each where it is not given."""
     import torch
-    from transformers import GenerationConfig, StoppingCriteriaList
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
     inputs = encode_questions(processor, screenshots, recipe.prompt).to(model.device)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     stops = end_tokens(model, processor)
-    # A configuration of its own: the base's may sample, or punish repetition, which HTML is full of.
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=recipe.max_html_tokens,
-        repetition_penalty=recipe.repetition_penalty,
         eos_token_id=stops,
         pad_token_id=processor.tokenizer.pad_token_id,
         use_cache=True,
     )
+    processors = LogitsProcessorList(logits_processors(recipe))
+    if recipe.temperature > 0:
+        numbers = [chances(*pair) for pair in zip(screenshots, repeat(recipe), samples or repeat(0))]
+        processors.append(Draw(torch.stack(numbers).to(model.device)))
     criteria = StoppingCriteriaList([Progress(recipe.max_html_tokens)] if show_progress else [])
     # transformers would have the ranks of any ZeRO-3 run wait for each other at every token, and for ever where one has
     # nothing to write. Only weights that ZeRO-3 has sharded need that.
     sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    with torch.inference_mode():
-        output = model.generate(**inputs, generation_config=config, stopping_criteria=criteria, synced_gpus=sharded)
-    written = []
-    for row in output[:, inputs["input_ids"].shape[1] :].tolist():
-        length = next((place for place, token in enumerate(row) if token in stops), None)
-        ids = row if length is None else row[:length]
-        raw = processor.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        written.append(Written(extract_html(raw), raw, len(ids), cut_off=length is None))
-    return written
+    options = {"logits_processor": processors, "stopping_criteria": criteria, "synced_gpus": sharded}
+    # What `config` leaves open generate() takes from the base's own: it may sample, or punish repetition, which HTML is
+    # full of.
+    kept, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        with torch.inference_mode():
+            output = model.generate(**inputs, generation_config=config, **options)
+    finally:
+        model.generation_config = kept
+    rows = output[:, inputs["input_ids"].shape[1] :].tolist()
+    return [written(processor, row, stops) for row in rows]
+
+
+def written(processor: ProcessorMixin, row: Sequence[int], stops: Sequence[int]) -> Written:
+    """The answer in the token ids `row`, which one of `stops` ends, or nothing."""
+    length = next((place for place, token in enumerate(row) if token in stops), None)
+    ids = row if length is None else row[:length]
+    raw = processor.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Written(extract_html(raw), raw, len(ids), cut_off=length is None)
 
 
 def end_tokens(model: PreTrainedModel, processor: ProcessorMixin) -> list[int]:

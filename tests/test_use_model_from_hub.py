@@ -6,6 +6,7 @@ import random
 import shutil
 import struct
 import zlib
+from dataclasses import asdict, replace
 
 import pytest
 from conftest import ROOT, loaded_for_help, make_pages, run_script, start_plain, weights
@@ -223,7 +224,7 @@ def test_base_settings_of_generation_do_not_leak_in(tiny_base):
     shot = Image.new("RGB", (84, 84), "pink")
     greedy = use.write_pages(model, processor, [shot], recipe)[0]
     model.generation_config.do_sample, model.generation_config.temperature = True, 5.0
-    model.generation_config.repetition_penalty = 9.0
+    model.generation_config.repetition_penalty, model.generation_config.no_repeat_ngram_size = 9.0, 1
     assert [use.write_pages(model, processor, [shot], recipe)[0].raw for _ in range(3)] == [greedy.raw] * 3
     assert greedy.cut_off and greedy.tokens == 6
 
@@ -305,3 +306,36 @@ def test_bad_input_gets_a_message_and_a_code(flags, code, message, tmp_path):
     done = start_plain(flags, tmp_path, script=SCRIPT)
     assert (done.returncode, done.stdout) == (code, ""), done.stderr
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_drawn_answers_depend_on_seed_sample_and_screenshot_alone(tiny_base):
+    """The same whatever is written beside them, in whichever order; and other seeds and samples draw others."""
+    from PIL import Image
+
+    drawn = use.Recipe(prompt="write", max_html_tokens=12, max_pixels=280 * 280, temperature=1.5, top_p=0.95)
+    model, processor = use.load_model(str(tiny_base), drawn)
+    shots = [Image.new("RGB", (84, 84), "pink"), Image.new("RGB", (140, 112), "navy")]
+    alone = [
+        use.write_pages(model, processor, [shot], drawn, samples=[sample])[0] for shot in shots for sample in (0, 1)
+    ]
+    assert len({page.raw for page in alone}) == 4
+    together = use.write_pages(model, processor, [shots[1], shots[0], shots[1]], drawn, samples=[1, 0, 0])
+    assert [page.raw for page in together] == [alone[3].raw, alone[0].raw, alone[2].raw]
+    other = replace(drawn, seed=1)
+    assert use.write_pages(model, processor, shots[:1], other)[0].raw != alone[0].raw
+    # All the probability is left to one token: what is drawn is what greedy decoding takes.
+    sure = replace(drawn, temperature=1e-4, top_p=1.0)
+    assert use.write_pages(model, processor, shots, sure) == use.write_pages(
+        model, processor, shots, use.Recipe(**(asdict(drawn) | {"temperature": 0.0}))
+    )
+
+
+def test_a_token_is_drawn_where_the_sum_of_probabilities_passes_the_number():
+    import torch
+
+    scores = torch.tensor([[0.5, 0.25, 0.25, 0.0]]).log().expand(6, 4)
+    numbers = torch.tensor([0.0, 0.49, 0.5, 0.74, 0.76, 1.0])
+    assert use.draw(scores, numbers).tolist() == [0, 0, 1, 1, 2, 2]
+    drawn = use.draw(scores[:1].expand(20_000, 4), torch.rand(20_000, generator=torch.Generator().manual_seed(3)))
+    shares = torch.bincount(drawn, minlength=4) / 20_000
+    assert (shares - torch.tensor([0.5, 0.25, 0.25, 0.0])).abs().max() < 0.015 and shares[3] == 0

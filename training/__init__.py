@@ -25,10 +25,8 @@ Rooms from top to bottom; each may import those below it, and none above:
     duplicates      which pages were there before
     page_checks     which pages can be trained on: read, cleaned, short enough, none of them twice
     page_order      which pages are trained on when
-    packing         pages as one row, and where each picture's patches lie
+    packing         pages as one row
     fast_layers     layers that take packed pages, each faster than the model's own way to the same
-    attention       attention inside packed pages, by the kernel that proves right
-    rotary_kernel   rotary positions at the speed of a GPU's memory
     loss            the loss on supervised tokens alone, in chunks
     progress        what a run tells of itself: rates, waits, memory, the loss as a picture
     stopping        how a run is asked to stop, and when it does

@@ -9,7 +9,7 @@ of their own, no class of transformers is changed. Sections: Architectures, Elem
 MLP.
 
 Shapes: T language tokens of all pages of a pack, P patches of all their pictures, S either of them; H the width of the
-residual stream, I of the MLP, D of a head; (S, heads, D) as in attention.py, `page_bounds` and `cu_seqlens` its bounds.
+residual stream, I of the MLP, D of a head; (S, heads, D), `page_bounds` and `cu_seqlens` as in kernels/attention.py.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kernels.attention import attend, attention_words
 from training import zero3
-from training.attention import attend, attention_words
 from training.loss import cross_entropy, supervised_loss
 from training.processes import in_columns, say
 from training.settings import PageSettings
@@ -206,7 +206,7 @@ class Elementwise:
             setattr(self, name, function)
         if fuse and torch.cuda.is_available():
             # Imported here: it needs triton, which a machine without a GPU may lack.
-            from training import rotary_kernel
+            from kernels import rotary_kernel
 
             # Asked at each call: a copy of the model on the CPU has no kernel.
             compiled = self.rotate
@@ -537,7 +537,7 @@ def packed_forward(
 
     `input_ids` (1, T), `position_ids` (4, 1, T), `pixel_values` (P, pixels of a patch), `image_grid_thw` (pages, 3) in
     patches, `image_places` (image tokens,), `page_bounds` (pages + 1), `supervised_places` and `targets` (L,), and what
-    packing.image_geometry has made of the grids. Returns transformers' output with nothing but `loss`.
+    kernels.positions.image_geometry has made of the grids. Returns transformers' output with nothing but `loss`.
     """
     # Not at the top: transformers is heavy, and the rest of this room does without it.
     from transformers.modeling_outputs import CausalLMOutputWithPast

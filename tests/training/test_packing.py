@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import make_config, make_processor
 
+from kernels.positions import image_geometry, page_positions
 from training import packing
 from training.families import family_of
 from training.prompt_and_mask import PageEncoder
@@ -59,7 +60,7 @@ def test_positions_and_geometry_equal_the_models_own_for_200_sizes(processor, mo
             return caught[name]
 
         monkeypatch.setattr(own, name, keep)
-    geometry, tower = packing.image_geometry(model.config), model.model.visual
+    geometry, tower = image_geometry(model.config), model.model.visual
     tower.blocks, tower.merger = torch.nn.ModuleList(), torch.nn.Identity()  # only the geometry is looked at
     tower.forward_windows = None
     for _ in range(200):
@@ -69,7 +70,7 @@ def test_positions_and_geometry_equal_the_models_own_for_200_sizes(processor, mo
         ids = torch.tensor([ids])
         kinds = (ids == encoder.image_token_id).long()
         positions, _ = model.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grids)
-        made = packing.page_positions(len(encoder.before), rows, columns, ids.shape[1])
+        made = page_positions(len(encoder.before), rows, columns, ids.shape[1])
         assert torch.equal(made[1:], positions[:, 0]) and torch.equal(made[0], torch.arange(ids.shape[1]))
         with torch.no_grad(), contextlib.suppress(IndexError):  # without blocks the merged rows are too many
             tower(torch.zeros(4 * rows * columns, 1176), grid_thw=grids)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import PROGRAMS
 
-from training import attention
+from kernels import attention
 
 
 def test_a_segment_sees_nothing_of_its_neighbours():

@@ -16,9 +16,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def rotary_kernel(monkeypatch):
     if DEVICE == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when the kernel is declared
-    monkeypatch.delitem(sys.modules, "training.rotary_kernel", raising=False)
-    yield importlib.import_module("training.rotary_kernel")
-    sys.modules.pop("training.rotary_kernel", None)
+    monkeypatch.delitem(sys.modules, "kernels.rotary_kernel", raising=False)
+    yield importlib.import_module("kernels.rotary_kernel")
+    sys.modules.pop("kernels.rotary_kernel", None)
 
 
 BOTH = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]

@@ -1,0 +1,382 @@
+"""How fast pages are written: transformers' generate() and our engine beside each other, on the true shapes.
+
+    python benchmarks/write_speed.py --base_model ./holo1_3b_shapes --out benchmarks/results/h100_3b_write.json
+    python benchmarks/write_speed.py --base_model ./holo1_3b_shapes --tune             # and kernel by kernel before
+
+Random weights, so nothing ends, and drafts would come true as they never do in a page: they are left out of the
+figures. Screenshots of 1,280 x 784 pixels, 1,280 tokens each, are noise. The limit is what a step has to read, all
+weights of the language model once and the keys and values of every slot, over `--memory_tb_s`. Needs a GPU.
+
+Sections: Model, Writing, Truth, Tuning, Main.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+SIZE = (1_280, 784)  # pixels of a screenshot
+BLOCKS = 8  # of steps that are measured
+
+# -----------------------------------------------------------------------------
+# Model
+
+
+def make_model(folder: Path, dtype: str = "bfloat16"):
+    """(model, processor) of the shapes in `folder`, with random weights made on the GPU, from a seed."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+
+    import use_model_from_hub as use
+
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("cuda"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
+    # Frequencies made on a GPU differ in the last bit from those of every user, who makes them on a CPU.
+    for module in model.modules():
+        if hasattr(module, "inv_freq"):
+            fresh = type(module)(module.config)
+            module.inv_freq = fresh.inv_freq.to("cuda")
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    use.limit_pixels(processor, use.Recipe.min_pixels, use.Recipe.max_pixels)
+    return model.eval(), processor
+
+
+def noise(number: int):
+    """A screenshot that differs from the others."""
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.random.default_rng(number).integers(0, 256, (SIZE[1] // 8, SIZE[0] // 8, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize(SIZE, Image.Resampling.NEAREST)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Of `work`, the GPU's included."""
+    import torch
+
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+# -----------------------------------------------------------------------------
+# Writing
+
+
+def by_generate(model, processor, recipe, shots, tokens: int) -> dict:
+    """Seconds of reading and of a step, from answers of 1 and of `tokens` tokens."""
+    import use_model_from_hub as use
+
+    def write(count: int) -> float:
+        return seconds(lambda: use.write_pages(model, processor, shots, replace(recipe, max_html_tokens=count)))
+
+    write(2)
+    reading = write(1)
+    step = (write(tokens) - reading) / (tokens - 1)
+    return {"read_s": reading, "step_ms": 1_000 * step, "tokens_per_second": len(shots) / step}
+
+
+def by_engine(model, processor, recipe, shots, limit_tb_s: float) -> dict:
+    """The same by the engine, its parts apart: start, reading on the CPU and on the GPU, a step."""
+    import torch
+
+    import use_model_from_hub as use
+    from writing import engine as room
+
+    result, count = {}, len(shots)
+    requests = [use.Request(place, lambda shot=shot: shot) for place, shot in enumerate(shots)]
+    engine = None
+
+    def start() -> None:
+        nonlocal engine
+        engine = room.Engine(model, processor, recipe, wanted=count, drafts=False)
+        engine.step(next(width for width in room.WIDTHS if width >= count))
+
+    result["start_s"] = seconds(start)
+    begin = time.perf_counter()
+    questions = [room.question_of(processor, recipe, request) for request in requests]
+    result["prepare_s_a_page_on_one_core"] = (time.perf_counter() - begin) / count
+    packs = [questions[place : place + 8] for place in range(0, count, 8)]
+
+    def read() -> None:
+        for number, pack in enumerate(packs):
+            slots = range(8 * number, 8 * number + len(pack))
+            for slot, question, shift in zip(slots, pack, engine.reader.read(pack, engine.cache, slots)):
+                engine.begin(slot, question, shift)
+
+    result["first_read_s"] = seconds(read)
+    result["read_s"] = seconds(read)
+    patches = torch.cat([question.patches for question in packs[0]])
+    grids = torch.stack([question.grid for question in packs[0]])
+    result["see_s_a_page"] = seconds(lambda: engine.reader.see(patches, grids)) / len(packs[0])
+    result["screenshots_per_second"] = count / result["read_s"]
+    step = engine.step(engine.width())
+    engine.state.live.fill_(1)
+    step.run(room.BLOCK)
+    took = seconds(lambda: step.run(BLOCKS * room.BLOCK)) / (BLOCKS * room.BLOCK)
+    result |= {"step_ms": 1_000 * took, "tokens_per_second": count / took}
+    read_bytes = bytes_of_step(model, engine)
+    result["kernels_us"] = kernels_of(step)
+    result["limit_ms"] = 1_000 * read_bytes / (limit_tb_s * 1e12)
+    result["share_of_limit"] = result["limit_ms"] / result["step_ms"]
+    return result
+
+
+def kernels_of(step) -> dict[str, float]:
+    """Microseconds of one step by the names of its kernels, the longest first, and how many kernels there are."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as watched:
+        step.run(4)
+        seconds(lambda: None)
+    found: dict[str, float] = {}
+    events = [event for event in watched.events() if event.device_time > 0]
+    for event in events:
+        found[event.name[:60]] = found.get(event.name[:60], 0.0) + event.device_time / 4
+    longest = dict(sorted(found.items(), key=lambda item: -item[1])[:14])
+    return {**longest, "sum": sum(found.values()), "launches": len(events) / 4}
+
+
+def bytes_of_step(model, engine) -> float:
+    """What a step reads at least: the language model's weights, and keys and values of what stands in the slots."""
+    weights = sum(part.numel() * part.element_size() for part in model.model.language_model.layers.parameters())
+    weights += model.lm_head.weight.numel() * model.lm_head.weight.element_size()
+    states = engine.cache.states
+    token = states[:, :, 0, :, 0].numel() * states.element_size()
+    return weights + token * float(engine.state.places.sum())
+
+
+# -----------------------------------------------------------------------------
+# Truth
+
+
+def hold_against_plain(model, processor, recipe, pages: int, tokens: int, drafts: bool) -> dict:
+    """Teacher-forced: each token that the engine chose, against the logits of the plain model over the same answer.
+
+    `behind` is by how much the plain model prefers another token, in units of the rounding of its logits' precision.
+    """
+    import torch
+
+    import use_model_from_hub as use
+    from writing import engine as room
+
+    shots = [noise(1_000 + number).resize((SIZE[0] - 56 * number % 800, SIZE[1])) for number in range(pages)]
+    short = replace(recipe, max_html_tokens=tokens)
+    engine = room.Engine(model, processor, short, wanted=min(pages, 16), drafts=drafts)
+    requests = [use.Request(place, lambda shot=shot: shot) for place, shot in enumerate(shots)]
+    answers = {}
+    for request in requests:
+        answers[request.place] = None
+    kept = room.Engine.extend
+
+    def keep(self, slot, fresh):
+        done = kept(self, slot, fresh)
+        if done:
+            answers[slot.question.request.place] = list(slot.ids)
+        return done
+
+    room.Engine.extend = keep
+    try:
+        list(engine.write(requests))
+    finally:
+        room.Engine.extend = kept
+    same = total = 0
+    behind = []
+    for place, ids in answers.items():
+        asked = use.encode_questions(processor, [shots[place]], recipe.prompt).to(model.device)
+        asked["pixel_values"] = asked["pixel_values"].to(model.dtype)
+        length = asked["input_ids"].shape[1]
+        more = torch.tensor([ids], device=model.device)
+        asked["input_ids"] = torch.cat([asked["input_ids"], more], dim=1)
+        for name in ("attention_mask", "mm_token_type_ids"):
+            filler = torch.full_like(more, 1 if name == "attention_mask" else 0)
+            asked[name] = torch.cat([asked[name], filler], dim=1)
+        with torch.inference_mode():
+            logits = model(**asked).logits[0, length - 1 : -1].float()
+        best, chosen = logits.max(-1).values, logits.gather(1, more[0, :, None])[:, 0]
+        same += int((best == chosen).sum())
+        total += len(ids)
+        behind += ((best - chosen) / (best.abs() * torch.finfo(model.dtype).eps)).tolist()
+    return {"pages": pages, "tokens": total, "argmax": same / total, "most_behind_in_roundings": max(behind)}
+
+
+# -----------------------------------------------------------------------------
+# Tuning
+
+# (columns of a tile, depth of a block, warps, stages), by the most rows.
+CANDIDATES = {
+    16: [
+        (16, 256, 2, 4),
+        (16, 512, 2, 3),
+        (16, 256, 4, 4),
+        (16, 128, 1, 6),
+        (32, 256, 4, 3),
+        (32, 128, 4, 6),
+        (32, 256, 8, 3),
+        (64, 128, 4, 4),
+    ],
+    64: [(32, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 5), (128, 64, 4, 4)],
+}
+
+
+def replayed_us(work: Callable[[], object], times: int) -> float:
+    """Microseconds of one of the `times` launches that `work` makes, inside a CUDA graph."""
+    import torch
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    graph.replay()
+    return 1e6 * min(seconds(graph.replay) for _ in range(5)) / times
+
+
+def tune(model, most: int) -> dict:
+    """Microseconds of each product of a step for `most` rows, by torch and by each tile, over all layers in turn: none
+    comes out of a cache. The fastest is what the engine uses from here on."""
+    import torch
+    from torch.nn.functional import linear
+
+    from kernels import skinny_products as skinny
+    from kernels.row_kernels import rms_norm, swiglu
+    from writing.reading import Layer
+
+    layers = [Layer(layer) for layer in model.model.language_model.layers]
+    text, head = model.config.get_text_config(), model.lm_head.weight
+    hidden = torch.randn(most, text.hidden_size, device="cuda", dtype=model.dtype)
+    wide = torch.randn(most, text.intermediate_size, device="cuda", dtype=model.dtype)
+    squares = torch.rand(most, 128, device="cuda") + 1
+
+    def by_torch(kind: str, layer: Layer) -> None:
+        if kind in ("out", "down"):
+            torch.addmm(hidden, *((hidden, layer.out.T) if kind == "out" else (wide, layer.down.T)))
+        elif kind == "gated":
+            swiglu(linear(rms_norm(hidden, *layer.norm(1)), layer.gated))
+        else:
+            weight, bias = (layer.qkv, layer.qkv_bias) if kind == "qkv" else (head, None)
+            linear(rms_norm(hidden, *layer.norm(0)), weight, bias)
+
+    def by_tile(kind: str, layer: Layer, tile: tuple) -> None:
+        if kind in ("out", "down"):
+            source, weight = (hidden, layer.out) if kind == "out" else (wide, layer.down)
+            skinny.launch(tile, source, weight, residual=hidden)
+        elif kind == "gated":
+            skinny.launch(tile, hidden, layer.gated, None, layer.norm(1), squares, gated=True)
+        else:
+            weight, bias = (layer.qkv, layer.qkv_bias) if kind == "qkv" else (head, None)
+            skinny.launch(tile, hidden, weight, bias, layer.norm(0), squares)
+
+    found = {}
+    for kind in skinny.TILES:
+        some = layers[:4] if kind == "head" else layers
+        found[kind] = fastest_first(kind, some, by_torch, by_tile, CANDIDATES[most], wide if kind == "down" else hidden)
+        best = next(iter(found[kind]))
+        skinny.TILES[kind][most] = None if best == "torch" else tuple(json.loads(best))
+        print(most, kind, json.dumps(found[kind]), flush=True)
+    return found
+
+
+def fastest_first(kind: str, layers, by_torch: Callable, by_tile: Callable, tiles: list, source) -> dict[str, float]:
+    """Microseconds a launch by each way."""
+    found = {"torch": replayed_us(lambda: [by_torch(kind, layer) for layer in layers], len(layers))}
+    for tile in tiles:
+        if source.shape[1] % tile[1]:
+            continue
+        try:
+            work = functools.partial(lambda tile: [by_tile(kind, layer, tile) for layer in layers], tile)
+            found[json.dumps(tile)] = replayed_us(work, len(layers))
+        except Exception as error:  # too much shared memory, say: that tile is out of the question
+            print(kind, tile, str(error)[:200], flush=True)
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def tune_attention(model, slots: int, length: int) -> dict:
+    """Attention of one token over `slots` answers of `length` tokens, by the parts that its keys are cut into."""
+    import torch
+
+    from kernels import slot_attention as room
+    from writing.slots import Cache
+
+    config = model.config.get_text_config()
+    cache = Cache(model.config, slots, length + 64, model.dtype, "cuda")
+    heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    qkv = torch.randn(slots, (heads + 2 * config.num_key_value_heads) * width, device="cuda", dtype=model.dtype)
+    cos, sin = torch.rand(2, slots, width, device="cuda", dtype=model.dtype)
+    places = torch.full((slots,), length, device="cuda")
+    found = {"limit": cache.states[0, :, :, :, :length].numel() * 2 / 3.35e6}
+    for parts in (1, 2, 4, 8, 16, 32):
+
+        def run(parts=parts):
+            for number in range(config.num_hidden_layers):
+                room.attend_in_parts(qkv, cos, sin, *cache.layer(number), places, heads, width**-0.5, parts)
+
+        found[parts] = replayed_us(run, config.num_hidden_layers)
+    print("attention", slots, length, json.dumps(found), flush=True)
+    return found
+
+
+# -----------------------------------------------------------------------------
+# Main
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base_model", type=Path, required=True, help="folder made by make_shapes.py")
+    parser.add_argument("--batches", default="1,8,32,64")
+    parser.add_argument("--generate_tokens", type=int, default=16, help="that generate() writes; 0 leaves it out")
+    parser.add_argument("--check_pages", type=int, default=64, help="that are held against the plain model; 0: none")
+    parser.add_argument("--memory_tb_s", type=float, default=3.35, help="of the GPU's datasheet: H100 3.35, H200 4.8")
+    parser.add_argument("--tune", action="store_true", help="measure kernels one by one before, and use the fastest")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+
+    import torch
+
+    import use_model_from_hub as use
+
+    model, processor = make_model(args.base_model)
+    recipe = use.Recipe(max_html_tokens=1_500)
+    packages = {name: version(name) for name in ("torch", "transformers", "triton")}
+    result = {"gpu": torch.cuda.get_device_name(), **packages, "memory_tb_s": args.memory_tb_s}
+
+    def keep(name: str, value: object) -> None:
+        result[name] = value
+        print(name, json.dumps(value), flush=True)
+        if args.out:
+            args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    if args.tune:
+        for slots in (1, 8, 64):
+            keep(f"attention of {slots} slots, us", tune_attention(model, slots, 2_500))
+        for most in CANDIDATES:
+            keep(f"products of {most} rows, us", tune(model, most))
+    if args.check_pages:
+        keep("check", hold_against_plain(model, processor, recipe, args.check_pages, 100, drafts=False))
+        keep("check_with_drafts", hold_against_plain(model, processor, recipe, 2, 200, drafts=True))
+    for batch in map(int, args.batches.split(",")):
+        shots = [noise(number) for number in range(batch)]
+        keep(f"engine {batch}", by_engine(model, processor, recipe, shots, args.memory_tb_s))
+        if args.generate_tokens:
+            keep(f"generate {batch}", by_generate(model, processor, recipe, shots, args.generate_tokens))
+
+
+if __name__ == "__main__":
+    main()

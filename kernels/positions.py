@@ -1,0 +1,53 @@
+"""Where tokens and patches stand: mRoPE's positions of a page, and what the vision tower derives from a picture's size.
+
+inputs |= image_geometry(model.config)(grids)
+positions = page_positions(before, rows, columns, length)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
+
+
+def image_geometry(config: PretrainedConfig) -> Callable[[torch.Tensor], dict[str, Any]]:
+    """A function from `image_grid_thw` (B, 3) to what the vision tower derives from it, as keyword arguments.
+
+    Worked out in the data workers, it costs the GPU no wait.
+    """
+    vision = config.vision_config
+    merge, window, patch = vision.spatial_merge_size, vision.window_size, vision.patch_size
+
+    def geometry(grids: torch.Tensor) -> dict[str, Any]:
+        index, windows = get_vision_window_index(grids, merge, window, patch)
+        bounds = get_vision_cu_seqlens(grids)
+        return {
+            "image_position_ids": get_vision_position_ids(grids, merge),
+            "image_cu_seqlens": bounds,
+            "image_max_seqlen": int(bounds.diff().max()),
+            "image_window_index": index,
+            "image_cu_window_seqlens": windows,
+            "image_max_window_seqlen": int(windows.diff().max()),
+        }
+
+    return geometry
+
+
+def page_positions(text_before: int, rows: int, columns: int, length: int) -> torch.Tensor:
+    """Positions (4, length) of one page: the running place, then mRoPE's time, height and width.
+
+    Text counts on from one to the next; the picture's `rows` x `columns` tokens share one moment and spread over height
+    and width from there; the text after it begins beyond the larger of the two (Qwen2-VL, Wang et al. 2024, sec. 2.1).
+    """
+    picture = rows * columns
+    places = torch.arange(picture)
+    height, width = places // columns + text_before, places % columns + text_before
+    before = torch.arange(text_before)
+    after = torch.arange(length - text_before - picture) + text_before + max(rows, columns)
+    moment = torch.full((picture,), text_before)
+    parts = [torch.cat([before, part, after]) for part in (moment, height, width)]
+    return torch.stack([torch.arange(length), *parts])

@@ -1,0 +1,67 @@
+"""Element-wise work on rows, each function one kernel and one pass over memory.
+
+    normed = rms_norm(hidden, weight, epsilon)
+    inner = swiglu(gate_and_up)
+
+Without gradients, for reading and writing; training has its own (training/fast_layers.py). In half precision on a GPU
+by Triton, elsewhere by torch. Shapes: S rows, H and I their widths.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def norm_kernel(source, weight, target, width, epsilon, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, WIDTH)
+    inside = place < width
+    wide = tl.load(source + row * width + place, mask=inside, other=0.0).to(tl.float32)
+    wide = wide * tl.rsqrt(tl.sum(wide * wide, 0) / width + epsilon)
+    scale = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
+    # Rounded before it meets the weight, as the model's own norm is.
+    normed = wide.to(target.dtype.element_ty).to(tl.float32) * scale
+    tl.store(target + row * width + place, normed.to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def swiglu_kernel(source, target, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < width
+    gate = tl.load(source + row * 2 * width + place, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(source + row * 2 * width + width + place, mask=inside, other=0.0).to(tl.float32)
+    silu = (gate * tl.sigmoid(gate)).to(target.dtype.element_ty).to(tl.float32)
+    tl.store(target + row * width + place, (silu * up).to(target.dtype.element_ty), mask=inside)
+
+
+def on_triton(states: torch.Tensor) -> bool:
+    """Whether a kernel takes these states: half precision on a GPU, or under TRITON_INTERPRET=1."""
+    interpreted = not isinstance(norm_kernel, triton.JITFunction)
+    return states.element_size() == 2 and (states.is_cuda or interpreted)
+
+
+def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """`hidden` (S, H) over its root mean square, times `weight` (H,) (Zhang and Sennrich 2019); (S, H)."""
+    if on_triton(hidden):
+        target = torch.empty_like(hidden)
+        size = triton.next_power_of_2(hidden.shape[1])
+        norm_kernel[(len(hidden),)](hidden, weight, target, hidden.shape[1], epsilon, WIDTH=size)
+        return target
+    wide = hidden.to(torch.float32)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return weight * wide.to(hidden.dtype)
+
+
+def swiglu(gate_and_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up (Shazeer 2020) of both side by side (S, 2I); (S, I)."""
+    rows, width = len(gate_and_up), gate_and_up.shape[1] // 2
+    if on_triton(gate_and_up):
+        target = gate_and_up.new_empty(rows, width)
+        swiglu_kernel[(rows, triton.cdiv(width, 2048))](gate_and_up, target, width, BLOCK=2048)
+        return target
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up

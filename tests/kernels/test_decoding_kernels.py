@@ -1,0 +1,118 @@
+"""A decoding step's kernels: on a GPU as they are, elsewhere by Triton's own interpreter, no mock, but slow."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = [torch.bfloat16, torch.float16]
+# Triton's interpreter multiplies the bits of bf16 matrices as whole numbers (3.8).
+MULTIPLIED = HALF if DEVICE == "cuda" else [torch.float16]
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """A function that gives a room of kernels/, interpreted where there is no GPU."""
+    if DEVICE == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when a kernel is declared
+    names = []
+
+    def load(name):
+        monkeypatch.delitem(sys.modules, f"kernels.{name}", raising=False)
+        names.append(f"kernels.{name}")
+        return importlib.import_module(f"kernels.{name}")
+
+    yield load
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def close(found, wanted, kind):
+    """Within the rounding of `kind`, of what was computed in fp32."""
+    epsilon = torch.finfo(kind).eps
+    assert found.dtype == kind and found.shape == wanted.shape
+    assert (found.float() - wanted.float()).abs().max() <= 4 * epsilon * wanted.float().abs().max()
+
+
+@pytest.mark.parametrize("kind", HALF, ids=str)
+def test_rows_are_normed_and_gated_as_by_torch(kernels, kind):
+    rows = kernels("row_kernels")
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 80, device=DEVICE).to(kind) * 3, torch.randn(80, device=DEVICE).to(kind)
+    close(rows.rms_norm(hidden, weight, 1e-6), rows.rms_norm(hidden.float(), weight.float(), 1e-6), kind)
+    both = torch.randn(5, 2 * 72, device=DEVICE).to(kind)
+    close(rows.swiglu(both), rows.swiglu(both.float()), kind)
+
+
+@pytest.mark.parametrize("kind", MULTIPLIED, ids=str)
+@pytest.mark.parametrize("count", [1, 5, 16])
+def test_products_of_few_rows_equal_torchs(kernels, count, kind):
+    skinny = kernels("skinny_products")
+    torch.manual_seed(1)
+
+    def draw(*shape):
+        return (torch.randn(*shape, device=DEVICE) / 8).to(kind)
+
+    hidden, inner, norm = draw(count, 512) * 8, draw(count, 256), (draw(512) * 8, 1e-6)
+    wide = skinny.Rows(hidden.float())
+    wide_norm = norm[0].float(), norm[1]
+    weight, bias, gated, down = draw(96, 512), draw(96), draw(2 * 64, 512), draw(512, 256)
+    rows = skinny.Rows(hidden, hidden.float().pow(2).view(count, 4, -1).sum(-1))
+    assert all(skinny.tile_of(name, hidden, 512) for name in skinny.TILES), "no kernel was tried"
+    close(
+        skinny.normed_product("qkv", rows, norm, weight, bias),
+        skinny.normed_product("qkv", wide, wide_norm, weight.float(), bias.float()),
+        kind,
+    )
+    close(
+        skinny.normed_product("head", skinny.Rows(hidden), norm, weight),
+        skinny.normed_product("head", wide, wide_norm, weight.float()),
+        kind,
+    )
+    close(
+        skinny.gated_product("gated", rows, norm, gated),
+        skinny.gated_product("gated", wide, wide_norm, gated.float()),
+        kind,
+    )
+    added = skinny.add_product("down", rows, inner, down)
+    close(added.hidden, skinny.add_product("down", wide, inner.float(), down.float()).hidden, kind)
+    assert torch.allclose(added.sums().sum(-1), added.hidden.float().pow(2).sum(-1), rtol=1e-5)
+    assert added.squares.shape == (count, 512 // skinny.TILES["down"][16][0])
+
+
+def test_a_row_comes_out_the_same_whatever_stands_beside_it(kernels):
+    skinny = kernels("skinny_products")
+    torch.manual_seed(2)
+    hidden, weight = torch.randn(16, 256, device=DEVICE).half(), torch.randn(64, 256, device=DEVICE).half()
+    norm = torch.ones(256, device=DEVICE).half(), 1e-6
+    whole = skinny.normed_product("qkv", skinny.Rows(hidden), norm, weight)
+    assert torch.equal(whole[3:4], skinny.normed_product("qkv", skinny.Rows(hidden[3:4]), norm, weight))
+
+
+@pytest.mark.parametrize("kind", MULTIPLIED, ids=str)
+@pytest.mark.parametrize(("heads", "fewer", "new"), [(16, 2, 1), (4, 2, 8), (3, 1, 4), (2, 2, 1)])
+@pytest.mark.parametrize("parts", [1, 3, None])
+def test_attention_over_slots_equals_torchs(kernels, heads, fewer, new, parts, kind):
+    """Lengths from nothing to more than a block, and what stood in the cache before stays but for the new places."""
+    room = kernels("slot_attention")
+    torch.manual_seed(3)
+    width, slots, capacity = 32, 3, 160
+    places = torch.tensor([0, 61, 140], device=DEVICE)
+    qkv = torch.randn(slots * new, (heads + 2 * fewer) * width, device=DEVICE).to(kind)
+    angles = torch.randn(slots * new, width // 2, device=DEVICE)
+    cos, sin = (torch.cat((part, part), -1).to(kind) for part in (angles.cos(), angles.sin()))
+    keys, values = torch.randn(2, slots, fewer, capacity, width, device=DEVICE).to(kind)
+    before = keys.clone(), values.clone()
+    wanted_cache = [part.float() for part in (keys, values)]
+    options = {"places": places, "heads": heads, "scale": width**-0.5}
+    wanted = room.attend_plain(qkv.float(), cos.float(), sin.float(), *wanted_cache, **options)
+    found = room.attend_in_parts(qkv, cos, sin, keys, values, **options, parts=parts)
+    close(found, wanted, kind)
+    for cache, old, want in zip((keys, values), before, wanted_cache):
+        close(cache, want, kind)
+        for slot, place in enumerate(places.tolist()):
+            assert torch.equal(cache[slot, :, :place], old[slot, :, :place])
+            assert torch.equal(cache[slot, :, place + new :], old[slot, :, place + new :])

@@ -1,0 +1,322 @@
+"""Screenshots in, HTML out, at the speed of the GPU's memory: slots that are filled again as soon as a page ends.
+
+    reason = obstacle(model)                        # "" where the engine can write with this model
+    engine = Engine(model, processor, recipe, wanted=len(requests))
+    for request, written in engine.write(requests):
+        ...
+
+What is written equals what transformers' generate() writes, token for token in fp32 and within rounding in bf16, and
+never depends on what is written beside it. Ends are looked at every `BLOCK` steps, since each look makes the GPU wait.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+import use_model_from_hub as use
+from writing.reading import Layer, Question, Reader, question_of
+from writing.slots import Cache, State, bytes_of_slot
+from writing.step import Chooser, Step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+BLOCK = 16  # steps between two looks at what was written
+WIDTHS = (1, 2, 4, 8, 16, 32, 64)  # numbers of slots for which a step is captured
+ROWS = 16  # of a step that costs what one row costs: those of one tile of a tensor core
+MOST_NEW = 8  # tokens of a page in one step, drafts included
+READ_PATCHES = 45_000  # that are read together, some eight screenshots of a million pixels
+SPARE_BYTES = 4 * 2**30  # for reading them
+READERS = 4  # threads that open and resize screenshots
+
+# -----------------------------------------------------------------------------
+# Whether it can
+
+
+def obstacle(model: PreTrainedModel) -> str:
+    """Why this engine cannot write with `model`, for people; "" where it can."""
+    if model.device.type != "cuda":
+        return "there is no GPU"
+    if model.dtype.itemsize != 2:
+        return f"weights are {model.dtype}, its kernels take half precision"
+    return unknown_parts(model)
+
+
+def unknown_parts(model: PreTrainedModel) -> str:
+    """What of `model` the engine does not know; "" where it knows all."""
+    if model.config.model_type != "qwen2_5_vl":
+        return f"it does not know the architecture {model.config.model_type}"
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return "the weights are sharded"
+    linears = [module for name, module in model.named_modules() if name.endswith(("_proj", "qkv", "attn.proj"))]
+    if other := {type(module).__name__ for module in linears} - {"Linear"}:
+        return f"it does not know layers of {', '.join(sorted(other))}"
+    text = model.config.get_text_config()
+    if text.hidden_act != "silu" or model.config.vision_config.hidden_act != "silu":
+        return f"it does not know the activation {text.hidden_act}"
+    if "sliding_attention" in text.layer_types:
+        return "it does not know sliding windows"
+    if (rope := text.rope_parameters["rope_type"]) != "default":
+        return f"it does not know rotary positions of the kind {rope}"
+    return ""
+
+
+# -----------------------------------------------------------------------------
+# Writing
+
+
+@dataclass
+class Slot:
+    """A question that is being answered, its answer's tokens so far, what of the text was shown, and what may end it
+    (`Watch.feed` of writing/endings.py)."""
+
+    question: Question
+    ids: list[int]
+    shown: str = ""
+    watch: object | None = None
+
+
+class Engine:
+    """Writes with the weights of `model`, whose linear weights become views of larger ones (reading.Layer)."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        recipe: use.Recipe,
+        wanted: int | None = None,
+        watch: Callable[[], object] | None = None,
+        drafts: bool = True,
+    ):
+        """`wanted` answers at most are asked for together; `watch` makes what may end an answer early; `drafts` are
+        guessed where they cost nothing. Raises torch.OutOfMemoryError where not even one slot fits."""
+        self.model, self.processor, self.recipe, self.watch, self.drafts = model, processor, recipe, watch, drafts
+        self.stops = set(use.end_tokens(model, processor))
+        self.layers = [Layer(layer) for layer in model.model.language_model.layers]
+        self.reader = Reader(model, self.layers)
+        self.chooser = Chooser(use.logits_processors(recipe), drawn=recipe.temperature > 0)
+        vision = model.config.vision_config
+        picture = recipe.max_pixels // (vision.patch_size * vision.spatial_merge_size) ** 2
+        question = len(processor.tokenizer(use.ask(processor, recipe.prompt))["input_ids"])
+        self.capacity = -(-(picture + question + recipe.max_html_tokens + BLOCK * MOST_NEW) // 64) * 64
+        self.read_patches = READ_PATCHES
+        # No more than one of WIDTHS that holds all who want one, and no more than fit.
+        enough = next((width for width in WIDTHS if width >= (wanted or WIDTHS[-1])), WIDTHS[-1])
+        self.allocate(min(enough, self.slots_that_fit()))
+
+    def slots_that_fit(self) -> int:
+        """As many as the free memory holds: one of WIDTHS."""
+        if self.model.device.type != "cuda":
+            return WIDTHS[-1]
+        free, _ = torch.cuda.mem_get_info(self.model.device)
+        free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        fit = (free - SPARE_BYTES) // bytes_of_slot(self.model.config, self.capacity, self.model.dtype)
+        return max(width for width in WIDTHS if width <= max(1, fit))
+
+    def allocate(self, count: int) -> None:
+        """Cache and state of `count` slots, of which there are as many as one of WIDTHS."""
+        self.count = count
+        chances = self.recipe.max_html_tokens if self.chooser.drawn else 0
+        model = self.model
+        self.cache = Cache(model.config, self.count, self.capacity, model.dtype, model.device)
+        self.state = State(self.count, self.capacity, model.device, chances)
+        self.slots: list[Slot | None] = [None] * self.count
+        self.steps: dict[int, Step] = {}
+        # Where each slot's last token stood when it was looked at.
+        self.seen = torch.zeros(self.count, dtype=torch.long, device=model.device)
+
+    def write(
+        self, requests: Iterable[use.Request], shown: Callable[[use.Request, str], None] | None = None
+    ) -> Iterator[tuple[use.Request, use.Written]]:
+        """Answers as they end, in any order. Screenshots are opened when their turn is near; what opening raises is
+        raised here. `shown` gets each answer's text in pieces as it is written."""
+        with ThreadPoolExecutor(READERS) as pool:
+            waiting = Waiting(requests, pool, lambda request: question_of(self.processor, self.recipe, request))
+            while True:
+                try:
+                    self.fill(waiting)
+                    width = self.width()
+                    if not width:
+                        return
+                    self.step(width).run(BLOCK)
+                    ended = list(self.look(width, shown))
+                except torch.OutOfMemoryError:
+                    self.shrink(waiting)
+                    continue
+                yield from ended
+
+    # -- slots
+
+    def fill(self, waiting: Waiting) -> None:
+        """Read questions into the slots that are free, several together."""
+        free = [number for number, slot in enumerate(self.slots) if slot is None]
+        while free:
+            questions = waiting.take(len(free), self.read_patches)
+            if not questions:
+                break
+            taken, free = free[: len(questions)], free[len(questions) :]
+            try:
+                shifts = self.reader.read(questions, self.cache, taken)
+            except torch.OutOfMemoryError:
+                waiting.put_back(questions)
+                raise
+            for number, question, shift in zip(taken, questions, shifts):
+                self.begin(number, question, shift)
+
+    def begin(self, number: int, question: Question, shift: int) -> None:
+        """Slot `number` goes on with what was read into it."""
+        ids = question.ids + question.written
+        if len(ids) + self.recipe.max_html_tokens - len(question.written) > self.capacity - BLOCK * MOST_NEW:
+            raise use.UseError(
+                f"the question of page {question.request.place} has {len(question.ids)} tokens, too many for "
+                f"--max_pixels {self.recipe.max_pixels}: the processor makes larger pictures than it was told"
+            )
+        self.state.fill(number, ids, len(question.ids), shift, question.chances)
+        self.seen[number] = len(ids) - 1
+        slot = Slot(question, list(question.written), watch=self.watch() if self.watch else None)
+        if slot.watch and slot.ids:
+            slot.watch.feed(slot.ids)
+        self.slots[number] = slot
+
+    def width(self) -> int:
+        """The smallest of WIDTHS that holds all answers, which are moved together where that saves rows; 0 for none."""
+        busy = [number for number, slot in enumerate(self.slots) if slot]
+        if not busy:
+            return 0
+        width = next(width for width in WIDTHS if width >= len(busy))
+        for number in [number for number in busy if number >= width]:
+            self.move(number, self.slots.index(None))
+        return width
+
+    def move(self, source: int, target: int) -> None:
+        """An answer from one slot to a free one."""
+        self.cache.states[:, :, target] = self.cache.states[:, :, source]
+        for part in (*self.state.parts(), self.seen):
+            part[target] = part[source]
+        self.state.stop(source)
+        self.slots[target], self.slots[source] = self.slots[source], None
+
+    def step(self, width: int) -> Step:
+        """The step over the first `width` slots, captured when it is first needed."""
+        if width not in self.steps:
+            new = max(1, min(MOST_NEW, ROWS // width)) if self.drafts and self.chooser.plain else 1
+            step = Step(self.model, self.layers, self.cache, self.state, width, new, self.chooser)
+            if self.model.device.type == "cuda":
+                step.capture()
+            self.steps[width] = step
+        return self.steps[width]
+
+    # -- what was written
+
+    def look(
+        self, width: int, shown: Callable[[use.Request, str], None] | None
+    ) -> Iterator[tuple[use.Request, use.Written]]:
+        """Take what the last block has written of the first `width` slots, and end what has ended."""
+        most = BLOCK * self.steps[width].new
+        places = self.state.places[:width]
+        index = self.seen[:width, None] + 1 + torch.arange(most, device=places.device)
+        fresh = self.state.history[:width].gather(1, index.clamp(max=self.capacity - 1))
+        # One copy for all: this is where Python waits for the GPU.
+        found = torch.cat([(places - self.seen[:width])[:, None], fresh], dim=1).tolist()
+        self.seen[:width] = places
+        for number, (count, *tokens) in enumerate(found):
+            slot = self.slots[number]
+            if slot is None:
+                continue
+            ended = self.extend(slot, tokens[:count])
+            if shown:
+                self.show(slot, ended, shown)
+            if ended:
+                self.slots[number] = None
+                self.state.stop(number)
+                yield slot.question.request, ended
+
+    def extend(self, slot: Slot, tokens: list[int]) -> use.Written | None:
+        """What was written of an answer besides; the whole of it where it has ended."""
+        tokens = tokens[: self.recipe.max_html_tokens - len(slot.ids)]
+        stop = next((place for place, token in enumerate(tokens) if token in self.stops), None)
+        body = tokens if stop is None else tokens[:stop]
+        slot.ids += body
+        ending = slot.watch.feed(body) if slot.watch else None
+        if ending is not None:
+            ids = slot.ids[: ending.keep] + ending.tokens
+            done = use.written(self.processor, ids, self.stops)
+            looped = ending.reason == "loop"
+            return replace(done, cut_off=not looped, looped=looped, closing_tokens=len(ending.tokens))
+        if stop is None and len(slot.ids) < self.recipe.max_html_tokens:
+            return None
+        return use.written(self.processor, slot.ids + ([] if stop is None else [tokens[stop]]), self.stops)
+
+    def show(self, slot: Slot, ended: use.Written | None, shown: Callable[[use.Request, str], None]) -> None:
+        """The text that was added since the last time; what ends within a character waits for the rest of it."""
+        if ended:
+            text = ended.raw
+        else:
+            text = self.processor.tokenizer.decode(
+                slot.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            text = text.rstrip("\ufffd")
+        if text.startswith(slot.shown) and text != slot.shown:
+            shown(slot.question.request, text[len(slot.shown) :])
+            slot.shown = text
+
+    # -- memory
+
+    def shrink(self, waiting: Waiting) -> None:
+        """Go on with half: of what is read together, then of the slots. What was written is kept and read again.
+
+        Raises torch.OutOfMemoryError where one page alone does not fit."""
+        alone = self.count == 1 and self.read_patches < READ_PATCHES // 64
+        if alone:
+            raise torch.OutOfMemoryError("not even one page can be written in the memory that is free")
+        questions = []
+        for slot in filter(None, self.slots):
+            slot.question.written = slot.ids
+            questions.append(slot.question)
+        waiting.put_back(questions)
+        self.read_patches //= 2
+        most = max(1, self.count // 2)
+        del self.cache, self.state, self.steps
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        use.say(f"writing: memory ran out, going on with {most} pages at once")
+        self.allocate(most)
+
+
+class Waiting:
+    """Questions in the order of their requests, made by threads a little ahead of their turn."""
+
+    def __init__(
+        self, requests: Iterable[use.Request], pool: ThreadPoolExecutor, make: Callable[[use.Request], Question]
+    ):
+        self.requests, self.pool, self.make = iter(requests), pool, make
+        self.coming: deque = deque()
+        self.back: deque[Question] = deque()
+
+    def look_ahead(self, count: int) -> None:
+        for request in itertools.islice(self.requests, max(0, count - len(self.coming))):
+            self.coming.append(self.pool.submit(self.make, request))
+
+    def take(self, most: int, patches: int) -> list[Question]:
+        """The next questions, `most` at most and as many as have `patches` together, at least one; [] at the end."""
+        taken: list[Question] = []
+        self.look_ahead(most + READERS)
+        while len(taken) < most and (self.back or self.coming):
+            question = self.back[0] if self.back else self.coming[0].result()
+            patches -= len(question.patches)
+            if taken and patches < 0:
+                break
+            (self.back or self.coming).popleft()
+            taken.append(question)
+            self.look_ahead(most + READERS - len(taken))
+        return taken
+
+    def put_back(self, questions: list[Question]) -> None:
+        self.back.extendleft(reversed(questions))

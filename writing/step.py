@@ -1,0 +1,143 @@
+"""One step of writing: the next token of every slot, or several where drafts come true; captured as a CUDA graph.
+
+    step = Step(model, layers, cache, state, slots=8, new=1, chooser=Chooser([], drawn=False))
+    step.run(16)                                    # sixteen steps, for which nobody waits
+
+A GPU that is told each kernel by Python is idle for 98 % of such a step; a graph starts all of them at once. Up to 16
+rows go through kernels that read each weight once (kernels/skinny_products.py), more through cuBLAS.
+
+Shapes: S slots, Q new tokens of each, R = S x Q rows; H, D, V as in kernels/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+import use_model_from_hub as use
+from kernels.skinny_products import Rows, add_product, gated_product, normed_product
+from kernels.slot_attention import attend_slots
+from writing.drafts import drafts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from writing.reading import Layer
+    from writing.slots import Cache, State
+
+
+class Chooser:
+    """The next token of each row from its logits, by stock `processors` of transformers; `drawn` with the numbers of
+    `State.chances` instead of the likeliest."""
+
+    def __init__(self, processors: Sequence[Callable], drawn: bool):
+        self.processors, self.drawn = processors, drawn
+
+    @property
+    def plain(self) -> bool:
+        """Whether the likeliest token is taken, whatever stood before: drafts can be held against that."""
+        return not self.processors and not self.drawn
+
+    def choose(self, logits: torch.Tensor, state: State, slots: int) -> torch.Tensor:
+        """Tokens (S,) from `logits` (S, V) of the first `slots` slots."""
+        if self.plain:
+            return logits.argmax(-1)
+        scores = logits.float()
+        for process in self.processors:
+            scores = process(state.history[:slots], scores)
+        if not self.drawn:
+            return scores.argmax(-1)
+        # The number of the token that comes: one for each place of the answer.
+        number = (state.places - state.starts + 1)[:slots].clamp(0, state.chances.shape[1] - 1)
+        return use.draw(scores, state.chances[:slots].gather(1, number[:, None])[:, 0])
+
+
+class Step:
+    """The first `slots` slots of `cache` and `state`, each with `new` tokens a step: the one that was chosen last and
+    drafts after it."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[Layer],
+        cache: Cache,
+        state: State,
+        slots: int,
+        new: int,
+        chooser: Chooser,
+    ):
+        self.core, self.head, self.layers, self.cache, self.state = model.model, model.lm_head, layers, cache, state
+        self.slots, self.new, self.chooser = slots, new, chooser
+        self.heads = self.core.config.get_text_config().num_attention_heads
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    # -- what the graph holds
+
+    @torch.inference_mode()
+    def advance(self) -> None:
+        """One step of every live slot; changes cache and state."""
+        state, count = self.state, self.slots
+        places, live = state.places[:count], state.live[:count]
+        history = state.history[:count]
+        tokens = history.gather(1, places[:, None])
+        if self.new > 1:
+            tokens = torch.cat([tokens, drafts(history, places, state.starts[:count], self.new - 1)], dim=1)
+        logits = self.forward(tokens, places, state.shifts[:count])
+        if self.new == 1:
+            chosen, kept = self.chooser.choose(logits, state, count)[:, None], live
+        else:
+            chosen = logits.argmax(-1).view(count, self.new)
+            # A draft was right where the token chosen before it is the draft; the first wrong one ends the row.
+            right = (chosen[:, :-1] == tokens[:, 1:]).long().cumprod(-1).sum(-1)
+            kept = (right + 1) * live
+        # Those after the last right one are written, too, and written over by the next step.
+        after = places[:, None] + 1 + torch.arange(self.new, device=places.device)
+        history.scatter_(1, after.clamp_(max=history.shape[1] - 1), chosen)
+        places += kept
+
+    def forward(self, tokens: torch.Tensor, places: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
+        """Logits (R, V) after each of `tokens` (S, Q), the first of which stands at `places` (S,)."""
+        hidden = self.core.get_input_embeddings()(tokens.flatten())
+        positions = (places + shifts)[:, None] + torch.arange(self.new, device=places.device)
+        angles = self.core.language_model.rotary_emb(hidden[None], positions.view(1, 1, -1).expand(3, -1, -1))
+        angles = [part[0] for part in angles]
+        rows, final = Rows(hidden), self.core.language_model.norm
+        for number, layer in enumerate(self.layers):
+            qkv = normed_product("qkv", rows, layer.norm(0), layer.qkv, layer.qkv_bias)
+            keys, values = self.cache.layer(number, self.slots)
+            done = attend_slots(qkv, *angles, keys, values, places, self.heads, layer.scale)
+            rows = add_product("out", rows, done, layer.out)
+            inner = gated_product("gated", rows, layer.norm(1), layer.gated)
+            rows = add_product("down", rows, inner, layer.down)
+        return normed_product("head", rows, (final.weight, final.variance_epsilon), self.head.weight)
+
+    # -- capture and replay
+
+    def capture(self) -> None:
+        """Record a step, on a GPU; takes a tenth of a second, and some seconds where kernels are not yet compiled.
+
+        A step runs once for warming, in which every slot stands still: the token that it chooses is chosen again by
+        the next one. Raises torch.OutOfMemoryError where there is no room for it.
+        """
+        live = self.state.live.clone()
+        self.state.live.zero_()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.advance()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.advance()
+        self.graph = graph
+        self.state.live.copy_(live)
+
+    def run(self, steps: int) -> None:
+        """`steps` steps, one after another."""
+        for _ in range(steps):
+            if self.graph is None:
+                self.advance()
+            else:
+                self.graph.replay()
