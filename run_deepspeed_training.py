@@ -774,7 +774,8 @@ def main(argv: list[str] | None = None) -> int:
         say(f"exit 81: {MEANINGS[81]}: {error}; free some space, or set TMPDIR to a folder that has some")
         return 81
     try:
-        problems += port_problems(args)
+        if not problems or args.master_port is not None:  # a free one is looked for where the run can begin
+            problems += port_problems(args)
         if problems:
             print(*problems, sep="\n", file=sys.stderr)
             return 2
