@@ -9,6 +9,7 @@ Adapters, Evaluation.
 
 import contextlib
 import copy
+import fcntl
 import json
 import os
 import re
@@ -95,11 +96,25 @@ def test_plan_needs_neither_gpu_nor_weights(tmp_path):
 
 
 @pytest.mark.slow
-def test_supervision_is_shown_without_loading_a_model(tiny_base, pages_folder, tmp_path):
-    done = start_plain(small_run(tiny_base, pages_folder, show_supervision=True), tmp_path)
+def test_supervision_is_shown_without_loading_a_model_and_beside_a_run(tiny_base, pages_folder, tmp_path):
+    owned = tmp_path / "owned"
+    owned.mkdir()
+    flags = ["--output_dir", str(owned), "--final_dir", str(tmp_path / "final"), "--seed", "3"]
+    with (owned / ".owner").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        done = start_plain([*small_run(tiny_base, pages_folder, show_supervision=True), *flags], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "\n[supervised] <!DOCTYPE html>" in done.stdout and "rehearsal" not in done.stdout
     assert "\033" not in done.stdout, "colours in a pipe"
+    assert [*tmp_path.rglob("*")] == [owned, owned / ".owner"], "who only looks leaves nothing"
+
+
+@pytest.mark.slow
+def test_a_folder_that_another_run_owns_is_refused_before_the_hub_is_asked(pages_folder, tmp_path):
+    with (tmp_path / ".owner").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        done = start_plain(small_run("user/gone", pages_folder, output_dir=tmp_path), tmp_path)
+    assert done.returncode == 2 and "a run is going on there" in done.stderr and "user/gone" not in output(done)
 
 
 @pytest.mark.slow

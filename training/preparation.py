@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING
 import pyarrow
 from transformers import ProcessorMixin, TrainingArguments
 
+import use_model_from_hub as use
 from training.collecting import load_pages, load_pages_from_disk
 from training.dataset import dataset_revision
 from training.errors import DataError, DiskError, PipelineError, SettingsError, is_disk_full
@@ -91,6 +93,19 @@ def prepare_pages(
     say(report)
     say_memory(f"{len(training):,} training and {len(held_out):,} held-out pages", start)
     return Pages(training, held_out, report, found)
+
+
+def one_page(settings: PageSettings, seed: int, encoder: PageEncoder, processor: ProcessorMixin) -> tuple[list, list]:
+    """(one process) Ids and labels, both of length T, of a page that a run would train on; nothing stays on the disk.
+
+    No more is read than it takes to know which pages would be held out. Raises `DataError` where there is none.
+    """
+    settings = replace(settings, num_samples=1, max_bad_share=1.0)  # of so few pages one broken one is a large share
+    with tempfile.TemporaryDirectory() as place:
+        load_pages(settings, place, count_tokens(encoder, processor), seed)
+        page = load_pages_from_disk(place)[0][0]
+    (picture,) = encoder.family.pictures(processor, [use.open_screenshot(page["screenshot"])])
+    return encoder.encode(page["html"], picture.ids)
 
 
 def find_or_make_on_disk(

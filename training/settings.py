@@ -580,10 +580,13 @@ def ask_before_cpu(resolved: Resolved) -> str:
     told = resolved.settings.yes and "HOLO1_STATUS_DIR" in os.environ
     if told or (resolved.machine.gpu and not resolved.training["use_cpu"]):
         return ""
-    if words := slow_words(vars(resolved.settings), resolved.training):
+    at_hand.look_at_base(resolved.settings.base_model, resolved.settings.base_revision, found := at_hand.Found())
+    # One that the Hub does not give is told where it is fetched, once.
+    if found.base_is_there and (words := slow_words(vars(resolved.settings), resolved.training)):
         print(words, file=sys.stderr, flush=True)
         sure(resolved.settings.yes)
-    return words
+        return words
+    return ""
 
 
 def find_problems(resolved: Resolved) -> list[str]:
