@@ -668,8 +668,8 @@ class Evaluator:
 
     def try_penalty(self, penalty: float, copy: PreTrainedModel, label: str) -> float:
         """(all ranks) What chooses, under another repetition penalty; the exact share where nothing is rendered."""
-        decoding = replace(self.decoding, repetition_penalty=penalty)
-        rows = self.write(copy, decoding)
+        say(f"{label}, once more with a repetition penalty of {penalty} (--penalty_grid):")
+        rows = self.write(copy, decoding := replace(self.decoding, repetition_penalty=penalty))
         result = on_main_alone(lambda: self.score(label, rows, decoding))
         return result.get(metrics.CHOOSING, result["exact"])
 

@@ -783,7 +783,8 @@ def main(argv: list[str] | None = None) -> int:
             ranks = f"{args.num_nodes} x {args.num_gpus} ranks"
             say(f"machine {args.node_rank} of {ranks}, which meet at {args.master_addr}")
         if not gpus:
-            say(f"no GPU can be used here: {args.num_gpus} processes on the CPU, with gloo")
+            count = f"{args.num_gpus} process{'es' if args.num_gpus > 1 else ''}"
+            say(f"no GPU can be used here: {count} on the CPU, with gloo")
         if args.dry_run:
             print(shlex.join(build_command(args, gpus, passed_on, "HOSTFILE_WRITTEN_AT_THE_START")), flush=True)
             return 0

@@ -87,6 +87,7 @@ def test_plan_needs_neither_gpu_nor_weights(tmp_path):
     base = make_base(tmp_path / "base", weights=False)
     done = start_plain(["--plan", "--base_model", str(base)], tmp_path)
     assert done.returncode == 0, done.stderr
+    assert " M parameters; 8 pages per step" in done.stdout and " and 4,096 of HTML; " in done.stdout
     table = done.stdout.split("  sum\n")[1].splitlines()
     rows = [line.split() for line in table if line.strip()[:1].isdigit()]
     assert [(row[0], row[1]) for row in rows] == [
@@ -294,7 +295,7 @@ def test_two_machines_with_disks_of_their_own_train_together(tiny_base, pages_fo
     codes = [machine.wait(timeout=240) for machine in machines]
     logs = [(tmp_path / f"{number}.log").read_text() for number in "01"]
     assert codes == [0, 0], logs
-    assert "1 pages x 2 accumulated x 2 processes = 4 pages per step" in logs[0]
+    assert "1 page x 2 accumulated x 2 processes = 4 pages per step" in logs[0]
     assert "sees nothing of what rank 0 has prepared" in logs[1] and "sees nothing" not in logs[0]
     pages = [tmp_path / number / "holo1_dom_finetune_output" / "pages" / "train.arrow" for number in "01"]
     assert pages[0].read_bytes() == pages[1].read_bytes()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scoring.report_values import plural
 from training.containers import find_container
 from training.errors import DataError
 from training.mixture import AskedDataset, asked_datasets
@@ -104,8 +105,7 @@ def look_into(asked: AskedDataset, path: Path, found: Found) -> None:
         return
     what = container.kind if container else "files of `datasets`"
     if container and container.kind == "pairs":
-        pages = sum(bool(picture) for picture, _ in container.files)
-        what = f"{pages:,} {'page' if pages == 1 else 'pages'} with pictures"
+        what = plural(sum(bool(picture) for picture, _ in container.files), "page") + " with pictures"
     elif container and container.files:
         what = ", ".join(container.files[:3])
     found.well.append(f"--dataset {asked.name} ({what})")

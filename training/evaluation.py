@@ -30,6 +30,7 @@ from scoring.clip import Clip, find_clip
 from scoring.many_pages import Pair, Progress, browser_facts, run_pairs, window_of, write_pages_report
 from scoring.proof import ScorerError, prove
 from scoring.renders import BrowserMissing, Renderer
+from scoring.report_values import plural
 from scoring.statistics import left_out_words, means, scores_line, summarise
 from scoring.validity import looping, same_html, validity
 from training import zero3
@@ -110,13 +111,13 @@ def write_share(
             if not is_out_of_memory(error) or batch == 1:
                 raise
             batch = max(1, batch // 2)
-            say_from_here(f"evaluation: memory ran out, going on with {batch} pages at once")
+            say_from_here(f"evaluation: memory ran out, going on with {plural(batch, 'page')} at once")
             release_memory()
             continue
         heart.mark()
         mine = mine[len(places) :]
         rows += [{"place": place, **asdict(page)} for place, page in zip(places, written)]
-        say(f"  {len(rows)} of {len(rows) + len(mine)} pages written")
+        say(f"  {len(rows)} of {plural(len(rows) + len(mine), 'page')} written")
     return rows
 
 
@@ -330,10 +331,10 @@ def announce(label: str, result: Mapping[str, Any]) -> str:
     choosing = result.get("choosing")
     others = f" ({choosing['n']} others choose the weights)" if choosing and choosing["apart"] else ""
     told = (
-        f"{label}: {result['n']} held-out pages{others}: exact {share('exact')}, valid {share('valid')}, "
+        f"{label}: {plural(result['n'], 'held-out page')}{others}: exact {share('exact')}, valid {share('valid')}, "
         f"truncated {share('truncated')}, looping {share('looping')}, exact with the screenshots shuffled "
         f"{share('shuffled_exact')}; {result['mean_tokens']:.0f} tokens a page (references "
-        f"{result['mean_reference_tokens']:.0f}), {result['tokens_per_second']:.0f} tokens/s" + rendered_words(result)
+        f"{result['mean_reference_tokens']:.0f}), {result['tokens_per_second']:,.0f} tokens/s" + rendered_words(result)
     )
     return in_columns(told)
 
@@ -343,5 +344,6 @@ def rendered_words(result: Mapping[str, Any]) -> str:
     if "failures" not in result:
         return ""
     return (
-        f"; rendered, {result['failures']} failures counted as the worst: {scores_line(result)}{left_out_words(result)}"
+        f"; rendered, {plural(result['failures'], 'failure')} counted as the worst: {scores_line(result)}"
+        f"{left_out_words(result)}"
     )
