@@ -143,7 +143,7 @@ BAD_SETTINGS = [
     (["--lora_alpha", "0"], "--lora_alpha 0: at least 1"),
     (["--resume_from_checkpoint", "gone"], "--resume_from_checkpoint gone "),
     (["--output_dir", "file/below"], "--output_dir file/below: "),
-    (["--output_dir", "/proc/below"], "--output_dir /proc/below: /proc: "),
+    (["--output_dir", "/proc/below"], "--output_dir /proc/below: nothing can be written into /proc ("),
 ]
 
 
@@ -285,6 +285,7 @@ def test_a_gpu_that_is_not_to_be_used_counts_as_none(tmp_path):
 
 # -----------------------------------------------------------------------------
 # The real script
+
 
 THREE = ["--learning_rat", "1e-5", "--dataset", "./nowhere", "--max_html_tokens", "-4"]
 THREE_PROBLEMS = [
