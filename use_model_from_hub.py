@@ -1,33 +1,39 @@
 """Write the HTML of the web page in a screenshot, with a model that this project trained.
 
     python use_model_from_hub.py --image page.png                         # HTML to stdout
-    python use_model_from_hub.py --image page.png --output page.html
-    python use_model_from_hub.py --image page.png --model ./holo1_dom_finetune_final --output page.html
     python use_model_from_hub.py --image page.png --model user/holo1_ui2dom --output page.html
+    python use_model_from_hub.py --image screenshots --output pages       # a folder; the same again goes on
 
-The answer goes to --output (or stdout), everything else to stderr. The prompt and the limits come from the model's own
-`dom_recipe.json`, so that it is asked exactly what it was trained on. This file stands alone; a copy of it lies in each
-final folder, and without --model such a copy takes the model beside it. The training script's evaluation calls the
-functions below, so a model is judged by what its users run.
+The answer goes to --output (or stdout), everything else to stderr. Prompt and limits come from the model's own
+`dom_recipe.json`: it is asked what it was trained on. This file stands alone; a copy lies in each final folder, and
+takes the model beside it. Evaluation calls the functions below, so a model is judged by what its users run.
 
-Sections: Recipe, Screenshot, Prompt, Generation, Clean-up, Loading, Command line.
+Sections: Recipe, Screenshot, Prompt, Generation, Clean-up, Loading, Pages, Command line.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
+import glob
+import hashlib
+import importlib
 import io
 import json
+import os
 import re
+import shutil
+import signal
 import struct
 import sys
 import time
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
-from itertools import repeat
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from itertools import chain, islice, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for readers and editors; each is loaded where it is used
     import torch
@@ -89,8 +95,10 @@ def load_recipe(source: str, revision: str | None = None) -> Recipe:
 
 
 def say(message: str) -> None:
-    """Everything that is not the answer goes to stderr."""
-    print(message, file=sys.stderr, flush=True)
+    """Everything that is not the answer goes to stderr, above the bars that stand there."""
+    from tqdm import tqdm
+
+    (tqdm.write if sys.stderr.isatty() else print)(message + "\n", file=sys.stderr, end="")
 
 
 # -----------------------------------------------------------------------------
@@ -108,17 +116,13 @@ class PictureError(ValueError):
 
     def __init__(self, message: str, too_large: bool = False):
         super().__init__(message)
-        self.too_large = too_large
+        self.too_large, self.code = too_large, 80
 
 
 def open_screenshot(picture: bytes) -> Image:
     """Decode a screenshot to an upright RGB `PIL.Image` of 8 bits, transparency on white: the one way in which
-    training, evaluation and use see a picture. Of an animation the first frame.
-
-    Raises `PictureError`, a `ValueError`, on another format than PNG, JPEG or WebP, on more than 20 M pixels, on a
-    strip that no processor takes, and on a damaged file.
-    """
-
+    training, evaluation and use see a picture. Of an animation the first frame. Raises `PictureError` on another format
+    than PNG, JPEG or WebP, on more than 20 M pixels, on a strip that no processor takes, and on a damaged file."""
     image, turn = _decode(picture)
     # What a PNG says of itself first; a chunk of somebody's own may come before it.
     shown = _in_eight_bits(image, depth=picture[picture.find(b"IHDR") + 12] if image.format == "PNG" else 8)
@@ -167,8 +171,7 @@ def _decode(picture: bytes, size_alone: bool = False) -> tuple[Image, Transpose 
 
 
 def upright(image: Image) -> Transpose | None:
-    """How to transpose a loaded picture so that it stands as browsers and viewers show it: by the orientation in its
-    EXIF (JPEG, PNG, WebP); None where it stands already, and where its EXIF is damaged."""
+    """How to transpose a loaded picture so that it stands as browsers show it, by its EXIF; None where it stands."""
     from PIL import Image as PIL_Image
 
     # Not image.getexif(), which also asks XMP and text chunks; browsers do not.
@@ -195,9 +198,7 @@ def _in_eight_bits(image: Image, depth: int) -> Image:
     import numpy as np
     from PIL import Image
 
-    key = image.info.get(
-        "transparency"
-    )  # of a PNG without alpha: the one colour that is transparent, in the file's bits
+    key = image.info.get("transparency")  # of a PNG without alpha: the one colour that is transparent, in its bits
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's convert() would clip at 255
         grey = np.asarray(image).astype(np.uint32)
         opaque = grey != key
@@ -215,13 +216,10 @@ def _in_eight_bits(image: Image, depth: int) -> Image:
 
 
 def limit_pixels(processor: ProcessorMixin, min_pixels: int, max_pixels: int) -> None:
-    """Set the range of width x height to which the processor resizes every screenshot.
-
-    Those that merge patches into tokens (Qwen-VL) take both as areas. Others mean edges by the same words: they keep
-    what was saved with them, which for a model trained by this project are the limits that it was trained under.
-    """
+    """Set the range of width x height to which a processor that merges patches into tokens (Qwen-VL) resizes every
+    screenshot. Others mean edges by these words: they keep what was saved with them, the limits of their training."""
     if hasattr(processor.image_processor, "merge_size"):
-        # `size` is the one place that transformers 5 reads; `min_pixels`/`max_pixels` attributes are ignored there.
+        # The one place that transformers 5 reads; its attributes `min_pixels` and `max_pixels` are ignored.
         processor.image_processor.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
 
 
@@ -231,10 +229,8 @@ def limit_pixels(processor: ProcessorMixin, min_pixels: int, max_pixels: int) ->
 
 def ask(processor: ProcessorMixin, prompt: str) -> str:
     """The question in the model's own chat template, image first, ending where the answer begins."""
-    content = [{"type": "image"}, {"type": "text", "text": prompt}]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+    return processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
 def encode_questions(processor: ProcessorMixin, screenshots: list[Image], prompt: str) -> BatchFeature:
@@ -243,11 +239,9 @@ def encode_questions(processor: ProcessorMixin, screenshots: list[Image], prompt
     `pixel_values` (patches, dim), `image_grid_thw` (B, 3) and `mm_token_type_ids` (B, T)."""
     texts = [ask(processor, prompt)] * len(screenshots)
     text_options = {"padding": True, "padding_side": "left"}
-    # Without mm_token_type_ids the positions silently become one-dimensional (transformers 5.23, Qwen2.5-VL). Models
-    # that do not know them refuse to write with them, so the processor is asked whether its model takes them.
-    if "mm_token_type_ids" in processor.model_input_names:
-        text_options["return_mm_token_type_ids"] = True
-    # A list for each question: some processors take a flat one for the pictures of a single question.
+    # Without them Qwen2.5-VL's positions silently become one-dimensional (transformers 5.23); others refuse them.
+    text_options |= {f"return_{name}": True for name in {"mm_token_type_ids"} & {*processor.model_input_names}}
+    # A list for each question: some processors take a flat one for those of a single question.
     return processor(text=texts, images=[[picture] for picture in screenshots], return_tensors="pt", **text_options)
 
 
@@ -257,12 +251,11 @@ def encode_questions(processor: ProcessorMixin, screenshots: list[Image], prompt
 
 @dataclass(frozen=True)
 class Request:
-    """One answer that is wanted: of the screenshot that `open()` gives when its turn comes; `sample` tells the answers
-    apart that are drawn for the same screenshot, and `place` is the caller's own."""
+    """One answer that is wanted: of the screenshot that `open()` gives when its turn comes; `place` is the caller's."""
 
     place: int
     open: Callable[[], Image]
-    sample: int = 0
+    sample: int = 0  # which of the answers that are drawn for one screenshot
 
 
 @dataclass
@@ -278,27 +271,9 @@ class Written:
     closing_tokens: int = 0
 
 
-class Progress:
-    """A stopping criterion that never stops: it says every few seconds how far the answers are."""
-
-    def __init__(self, limit: int, every_seconds: float = 5.0):
-        self.limit, self.every_seconds = limit, every_seconds
-        self.tokens, self.start = 0, time.monotonic()
-        self.last = self.start
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        import torch
-
-        self.tokens += 1
-        if time.monotonic() - self.last > self.every_seconds:
-            self.last = time.monotonic()
-            say(f"  {self.tokens:,} of at most {self.limit:,} tokens, {self.tokens / (self.last - self.start):.1f}/s")
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
 def chances(screenshot: Image, recipe: Recipe, sample: int) -> torch.Tensor:
-    """(max_html_tokens,) numbers from 0 to 1 in fp32, one for each token that is drawn: they depend on seed, screenshot
-    and sample alone, so that an answer is the same whatever is written beside it, and in whatever order."""
+    """(max_html_tokens,) numbers from 0 to 1, one for each token that is drawn, of seed, screenshot and sample alone:
+    an answer is the same whatever is written beside it."""
     import torch
 
     mixed = zlib.crc32(f"{recipe.seed} {sample} {screenshot.size}".encode(), zlib.crc32(screenshot.tobytes()))
@@ -314,17 +289,14 @@ def draw(scores: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
 
 
 class Draw:
-    """A logits processor that draws: all tokens but the drawn one become impossible, and greedy decoding takes it.
-
-    `chances` (B, tokens) of each row. torch.multinomial, which generate() would call, takes its numbers from one
-    generator for the whole batch: an answer would depend on the pages beside it.
-    """
+    """A logits processor that draws by `chances` (B, tokens): greedy decoding takes the one token that stays possible.
+    torch.multinomial has one generator for a batch: an answer would depend on the pages beside it."""
 
     def __init__(self, chances: torch.Tensor):
         self.chances, self.start = chances, None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.start = input_ids.shape[1] if self.start is None else self.start
+        self.start = self.start or input_ids.shape[1]
         token = draw(scores, self.chances[:, input_ids.shape[1] - self.start])
         return scores.new_full(scores.shape, float("-inf")).scatter_(1, token[:, None], 0.0)
 
@@ -333,13 +305,10 @@ def logits_processors(recipe: Recipe) -> list[Callable]:
     """transformers' own processors for what `recipe` asks, in generate()'s order, without the drawing."""
     from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
-    asked = []
-    if recipe.repetition_penalty != 1:
-        asked.append(RepetitionPenaltyLogitsProcessor(recipe.repetition_penalty))
-    if recipe.temperature > 0 and recipe.temperature != 1:
-        asked.append(TemperatureLogitsWarper(recipe.temperature))
-    if recipe.temperature > 0 and recipe.top_p < 1:
-        asked.append(TopPLogitsWarper(recipe.top_p))
+    asked = [RepetitionPenaltyLogitsProcessor(recipe.repetition_penalty)] if recipe.repetition_penalty != 1 else []
+    if recipe.temperature > 0:
+        asked += [TemperatureLogitsWarper(recipe.temperature)] if recipe.temperature != 1 else []
+        asked += [TopPLogitsWarper(recipe.top_p)] if recipe.top_p < 1 else []
     return asked
 
 
@@ -348,51 +317,59 @@ def write_pages(
     processor: ProcessorMixin,
     screenshots: list[Image],
     recipe: Recipe,
-    show_progress: bool = False,
     samples: Sequence[int] | None = None,
+    shown: Callable[[str], None] | None = None,
+    endings: Callable[..., Any] | None = None,
 ) -> list[Written]:
     """Write the HTML of a batch of screenshots (PIL) by transformers' generate(), at most `recipe.max_html_tokens`
-    tokens each; `samples` numbers answers that are drawn, 0 each where it is not given."""
+    tokens each; `samples` numbers answers that are drawn, 0 each where it is not given. Of a single screenshot `shown`
+    gets each word as it is written. `endings(tokenizer, limit, rows, stops)` has documents end that would not:
+    `writing.endings.Endings`, where this project lies beside."""
     import torch
-    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, TextStreamer
 
     inputs = encode_questions(processor, screenshots, recipe.prompt).to(model.device)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     stops = end_tokens(model, processor)
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=recipe.max_html_tokens,
-        eos_token_id=stops,
-        pad_token_id=processor.tokenizer.pad_token_id,
-        use_cache=True,
-    )
+    ends = {"eos_token_id": stops, "pad_token_id": processor.tokenizer.pad_token_id}
+    config = GenerationConfig(do_sample=False, max_new_tokens=recipe.max_html_tokens, use_cache=True, **ends)
     processors = LogitsProcessorList(logits_processors(recipe))
     if recipe.temperature > 0:
         numbers = [chances(*pair) for pair in zip(screenshots, repeat(recipe), samples or repeat(0))]
         processors.append(Draw(torch.stack(numbers).to(model.device)))
-    criteria = StoppingCriteriaList([Progress(recipe.max_html_tokens)] if show_progress else [])
+    streamer = TextStreamer(processor.tokenizer, True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    streamer.on_finalized_text = lambda text, stream_end=False: shown(text)
+    criteria, found = StoppingCriteriaList(), repeat(None)
+    if endings is not None:
+        ends = endings(processor.tokenizer, recipe.max_html_tokens, len(screenshots), stops)
+        processors.append(ends.closing)  # behind the drawing: it looks at what was drawn
+        criteria.append(ends.stopping)
+        found = ends.found
     # transformers would have the ranks of any ZeRO-3 run wait for each other at every token, and for ever where one has
     # nothing to write. Only weights that ZeRO-3 has sharded need that.
     sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    options = {"logits_processor": processors, "stopping_criteria": criteria, "synced_gpus": sharded}
+    options = {"streamer": streamer if shown else None, "synced_gpus": sharded, "stopping_criteria": criteria}
     # What `config` leaves open generate() takes from the base's own: it may sample, or punish repetition, which HTML is
     # full of.
     kept, model.generation_config = model.generation_config, GenerationConfig()
     try:
         with torch.inference_mode():
-            output = model.generate(**inputs, generation_config=config, **options)
+            output = model.generate(**inputs, generation_config=config, logits_processor=processors, **options)
     finally:
         model.generation_config = kept
     rows = output[:, inputs["input_ids"].shape[1] :].tolist()
-    return [written(processor, row, stops) for row in rows]
+    return [written(processor, row, stops, ending) for row, ending in zip(rows, found)]
 
 
-def written(processor: ProcessorMixin, row: Sequence[int], stops: Sequence[int]) -> Written:
-    """The answer in the token ids `row`, which one of `stops` ends, or nothing."""
+def written(processor: ProcessorMixin, row: Sequence[int], stops: Sequence[int], ending: Any = None) -> Written:
+    """The answer in the token ids `row`, which one of `stops` ends, or nothing, or what `writing.endings` has found."""
     length = next((place for place, token in enumerate(row) if token in stops), None)
-    ids = row if length is None else row[:length]
+    ids, reason, closing = row if length is None else row[:length], None, 0
+    if ending is not None:
+        ids, reason, closing = [*row[: ending.keep], *ending.tokens], ending.reason, len(ending.tokens)
     raw = processor.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Written(extract_html(raw), raw, len(ids), cut_off=length is None)
+    cut_off = length is None if ending is None else reason == "limit"
+    return Written(extract_html(raw), raw, len(ids), cut_off, looped=reason == "loop", closing_tokens=closing)
 
 
 def end_tokens(model: PreTrainedModel, processor: ProcessorMixin) -> list[int]:
@@ -400,6 +377,46 @@ def end_tokens(model: PreTrainedModel, processor: ProcessorMixin) -> list[int]:
     known = getattr(model.generation_config, "eos_token_id", None)
     known = known if isinstance(known, list) else [known]
     return sorted({token for token in [*known, processor.tokenizer.eos_token_id] if token is not None})
+
+
+class Generating:
+    """Writes pages by generate(), `batch` of them at once, half as many where memory runs out, down to one."""
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, recipe: Recipe, batch: int = 1, endings=None):
+        self.asked, self.batch, self.endings = (model, processor, recipe), batch, endings
+
+    def write(self, requests: Iterable[Request], shown: Shown | None = None) -> Iterator[tuple[Request, Written]]:
+        """The answers in order; a page that is written alone is `shown`. Out of memory it raises for a single page."""
+        requests = iter(requests)
+        while batch := list(islice(requests, self.batch)):
+            pieces = partial(shown, batch[0]) if shown and len(batch) == 1 else None
+            screenshots, samples, answers = [it.open() for it in batch], [it.sample for it in batch], None
+            model, processor, recipe = self.asked
+            try:
+                answers = write_pages(model, processor, screenshots, recipe, samples, pieces, self.endings)
+            except Exception as error:
+                if not is_out_of_memory(error) or len(batch) == 1:
+                    raise
+            if answers is None:  # out of the except block, which keeps alive what the error's frames hold
+                self.batch, requests = len(batch) // 2, chain(batch, requests)
+                say(f"out of memory with {len(batch)} pages at once, going on with {self.batch}")
+            else:
+                yield from zip(batch, answers)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, a GPU's or the machine's; torch on a CPU says so in a plain RuntimeError."""
+    named = {"MemoryError", "OutOfMemoryError"} & {kind.__name__ for kind in type(error).__mro__}
+    words = r"out of memory|not enough memory|can(no|')t allocate memory"
+    return bool(named) or (isinstance(error, RuntimeError) and bool(re.search(words, str(error).lower())))
+
+
+def writer(model, processor, recipe: Recipe, batch: int | None = None, wanted: int | None = None, tell: Callable = say):
+    """What writes `wanted` pages in all: with the project around it its engine where that can, and documents end."""
+    batch = batch or (1 if model.device.type == "cpu" else 8)
+    if project := room("writing.writer"):
+        return project.writer(model, processor, recipe, batch, wanted, tell)
+    return Generating(model, processor, recipe, batch)
 
 
 # -----------------------------------------------------------------------------
@@ -458,12 +475,11 @@ def page_in_fence(answer: str) -> str | None:
 
 
 def resolve_model(name: str | None) -> str:
-    """A folder or a Hub repository: the final folder that this file lies in, or that lies here, else this user's
-    repository of the default name."""
+    """A folder or a Hub repository: by default the one that this file lies in, or here, else this user's repository."""
     own = Path(__file__).parent
-    if name is None and (own / RECIPE_FILE).is_file() and (own / "config.json").is_file():
-        return str(own)
     if name is None:
+        if (own / RECIPE_FILE).is_file() and (own / "config.json").is_file():
+            return str(own)
         name = f"./{FINAL_FOLDER}" if Path(FINAL_FOLDER).is_dir() else HUB_REPO
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
@@ -479,19 +495,16 @@ def resolve_model(name: str | None) -> str:
     try:
         return f"{whoami()['name']}/{name}"
     except (LocalTokenNotFoundError, HTTPError, OSError) as error:
-        raise UseError(
-            f"no folder ./{FINAL_FOLDER} here, and the Hub repository {name} needs its owner's name: "
-            f"give --model USER/{name}, or log in with `hf auth login`"
-        ) from error
+        remedy = f"give --model USER/{name}, or log in with `hf auth login`"
+        raise UseError(f"no folder ./{FINAL_FOLDER} here, and {name} needs its owner's name: {remedy}") from error
 
 
 def best_dtype(device: str):
     """bf16 on a GPU that has it, fp16 on one that has not, fp32 on a CPU."""
     import torch
 
-    if device != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float16 if device == "cuda" else torch.float32
 
 
 def load_model(source: str, recipe: Recipe, trust_remote_code: bool = False):
@@ -499,7 +512,9 @@ def load_model(source: str, recipe: Recipe, trust_remote_code: bool = False):
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # of tensors, a second's worth
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = {"dtype": best_dtype(device), "trust_remote_code": trust_remote_code}
     # transformers fills what is not there with random numbers and only warns; told so, it does that with wrong shapes.
@@ -511,70 +526,369 @@ def load_model(source: str, recipe: Recipe, trust_remote_code: bool = False):
         raise UseError(f"--model {source} cannot be loaded: {error}") from error
     unlike = [str(found[0]) for found in info["mismatched_keys"]]
     if bad := [*sorted(info["missing_keys"]), *(f"{name} (another shape)" for name in sorted(unlike))]:
-        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
-        names = ", ".join(bad[:10])
-        raise UseError(f"--model {source} lacks weights that its config.json asks for: {names}{more}; fetch it again")
+        names = ", ".join(bad[:10]) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
+        raise UseError(f"--model {source} lacks weights that its config.json asks for: {names}; fetch it again")
     limit_pixels(processor, recipe.min_pixels, recipe.max_pixels)
     return model.to(device).eval(), processor
+
+
+def room(name: str, flag: str = "") -> Any:
+    """A module of the project; None in a copy that stands alone, where a `flag` that needs it raises `UseError`."""
+    found = Path(__file__).parent.joinpath(*name.split(".")).with_suffix(".py").is_file()
+    if flag and not found:
+        raise UseError(f"{flag} needs {name}: run the use_model_from_hub.py of the project's repository, not a copy")
+    if __name__ == "__main__":  # which is imported by its name, too: there must be one UseError
+        sys.modules["use_model_from_hub"] = sys.modules[__name__]
+    return importlib.import_module(name) if found else None
+
+
+# -----------------------------------------------------------------------------
+# Pages: which there are, where they go, and what a user sees of them meanwhile and afterwards
+
+PREVIEW = ".preview.png"
+_PICTURE = re.compile(r"(?<!\.preview)\.(png|jpe?g|webp)$", re.IGNORECASE)
+
+
+@dataclass
+class Page:
+    """A screenshot, `-` for stdin, and where its HTML goes, None for stdout; `sha256` of the screenshot once read."""
+
+    path: Path
+    html: Path | None = None
+    sha256: str = ""
+    piped: bytes = b""  # which can be read only once
+
+    def read(self) -> bytes:
+        picture = self.piped if str(self.path) == "-" else self.path.read_bytes()
+        self.sha256 = hashlib.sha256(picture).hexdigest()
+        return picture
+
+    def checked(self) -> bytes:
+        """The same, of what `open_screenshot` opens; raises `UseError`."""
+        try:
+            picture_size(picture := self.read())
+        except (OSError, PictureError) as error:
+            code, words = getattr(error, "code", 2), getattr(error, "strerror", None) or error
+            raise UseError(f"--image {self.path}: {words}", code) from error
+        return picture
+
+    def beside(self, suffix: str) -> Path:
+        return self.html.with_name(self.html.name.removesuffix(".html") + suffix)
+
+
+def find_pages(images: Sequence[str], output: str | None) -> tuple[list[Page], bool]:
+    """The pages of --image, and whether --output is a folder for them. Folders, to their depths, and patterns mean
+    pictures there, but for hidden ones and our previews; anything else means just that, and need not be there.
+
+    There they lie as their screenshots do below the folder that all of these share: a/x.html, b/x.html; all with
+    their suffix, x.png.html, where x.png and x.jpg lie beside each other. Raises `UseError`."""
+    found, bases, single = {}, [], len(images) == 1
+    for image in images:
+        base, pattern = Path(image), os.path.join(glob.escape(image), "**", "*")
+        if not base.is_dir() and (base.exists() or not glob.has_magic(image)):
+            base, hits = base.parent, [image]
+        else:
+            pattern, single = pattern if base.is_dir() else image, False
+            while not base.is_dir():
+                base = base.parent
+            if not (hits := sorted(filter(_PICTURE.search, glob.glob(pattern, recursive=True)))):
+                raise UseError(f"--image {image}: no .png, .jpg, .jpeg or .webp there", code=80)
+        bases.append(os.path.abspath(base))
+        found |= {os.path.abspath(hit): Page(Path(hit), piped=hit == "-" and sys.stdin.buffer.read()) for hit in hits}
+    pages = list(found.values())
+    if output is None and len(pages) > 1:
+        raise UseError(f"--image: {len(pages):,} screenshots; give a folder for their pages by --output")
+    if output is None or (single and not output.endswith(("/", os.sep)) and not os.path.isdir(output)):
+        if output and not Path(output).absolute().parent.is_dir():
+            raise UseError(f"--output {output}: the folder does not exist; create it first")
+        pages[0].html = Path(output) if output else None
+        pages[0].checked()
+        return pages, False
+    if os.path.isfile(output):
+        raise UseError(f"--output {output} is a file, and there may be several pages; give a folder")
+    names = [os.path.relpath(place, os.path.commonpath(bases)) for place in found]
+    stems = [os.path.splitext(name)[0] for name in names]
+    unique = len({*map(str.casefold, stems)}) == len(stems)  # on some disks X.html is x.html
+    for page, name in zip(pages, stems if unique else names):
+        page.html = Path(output, name + ".html")
+    return pages, True
+
+
+def missing(pages: Sequence[Page], made: dict[str, Any]) -> list[Page]:
+    """Those that are not there. Raises `UseError` where any was `made` otherwise, by the JSON beside it."""
+    others = []
+    for page in filter(lambda page: page.html.exists(), pages):
+        record, _ = page.beside(".json"), page.read()
+        then = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+        now = {**made, "sha256": page.sha256}
+        changes = [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]
+        others += [f"{page.html}: {', '.join(changes) if then else 'without a record'}"] if changes else []
+    if others:
+        what = f"{len(others):,} of {len(pages):,} pages stand there already, but made otherwise ({others[0]})"
+        raise UseError(f"--output: {what}; add --overwrite to write all again, or give another folder")
+    return [page for page in pages if not page.html.exists()]
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Aside, then renamed: whoever is killed leaves a whole file or none. Raises OSError."""
+    path = Path(os.path.realpath(path))
+    aside = path.with_name(f".{path.name}.part")
+    if path.exists() and not path.is_file():  # a device or a pipe, whose place no file may take
+        path.write_bytes(content)
+        return
+    try:
+        aside.write_bytes(content)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def keep(page: Page, answer: Written, made: dict[str, Any] | None) -> None:
+    """To its file; in a folder with how it was `made`, which comes first, so that no page is there without."""
+    page.html.parent.mkdir(parents=True, exist_ok=True)
+    page.beside(PREVIEW).unlink(missing_ok=True)
+    if made:
+        page.html.unlink(missing_ok=True)
+        row = {"screenshot": str(page.path), "sha256": page.sha256, **made, **asdict(answer)}
+        del row["html"], row["raw"]
+        write_whole(page.beside(".json"), (json.dumps(row, indent=1) + "\n").encode())
+    write_whole(page.html, (answer.html + "\n").encode())
+
+
+def with_bar(what: str, items: Iterable, total: int, done: int = 0) -> Iterable:
+    """`items`, and on stderr how many of `total` are done: a bar on a terminal, elsewhere a line each 30 s."""
+    from tqdm import tqdm
+
+    lines = {"mininterval": 30, "bar_format": "{desc}: {n} of {total}, {remaining} left\n"}
+    look = {} if sys.stderr.isatty() else lines
+    return tqdm(items, desc=what, total=total, initial=done, unit="page", dynamic_ncols=True, **look)
+
+
+class Shown:
+    """A page while it is written: its text, where it `streams`, else every few seconds how long it is. Text waits until
+    it has begun with a tag, after which `extract_html` takes nothing away: what is shown is the page."""
+
+    def __init__(self, streams: bool):
+        self.streams, self.raw, self.out, self.told = streams, "", "", 0.0
+
+    def __call__(self, request: Request, piece: str) -> None:
+        self.raw, self.told = self.raw + piece, self.told or time.monotonic()
+        text = self.raw.strip().removeprefix("\ufeff").lstrip()
+        if self.streams and _TAG.match(text):
+            print(text[len(self.out) :], end="", flush=True)
+            self.out = text
+        elif not self.out and time.monotonic() - self.told > 5:
+            self.told = time.monotonic()
+            say(f"  {len(text):,} characters")
+
+    def end(self, html: str) -> None:
+        """The rest of the page; all of it where it ended otherwise, as one whose loop was cut off."""
+        if not html.startswith(self.out):
+            say("\nwhat stands above is not how the page ended; this is it:")
+        print(html.removeprefix(self.out), flush=True)
+
+
+def render(html: str, width: int, height: int) -> Image:
+    """The HTML in a window of so many CSS px, without scripts or network, in a browser of its own; the project's keeps
+    to time and memory, too. Raises `UseError`."""
+    from PIL import Image
+
+    try:
+        if renders := room("scoring.renders"):
+            with renders.Renderer(1) as renderer:
+                done = renderer.render(renders.Job(html, width, height))
+            if done.failure:
+                raise RuntimeError(done.failure)
+            return Image.fromarray(done.image)
+        from playwright.sync_api import sync_playwright
+
+        names = "chromium-headless-shell chromium chromium-browser google-chrome".split()
+        found = next(filter(None, map(shutil.which, names)), None)  # None: playwright's own
+        flags = [
+            "--proxy-server=127.0.0.1:1",
+            "--proxy-bypass-list=<-loopback>",
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+        ]
+        with sync_playwright() as playwright, playwright.chromium.launch(executable_path=found, args=flags) as browser:
+            size = {"width": width, "height": height}
+            tab = browser.new_page(viewport=size, java_script_enabled=False, offline=True)
+            tab.route("**/*", lambda route: route.abort())
+            tab.set_content(html, timeout=15_000)
+            return open_screenshot(tab.screenshot(full_page=True, timeout=15_000))
+    except Exception as error:  # playwright's own class may not be there
+        remedy = "pip install playwright && playwright install chromium"
+        raise UseError(f"not rendered: {' '.join(str(error).split())[:200]} ({remedy})") from error
+
+
+def draw_previews(pages: Sequence[Page]) -> int:
+    """Screenshot and render side by side, of each page that is there without; how many could not be drawn."""
+    from PIL import Image
+
+    failed, pages = 0, [page for page in pages if page.html.exists() and not page.beside(PREVIEW).exists()]
+    for page in with_bar("previews", pages, len(pages)):
+        try:
+            left, file = open_screenshot(page.read()), io.BytesIO()
+            right = render(page.html.read_text(encoding="utf-8"), max(160, left.width), min(720, left.height))
+            both = Image.new("RGB", (left.width + 16 + right.width, max(left.height, right.height)))
+            both.paste(left)
+            both.paste(right, (left.width + 16, 0))
+            both.save(file, "PNG")
+            write_whole(page.beside(PREVIEW), file.getvalue())
+        except (OSError, PictureError, UseError) as error:
+            failed += 1
+            say(f"{page.html}: no preview: {error}")
+    return failed
 
 
 # -----------------------------------------------------------------------------
 # Command line
 
+NUMBERS = {  # flag: type, lowest, highest, help; those of the recipe take the place of its own values
+    "batch": (int, 1, 4_096, "pages at once (default: 8 on a GPU, 1 on a CPU; the project's engine decides itself)"),
+    "best_of": (int, 1, 64, "write so many answers, keep the one whose render is most like the screenshot"),
+    "max_html_tokens": (int, 1, 1_000_000, "tokens of a page at most (this and the next: default the recipe's)"),
+    "repetition_penalty": (float, 0.1, 10, "above 1 punishes tokens that were there; HTML repeats itself"),
+    "temperature": (float, 0, 100, "0 takes the likeliest token; above it answers are drawn"),
+    "top_p": (float, 0.001, 1, "draw from the likeliest tokens that together have this share"),
+    "seed": (int, 0, 2**63 - 1, "which answers are drawn"),
+    "max_pixels": (int, 3_136, MAX_PICTURE_PIXELS, "width x height at most of what a Qwen-VL model is shown"),
+}
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--image", required=True, help="the screenshot: PNG, JPEG or WebP")
-    parser.add_argument("--output", help="file for the HTML (default: stdout)")
-    default = f"default: the one that this file lies beside, else ./{FINAL_FOLDER}, else {HUB_REPO}"
-    parser.add_argument("--model", help=f"folder or Hub repository ({default})")
+    several = 'screenshots, folders, patterns in quotes, "-" for stdin'
+    parser.add_argument("--image", required=True, nargs="+", action="extend", help=several)
+    parser.add_argument("--output", help="file for the HTML of one screenshot (default: stdout), folder for several")
+    parser.add_argument("--model", help=f"folder or Hub repository (beside this file, ./{FINAL_FOLDER}, {HUB_REPO})")
     parser.add_argument("--show_html", action="store_true", help="print the HTML also when it goes to --output")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model repository brings")
-    return parser.parse_args(argv)
+    parser.add_argument("--overwrite", action="store_true", help="write pages again that stand in the output folder")
+    parser.add_argument("--preview", action="store_true", help=f"NAME{PREVIEW}: screenshot and render side by side")
+    parser.add_argument("--server", help="URL of an OpenAI-compatible server that writes; --batch pages in flight")
+    parser.add_argument("--server_model", help="the model's name there, where it has several")
+    for name, (kind, *_, text) in NUMBERS.items():
+        parser.add_argument(f"--{name}", type=kind, help=text)
+    args = parser.parse_args(argv)
+    for name, (_, low, high, _) in NUMBERS.items():
+        if (value := getattr(args, name)) is not None and not low <= value <= high:
+            parser.error(f"--{name} {value}: give one from {low:,} to {high:,}")
+    return args
 
 
-def run(args: argparse.Namespace) -> None:
-    # Everything that can be refused is refused before torch loads.
-    try:
-        screenshot = open_screenshot(Path(args.image).read_bytes())
-    except OSError as error:
-        raise UseError(f"--image {args.image}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UseError(f"--image {args.image}: {error}", code=80) from error
-    if args.output and not Path(args.output).absolute().parent.is_dir():
-        raise UseError(f"--output {args.output}: the folder does not exist; create it first")
-    source = resolve_model(args.model)
-    start = time.monotonic()
+def find_recipe(args: argparse.Namespace, source: str) -> tuple[Recipe, str]:
+    """The model's recipe with what was typed, and what tells its weights from others: of a folder a hash of its files'
+    names, sizes and times, of the Hub the commit. Raises `UseError`."""
+    from huggingface_hub import hf_hub_download
+
     try:
         recipe = load_recipe(source)
+        commit = "" if Path(source).is_dir() else Path(hf_hub_download(source, "config.json")).parent.name
     except OSError as error:  # the Hub's own errors are OSErrors, too: no such repository, no network, no access
         raise UseError(f"--model {source} cannot be found: {error}") from error
-    model, processor = load_model(source, recipe, args.trust_remote_code)
-    say(f"{source} on {model.device} in {time.monotonic() - start:.1f} s: {json.dumps(asdict(recipe))}")
-    start = time.monotonic()
-    page = write_pages(model, processor, [screenshot], recipe, show_progress=True)[0]
-    seconds = time.monotonic() - start
-    say(f"{page.tokens:,} tokens in {seconds:.1f} s, {page.tokens / seconds:.1f} tokens/s")
-    if page.cut_off:
-        say(f"the page was cut off at {recipe.max_html_tokens:,} tokens and is not complete")
-    if args.output:
-        Path(args.output).write_text(page.html + "\n", encoding="utf-8")
-        say(f"written to {args.output}")
-    if args.show_html or not args.output:
-        print(page.html)
+    facts = sorted((it.name, it.stat().st_size, it.stat().st_mtime_ns) for it in Path(source).glob("*.safetensors"))
+    typed = {name: value for name in asdict(recipe) if (value := getattr(args, name, None)) is not None}
+    recipe = replace(recipe, **typed)
+    if args.best_of and args.temperature is None and recipe.temperature == 0:
+        recipe = replace(recipe, temperature=0.7)  # greedy answers would all be the same
+    if recipe.temperature == 0 and {"top_p", "seed"} & {*typed}:
+        raise UseError("--top_p, --seed: nothing is drawn at temperature 0; add --temperature")
+    return recipe, commit or hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def write_all(args: argparse.Namespace, pages: list[Page], there: int | None, made: dict, opened: Callable) -> int:
+    """Write every page by what `opened` gives, into a folder of which `there` are already, None: a single page, whose
+    trouble is raised. How many failed; what is interrupted says how far it came."""
+    failed, done, prints = [], [], args.show_html or not args.output
+    shown = Shown(prints and sys.stdout.isatty()) if there is None and not args.best_of else None
+
+    def fail(error: UseError) -> None:
+        failed.append(error)
+        if there is None:
+            raise error
+        say(str(error))
+
+    def requests() -> Iterator[Request]:
+        for place, page in enumerate(pages):
+            try:
+                yield Request(place, partial(open_screenshot, page.checked()))
+            except UseError as error:
+                fail(error)
+
+    wanted, total = requests(), len(pages) + (there or 0)
+    first = next(wanted, None)  # before torch loads: maybe there is none
+    answers, start = opened().write(chain([first], wanted), shown) if first else (), time.monotonic()
+    try:
+        for request, answer in answers if there is None else with_bar("pages", answers, total, there):
+            page = pages[request.place]
+            if error := getattr(answer, "error", None):  # a server says why it has none
+                fail(UseError(f"--image {page.path}: {error}", error.code))
+                continue
+            if page.html:
+                keep(page, answer, None if there is None else made)
+            if shown and shown.out:
+                shown.end(answer.html)
+            elif prints:
+                print(answer.html, flush=True)
+            done.append(answer)
+    finally:
+        tokens, seconds = sum(answer.tokens for answer in done), time.monotonic() - start
+        say(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):,.1f} tokens/s")
+        if cut := sum(answer.cut_off for answer in done):
+            say(f"{cut:,} of {len(done):,} pages cut off at {made['max_html_tokens']:,} tokens and not complete")
+        if there is not None:
+            say(f"{args.output}: {there:,} of {total:,} pages were there, {len(done):,} new, {len(failed):,} failed")
+        elif args.output and done:
+            say(f"written to {args.output}")
+    return len(failed)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The exit code, 80 where some page is not there. What can be refused is refused before torch loads."""
+    pages, into_folder = find_pages(args.image, args.output)
+    choosing = room("writing.choosing", "--best_of") if args.best_of else None
+    if args.preview and not args.output:
+        raise UseError("--preview: give --output, beside which the picture will lie")
+    if args.preview or choosing:
+        render("<p>page</p>", 160, 64)  # is there a browser?
+    source = resolve_model(args.model)
+    recipe, weights = find_recipe(args, source)
+    asked = args.server_model, args.batch or 16
+    server = args.server and room("writing.server", "--server").Server(args.server, recipe, *asked, source=source)
+    made = {"weights": weights, "server": server and f"{server.url} {server.model}", "best_of": args.best_of}
+    made |= asdict(recipe)
+    todo = missing(pages, made) if into_folder and not args.overwrite else pages
+
+    def opened():
+        start, writes = time.monotonic(), server
+        if not server:
+            model, processor = load_model(source, recipe, args.trust_remote_code)
+            say(f"{source} on {model.device} in {time.monotonic() - start:.1f} s: {json.dumps(asdict(recipe))}")
+            writes = writer(model, processor, recipe, args.batch, len(todo) * (args.best_of or 1))
+        return choosing.BestOf(writes, args.best_of) if choosing else writes
+
+    failed = write_all(args, todo, len(pages) - len(todo) if into_folder else None, made, opened)
+    failed += draw_previews(pages) if args.preview else 0  # last: no GPU waits for a browser
+    return 80 if failed else 0
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        run(args)
+        return run(args)
     except UseError as error:
         say(f"error: {error}")
         return error.code
     except KeyboardInterrupt:
         return 130
-    return 0
+    except Exception as error:
+        short = is_out_of_memory(error)
+        if not short and not isinstance(error, OSError):
+            raise
+        say(f"error: {error}" + ("; lower --max_pixels or --max_html_tokens" if short else ""))
+        return 83 if short else 81 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that nothing half-written is left
     sys.exit(main())

@@ -108,7 +108,7 @@ def by_engine(model, processor, recipe, shots, limit_tb_s: float) -> dict:
 
     result["start_s"] = seconds(start)
     begin = time.perf_counter()
-    questions = [room.question_of(processor, recipe, request) for request in requests]
+    questions = [room.question_of(processor, recipe, request, model.dtype) for request in requests]
     result["prepare_s_a_page_on_one_core"] = (time.perf_counter() - begin) / count
     packs = [questions[place : place + 8] for place in range(0, count, 8)]
 
@@ -120,9 +120,10 @@ def by_engine(model, processor, recipe, shots, limit_tb_s: float) -> dict:
 
     result["first_read_s"] = seconds(read)
     result["read_s"] = seconds(read)
-    patches = torch.cat([question.patches for question in packs[0]])
+    patches = [question.patches for question in packs[0]]
     grids = torch.stack([question.grid for question in packs[0]])
     result["see_s_a_page"] = seconds(lambda: engine.reader.see(patches, grids)) / len(packs[0])
+    result["read_kernels_us"] = kernels_of(lambda: engine.reader.read(packs[0], engine.cache, range(len(packs[0]))), 1)
     result["screenshots_per_second"] = count / result["read_s"]
     step = engine.step(engine.width())
     engine.state.live.fill_(1)
@@ -130,25 +131,25 @@ def by_engine(model, processor, recipe, shots, limit_tb_s: float) -> dict:
     took = seconds(lambda: step.run(BLOCKS * room.BLOCK)) / (BLOCKS * room.BLOCK)
     result |= {"step_ms": 1_000 * took, "tokens_per_second": count / took}
     read_bytes = bytes_of_step(model, engine)
-    result["kernels_us"] = kernels_of(step)
+    result["kernels_us"] = kernels_of(lambda: step.run(4), 4)
     result["limit_ms"] = 1_000 * read_bytes / (limit_tb_s * 1e12)
     result["share_of_limit"] = result["limit_ms"] / result["step_ms"]
     return result
 
 
-def kernels_of(step) -> dict[str, float]:
-    """Microseconds of one step by the names of its kernels, the longest first, and how many kernels there are."""
+def kernels_of(work: Callable[[], object], times: int) -> dict[str, float]:
+    """Microseconds of one of the `times` turns of `work` by the names of its kernels, the longest first, their sum, and
+    how many kernels there are."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as watched:
-        step.run(4)
-        seconds(lambda: None)
+        seconds(work)
     found: dict[str, float] = {}
     events = [event for event in watched.events() if event.device_time > 0]
     for event in events:
-        found[event.name[:60]] = found.get(event.name[:60], 0.0) + event.device_time / 4
+        found[event.name[:70]] = found.get(event.name[:70], 0.0) + event.device_time / times
     longest = dict(sorted(found.items(), key=lambda item: -item[1])[:14])
-    return {**longest, "sum": sum(found.values()), "launches": len(events) / 4}
+    return {**longest, "sum": sum(found.values()), "launches": len(events) / times}
 
 
 def bytes_of_step(model, engine) -> float:
@@ -217,20 +218,20 @@ def hold_against_plain(model, processor, recipe, pages: int, tokens: int, drafts
 # -----------------------------------------------------------------------------
 # Tuning
 
-# (columns of a tile, depth of a block, warps, stages), by the most rows.
-CANDIDATES = {
-    16: [
-        (16, 256, 2, 4),
-        (16, 512, 2, 3),
-        (16, 256, 4, 4),
-        (16, 128, 1, 6),
-        (32, 256, 4, 3),
-        (32, 128, 4, 6),
-        (32, 256, 8, 3),
-        (64, 128, 4, 4),
-    ],
-    64: [(32, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 5), (128, 64, 4, 4)],
-}
+# (columns of a tile, depth of a block, warps, stages)
+CANDIDATES = [
+    (16, 256, 1, 6),
+    (16, 256, 2, 3),
+    (16, 256, 2, 6),
+    (16, 512, 1, 4),
+    (16, 512, 2, 4),
+    (32, 256, 2, 3),
+    (32, 256, 2, 5),
+    (32, 128, 2, 6),
+    (64, 128, 4, 3),
+    (64, 128, 4, 5),
+    (64, 256, 4, 3),
+]
 
 
 def replayed_us(work: Callable[[], object], times: int) -> float:
@@ -249,21 +250,23 @@ def replayed_us(work: Callable[[], object], times: int) -> float:
     return 1e6 * min(seconds(graph.replay) for _ in range(5)) / times
 
 
-def tune(model, most: int) -> dict:
-    """Microseconds of each product of a step for `most` rows, by torch and by each tile, over all layers in turn: none
+def tune(model, rows: int) -> dict:
+    """Microseconds of each product of a step for `rows` rows, by torch and by each tile, over all layers in turn: none
     comes out of a cache. The fastest is what the engine uses from here on."""
     import torch
     from torch.nn.functional import linear
 
     from kernels import skinny_products as skinny
+    from kernels.early import early
     from kernels.row_kernels import rms_norm, swiglu
     from writing.reading import Layer
 
     layers = [Layer(layer) for layer in model.model.language_model.layers]
     text, head = model.config.get_text_config(), model.lm_head.weight
-    hidden = torch.randn(most, text.hidden_size, device="cuda", dtype=model.dtype)
-    wide = torch.randn(most, text.intermediate_size, device="cuda", dtype=model.dtype)
-    squares = torch.rand(most, 128, device="cuda") + 1
+    hidden = torch.randn(rows, text.hidden_size, device="cuda", dtype=model.dtype)
+    wide = torch.randn(rows, text.intermediate_size, device="cuda", dtype=model.dtype)
+    squares = torch.rand(rows, 128, device="cuda") + 1
+    begins = early(hidden.device)
 
     def by_torch(kind: str, layer: Layer) -> None:
         if kind in ("out", "down"):
@@ -277,20 +280,20 @@ def tune(model, most: int) -> dict:
     def by_tile(kind: str, layer: Layer, tile: tuple) -> None:
         if kind in ("out", "down"):
             source, weight = (hidden, layer.out) if kind == "out" else (wide, layer.down)
-            skinny.launch(tile, source, weight, residual=hidden)
+            skinny.launch(tile, begins, source, weight, residual=hidden)
         elif kind == "gated":
-            skinny.launch(tile, hidden, layer.gated, None, layer.norm(1), squares, gated=True)
+            skinny.launch(tile, begins, hidden, layer.gated, None, layer.norm(1), squares, gated=True)
         else:
             weight, bias = (layer.qkv, layer.qkv_bias) if kind == "qkv" else (head, None)
-            skinny.launch(tile, hidden, weight, bias, layer.norm(0), squares)
+            skinny.launch(tile, begins, hidden, weight, bias, layer.norm(0), squares)
 
     found = {}
     for kind in skinny.TILES:
         some = layers[:4] if kind == "head" else layers
-        found[kind] = fastest_first(kind, some, by_torch, by_tile, CANDIDATES[most], wide if kind == "down" else hidden)
+        found[kind] = fastest_first(kind, some, by_torch, by_tile, CANDIDATES, wide if kind == "down" else hidden)
         best = next(iter(found[kind]))
-        skinny.TILES[kind][most] = None if best == "torch" else tuple(json.loads(best))
-        print(most, kind, json.dumps(found[kind]), flush=True)
+        skinny.TILES[kind] = None if best == "torch" else tuple(json.loads(best))
+        print(rows, kind, json.dumps(found[kind]), flush=True)
     return found
 
 
@@ -366,8 +369,7 @@ def main() -> None:
     if args.tune:
         for slots in (1, 8, 64):
             keep(f"attention of {slots} slots, us", tune_attention(model, slots, 2_500))
-        for most in CANDIDATES:
-            keep(f"products of {most} rows, us", tune(model, most))
+        keep("products of 8 rows, us", tune(model, 8))
     if args.check_pages:
         keep("check", hold_against_plain(model, processor, recipe, args.check_pages, 100, drafts=False))
         keep("check_with_drafts", hold_against_plain(model, processor, recipe, 2, 200, drafts=True))

@@ -2,7 +2,11 @@
 
 Rooms from top to bottom; each may import those below it, and none above:
 
-    attention       attention inside packed pages, by the kernel that proves right
-    rotary_kernel   rotary positions at the speed of a GPU's memory
-    positions       where tokens and patches stand
+    attention        attention inside packed pages, by the kernel that proves right
+    slot_attention   attention of new tokens over the slots of a static cache
+    skinny_products  products of a few rows with large weights
+    row_kernels      norms and activations, one pass over memory each
+    early            kernels that begin while the one before them ends
+    rotary_kernel    rotary positions at the speed of a GPU's memory
+    positions        where tokens and patches stand
 """

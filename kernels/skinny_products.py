@@ -6,8 +6,8 @@
     inner = gated_product("gated", rows, norm, weight)                   # silu(gate) * up, of one weight for both
 
 A decoding step reads every weight once for a few rows, so only the bytes count, and what starts a kernel: norm, bias,
-activation and residual are part of the product that they stand beside. Each row is computed in the same order whatever
-the other rows hold, so that an answer does not depend on what is written beside it.
+activation and residual are part of the product that they stand beside. A row comes out the same to the bit whatever the
+others hold, of one to eight rows and of nine to sixteen.
 
 Where no tile was measured to be faster (TILES), in full precision and on a CPU torch's products and the kernels of
 row_kernels.py do it. Shapes: R rows, K in, N out, T tiles of COLUMNS columns.
@@ -16,33 +16,75 @@ row_kernels.py do it. Shapes: R rows, K in, N out, T tiles of COLUMNS columns.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch.nn.functional import linear
 
+from kernels.early import EARLY, NEVER, PLAIN, early, follow, warm, way_that_agrees
 from kernels.row_kernels import on_triton, rms_norm, swiglu
 
-# (columns of a tile, depth of a block, warps, stages) by the product's kind and its most rows; None where torch is
-# faster. Measured by benchmarks/write_speed.py --tune on an H100.
+MOST_ROWS = 16
+# Numbers of each row of a tile that are asked for early, and in one line of memory, of half precision.
+WARMED, LINE = tl.constexpr(1024), tl.constexpr(64)
+# (columns of a tile, depth of a block, warps, stages) by the product's kind; None where torch is faster. Measured by
+# benchmarks/write_speed.py --tune on an H100.
 Tile = tuple[int, int, int, int]
-TILES: dict[str, dict[int, Tile | None]] = {
-    "qkv": {16: (16, 256, 2, 4)},
-    "out": {16: (16, 256, 2, 4)},
-    "gated": {16: (32, 256, 4, 3)},
-    "down": {16: (16, 256, 2, 4)},
-    "head": {16: (32, 256, 4, 3)},
+TILES: dict[str, Tile | None] = {
+    "qkv": (32, 256, 2, 5),
+    "out": (16, 512, 1, 4),
+    "gated": (32, 256, 2, 5),
+    "down": (16, 256, 1, 6),
+    "head": (16, 256, 2, 6),
 }
 
 
-def tile_of(kind: str, source: torch.Tensor, columns: int) -> Tile | None:
-    """The tile for `source` (R, K) and a weight of `columns` (N); None where torch does it. Whole tiles only."""
-    if not on_triton(source):
-        return None
-    rows = next((rows for rows in TILES[kind] if rows >= len(source)), None)
-    tile = rows and TILES[kind][rows]
-    return tile if tile and not columns % tile[0] and not source.shape[1] % tile[1] else None
+def tile_of(kind: str, source: torch.Tensor, columns: int) -> tuple[Tile | None, str]:
+    """The tile for `source` (R, K) and a weight of `columns` (N), and how it is launched; None where torch does it:
+    whole tiles only, and what has just given torch's own result."""
+    tile = TILES[kind] if on_triton(source) and len(source) <= MOST_ROWS else None
+    if not tile or columns % tile[0] or source.shape[1] % tile[1]:
+        return None, NEVER
+    way = way_of(kind, tile, tile_rows(len(source)), source.shape[1], source.dtype, source.device)
+    return tile if way else None, way
+
+
+def tile_rows(rows: int) -> int:
+    """Rows of a tile that holds `rows`: a tensor core takes eight at least."""
+    return 8 if rows <= 8 else MOST_ROWS
+
+
+@lru_cache
+def way_of(kind: str, tile: Tile, rows: int, depth: int, dtype: torch.dtype, device: torch.device) -> str:
+    """How the kernel is launched for weights of `depth`: by proof on some tiles of random ones."""
+    draw = torch.Generator(device).manual_seed(0)
+    columns = 8 * tile[0]
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=draw, device=device).to(dtype)
+
+    hidden, weight, norm = some(rows, depth), some(2 * columns, depth) / depth**0.5, (some(depth), 1e-6)
+    residual, half = some(rows, columns), weight[:columns]
+    squares = hidden.float().square().view(rows, 2, -1).sum(-1)
+    normed = rms_norm(hidden.float(), norm[0].float(), norm[1])
+    if kind == "gated":
+        wanted = (swiglu(normed @ weight.float().T),)
+        options = {"weight": weight, "norm": norm, "squares": squares, "gated": True}
+    elif kind in ("out", "down"):
+        added = hidden.float() @ half.float().T + residual.float()
+        wanted, options = (added, added.square().sum(-1)), {"weight": half, "residual": residual}
+    else:
+        wanted = (normed @ half.float().T + residual[0].float(),)
+        options = {"weight": half, "bias": residual[0].contiguous(), "norm": norm, "squares": squares}
+
+    def by(begins: bool) -> tuple[torch.Tensor, ...]:
+        done, left = launch(tile, begins, hidden, **options)
+        return (done, left.sum(-1)) if kind in ("out", "down") else (done,)
+
+    ways = {EARLY: lambda: by(True)} if early(device) else {}
+    return way_that_agrees(f"products ({kind})", ways | {PLAIN: lambda: by(False)}, wanted)
 
 
 @dataclass(frozen=True)
@@ -58,56 +100,90 @@ class Rows:
 
 
 @triton.jit
+def warm_tile(
+    weight, column, columns, DEPTH: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr
+):  # fmt: skip
+    """The weights are nobody's to write: their first blocks come while the kernel before this one ends."""
+    many: tl.constexpr = WARMED if DEPTH >= WARMED else BLOCK
+    ahead = weight + column.to(tl.int64)[:, None] * DEPTH + (tl.arange(0, many // LINE) * LINE)[None, :]
+    warm(ahead)
+    if GATED:
+        warm(ahead + columns.to(tl.int64) * DEPTH)
+
+
+@triton.jit
+def factor_of(squares, row, known, parts, epsilon, DEPTH: tl.constexpr, PARTS: tl.constexpr):
+    """One over the root mean square of each row, from the parts of the sum of its squares."""
+    part = tl.arange(0, PARTS)
+    inside = known[:, None] & (part < parts)[None, :]
+    sums = tl.sum(tl.load(squares + row[:, None] * parts + part[None, :], mask=inside, other=0.0), 1)
+    return tl.rsqrt(sums / DEPTH + epsilon)
+
+
+@triton.jit
 def product_kernel(
     source, weight, bias, residual, squares, norm, target, squares_done,
     rows, columns, parts, epsilon,
     DEPTH: tl.constexpr, PARTS: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One tile of COLUMNS columns for all rows; DEPTH is a multiple of BLOCK, `columns` of COLUMNS."""
+    """One tile of COLUMNS columns for all rows; DEPTH is a multiple of BLOCK, `columns` of COLUMNS.
+
+    The weight is the left matrix and the rows the right one: a tensor core's tile has 16 of the former and 8 of the
+    latter.
+    """
+    kind: tl.constexpr = source.dtype.element_ty
     row, inner = tl.arange(0, ROWS), tl.arange(0, BLOCK)
     tile = tl.program_id(0)
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     known = row < rows
-    inverse = tl.zeros((ROWS,), tl.float32)
-    if NORMED:
-        part = tl.arange(0, PARTS)
-        inside = known[:, None] & (part < parts)[None, :]
-        sums = tl.sum(tl.load(squares + row[:, None] * parts + part[None, :], mask=inside, other=0.0), 1)
-        inverse = tl.rsqrt(sums / DEPTH + epsilon)
     # In 64 bits: the head of a large vocabulary has more numbers than 2**31.
-    places = weight + column.to(tl.int64)[None, :] * DEPTH + inner[:, None]
-    rows_at = source + row[:, None] * DEPTH + inner[None, :]
-    done = tl.zeros((ROWS, COLUMNS), tl.float32)
-    second = tl.zeros((ROWS, COLUMNS), tl.float32)
+    places = weight + column.to(tl.int64)[:, None] * DEPTH + inner[None, :]
+    if EARLY:
+        warm_tile(weight, column, columns, DEPTH, BLOCK, GATED)
+    follow(EARLY)
+    inverse = tl.full((ROWS,), 1.0, tl.float32)
+    if NORMED:
+        inverse = factor_of(squares, row, known, parts, epsilon, DEPTH, PARTS)
+    rows_at = source + row[None, :] * DEPTH + inner[:, None]
+    done = tl.zeros((COLUMNS, ROWS), tl.float32)
+    second = tl.zeros((COLUMNS, ROWS), tl.float32)
     for start in range(0, DEPTH, BLOCK):
         first_weight = tl.load(places + start)
-        states = tl.load(rows_at + start, mask=known[:, None], other=0.0)
+        states = tl.load(rows_at + start, mask=known[None, :], other=0.0)
         if NORMED:
-            scale = tl.load(norm + start + inner).to(tl.float32)
-            # Rounded before it meets the weight, as the model's own norm is.
-            states = (states.to(tl.float32) * inverse[:, None]).to(source.dtype.element_ty).to(tl.float32)
-            states = (states * scale[None, :]).to(source.dtype.element_ty)
-        done = tl.dot(states, first_weight, done)
+            scale = tl.load(norm + start + inner)[:, None]
+            if kind == tl.bfloat16:
+                # A row's own factor may come after the product: one multiplication here instead of six operations.
+                states = states * scale
+            else:
+                # fp16 has no room for what is not normed yet.
+                states = (states.to(tl.float32) * inverse[None, :]).to(kind).to(tl.float32) * scale.to(tl.float32)
+                states = states.to(kind)
+        done = tl.dot(first_weight, states, done)
         if GATED:
-            second = tl.dot(states, tl.load(places + columns.to(tl.int64) * DEPTH + start), second)
-    out = row[:, None] * columns + column[None, :]
+            second = tl.dot(tl.load(places + columns.to(tl.int64) * DEPTH + start), states, second)
+    if NORMED and kind == tl.bfloat16:
+        done *= inverse[None, :]
+        second *= inverse[None, :]
+    out = row[None, :] * columns + column[:, None]
     if GATED:
-        gate = done.to(target.dtype.element_ty).to(tl.float32)
-        done = (gate * tl.sigmoid(gate)).to(target.dtype.element_ty).to(tl.float32) * second
+        gate = done.to(kind).to(tl.float32)
+        done = (gate * tl.sigmoid(gate)).to(kind).to(tl.float32) * second
     if BIAS:
-        done += tl.load(bias + column).to(tl.float32)[None, :]
+        done += tl.load(bias + column).to(tl.float32)[:, None]
     if RESIDUAL:
-        done += tl.load(residual + out, mask=known[:, None], other=0.0).to(tl.float32)
-    rounded = done.to(target.dtype.element_ty)
-    tl.store(target + out, rounded, mask=known[:, None])
+        done += tl.load(residual + out, mask=known[None, :], other=0.0).to(tl.float32)
+    rounded = done.to(kind)
+    tl.store(target + out, rounded, mask=known[None, :])
     if RESIDUAL:
         wide = rounded.to(tl.float32)
-        tl.store(squares_done + row * tl.num_programs(0) + tile, tl.sum(wide * wide, 1), mask=known)
+        tl.store(squares_done + row * tl.num_programs(0) + tile, tl.sum(wide * wide, 0), mask=known)
 
 
 def launch(
     tile: Tile,
+    begins: bool,
     source: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -117,7 +193,8 @@ def launch(
     gated: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`source` (R, K) times `weight` (N, K), or (2N, K) where it is `gated`; returns (R, N) and the squares of what was
-    added to `residual` (R, T), which nobody has written where nothing was added. `squares` of the rows for `norm`."""
+    added to `residual` (R, T), which nobody has written where nothing was added. `squares` of the rows for `norm`;
+    `begins` before the kernel that was launched before has ended."""
     width, block, warps, stages = tile
     rows, depth = source.shape
     columns = weight.shape[0] // (2 if gated else 1)
@@ -129,8 +206,8 @@ def launch(
         squares if norm else left, norm[0] if norm else weight, target, left,
         rows, columns, parts, norm[1] if norm else 0.0,
         DEPTH=depth, PARTS=triton.next_power_of_2(parts), NORMED=norm is not None, BIAS=bias is not None,
-        RESIDUAL=residual is not None, GATED=gated, ROWS=max(16, triton.next_power_of_2(rows)), COLUMNS=width,
-        BLOCK=block, num_warps=warps, num_stages=stages,
+        RESIDUAL=residual is not None, GATED=gated, ROWS=tile_rows(rows), COLUMNS=width,
+        BLOCK=block, EARLY=begins, num_warps=warps, num_stages=stages, **({"launch_pdl": True} if begins else {}),
     )  # fmt: skip
     return target, left
 
@@ -140,23 +217,23 @@ def normed_product(
 ) -> torch.Tensor:
     """rms_norm of the rows, by weight (K,) and epsilon in `norm`, times `weight` (N, K) and plus `bias` (N,):
     (R, N)."""
-    tile = tile_of(kind, rows.hidden, len(weight))
+    tile, way = tile_of(kind, rows.hidden, len(weight))
     if tile is None:
         return linear(rms_norm(rows.hidden, *norm), weight, bias)
-    return launch(tile, rows.hidden, weight, bias, norm, rows.sums())[0]
+    return launch(tile, way == EARLY, rows.hidden, weight, bias, norm, rows.sums())[0]
 
 
 def gated_product(kind: str, rows: Rows, norm: tuple[torch.Tensor, float], weight: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up of the normed rows, of `weight` (2N, K), gate before up; (R, N)."""
-    tile = tile_of(kind, rows.hidden, len(weight) // 2)
+    tile, way = tile_of(kind, rows.hidden, len(weight) // 2)
     if tile is None:
         return swiglu(linear(rms_norm(rows.hidden, *norm), weight))
-    return launch(tile, rows.hidden, weight, None, norm, rows.sums(), gated=True)[0]
+    return launch(tile, way == EARLY, rows.hidden, weight, None, norm, rows.sums(), gated=True)[0]
 
 
 def add_product(kind: str, rows: Rows, inner: torch.Tensor, weight: torch.Tensor) -> Rows:
     """`rows` plus `inner` (R, K) times `weight` (N, K)."""
-    tile = tile_of(kind, inner, len(weight))
+    tile, way = tile_of(kind, inner, len(weight))
     if tile is None:
         return Rows(torch.addmm(rows.hidden, inner, weight.T))
-    return Rows(*launch(tile, inner, weight, residual=rows.hidden))
+    return Rows(*launch(tile, way == EARLY, inner, weight, residual=rows.hidden))

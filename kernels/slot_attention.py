@@ -11,13 +11,18 @@ Shapes: S slots, each with Q new tokens (R = S x Q rows), C places a slot; D the
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 
+from kernels.early import EARLY, PLAIN, early, follow, warm, way_that_agrees
+from kernels.row_kernels import on_triton
+
 BLOCK = 64  # keys that are looked at together
-MOST_PARTS = 16  # of one slot's keys, each by a program of its own
-PROGRAMS = 512  # that keep all multiprocessors of an H100 busy, some four each
+# Parts of one slot's keys, each by a program of its own; as many as keep an H100 busy (write_speed.py --tune).
+LEAST_PARTS, MOST_PARTS, PROGRAMS = 2, 32, 128
 
 
 def attend_slots(
@@ -32,10 +37,37 @@ def attend_slots(
 ) -> torch.Tensor:
     """`qkv` (R, (heads + 2 x fewer) x D), `cos` and `sin` (R, D), the cache's `keys` and `values` (S, fewer, C, D),
     which get the new ones at `places` (S,) and the Q - 1 places after. Returns (R, heads x D)."""
-    half = qkv.element_size() == 2 and keys.shape[-1] in (16, 32, 64, 128, 256)
-    if half and (qkv.is_cuda or not isinstance(attend_kernel, triton.JITFunction)):
-        return attend_in_parts(qkv, cos, sin, keys, values, places, heads, scale)
+    width = keys.shape[-1]
+    if on_triton(qkv) and width in (16, 32, 64, 128, 256):
+        new, fewer = len(qkv) // len(keys), keys.shape[1]
+        if way := way_of(len(keys), heads, fewer, width, new, qkv.dtype, qkv.device):
+            return attend_in_parts(qkv, cos, sin, keys, values, places, heads, scale, begins=way == EARLY)
     return attend_plain(qkv, cos, sin, keys, values, places, heads, scale)
+
+
+@lru_cache
+def way_of(slots: int, heads: int, fewer: int, width: int, new: int, dtype: torch.dtype, device: torch.device) -> str:
+    """How the kernels are launched for these shapes: by proof on random states, whose slots are of all lengths."""
+    draw, capacity = torch.Generator(device).manual_seed(0), 1_024
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=draw, device=device).to(dtype)
+
+    states = some(2, slots, fewer, capacity, width)
+    qkv, angles = some(slots * new, (heads + 2 * fewer) * width), some(slots * new, width // 2).float()
+    cos, sin = (torch.cat((part, part), -1).to(dtype) for part in (angles.cos(), angles.sin()))
+    places = torch.randint(0, capacity - new, (slots,), generator=draw, device=device)
+    wide, options = states.float(), {"places": places, "heads": heads, "scale": width**-0.5}
+    wanted = attend_plain(qkv.float(), cos.float(), sin.float(), *wide, **options)
+
+    def by(begins: bool) -> tuple[torch.Tensor, ...]:
+        mine = states.clone()
+        done = attend_in_parts(qkv, cos, sin, *mine, **options, begins=begins)
+        return done, mine - states
+
+    ways = {EARLY: lambda: by(True)} if early(device) else {}
+    changed = wide - states.float()  # what was stored: a missing one hides among all that was there
+    return way_that_agrees("attention over slots", ways | {PLAIN: lambda: by(False)}, (wanted, changed))
 
 
 def attend_plain(
@@ -48,7 +80,7 @@ def attend_plain(
     heads: int,
     scale: float,
 ) -> torch.Tensor:
-    """`attend_slots` by torch's own functions; reads the longest place, for which a GPU would wait."""
+    """`attend_slots` by torch's own functions."""
     slots, fewer, _, width = keys.shape
     new = len(qkv) // slots
     parts = qkv.view(slots, new, -1, width)
@@ -58,7 +90,8 @@ def attend_plain(
     slot = torch.arange(slots, device=places.device)[:, None]
     keys[slot, :, rows] = turned(key, cos, sin)
     values[slot, :, rows] = value
-    length = int(rows.max()) + 1
+    # A GPU would wait for the longest place; one that has no kernels looks at all of them.
+    length = keys.shape[2] if keys.is_cuda else int(rows.max()) + 1
     seen = torch.arange(length, device=places.device) <= rows[:, None, :, None]
     done = torch.nn.functional.scaled_dot_product_attention(
         turned(query, cos, sin).transpose(1, 2), keys[:, :, :length], values[:, :, :length],
@@ -74,62 +107,70 @@ def turned(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 
 @triton.jit
-def turned_rows(states, other, cos, sin, HALF: tl.constexpr):
-    """`states` (rows, D) and `other`, their halves exchanged, turned by `cos` and `sin` (rows, D), in fp32."""
-    place = tl.arange(0, 2 * HALF)
-    sign = tl.where(place < HALF, -1.0, 1.0)
-    return states * cos + other * sign[None, :] * sin
+def turned_rows(source, cos, sin, row, known, WIDTH: tl.constexpr):
+    """The states at `source` (rows,), pointers, turned by the angles of each `row`, in fp32 (rows, D)."""
+    wide = tl.arange(0, WIDTH)
+    angles = row[:, None] * WIDTH + wide[None, :]
+    cosine = tl.load(cos + angles, mask=known[:, None], other=0.0).to(tl.float32)
+    sine = tl.load(sin + angles, mask=known[:, None], other=0.0).to(tl.float32)
+    states = tl.load(source[:, None] + wide[None, :], mask=known[:, None], other=0.0).to(tl.float32)
+    # The other half of each, the first one negated.
+    other = (wide + WIDTH // 2) % WIDTH
+    halves = tl.load(source[:, None] + other[None, :], mask=known[:, None], other=0.0).to(tl.float32)
+    return states * cosine + halves * tl.where(wide < WIDTH // 2, -1.0, 1.0)[None, :] * sine
+
+
+@triton.jit
+def store_fresh(
+    qkv, cos, sin, keys, values, slot, head, place, begin, end,
+    HEADS: tl.constexpr, FEWER: tl.constexpr, NEW: tl.constexpr, WIDTH: tl.constexpr, NEW_ROWS: tl.constexpr,
+):  # fmt: skip
+    """New keys and values of a slot and head, whose first place is at `keys` and `values`: from `begin` to `end`."""
+    fresh, wide = tl.arange(0, NEW_ROWS), tl.arange(0, WIDTH)
+    mine = (fresh < NEW) & (place + fresh >= begin) & (place + fresh < end)
+    row = slot * NEW + fresh
+    source = qkv + row * ((HEADS + 2 * FEWER) * WIDTH) + (HEADS + head) * WIDTH
+    key = turned_rows(source, cos, sin, row, mine, WIDTH)
+    value = tl.load(source[:, None] + FEWER * WIDTH + wide[None, :], mask=mine[:, None], other=0.0)
+    stored = (place + fresh)[:, None] * WIDTH + wide[None, :]
+    tl.store(keys + stored, key.to(keys.dtype.element_ty), mask=mine[:, None])
+    tl.store(values + stored, value, mask=mine[:, None])
+    # The warps of this program read below what its other warps have just written.
+    tl.debug_barrier()
 
 
 @triton.jit
 def attend_kernel(
     qkv, cos, sin, keys, values, places, sums, tops, partial, capacity, scale, parts,
     HEADS: tl.constexpr, FEWER: tl.constexpr, NEW: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, NEW_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, NEW_ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys of one slot and one head of keys, for all NEW x (HEADS / FEWER) queries that share it."""
     slot, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     shared: tl.constexpr = HEADS // FEWER
-    line: tl.constexpr = (HEADS + 2 * FEWER) * WIDTH
-    half: tl.constexpr = WIDTH // 2
+    # Moved on at the end of the step before: there already.
     place = tl.load(places + slot)
     total = place + NEW
     chunk = tl.cdiv(tl.cdiv(total, parts), BLOCK) * BLOCK
     begin = part * chunk
     end = tl.minimum(begin + chunk, total)
-    wide, turn = tl.arange(0, WIDTH), (tl.arange(0, WIDTH) + half) % WIDTH
-    sign = tl.where(wide < half, -1.0, 1.0)
+    wide = tl.arange(0, WIDTH)
     cache = (slot * FEWER + head).to(tl.int64) * capacity * WIDTH
-
-    # New keys and values, by the program in whose part they lie.
-    fresh = tl.arange(0, NEW_ROWS)
-    mine = (fresh < NEW) & (place + fresh >= begin) & (place + fresh < end)
-    row = slot * NEW + fresh
-    angles = row[:, None] * WIDTH + wide[None, :]
-    cosine = tl.load(cos + angles, mask=mine[:, None], other=0.0).to(tl.float32)
-    sine = tl.load(sin + angles, mask=mine[:, None], other=0.0).to(tl.float32)
-    source = qkv + row[:, None] * line + (HEADS + head) * WIDTH
-    key = tl.load(source + wide[None, :], mask=mine[:, None], other=0.0).to(tl.float32)
-    other = tl.load(source + turn[None, :], mask=mine[:, None], other=0.0).to(tl.float32)
-    stored = cache + (place + fresh)[:, None] * WIDTH + wide[None, :]
-    tl.store(keys + stored, (key * cosine + other * sign[None, :] * sine).to(keys.dtype.element_ty), mask=mine[:, None])
-    value = tl.load(source + FEWER * WIDTH + wide[None, :], mask=mine[:, None], other=0.0)
-    tl.store(values + stored, value, mask=mine[:, None])
-    # The warps of this program read below what its other warps have just written.
-    tl.debug_barrier()
-
+    if EARLY:
+        # What is in the cache comes nearer while the kernel before this one ends.
+        old = tl.minimum(begin + tl.arange(0, 2 * BLOCK), capacity - 1).to(tl.int64)
+        for line in tl.static_range(0, WIDTH, 64):
+            warm(keys + cache + old * WIDTH + line)
+            warm(values + cache + old * WIDTH + line)
+    follow(EARLY)
+    store_fresh(
+        qkv, cos, sin, keys + cache, values + cache, slot, head, place, begin, end, HEADS, FEWER, NEW, WIDTH, NEW_ROWS
+    )
     lane = tl.arange(0, ROWS)
     token, of_head = lane // shared, head * shared + lane % shared
-    known = lane < NEW * shared
-    row = slot * NEW + token
-    angles = row[:, None] * WIDTH + wide[None, :]
-    cosine = tl.load(cos + angles, mask=known[:, None], other=0.0).to(tl.float32)
-    sine = tl.load(sin + angles, mask=known[:, None], other=0.0).to(tl.float32)
-    source = qkv + row[:, None] * line + of_head[:, None] * WIDTH
-    query = tl.load(source + wide[None, :], mask=known[:, None], other=0.0).to(tl.float32)
-    other = tl.load(source + turn[None, :], mask=known[:, None], other=0.0).to(tl.float32)
-    query = (query * cosine + other * sign[None, :] * sine).to(qkv.dtype.element_ty)
-
+    known, row = lane < NEW * shared, slot * NEW + lane // shared
+    source = qkv + row * ((HEADS + 2 * FEWER) * WIDTH) + of_head * WIDTH
+    query = turned_rows(source, cos, sin, row, known, WIDTH).to(qkv.dtype.element_ty)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     weights = tl.zeros((ROWS,), tl.float32)
     done = tl.zeros((ROWS, WIDTH), tl.float32)
@@ -137,19 +178,15 @@ def attend_kernel(
         column = start + tl.arange(0, BLOCK)
         inside = column < end
         at = cache + column.to(tl.int64)[:, None] * WIDTH + wide[None, :]
-        key_block = tl.load(keys + at, mask=inside[:, None], other=0.0)
-        scores = tl.dot(query, tl.trans(key_block)) * scale
-        seen = inside[None, :] & (column[None, :] <= place + token[:, None])
-        scores = tl.where(seen, scores, float("-inf"))
+        scores = tl.dot(query, tl.trans(tl.load(keys + at, mask=inside[:, None], other=0.0))) * scale
+        scores = tl.where(inside[None, :] & (column[None, :] <= place + token[:, None]), scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         # A row that has seen nothing yet: minus infinity less itself is no number.
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        chances = tl.exp(scores - base[:, None])
-        fade = tl.exp(top - base)
-        weights = weights * fade + tl.sum(chances, 1)
-        value_block = tl.load(values + at, mask=inside[:, None], other=0.0)
-        done = done * fade[:, None] + tl.dot(chances.to(value_block.dtype), value_block)
-        top = higher
+        chances, fade = tl.exp(scores - base[:, None]), tl.exp(top - base)
+        weights, top = weights * fade + tl.sum(chances, 1), higher
+        value = tl.load(values + at, mask=inside[:, None], other=0.0)
+        done = done * fade[:, None] + tl.dot(chances.to(value.dtype), value)
     # (R, heads, parts) and (R, heads, parts, D)
     out = (row * HEADS + of_head) * parts + part
     tl.store(tops + out, top, mask=known)
@@ -158,9 +195,12 @@ def attend_kernel(
 
 
 @triton.jit
-def join_kernel(sums, tops, partial, target, parts, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+def join_kernel(
+    sums, tops, partial, target, parts, PARTS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
     """One query of one head: its parts, each by the weight of what it has seen."""
     row = tl.program_id(0)
+    follow(EARLY)
     part, wide = tl.arange(0, PARTS), tl.arange(0, WIDTH)
     inside = part < parts
     top = tl.load(tops + row * parts + part, mask=inside, other=float("-inf"))
@@ -181,21 +221,25 @@ def attend_in_parts(
     heads: int,
     scale: float,
     parts: int | None = None,
+    begins: bool = False,
 ) -> torch.Tensor:
-    """`attend_slots` by the kernels above; the keys of a slot in `parts` parts, as many as keep a GPU busy."""
+    """`attend_slots` by the kernels above, the first of which `begins` before the one before has ended; the keys of a
+    slot in `parts` parts, as many as keep a GPU busy."""
     slots, fewer, capacity, width = keys.shape
     new, rows = len(qkv) // slots, len(qkv)
-    parts = parts or max(1, min(MOST_PARTS, PROGRAMS // (slots * fewer)))
+    parts = parts or max(LEAST_PARTS, min(MOST_PARTS, PROGRAMS // (slots * fewer)))
     sums = qkv.new_empty(rows, heads, parts, dtype=torch.float32)
     tops, partial = torch.empty_like(sums), qkv.new_empty(rows, heads, parts, width, dtype=torch.float32)
     target = qkv.new_empty(rows, heads * width)
+    launch = {"launch_pdl": True} if begins else {}
     lanes = max(16, triton.next_power_of_2(new * heads // fewer))
     attend_kernel[(slots, fewer, parts)](
         qkv, cos, sin, keys, values, places, sums, tops, partial, capacity, scale, parts,
         HEADS=heads, FEWER=fewer, NEW=new, WIDTH=width, ROWS=lanes, NEW_ROWS=triton.next_power_of_2(new), BLOCK=BLOCK,
-        num_warps=4, num_stages=3,
+        EARLY=begins, num_warps=4, num_stages=3, **launch,
     )  # fmt: skip
     join_kernel[(rows * heads,)](
-        sums, tops, partial, target, parts, PARTS=triton.next_power_of_2(parts), WIDTH=width, num_warps=2
-    )
+        sums, tops, partial, target, parts,
+        PARTS=triton.next_power_of_2(parts), WIDTH=width, EARLY=begins, num_warps=2, **launch,
+    )  # fmt: skip
     return target

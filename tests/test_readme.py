@@ -131,7 +131,7 @@ def check_flags(script: str, flags: list[str]) -> None:
         training_settings.check_settings(training_settings.resolve(flags))
     elif script == "use_model_from_hub.py":
         args = use.parse(flags)
-        assert Path(args.image).is_file(), f"{args.image}: where from?"
+        assert not (gone := [image for image in args.image if not Path(image).exists()]), f"{gone[0]}: where from?"
         assert args.model is None or use.resolve_model(args.model)
         assert args.output is None or Path(args.output).absolute().parent.is_dir()
     elif script == "page_scores.py":

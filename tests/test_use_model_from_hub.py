@@ -4,12 +4,23 @@ import io
 import json
 import random
 import shutil
+import signal
 import struct
+import time
 import zlib
 from dataclasses import asdict, replace
 
 import pytest
-from conftest import ROOT, loaded_for_help, make_pages, run_script, start_plain, weights
+from conftest import (
+    ROOT,
+    in_background,
+    loaded_for_help,
+    make_pages,
+    need_browser,
+    run_script,
+    start_plain,
+    weights,
+)
 from small_pages import picture, png
 
 import use_model_from_hub as use
@@ -282,7 +293,7 @@ def test_answer_goes_to_stdout_and_the_rest_to_stderr(tiny_base, tmp_path):
 
 BAD = [
     (["--image", "nowhere.png"], 2, "nowhere.png: No such file"),
-    (["--image", "."], 2, "Is a directory"),
+    (["--image", "."], 2, "give a folder for their pages by --output"),
     (["--image", "broken.png"], 80, "broken.png: not a readable PNG, JPEG or WebP"),
     (["--image", "strip.png"], 80, "strip.png: 4 x 1,000 pixels: a strip that no processor takes"),
     (["--image", "nothing.png"], 80, "nothing.png: not a readable PNG, JPEG or WebP"),
@@ -339,3 +350,266 @@ def test_a_token_is_drawn_where_the_sum_of_probabilities_passes_the_number():
     drawn = use.draw(scores[:1].expand(20_000, 4), torch.rand(20_000, generator=torch.Generator().manual_seed(3)))
     shares = torch.bincount(drawn, minlength=4) / 20_000
     assert (shares - torch.tensor([0.5, 0.25, 0.25, 0.0])).abs().max() < 0.015 and shares[3] == 0
+
+
+# -----------------------------------------------------------------------------
+# Many pages
+
+
+@pytest.fixture
+def here(tiny_base, tmp_path, monkeypatch):
+    """A folder with screenshots in a/ and b/, one of them broken, and a trained model that writes 6 tokens."""
+    monkeypatch.chdir(tmp_path)
+    make_pages(tmp_path / "shots" / "a", 2)
+    make_pages(tmp_path / "shots" / "b", 3, seed=1)
+    (tmp_path / "shots" / "b" / "001.png").write_bytes(b"broken")
+    shutil.copytree(tiny_base, tmp_path / "model")
+    recipe = {"prompt": "write", "max_html_tokens": 6, "max_pixels": 280 * 280}
+    (tmp_path / "model" / "dom_recipe.json").write_text(json.dumps(recipe))
+    return tmp_path
+
+
+def names(folder) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def named(images: list[str], output: str | None) -> list[tuple[str, str]]:
+    pages, into_folder = use.find_pages(images, output)
+    assert into_folder or len(pages) == 1
+    return [(page.path.as_posix(), page.html.as_posix()) for page in pages]
+
+
+def test_pages_lie_as_their_screenshots_do_and_none_meet(here):
+    a, b = [("shots/a/000.png", "out/a/000.html"), ("shots/a/001.png", "out/a/001.html")], "shots/b/002.png"
+    assert named(["shots"], "out")[:2] == named(["shots/*/*.png"], "out")[:2] == a
+    assert (
+        named(["shots/a"], "out") == named(["shots/a/*"], "out") == [(one, two.replace("/a/", "/")) for one, two in a]
+    )
+    assert (
+        named(["shots/a", b], "out") == [*a, (b, "out/b/002.html")] == named(["shots/a", b, "shots/a/000.png"], "out")
+    )
+    assert named([b], "page.html") == [(b, "page.html")] and named([b], "out/") == [(b, "out/002.html")]
+    for name in (".hidden.png", "000.preview.png", "notes.txt", "000.JPG"):
+        (here / "shots" / "a" / name).write_bytes(b"x")
+    found = [("000.JPG", "000.JPG.html"), ("000.png", "000.png.html"), ("001.png", "001.png.html")]
+    assert named(["shots/a"], "out") == [(f"shots/a/{one}", f"out/{two}") for one, two in found]
+    for images, output, words in [
+        (["shots"], None, "5 screenshots; give a folder|6 screenshots; give a folder"),
+        (["shots"], "shots/a/000.png", "is a file, and there may be several"),
+        (["shots/*.png"], "out", r"shots/\*\.png: no \.png"),
+        ([b], "no/page.html", "the folder does not exist"),
+    ]:
+        with pytest.raises(use.UseError, match=words):
+            use.find_pages(images, output)
+
+
+def test_a_folder_is_written_once_and_what_was_made_otherwise_is_not_taken_for_done(here, capsys):
+    command = ["--image", "shots", "--model", "./model", "--output", "out", "--batch", "2"]
+    assert use.main(command) == 80
+    said = capsys.readouterr()
+    assert "shots/b/001.png: not a readable PNG" in said.err and said.out == ""
+    assert "0 of 5 pages were there, 4 new, 1 failed" in said.err and "4 of 4 pages cut off at 6 tokens" in said.err
+    pages = [f"{name}{end}" for name in ("a/000", "a/001", "b/000", "b/002") for end in (".html", ".json")]
+    assert names(here / "out") == pages
+    record = json.loads((here / "out" / "a" / "000.json").read_text())
+    told = {"screenshot": "shots/a/000.png", "max_html_tokens": 6, "temperature": 0.0, "tokens": 6, "cut_off": True}
+    assert told.items() <= record.items() and len(record["sha256"]) == len(record["weights"]) == 64
+    alone = use.main(["--image", "shots/b/002.png", "--model", "./model"])
+    assert alone == 0 and capsys.readouterr().out == (here / "out" / "b" / "002.html").read_text()
+
+    def again(*flags: str) -> tuple[int, str]:
+        code = use.main([*command, *flags])
+        return code, capsys.readouterr().err
+
+    times = {name: (here / "out" / name).stat().st_mtime_ns for name in pages}
+    (here / "out" / "b" / "002.html").unlink()
+    shutil.copy(here / "shots" / "b" / "000.png", here / "shots" / "b" / "001.png")
+    code, said = again()
+    assert code == 0 and "3 of 5 pages were there, 2 new, 0 failed" in said
+    kept = {name: (here / "out" / name).stat().st_mtime_ns for name in pages[:6]}
+    assert kept.items() <= times.items()
+    code, said = again()  # nothing to do: no model is loaded
+    assert code == 0 and "5 of 5 pages were there" in said and "./model on" not in said
+    code, said = again("--max_html_tokens", "5")
+    assert code == 2 and "5 of 5 pages" in said and "max_html_tokens was 6, is 5" in said and "--overwrite" in said
+    shutil.copy(here / "shots" / "b" / "000.png", here / "shots" / "a" / "000.png")
+    assert "out/a/000.html: sha256 was" in again()[1]
+    (here / "out" / "a" / "000.json").unlink()
+    assert "without a record" in again()[1]
+    (here / "model" / "model.safetensors").touch()
+    assert "5 of 5 pages stand there already, but made otherwise" in again()[1]
+    code, said = again("--overwrite", "--max_html_tokens", "5")
+    assert code == 0 and "5 new" in said
+    assert again("--max_html_tokens", "5")[0] == 0
+
+
+def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(monkeypatch):
+    tried = []
+
+    def write_pages(model, processor, screenshots, recipe, samples, shown, endings):
+        tried.append(len(screenshots))
+        if len(screenshots) > 2 or "too large" in screenshots:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return [use.Written(f"{shot}{sample}", "", 1, False) for shot, sample in zip(screenshots, samples)]
+
+    def requests(shots: str | list[str]) -> list[use.Request]:
+        return [use.Request(place, lambda shot=shot: shot, sample=place) for place, shot in enumerate(shots)]
+
+    monkeypatch.setattr(use, "write_pages", write_pages)
+    generating = use.Generating(None, None, use.Recipe(), batch=5)
+    answers = [(request.place, page.html) for request, page in generating.write(requests("abcdefg"))]
+    assert answers == [(place, f"{shot}{place}") for place, shot in enumerate("abcdefg")]
+    assert tried == [5, 2, 2, 2, 1]
+    with pytest.raises(RuntimeError, match="allocate"):
+        list(generating.write(requests(["a", "too large"])))
+    assert tried[5:] == [2, 1, 1]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_what_is_shown_while_a_page_is_written_is_the_page(here, monkeypatch, capsys):
+    """Drawn by a random model: bytes that are no character, special tokens, any white space."""
+    model, processor = use.load_model("./model", use.Recipe())
+    drawn = use.Recipe(prompt="write", max_html_tokens=60, max_pixels=280 * 280, temperature=2.0)
+    shot = use.open_screenshot((here / "shots" / "a" / "000.png").read_bytes())
+    for seed in range(6):
+        pieces = []
+        request = use.Request(3, lambda: shot, sample=seed)
+        ((back, page),) = use.Generating(model, processor, drawn).write(
+            [request], lambda *told, to=pieces: to.append(told)
+        )
+        assert back is request and {told[0] for told in pieces} == {request} and len(pieces) > 20
+        assert "".join(words for _, words in pieces) == page.raw
+    for pieces, last in [
+        (["\ufeff \n<", "!DOCTYPE html>\n", "<p>a  ", " </p>\n\n", " "], None),
+        (["Here it", " is:\n```html\n", "<p>a</p>\n```", " Done."], None),
+        (["<p>a</p>", "<b>", "<b>", "<b>"], "<p>a</p></html>"),
+    ]:
+        monkeypatch.setattr("sys.stdout", Terminal())
+        shown = use.Shown(streams=True)
+        for piece in pieces:
+            shown(None, piece)
+        page = last or use.extract_html("".join(pieces))
+        early = use.sys.stdout.getvalue()
+        assert early == "" if pieces[0].startswith("Here") else page.startswith(early) or last
+        shown.end(page)
+        whole = use.sys.stdout.getvalue()
+        assert whole == page + "\n" if not last else whole.endswith(page + "\n")
+    assert "not how the page ended" in capsys.readouterr().err
+
+
+def test_on_a_terminal_the_page_comes_as_it_is_written(here, monkeypatch):
+    command = ["--image", "shots/a/000.png", "--model", "./model", "--max_html_tokens", "8"]
+    page = "<p>two words</p>\n<p>\u6cb3</p>"
+    monkeypatch.setattr("sys.stdout", Terminal())
+    early = []
+
+    def write_pages(model, processor, screenshots, recipe, samples, shown, endings):
+        for start in range(0, len(page), 5):
+            shown(page[start : start + 5])
+            early.append(use.sys.stdout.getvalue())
+        return [use.Written(page, page, 8, False)]
+
+    monkeypatch.setattr(use, "write_pages", write_pages)
+    assert use.main(command) == 0
+    assert use.sys.stdout.getvalue() == page + "\n" and early[0] == page[:5] and early[-1] == page
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--temperature", "-1"], "--temperature -1.0: give one from 0 to 100"),
+        (["--temperature", "nan"], "--temperature nan"),
+        (["--top_p", "0"], "--top_p 0.0: give one from 0.001 to 1"),
+        (["--max_html_tokens", "0"], "--max_html_tokens 0: give one from 1 to 1,000,000"),
+        (["--batch", "0"], "--batch 0"),
+        (["--seed", "x"], "invalid int value: 'x'"),
+    ],
+)
+def test_a_value_out_of_its_range_is_refused_by_name(flags, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        use.parse(["--image", "a.png", *flags])
+    assert end.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_copy_refuses_what_needs_the_project_and_flags_without_effect_are_named(here, monkeypatch, capsys):
+    command = ["--image", "shots/a/000.png", "--model", "./model"]
+    for flags, words in [
+        (["--top_p", "0.9", "--seed", "1"], "--top_p, --seed: nothing is drawn at temperature 0"),
+        (["--preview"], "--preview: give --output"),
+    ]:
+        assert use.main([*command, *flags]) == 2 and words in capsys.readouterr().err
+    monkeypatch.setattr(use, "__file__", str(here / "use_model_from_hub.py"))
+    for flag, value, module in [("--best_of", "2", "writing.choosing"), ("--server", "http://x", "writing.server")]:
+        assert use.main([*command, flag, value]) == 2
+        assert f"{flag} needs {module}: run the use_model_from_hub.py of the project's" in capsys.readouterr().err
+
+
+def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
+    page = tmp_path / "page.html"
+    use.write_whole(page, b"old")
+    (tmp_path / "link.html").symlink_to(page)
+    use.write_whole(tmp_path / "link.html", b"new")
+    assert page.read_bytes() == b"new" and (tmp_path / "link.html").is_symlink()
+
+    def stop(*unused: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(use.os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        use.write_whole(page, b"newer")
+    assert names(tmp_path) == ["link.html", "page.html"] and page.read_bytes() == b"new"
+    use.write_whole(use.Path("/dev/null"), b"gone")
+    assert not use.Path("/dev/null").is_file()
+
+
+@pytest.mark.slow
+def test_a_folder_that_was_killed_goes_on_where_it_was(here):
+    """SIGKILL leaves whole files, SIGTERM and Ctrl-C say how far they came; the same command writes the rest."""
+    make_pages(here / "many", 40)
+    command = ["--image", "many", "--model", "./model", "--output", "out", "--max_html_tokens", "60"]
+    times: dict[str, int] = {}
+    for sign, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        with in_background(command, here, script=SCRIPT) as run:
+            until = time.monotonic() + 120
+            while len(pages := list((here / "out").glob("*.html"))) < len(times) + 5:
+                assert run.poll() is None and time.monotonic() < until, run.said()
+                time.sleep(0.01)
+            run.send_signal(sign)
+            assert run.wait(60) == code, run.said()
+            assert sign == signal.SIGKILL or f"out: {len(times)} of 40 pages were there" in run.said()
+        pages = {page.name: page.stat().st_mtime_ns for page in (here / "out").glob("*.html")}
+        assert times.items() <= pages.items() and 5 <= len(pages) - len(times) < 40
+        for name in pages:
+            html, record = here / "out" / name, json.loads((here / "out" / name).with_suffix(".json").read_text())
+            assert html.read_text().endswith("\n") and record["max_html_tokens"] == 60
+        times = pages
+    done = start_plain(command, here, script=SCRIPT)
+    assert done.returncode == 0 and f"out: {len(times)} of 40 pages were there" in done.stderr, done.stderr
+    assert times.items() <= {page.name: page.stat().st_mtime_ns for page in (here / "out").glob("*.html")}.items()
+    assert names(here / "out") == sorted(f"{number:03d}.{end}" for number in range(40) for end in ("html", "json"))
+
+
+@pytest.mark.slow
+def test_a_copy_alone_writes_folders_and_previews(here):
+    need_browser()
+    shutil.copy(SCRIPT, here / "model")
+    script = str(here / "model" / "use_model_from_hub.py")
+    run = {"script": script, "cwd": here, "ours": False, "renders": True}
+    done = start_plain(["--image", "shots", "--output", "out", "--preview", "--batch", "2"], **run)
+    assert done.returncode == 80 and "4 new, 1 failed" in done.stderr, done.stderr
+    pages = ("a/000", "a/001", "b/000", "b/002")
+    assert names(here / "out") == [name + end for name in pages for end in (".html", ".json", ".preview.png")]
+    # What a page asks for is not fetched, and its scripts do not run.
+    script = "<script>document.body.innerHTML = ''</script>"
+    (here / "out" / "a" / "000.html").write_text(f"<body style='background:#f00'>{script}<img src='http://x/y.png'>")
+    (here / "out" / "a" / "000.preview.png").unlink()
+    done = start_plain(["--image", "shots", "--output", "out", "--preview", "--batch", "2"], **run)
+    preview = use.open_screenshot((here / "out" / "a" / "000.preview.png").read_bytes())
+    left = use.open_screenshot((here / "shots" / "a" / "000.png").read_bytes())
+    assert preview.size == (left.width + 16 + max(160, left.width), left.height)
+    assert preview.crop((0, 0, *left.size)).tobytes() == left.tobytes()
+    assert preview.getpixel((preview.width - 1, 1)) == (255, 0, 0)

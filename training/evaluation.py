@@ -13,11 +13,13 @@ Sections: Writing, Scoring, Rendering, Keeping, Telling.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,14 +36,14 @@ from scoring.report_values import plural
 from scoring.statistics import left_out_words, means, scores_line, summarise
 from scoring.validity import looping, same_html, validity
 from training import zero3
-from training.errors import OUT_OF_MEMORY_CODE, PipelineError, StoppedError, exit_code, is_out_of_memory
+from training.errors import OUT_OF_MEMORY_CODE, PipelineError, StoppedError, exit_code
 from training.heartbeat import heart
-from training.processes import gather, in_columns, rank, say, say_from_here, world_size
-from training.progress import release_memory
+from training.processes import gather, in_columns, rank, say, world_size
 from training.stopping import stop
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from PIL.Image import Image
 
 Row = dict[str, Any]
 
@@ -98,27 +100,31 @@ def write_share(
     batch: int,
     mine: Sequence[int],
 ) -> list[Row]:
-    """Write the pages at the indices `mine`, `batch` at once, half as many where memory runs out, down to one. A part
-    of them where this rank is asked to stop: `write_held_out` tells the others."""
+    """Write the pages at the indices `mine`, by what use_model_from_hub.py writes with: `batch` at once, fewer where
+    memory runs out. A part of them where this rank is asked to stop: `write_held_out` tells the others."""
+    writer = use.writer(model, processor, decoding, batch, len(mine), tell_once)
+    requests = (use.Request(place, partial(screenshot_of, pages, place)) for place in mine)
     rows: list[Row] = []
-    while mine and not stop.wanted:
-        places = mine[:batch]
-        screenshots = [use.open_screenshot(pages[place]["screenshot"]) for place in places]
-        try:
-            with zero3.plain_linear():
-                written = use.write_pages(model, processor, screenshots, decoding)
-        except Exception as error:
-            if not is_out_of_memory(error) or batch == 1:
-                raise
-            batch = max(1, batch // 2)
-            say_from_here(f"evaluation: memory ran out, going on with {plural(batch, 'page')} at once")
-            release_memory()
-            continue
-        heart.mark()
-        mine = mine[len(places) :]
-        rows += [{"place": place, **asdict(page)} for place, page in zip(places, written)]
-        say(f"  {len(rows)} of {plural(len(rows) + len(mine), 'page')} written")
+    with zero3.plain_linear(), contextlib.closing(writer.write(requests)) as answers:
+        for request, page in answers:
+            heart.mark()
+            rows.append({"place": request.place, **asdict(page)})
+            if len(rows) % batch == 0 or len(rows) == len(mine):
+                say(f"  {len(rows)} of {plural(len(mine), 'page')} written")
+            if stop.wanted:
+                break
     return rows
+
+
+def screenshot_of(pages: Dataset, place: int) -> Image:
+    """The screenshot of a held-out page, decoded."""
+    return use.open_screenshot(pages[place]["screenshot"])
+
+
+@functools.cache
+def tell_once(message: str) -> None:
+    """What is told of writing is the same at each evaluation."""
+    say(message)
 
 
 # -----------------------------------------------------------------------------
@@ -181,8 +187,8 @@ def text_scores(row: Row, page: Mapping[str, Any]) -> dict[str, Any]:
     found = validity(row["html"])
     return {
         "page": page["name"],
-        "valid": found.valid and not row["cut_off"],
-        "reason": "cut off" if row["cut_off"] else found.reason,
+        "valid": found.valid and not row["cut_off"] and not row.get("looped"),
+        "reason": "cut off" if row["cut_off"] else "cut where it began to loop" if row.get("looped") else found.reason,
         "truncated": row["cut_off"],
         "looping": looping(row["raw"]),
         "exact": same_html(row["html"], page["html"]),

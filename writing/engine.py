@@ -1,6 +1,5 @@
 """Screenshots in, HTML out, at the speed of the GPU's memory: slots that are filled again as soon as a page ends.
 
-    reason = obstacle(model)                        # "" where the engine can write with this model
     engine = Engine(model, processor, recipe, wanted=len(requests))
     for request, written in engine.write(requests):
         ...
@@ -11,11 +10,12 @@ never depends on what is written beside it. Ends are looked at every `BLOCK` ste
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +28,8 @@ from writing.step import Chooser, Step
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
+    from writing.endings import Watch
+
 BLOCK = 16  # steps between two looks at what was written
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)  # numbers of slots for which a step is captured
 ROWS = 16  # of a step that costs what one row costs: those of one tile of a tensor core
@@ -36,51 +38,16 @@ READ_PATCHES = 45_000  # that are read together, some eight screenshots of a mil
 SPARE_BYTES = 4 * 2**30  # for reading them
 READERS = 4  # threads that open and resize screenshots
 
-# -----------------------------------------------------------------------------
-# Whether it can
-
-
-def obstacle(model: PreTrainedModel) -> str:
-    """Why this engine cannot write with `model`, for people; "" where it can."""
-    if model.device.type != "cuda":
-        return "there is no GPU"
-    if model.dtype.itemsize != 2:
-        return f"weights are {model.dtype}, its kernels take half precision"
-    return unknown_parts(model)
-
-
-def unknown_parts(model: PreTrainedModel) -> str:
-    """What of `model` the engine does not know; "" where it knows all."""
-    if model.config.model_type != "qwen2_5_vl":
-        return f"it does not know the architecture {model.config.model_type}"
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        return "the weights are sharded"
-    linears = [module for name, module in model.named_modules() if name.endswith(("_proj", "qkv", "attn.proj"))]
-    if other := {type(module).__name__ for module in linears} - {"Linear"}:
-        return f"it does not know layers of {', '.join(sorted(other))}"
-    text = model.config.get_text_config()
-    if text.hidden_act != "silu" or model.config.vision_config.hidden_act != "silu":
-        return f"it does not know the activation {text.hidden_act}"
-    if "sliding_attention" in text.layer_types:
-        return "it does not know sliding windows"
-    if (rope := text.rope_parameters["rope_type"]) != "default":
-        return f"it does not know rotary positions of the kind {rope}"
-    return ""
-
-
-# -----------------------------------------------------------------------------
-# Writing
-
 
 @dataclass
 class Slot:
-    """A question that is being answered, its answer's tokens so far, what of the text was shown, and what may end it
-    (`Watch.feed` of writing/endings.py)."""
+    """A question that is being answered, its answer's tokens so far, what of the text was shown, and what may end it: a
+    `Watch` of writing/endings.py."""
 
     question: Question
     ids: list[int]
     shown: str = ""
-    watch: object | None = None
+    watch: Watch | None = None
 
 
 class Engine:
@@ -92,7 +59,7 @@ class Engine:
         processor: ProcessorMixin,
         recipe: use.Recipe,
         wanted: int | None = None,
-        watch: Callable[[], object] | None = None,
+        watch: Callable[[], Watch] | None = None,
         drafts: bool = True,
     ):
         """`wanted` answers at most are asked for together; `watch` makes what may end an answer early; `drafts` are
@@ -138,7 +105,8 @@ class Engine:
         """Answers as they end, in any order. Screenshots are opened when their turn is near; what opening raises is
         raised here. `shown` gets each answer's text in pieces as it is written."""
         with ThreadPoolExecutor(READERS) as pool:
-            waiting = Waiting(requests, pool, lambda request: question_of(self.processor, self.recipe, request))
+            make = functools.partial(question_of, self.processor, self.recipe, dtype=self.model.dtype)
+            waiting = Waiting(requests, pool, make)
             while True:
                 try:
                     self.fill(waiting)
@@ -245,14 +213,11 @@ class Engine:
         body = tokens if stop is None else tokens[:stop]
         slot.ids += body
         ending = slot.watch.feed(body) if slot.watch else None
-        if ending is not None:
-            ids = slot.ids[: ending.keep] + ending.tokens
-            done = use.written(self.processor, ids, self.stops)
-            looped = ending.reason == "loop"
-            return replace(done, cut_off=not looped, looped=looped, closing_tokens=len(ending.tokens))
-        if stop is None and len(slot.ids) < self.recipe.max_html_tokens:
+        if slot.watch and stop is not None:
+            ending = slot.watch.ended()
+        if ending is None and stop is None and len(slot.ids) < self.recipe.max_html_tokens:
             return None
-        return use.written(self.processor, slot.ids + ([] if stop is None else [tokens[stop]]), self.stops)
+        return use.written(self.processor, slot.ids + tokens[len(body) :][:1], self.stops, ending)
 
     def show(self, slot: Slot, ended: use.Written | None, shown: Callable[[use.Request, str], None]) -> None:
         """The text that was added since the last time; what ends within a character waits for the rest of it."""

@@ -42,13 +42,18 @@ class Question:
     written: list[int] = field(default_factory=list)
 
 
-def question_of(processor: ProcessorMixin, recipe: use.Recipe, request: use.Request) -> Question:
-    """Opens the screenshot. Raises what `request.open` raises."""
+def question_of(
+    processor: ProcessorMixin, recipe: use.Recipe, request: use.Request, dtype: torch.dtype = torch.float32
+) -> Question:
+    """Opens the screenshot, whose patches become `dtype`. Raises what `request.open` raises."""
     screenshot = request.open()
     asked = use.encode_questions(processor, [screenshot], recipe.prompt)
     chances = use.chances(screenshot, recipe, request.sample) if recipe.temperature > 0 else None
     ids = asked["input_ids"][0].tolist()
-    return Question(request, ids, asked["pixel_values"], asked["image_grid_thw"][0], chances)
+    patches = asked["pixel_values"].to(dtype)
+    # Pinned, a picture travels to the GPU beside its work.
+    patches = patches.pin_memory() if torch.cuda.is_available() else patches
+    return Question(request, ids, patches, asked["image_grid_thw"][0], chances)
 
 
 class Layer:
@@ -109,7 +114,14 @@ def aligned(layer: Layer, multiple: int = 32) -> None:
 def add_mlp(layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
     """`hidden` (S, H) and the MLP of it."""
     inner = row_kernels.swiglu(linear(row_kernels.rms_norm(hidden, *layer.norm(1)), layer.gated, layer.gated_bias))
-    return hidden + linear(inner, layer.down, layer.down_bias)
+    return add_linear(hidden, inner, layer.down, layer.down_bias)
+
+
+def add_linear(
+    hidden: torch.Tensor, inner: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """`hidden` (S, N) plus `inner` (S, K) times `weight` (N, K), in one call where there is no bias."""
+    return torch.addmm(hidden, inner, weight.T) if bias is None else linear(inner, weight, bias).add_(hidden)
 
 
 class Reader:
@@ -126,16 +138,18 @@ class Reader:
                     aligned(block)
 
     @torch.inference_mode()
-    def see(self, patches: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
-        """`patches` (P, pixels of one) of pictures of `grids` (pictures, 3), on a CPU, to their tokens (P / 4, H)."""
+    def see(self, pictures: Sequence[torch.Tensor], grids: torch.Tensor) -> torch.Tensor:
+        """`pictures` (patches, pixels of one), each of its row in `grids` (pictures, 3), all on a CPU, to their tokens
+        (P / 4, H)."""
         tower, device = self.core.visual, self.core.device
         geometry = self.geometry(grids)
         order = geometry["image_window_index"]
         unit, back = tower.spatial_merge_unit, torch.argsort(order).to(device, non_blocking=True)
-        places = geometry["image_position_ids"].view(len(patches) // unit, unit, -1)[order].flatten(0, 1)
-        patches = patches.view(len(patches) // unit, unit, -1)[order].flatten(0, 1)
-        hidden = patches.to(device, non_blocking=True).to(tower.dtype)
-        hidden = linear(hidden, tower.patch_embed.proj.weight.flatten(1))
+        places = geometry["image_position_ids"].view(len(order), unit, -1)[order].flatten(0, 1)
+        patches = torch.cat([patches.to(device, tower.dtype, non_blocking=True) for patches in pictures])
+        hidden = linear(patches, tower.patch_embed.proj.weight.flatten(1))
+        # Windows stand together from here on.
+        hidden = hidden.view(len(order), unit, -1)[order.to(device, non_blocking=True)].flatten(0, 1)
         cos, sin = (part.float() for part in tower.rotary_pos_emb(hidden, places.to(device, non_blocking=True)))
         bounds = [
             (geometry[f"image_cu_{name}seqlens"].to(device, torch.int32), geometry[f"image_max_{name}seqlen"])
@@ -159,7 +173,7 @@ class Reader:
         query, key, value = together.view(len(hidden), 3, heads, -1).unbind(1)
         query, key = rotate(query, key, *angles)
         done = attend(query, key, value.contiguous(), bounds, longest, block.scale, causal=False).flatten(1)
-        return add_mlp(block, hidden + linear(done, block.out, block.out_bias))
+        return add_mlp(block, add_linear(hidden, done, block.out, block.out_bias))
 
     @torch.inference_mode()
     def read(self, questions: Sequence[Question], cache: Cache, slots: Sequence[int]) -> list[int]:
@@ -167,7 +181,7 @@ class Reader:
         token, which the first step of writing takes. Returns what mRoPE adds to the places of each answer."""
         device, config = self.core.device, self.core.config.get_text_config()
         grids = torch.stack([question.grid for question in questions])
-        pictures = self.see(torch.cat([question.patches for question in questions]), grids)
+        pictures = self.see([question.patches for question in questions], grids)
         rows = [(question.ids + question.written)[:-1] for question in questions]
         ids = torch.tensor([token for row in rows for token in row])
         merge, text = self.core.visual.spatial_merge_size, config.num_attention_heads
@@ -190,7 +204,7 @@ class Reader:
             keys, values = cache.layer(number)
             keys[slot, :, place], values[slot, :, place] = key, value
             done = attend(query, key, value.contiguous(), bounds, longest, layer.scale, causal=True).flatten(1)
-            hidden = add_mlp(layer, hidden + linear(done, layer.out, layer.out_bias))
+            hidden = add_mlp(layer, add_linear(hidden, done, layer.out, layer.out_bias))
         return [max(size) - size[0] * size[1] for size in sizes]
 
 

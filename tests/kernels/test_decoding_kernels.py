@@ -61,7 +61,7 @@ def test_products_of_few_rows_equal_torchs(kernels, count, kind):
     wide_norm = norm[0].float(), norm[1]
     weight, bias, gated, down = draw(96, 512), draw(96), draw(2 * 64, 512), draw(512, 256)
     rows = skinny.Rows(hidden, hidden.float().pow(2).view(count, 4, -1).sum(-1))
-    assert all(skinny.tile_of(name, hidden, 512) for name in skinny.TILES), "no kernel was tried"
+    assert all(skinny.tile_of(name, hidden, 512)[0] for name in skinny.TILES), "no kernel was tried"
     close(
         skinny.normed_product("qkv", rows, norm, weight, bias),
         skinny.normed_product("qkv", wide, wide_norm, weight.float(), bias.float()),
@@ -80,16 +80,51 @@ def test_products_of_few_rows_equal_torchs(kernels, count, kind):
     added = skinny.add_product("down", rows, inner, down)
     close(added.hidden, skinny.add_product("down", wide, inner.float(), down.float()).hidden, kind)
     assert torch.allclose(added.sums().sum(-1), added.hidden.float().pow(2).sum(-1), rtol=1e-5)
-    assert added.squares.shape == (count, 512 // skinny.TILES["down"][16][0])
+    assert added.squares.shape == (count, 512 // skinny.TILES["down"][0])
 
 
 def test_a_row_comes_out_the_same_whatever_stands_beside_it(kernels):
     skinny = kernels("skinny_products")
     torch.manual_seed(2)
-    hidden, weight = torch.randn(16, 256, device=DEVICE).half(), torch.randn(64, 256, device=DEVICE).half()
-    norm = torch.ones(256, device=DEVICE).half(), 1e-6
-    whole = skinny.normed_product("qkv", skinny.Rows(hidden), norm, weight)
-    assert torch.equal(whole[3:4], skinny.normed_product("qkv", skinny.Rows(hidden[3:4]), norm, weight))
+    hidden, weight = torch.randn(8, 256, device=DEVICE).half(), torch.randn(64, 256, device=DEVICE).half()
+    norm, squares = (torch.ones(256, device=DEVICE).half(), 1e-6), hidden.float().square().sum(-1, keepdim=True)
+    whole = skinny.normed_product("qkv", skinny.Rows(hidden, squares), norm, weight)
+    alone = skinny.Rows(hidden[3:4], squares[3:4])
+    assert torch.equal(whole[3:4], skinny.normed_product("qkv", alone, norm, weight))
+
+
+def test_a_kernel_that_is_wrong_or_fails_is_not_used_and_that_is_said(kernels, monkeypatch):
+    skinny, room = kernels("skinny_products"), kernels("slot_attention")
+    hidden = torch.randn(4, 256, device=DEVICE).half()
+    assert skinny.tile_of("down", hidden, 64)[1] != skinny.NEVER
+    real = skinny.launch
+
+    def wrong(*arguments, **options):
+        done, left = real(*arguments, **options)
+        return done + 0.05 * done.abs().max(), left
+
+    monkeypatch.setattr(skinny, "launch", wrong)
+    skinny.way_of.cache_clear()
+    with pytest.warns(UserWarning, match=r"the kernel of products \(down\), launched plain, differs by"):
+        assert skinny.tile_of("down", hidden, 64) == (None, skinny.NEVER)
+    real_attention = room.attend_in_parts
+
+    def forgets_a_key(qkv, cos, sin, keys, *rest, **options):
+        before = keys[0, 0].clone()
+        done = real_attention(qkv, cos, sin, keys, *rest, **options)
+        keys[0, 0] = before
+        return done
+
+    shapes = (2, 4, 2, 32, 1, torch.float16, hidden.device)
+    assert room.way_of(*shapes)
+    room.way_of.cache_clear()
+    monkeypatch.setattr(room, "attend_in_parts", forgets_a_key)
+    with pytest.warns(UserWarning, match="the kernel of attention over slots, launched plain, differs by"):
+        assert not room.way_of(*shapes)
+    room.way_of.cache_clear()
+    monkeypatch.setattr(room, "attend_in_parts", lambda *unused, **options: 1 / 0)
+    with pytest.warns(UserWarning, match="fails: division by zero"):
+        assert not room.way_of(*shapes)
 
 
 @pytest.mark.parametrize("kind", MULTIPLIED, ids=str)

@@ -93,11 +93,11 @@ def test_generation_halves_its_batch_when_memory_runs_out(loaded, tmp_path, monk
     pages = [{"screenshot": (folder / row["file_name"]).read_bytes(), "html": row["text"]} for row in rows]
     real, sizes = use.write_pages, []
 
-    def limited(model, processor, screenshots, recipe):
+    def limited(model, processor, screenshots, recipe, *options):
         sizes.append(len(screenshots))
         if len(screenshots) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, processor, screenshots, recipe)
+        return real(model, processor, screenshots, recipe, *options)
 
     monkeypatch.setattr(use, "write_pages", limited)
     recipe = use.Recipe(max_html_tokens=4)

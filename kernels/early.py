@@ -1,0 +1,69 @@
+"""Kernels that begin while the one before them ends: programmatic dependent launch, on compute capability 9.0 and up.
+
+    warm(weight, ...)                   # inside a kernel: what nobody writes may come nearer already
+    follow(EARLY)                       # all that was written before is there from here on
+    way_that_agrees("name", {EARLY: work, PLAIN: work}, wanted, device)     # which of them may be used
+
+A decoding step is some two hundred kernels of ten microseconds; what each needs to begin, two or three of them, is
+time in which no weight moves. (CUDA C++ Programming Guide, section "Programmatic Dependent Launch".)
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+EARLY, PLAIN, NEVER = "early", "plain", ""  # how a kernel is launched; not at all
+ROUNDING = 0.02  # of the norm; in half precision kernels differ from torch by some 0.004
+
+
+def way_that_agrees(
+    name: str, ways: Mapping[str, Callable[[], tuple[torch.Tensor, ...]]], wanted: tuple[torch.Tensor, ...]
+) -> str:
+    """The first of `ways` whose results are `wanted`, up to rounding; NEVER, with a warning, where none is.
+
+    A kernel may be wrong on one GPU, one triton, one shape, and a model that writes a little worse says so to nobody.
+    Raises torch.OutOfMemoryError, which says nothing about the kernel.
+    """
+    for way, work in ways.items():
+        try:
+            found = work()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler may raise anything, and torch's own functions are there
+            reason = f"fails: {str(error)[:200]}"
+        else:
+            errors = [((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(found, wanted)]
+            if all(error < ROUNDING for error in errors):  # what is no number is not below the limit either
+                return way
+            reason = f"differs by {max(errors):.2g} of the norm"
+        warnings.warn(f"the kernel of {name}, launched {way}, {reason}; another way is used", stacklevel=2)
+    return NEVER
+
+
+@lru_cache
+def early(device: torch.device) -> bool:
+    """Whether kernels on `device` may begin early."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@triton.jit
+def follow(EARLY: tl.constexpr):
+    """Waits for the kernel before, then lets the next one begin: in this order no more than two are under way."""
+    if EARLY:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def warm(places):
+    """Asks for the lines of memory at `places`, some pointers, to come into the second-level cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [places], dtype=tl.int32, is_pure=False, pack=1
+    )

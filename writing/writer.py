@@ -1,0 +1,74 @@
+"""What writes pages here: the engine where it can, else transformers' generate(), and documents end either way.
+
+    for request, written in writer(model, processor, recipe, batch=8).write(requests): ...
+
+Without torch at import, which use_model_from_hub.py does without until it must.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import use_model_from_hub as use
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+
+def writer(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    recipe: use.Recipe,
+    batch: int,
+    wanted: int | None = None,
+    tell: Callable[[str], None] = use.say,
+) -> Any:
+    """A writer of `wanted` answers in all, `batch` at once where generate() writes; the engine decides that itself.
+    What cannot be done as it should is told."""
+    from writing import endings
+
+    tokenizer, limit = processor.tokenizer, recipe.max_html_tokens
+    if closes := not (why := endings.obstacle(tokenizer)):
+        watch, ends = partial(endings.Watch, tokenizer, limit), endings.Endings
+    else:
+        tell(f"pages that do not end are not closed: {why}")
+        watch = ends = None
+    if why := obstacle(model):
+        tell(f"pages are written by generate(), not by the engine: {why}")
+        return use.Generating(model, processor, recipe, batch, ends)
+    from writing.engine import Engine
+
+    return Engine(model, processor, recipe, wanted, watch if closes else None)
+
+
+def obstacle(model: PreTrainedModel) -> str:
+    """Why the engine cannot write with `model`, for people; "" where it can."""
+    if model.device.type != "cuda":
+        return "there is no GPU"
+    if model.dtype.itemsize != 2:
+        return f"weights are {model.dtype}, and its kernels take half precision"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return unknown_parts(model)
+
+
+def unknown_parts(model: PreTrainedModel) -> str:
+    """What of `model` the engine does not know; "" where it knows all."""
+    if model.config.model_type != "qwen2_5_vl":
+        return f"it does not know the architecture {model.config.model_type}"
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return "the weights are sharded"
+    linears = [module for name, module in model.named_modules() if name.endswith(("_proj", "qkv", "attn.proj"))]
+    if other := {type(module).__name__ for module in linears} - {"Linear"}:
+        return f"it does not know layers of {', '.join(sorted(other))}"
+    text = model.config.get_text_config()
+    if text.hidden_act != "silu" or model.config.vision_config.hidden_act != "silu":
+        return f"it does not know the activations {text.hidden_act} and {model.config.vision_config.hidden_act}"
+    if "sliding_attention" in text.layer_types:
+        return "it does not know sliding windows"
+    if (rope := text.rope_parameters["rope_type"]) != "default":
+        return f"it does not know rotary positions of the kind {rope}"
+    return ""
