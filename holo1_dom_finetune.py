@@ -71,7 +71,7 @@ from training.memory_fit import Fit, choose_micro_batch, compare_with_plan, cost
 from training.model_card import describe
 from training.packing import pack
 from training.page_order import PageSampler, check_steps, write_page_order
-from training.preparation import Pages, prepare_pages
+from training.preparation import Pages, one_page, prepare_pages
 from training.processes import (
     agree,
     all_ranks_arrive,
@@ -668,8 +668,8 @@ class Evaluator:
 
     def try_penalty(self, penalty: float, copy: PreTrainedModel, label: str) -> float:
         """(all ranks) What chooses, under another repetition penalty; the exact share where nothing is rendered."""
-        decoding = replace(self.decoding, repetition_penalty=penalty)
-        rows = self.write(copy, decoding)
+        say(f"{label}, once more with a repetition penalty of {penalty} (--penalty_grid):")
+        rows = self.write(copy, decoding := replace(self.decoding, repetition_penalty=penalty))
         result = on_main_alone(lambda: self.score(label, rows, decoding))
         return result.get(metrics.CHOOSING, result["exact"])
 
@@ -751,10 +751,12 @@ def run(argv: list[str]) -> None:
         base = fetch_base(settings)
         parameters = sum(math.prod(tensor.shape) for tensor in base_tensors(base, settings).values())
         return print_plan(resolved, load_config(base, settings), parameters)
+    args = make_arguments(resolved)
+    if settings.show_supervision:
+        return show_supervision(settings, args.seed)
+    resuming.take_folders(resolved)
     if is_main():
         ask_before_cpu(resolved)  # here, since the config alone tells the size: the weights are not fetched yet
-    args = make_arguments(resolved)
-    resuming.take_folders(resolved)
     heart.knows(args.output_dir, args.ddp_timeout, settings.hang_timeout)
     stop.looks_into(args.output_dir)
     checkpoint = resuming.find_checkpoint(resolved, args)
@@ -765,16 +767,19 @@ def run(argv: list[str]) -> None:
     base = on_each_machine(lambda: fetch_base(settings), Path.is_dir)
     processor = load_processor(base, settings)
     encoder = PageEncoder(processor, settings.prompt, family_of(load_config(base, settings)))
-    tensors = {} if settings.show_supervision else base_tensors(base, settings)  # refused before pages are read
+    tensors = base_tensors(base, settings)  # refused before pages are read
     with heart.stage("reading pages"):
         pages = prepare_pages(settings, args, encoder, processor, (resolved.earlier or {}).get("pages"))
-    if settings.show_supervision:
-        first = pages.training[0]
-        (picture,) = encoder.family.pictures(processor, [use.open_screenshot(first["screenshot"])])
-        ids, labels = encoder.encode(first["html"], picture.ids)
-        shown = (ids, labels, processor.tokenizer, encoder.image_token_id, sys.stdout.isatty())
-        return say(colour_supervision(*shown))
     fine_tune(resolved, args, base, tensors, processor, encoder, pages, checkpoint)
+
+
+def show_supervision(settings: PageSettings, seed: int) -> None:
+    """(all ranks) One example as the loss sees it. Takes no folder of a run, and makes none."""
+    base = on_each_machine(lambda: fetch_base(settings), Path.is_dir)
+    processor = load_processor(base, settings)
+    encoder = PageEncoder(processor, settings.prompt, family_of(load_config(base, settings)))
+    ids, labels = on_main(lambda: one_page(settings, seed, encoder, processor))
+    say(colour_supervision(ids, labels, processor.tokenizer, encoder.image_token_id, sys.stdout.isatty()))
 
 
 def fine_tune(

@@ -22,12 +22,17 @@ from scoring.many_pages import Pair, Progress, browser_facts, pairs_of, read, ru
 from scoring.metrics import names, worst_words
 from scoring.proof import ScorerError, prove
 from scoring.renders import BrowserMissing, Renderer
+from scoring.report_values import plural
 from scoring.statistics import left_out_words, means, scores_line, shares
-from training.errors import refuse_other_systems
+from training.errors import SettingsError, refuse_other_systems
+from training.processes import in_columns
+
+NAMED = 10  # failed pages, in the last line; the report and the JSON have them all
+INTERRUPTED = 130  # the shell's own code for what Ctrl-C has ended
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Exits with code 2, saying why, for what cannot work."""
+    """Exits with code 2 for flags that do not exist."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -39,15 +44,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--report", type=Path, help="file for a report that shows every page")
     parser.add_argument("--width", type=int, default=1280, help="of the browser's window, in pixels")
     parser.add_argument("--clip", help=f"folder or cached repository of CLIP's weights (default: {CLIP_MODEL})")
-    args = parser.parse_args(argv)
-    for place in (args.references, args.predictions):
+    return parser.parse_args(argv)
+
+
+def pairs_from(args: argparse.Namespace) -> list[Pair]:
+    """The pages to compare. Raises `SettingsError` where the places that were typed have none."""
+    references, predictions = args.references, args.predictions
+    for place in (references, predictions):
         if place is not None and not place.exists():
-            parser.error(f"{place}: no such file or folder")
-    if args.predictions and args.references.is_dir() != args.predictions.is_dir():
-        parser.error(f"{args.references} and {args.predictions}: give two files, or two folders")
-    if args.predictions is None and not args.references.is_dir():
-        parser.error("give a reference and a prediction, or the evaluation folder of a training")
-    return args
+            raise SettingsError(f"{place}: no such file or folder")
+    if predictions and references.is_dir() != predictions.is_dir():
+        raise SettingsError(f"{references} and {predictions}: give two files, or two folders")
+    if predictions is None and not references.is_dir():
+        raise SettingsError("give a reference and a prediction, or the evaluation folder of a training")
+    if references.is_file():
+        return [Pair(references.stem, read(references), read(predictions), args.width)]
+    pairs = pairs_of(references, predictions, args.width)
+    if not pairs:
+        raise SettingsError(f"{references}: no pages there (*.html, or page-*/reference.html)")
+    if all(pair.prediction is None for pair in pairs):  # some that are missing are a model's failures, all a slip
+        if predictions is None:
+            raise SettingsError(f"{references}: none of its {plural(len(pairs), 'page')} has a written.html")
+        looked = f"{len(pairs):,} looked for, e.g. {pairs[0].name}.html"
+        raise SettingsError(f"{predictions}: none of its files has the name of a reference ({looked})")
+    return pairs
 
 
 def written_before(folder: Path, width: int) -> list[Pair]:
@@ -59,31 +79,37 @@ def written_before(folder: Path, width: int) -> list[Pair]:
 def summary_line(found: Mapping[str, Any]) -> str:
     """Of `means` and `shares`."""
     valid = f"{100 * found['valid']:.1f} % valid"
-    failures = f"{found['failures']} failures, counted as {worst_words(names())}"
-    text = f"{found['n']} pages, {valid}, {failures}: {scores_line(found)}"
+    failures = f"{plural(found['failures'], 'failure')}, counted as {worst_words(names())}"
+    text = f"{plural(found['n'], 'page')}, {valid}, {failures}: {scores_line(found)}"
     if found["failures"]:
         text += f"; without them: {scores_line(found, '_without_failures')}"
-        text += f"; failed: {', '.join(map(str, found['failed'][:20]))}"
-    return text + left_out_words(found)
+        more = f" and {found['failures'] - NAMED:,} more" if found["failures"] > NAMED else ""
+        text += f"; failed: {', '.join(map(str, found['failed'][:NAMED]))}{more}"
+    return in_columns(text + left_out_words(found))
+
+
+def stopped_words(pairs: Sequence[Pair], progress: Progress | None) -> str:
+    """What Ctrl-C leaves behind."""
+    scored = sum(pair.key in progress.rows for pair in pairs) if progress else 0
+    text = f"stopped after {scored:,} of {plural(len(pairs), 'page')}"
+    if scored and progress.folder is not None:
+        text += f"; the same command goes on with them, kept in {progress.folder}"
+    return text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 1 where the scorer is broken, 2 where pages, browser or CLIP's weights are missing."""
+    """The exit code: 1 where the scorer is broken, 2 where pages, browser or CLIP's weights are missing, 130 after
+    Ctrl-C."""
     args = parse(argv)
     refuse_other_systems()
-    single = args.references.is_file()
-    pairs = pairs_of(args.references, args.predictions, args.width)
-    if single:
-        pairs = [Pair(args.references.stem, read(args.references), read(args.predictions), args.width)]
-    if not pairs:
-        print(f"{args.references}: no pages there (*.html, or page-*/reference.html)", file=sys.stderr)
-        return 2
     target = args.report or (Path(args.json) if args.json not in (None, "-") else None)
     partial = target and target.with_name(f"{target.name}.partial")
-    for place in (args.report, Path(args.json) if args.json not in (None, "-") else None):
-        if place:  # now, and not after an hour
-            place.parent.mkdir(parents=True, exist_ok=True)
+    pairs, earlier, progress = [], [], None
     try:
+        pairs = pairs_from(args)
+        for place in (args.report, Path(args.json) if args.json not in (None, "-") else None):
+            if place:  # now, and not after an hour
+                place.parent.mkdir(parents=True, exist_ok=True)
         clip, why_not = (Clip(args.clip), "") if args.clip else find_clip()
         progress = Progress(partial, pictures=args.report is not None, clip=clip and clip.name)
         with Renderer() as renderer:
@@ -92,9 +118,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             earlier = written_before(args.references, args.width) if args.report and not args.predictions else []
             run_pairs(earlier, renderer, progress, clip)
             facts = browser_facts(renderer, clip, why_not)
-    except (BrowserMissing, ClipMissing, ScorerError) as error:
+    except (SettingsError, BrowserMissing, ClipMissing, ScorerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, ScorerError) else 2
+    except KeyboardInterrupt:
+        print(stopped_words([*pairs, *earlier], progress), file=sys.stderr)
+        return INTERRUPTED
     print(f"CLIP: {facts['CLIP']}", file=sys.stderr)
     print(summary_line(means(scores) | shares(scores)), file=sys.stderr)
     if args.report:
@@ -102,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         before = (earlier, progress) if earlier else None
         write_pages_report(args.report, "What was written", pairs, progress, folders | facts, before=before)
     whole = {"summary": means(scores) | shares(scores), "facts": facts, "pages": scores}
-    text = json.dumps(scores[0] if single else whole, indent=2)
+    text = json.dumps(scores[0] if args.references.is_file() else whole, indent=2)
     if args.json == "-":
         print(text)
     elif args.json:

@@ -1,6 +1,6 @@
 """Start the training under the `deepspeed` launcher, stop it cleanly, and tell the truth about how it ended.
 
-    python run_deepspeed_training.py --dry_run    # checks everything, shows the command, starts nothing
+    python run_deepspeed_training.py --dry_run    # says what it has checked, shows the command, starts nothing
     python run_deepspeed_training.py --demo       # a tiny model, no network, no GPU
     python run_deepspeed_training.py --num_gpus 4 --num_samples 5000 --learning_rate 1e-5
     python run_deepspeed_training.py --num_gpus 8 --num_nodes 2 --node_rank 0 --no_ssh --master_addr 10.0.0.1
@@ -79,7 +79,9 @@ def read_command_line(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--push_to_hub", action="store_true", help="push after training, default off")
     parser.add_argument("--private_repo", action="store_true", help="make the repository private, default off")
     parser.add_argument("--num_samples", type=int, help="training pages, default 1000")
-    parser.add_argument("--dry_run", action="store_true", help="check everything, print the command, start nothing")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="check, say what was checked, print the command, start nothing"
+    )
     again = "when GPU memory runs out, start again from the last checkpoint with a smaller --micro_batch, default on"
     parser.add_argument("--retry_smaller", action="store_true", default=True, help=again)
     parser.add_argument("--no_retry_smaller", action="store_false", dest="retry_smaller", help="leave it at exit 83")
@@ -774,7 +776,8 @@ def main(argv: list[str] | None = None) -> int:
         say(f"exit 81: {MEANINGS[81]}: {error}; free some space, or set TMPDIR to a folder that has some")
         return 81
     try:
-        problems += port_problems(args)
+        if not problems or args.master_port is not None:  # a free one is looked for where the run can begin
+            problems += port_problems(args)
         if problems:
             print(*problems, sep="\n", file=sys.stderr)
             return 2
@@ -782,7 +785,8 @@ def main(argv: list[str] | None = None) -> int:
             ranks = f"{args.num_nodes} x {args.num_gpus} ranks"
             say(f"machine {args.node_rank} of {ranks}, which meet at {args.master_addr}")
         if not gpus:
-            say(f"no GPU can be used here: {args.num_gpus} processes on the CPU, with gloo")
+            count = f"{args.num_gpus} process{'es' if args.num_gpus > 1 else ''}"
+            say(f"no GPU can be used here: {count} on the CPU, with gloo")
         if args.dry_run:
             print(shlex.join(build_command(args, gpus, passed_on, "HOSTFILE_WRITTEN_AT_THE_START")), flush=True)
             return 0

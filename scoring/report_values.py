@@ -203,8 +203,9 @@ def label(name: str) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """ "1 page", "1,200 pages"."""
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+    """ "1 page", "1,200 pages", "2 processes"."""
+    ending = "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}" + ("" if count == 1 else ending)
 
 
 def number(value: Any, digits: int = 3, sign: str = "") -> str:
@@ -225,5 +226,5 @@ def p_value(value: Any) -> str:
 
 
 def percent(part: int, whole: int) -> str:
-    """A whole percentage, a dash of nothing."""
-    return f"{100 * part / whole:.0f} %" if whole else "–"
+    """With a tenth, as on the console; a dash of nothing."""
+    return f"{100 * part / whole:.1f} %" if whole else "–"

@@ -16,6 +16,8 @@ import numpy as np
 
 from scoring import metrics
 
+FEW = 10  # pages: the interval of fewer is too narrow (percentile bootstrap), and p cannot be small
+
 
 def summarise(pages: Sequence[Mapping[str, Any]]) -> dict[str, float | int | None]:
     """{"n", and the share of pages that are "valid", "truncated", "looping", "exact"}; None without pages."""

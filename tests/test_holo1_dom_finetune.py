@@ -9,6 +9,7 @@ Adapters, Evaluation.
 
 import contextlib
 import copy
+import fcntl
 import json
 import os
 import re
@@ -86,6 +87,7 @@ def test_plan_needs_neither_gpu_nor_weights(tmp_path):
     base = make_base(tmp_path / "base", weights=False)
     done = start_plain(["--plan", "--base_model", str(base)], tmp_path)
     assert done.returncode == 0, done.stderr
+    assert " M parameters; 8 pages per step" in done.stdout and " and 4,096 of HTML; " in done.stdout
     table = done.stdout.split("  sum\n")[1].splitlines()
     rows = [line.split() for line in table if line.strip()[:1].isdigit()]
     assert [(row[0], row[1]) for row in rows] == [
@@ -95,11 +97,25 @@ def test_plan_needs_neither_gpu_nor_weights(tmp_path):
 
 
 @pytest.mark.slow
-def test_supervision_is_shown_without_loading_a_model(tiny_base, pages_folder, tmp_path):
-    done = start_plain(small_run(tiny_base, pages_folder, show_supervision=True), tmp_path)
+def test_supervision_is_shown_without_loading_a_model_and_beside_a_run(tiny_base, pages_folder, tmp_path):
+    owned = tmp_path / "owned"
+    owned.mkdir()
+    flags = ["--output_dir", str(owned), "--final_dir", str(tmp_path / "final"), "--seed", "3"]
+    with (owned / ".owner").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        done = start_plain([*small_run(tiny_base, pages_folder, show_supervision=True), *flags], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "\n[supervised] <!DOCTYPE html>" in done.stdout and "rehearsal" not in done.stdout
     assert "\033" not in done.stdout, "colours in a pipe"
+    assert [*tmp_path.rglob("*")] == [owned, owned / ".owner"], "who only looks leaves nothing"
+
+
+@pytest.mark.slow
+def test_a_folder_that_another_run_owns_is_refused_before_the_hub_is_asked(pages_folder, tmp_path):
+    with (tmp_path / ".owner").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        done = start_plain(small_run("user/gone", pages_folder, output_dir=tmp_path), tmp_path)
+    assert done.returncode == 2 and "a run is going on there" in done.stderr and "user/gone" not in output(done)
 
 
 @pytest.mark.slow
@@ -279,7 +295,7 @@ def test_two_machines_with_disks_of_their_own_train_together(tiny_base, pages_fo
     codes = [machine.wait(timeout=240) for machine in machines]
     logs = [(tmp_path / f"{number}.log").read_text() for number in "01"]
     assert codes == [0, 0], logs
-    assert "1 pages x 2 accumulated x 2 processes = 4 pages per step" in logs[0]
+    assert "1 page x 2 accumulated x 2 processes = 4 pages per step" in logs[0]
     assert "sees nothing of what rank 0 has prepared" in logs[1] and "sees nothing" not in logs[0]
     pages = [tmp_path / number / "holo1_dom_finetune_output" / "pages" / "train.arrow" for number in "01"]
     assert pages[0].read_bytes() == pages[1].read_bytes()

@@ -174,6 +174,12 @@ def test_a_busy_default_port_moves_on_and_says_so(here, capsys, monkeypatch):
     assert "--master_port 29502 " in said.out and "port 29500 is busy: taking 29502" in said.err
 
 
+def test_no_port_is_looked_for_where_something_else_is_refused(here, capsys, monkeypatch):
+    monkeypatch.setattr(wrapper, "port_trouble", lambda port: "busy" if port < 29502 else "")
+    assert wrapper.main(["--dry_run", "--script", "gone.py", "--config", "zero.json"]) == 2
+    assert "29500" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("address", ["0.0.0.0", "127.0.0.1", "::"])
 def test_a_busy_port_that_was_typed_is_refused(tmp_path, address):
     (tmp_path / "train.py").write_text("")

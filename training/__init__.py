@@ -20,7 +20,6 @@ Rooms from top to bottom; each may import those below it, and none above:
     page_store      pages on their way to the disk, sealed, so that a killed reading goes on
     page_workers    pages checked by several processes, in the order of their rows
     reading         the rows of a dataset, wherever it lies
-    containers      what holds a dataset on a disk, and where a name in it leads
     tables          the rows of JSON Lines, JSON and CSV, a row at a time
     duplicates      which pages were there before
     page_checks     which pages can be trained on: read, cleaned, short enough, none of them twice
@@ -34,6 +33,8 @@ Rooms from top to bottom; each may import those below it, and none above:
     zero3           all that is known of DeepSpeed's insides
     memory_plan     how much memory a step takes, and which way to train is fastest among those that fit
     settings        every setting, how command line and JSON meet, what is refused
+    at_hand         whether base and datasets are there, looked at before anything is loaded
+    containers      what holds a dataset on a disk, and where a name in it leads
     cpu_time        how long a large model would take on a CPU, and the question before it
     training_arguments  which fields of transformers' own settings hold here, and within which bounds
     command_line    the command line, read to its end: every flag, and all that is wrong with it at once

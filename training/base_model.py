@@ -54,10 +54,16 @@ def fetch_base(settings: PageSettings) -> Path:
     if Path(settings.base_model).is_dir():
         return Path(settings.base_model)
     wanted = ["*.json", "*.txt", "*.jinja", "*.model", "README.md", "LICENSE*", "NOTICE*", "*.py"]
-    wanted += [] if settings.random_weights or settings.plan else ["*.safetensors"]
+    looks = settings.plan or settings.show_supervision
+    wanted += [] if settings.random_weights or looks else ["*.safetensors"]
     try:
         return Path(snapshot_download(settings.base_model, revision=settings.base_revision, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
+    except LocalEntryNotFoundError as error:
+        raise SettingsError(
+            f"--base_model {settings.base_model} is not in the cache, and the Hub does not answer; wait for the "
+            "network, or give a folder"
+        ) from error
+    except (HfHubHTTPError, ValueError) as error:
         raise SettingsError(
             f"--base_model {settings.base_model} cannot be fetched: {error}; check the name, the network, and "
             "`hf auth login` for a gated model"

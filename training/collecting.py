@@ -9,6 +9,7 @@ by its share; which page comes next depends on the pages before it alone, never 
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections import Counter
@@ -95,18 +96,21 @@ def load_pages(
 def judged(report: DropReport, settings: WantedPages, output_dir: str | Path, held_out: int) -> DropReport:
     """The report, in the words of what was asked. DataError where it says that nobody should train on these pages."""
     report.asked = settings.num_samples + settings.eval_pages
-    if held_out < settings.eval_pages:
-        report.ending += f"; {held_out:,} held out instead of {settings.eval_pages:,}"
     where = f"every dropped page is named in {Path(output_dir) / 'dropped_pages.jsonl'}"
     for label, part in (report.parts or {"": report}).items():  # a small set's broken pages are few among all
         if part.bad > settings.max_bad_share * part.read:
             of = f" of {label}" if label else ""
             raise DataError(
                 f"{part.bad:,} of {part.read:,} pages{of} are broken, more than --max_bad_share "
-                f"{settings.max_bad_share:g}: {'; '.join(part.broken)}; {where}"
+                f"{settings.max_bad_share:g}: {'; '.join(part.broken)}; repair them, leave them out, or give "
+                f"--max_bad_share {math.ceil(100 * part.bad / part.read) / 100:g}; {where}"
             )
     if report.kept < 1 + min(held_out, 1):
         raise DataError(f"{report}: too few to train on one and hold one out; {where}")
+    if report.kept < report.asked:
+        trained, asked = report.kept - held_out, f"{settings.num_samples:,} and {settings.eval_pages:,}"
+        report.ending += f"{'; ' if report.parts else ': '}{trained:,} to train on and {held_out:,} held out, of "
+        report.ending += f"{asked} that were asked for"
     return report
 
 
@@ -208,7 +212,8 @@ class Collector:
         ]
         lanes = pool.lanes(rows, [each.share for each in self.asked])
         unsealed = 0
-        with progress_bar("pages read", None) as progress:
+        again = f" again, with {self.held_out:,} held out" if self.held_out < self.settings.eval_pages else ""
+        with progress_bar(f"pages read{again}", None) as progress:
             while self.kept < total and self.still:
                 pool.remaining = total - self.kept
                 number = self.turn()

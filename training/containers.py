@@ -28,6 +28,10 @@ PAGES = (".html", ".htm", ".xhtml")
 FILE_KINDS = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".zip": "zip"}
 FILE_KINDS |= {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+LAYOUTS = (  # what a folder may be, for whoever has given another one
+    "give a folder of pictures (PNG, JPEG, WebP) and HTML files of the same names (shop.png, shop.html), or of "
+    "pictures and a table that names them (metadata.jsonl)"
+)
 _METADATA = ("jsonl", "csv", "parquet")  # kinds of the imagefolder convention's table
 _FACTS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # JSON that holds no rows
 _SPLITS = {"train": "train|training", "test": "test|testing|eval|evaluation"}
@@ -165,6 +169,8 @@ def find_container(path: Path, split: str) -> Container | None:
     place = Folder(path) if path.is_dir() else Archive.opened(path)
     places = _places(place, split)
     found = next(filter(None, (_tables(inner, split) for inner in places)), None) or _pairs(places[-1])
+    if found is None and not place.files():
+        raise DataError(f"{path}: no file is in there; {LAYOUTS}")
     if isinstance(place, Archive) and (found is None or found.kind not in ("jsonl", "json", "csv", "pairs")):
         raise DataError(
             f"{path}: no metadata.jsonl and no pairs of a picture and a page in it; give the unpacked folder"

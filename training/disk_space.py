@@ -14,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from scoring.report_values import plural
 from training.base_model import DTYPES, BaseTensor
 from training.checkpoints import BEST, checkpoints_in
 from training.errors import DiskError
 from training.families import family_of
-from training.processes import gather, local_rank, say, world_size
+from training.processes import gather, in_columns, is_main, local_rank, say, world_size
 from training.settings import PageSettings
 
 if TYPE_CHECKING:
@@ -104,17 +105,21 @@ def check_space(
         adapters=adapters,
     )
     final, output_dir, final_dir = final_bytes(tensors), Path(args.output_dir), Path(settings.final_dir)
-    wrong, beside, finals = None, 0, 0
+    wrong, beside, finals, needs = None, 0, 0, []
     if local_rank() == 0:
         checkpoints = still_to_write(checkpoints, len(checkpoints_in(output_dir)))
         one_disk = disk_of(output_dir)[0] == disk_of(final_dir)[0]
         beside, finals = weights_at_once(settings.eval_every > 0, (output_dir / BEST[0]).is_dir(), one_disk)
         needs = [(output_dir, size * checkpoints + final * beside), (final_dir, final * finals)]
-        wrong = shortage([(folder, int(MARGIN * bytes_)) for folder, bytes_ in needs])
+        needs = [(folder, int(MARGIN * bytes_)) for folder, bytes_ in needs]
+        wrong = shortage(needs)
     for text in filter(None, gather(wrong)):
         raise DiskError(text)
-    plural, weights = "" if checkpoints == 1 else "s", f"{beside + finals} x {final / 1e9:.2f} GB of weights"
-    say(f"disk: room for {checkpoints} checkpoint{plural} of {size / 1e9:.2f} GB and {weights} more at once")
+    if is_main():
+        what = (
+            f"{plural(checkpoints, 'checkpoint')} of {size / 1e9:.2f} GB and {beside + finals} x {final / 1e9:.2f} GB"
+        )
+        say(in_columns(room_words(needs, f"{what} of weights")))
     if not checkpoints and shortage([(output_dir, int(MARGIN * (size + final)))]):
         say(f"disk: no room for the {size / 1e9:.1f} GB of state that a signal would save: stopped, it would be lost")
 
@@ -125,17 +130,33 @@ def disk_of(folder: Path) -> tuple[int, Path]:
     return there.stat().st_dev, there
 
 
-def shortage(needs: Sequence[tuple[Path, int]]) -> str:
-    """Why (folder, bytes) do not fit, by file system; "" where they do."""
+def disks(needs: Sequence[tuple[Path, int]]) -> list[tuple[Path, int, int]]:
+    """Of (folder, bytes): each file system by a folder on it, the bytes that it has to take, and those it has free."""
     by_disk: dict[int, list[tuple[Path, int]]] = {}
     for folder, size in needs:
         disk, there = disk_of(folder)
         by_disk.setdefault(disk, []).append((there, size))
-    for found in by_disk.values():
-        needed, free = sum(size for _, size in found), shutil.disk_usage(found[0][0]).free
+    return [
+        (found[0][0], sum(size for _, size in found), shutil.disk_usage(found[0][0]).free) for found in by_disk.values()
+    ]
+
+
+def room_words(needs: Sequence[tuple[Path, int]], what: str) -> str:
+    """What a run writes, in words, beside what is free; by file system where there are several."""
+    found = disks(needs)
+    parts = []
+    for place, needed, free in found:
+        where = f" on the disk of {place}" if len(found) > 1 else ""
+        parts.append(f"{needed / 1e9:,.2f} GB at once{where}; {free / 1e9:,.1f} GB are free")
+    return f"disk: this run writes up to {', and up to '.join(parts)} ({what})"
+
+
+def shortage(needs: Sequence[tuple[Path, int]]) -> str:
+    """Why (folder, bytes) do not fit, by file system; "" where they do."""
+    for place, needed, free in disks(needs):
         if needed > free:
             return (
-                f"the disk of {found[0][0]} has {free / 1e9:.1f} GB free, and this run may write {needed / 1e9:.1f} GB "
+                f"the disk of {place} has {free / 1e9:.1f} GB free, and this run may write {needed / 1e9:.1f} GB "
                 "at once; free some space, or give another --output_dir and --final_dir, --save_total_limit 1, or "
                 "--save_strategy no"
             )

@@ -32,6 +32,7 @@ from scoring.clip import Clip, find_clip
 from scoring.many_pages import Pair, Progress, browser_facts, run_pairs, window_of, write_pages_report
 from scoring.proof import ScorerError, prove
 from scoring.renders import BrowserMissing, Renderer
+from scoring.report_values import plural
 from scoring.statistics import left_out_words, means, scores_line, summarise
 from scoring.validity import looping, same_html, validity
 from training import zero3
@@ -109,7 +110,7 @@ def write_share(
             heart.mark()
             rows.append({"place": request.place, **asdict(page)})
             if len(rows) % batch == 0 or len(rows) == len(mine):
-                say(f"  {len(rows)} of {len(mine)} pages written")
+                say(f"  {len(rows)} of {plural(len(mine), 'page')} written")
             if stop.wanted:
                 break
     return rows
@@ -336,10 +337,10 @@ def announce(label: str, result: Mapping[str, Any]) -> str:
     choosing = result.get("choosing")
     others = f" ({choosing['n']} others choose the weights)" if choosing and choosing["apart"] else ""
     told = (
-        f"{label}: {result['n']} held-out pages{others}: exact {share('exact')}, valid {share('valid')}, "
+        f"{label}: {plural(result['n'], 'held-out page')}{others}: exact {share('exact')}, valid {share('valid')}, "
         f"truncated {share('truncated')}, looping {share('looping')}, exact with the screenshots shuffled "
         f"{share('shuffled_exact')}; {result['mean_tokens']:.0f} tokens a page (references "
-        f"{result['mean_reference_tokens']:.0f}), {result['tokens_per_second']:.0f} tokens/s" + rendered_words(result)
+        f"{result['mean_reference_tokens']:.0f}), {result['tokens_per_second']:,.0f} tokens/s" + rendered_words(result)
     )
     return in_columns(told)
 
@@ -349,5 +350,6 @@ def rendered_words(result: Mapping[str, Any]) -> str:
     if "failures" not in result:
         return ""
     return (
-        f"; rendered, {result['failures']} failures counted as the worst: {scores_line(result)}{left_out_words(result)}"
+        f"; rendered, {plural(result['failures'], 'failure')} counted as the worst: {scores_line(result)}"
+        f"{left_out_words(result)}"
     )

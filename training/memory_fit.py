@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from scoring.report_values import plural
 from training import page_costs, zero3
 from training.checkpoints import RESTARTED, STAGING, checkpoints_in
 from training.errors import PipelineError, is_out_of_memory
@@ -178,7 +179,7 @@ def choose_micro_batch(
         zero3.tune_zero(deepspeed.get("zero_optimization", {}), way)
     parts = ", ".join(f"{name} {size:.1f}" for name, size in plan.parts_gib.items())
     told = (
-        f"micro-batch: {way.micro_batch} pages at once, {way.recomputed:.0%} of the layers recomputed"
+        f"micro-batch: {plural(way.micro_batch, 'page')} at once, {way.recomputed:.0%} of the layers recomputed"
         f"{whole_words(way)}; {plan.total_gib:.1f} GiB planned of {limit:.1f} ({parts})"
     )
     say(in_columns(told))
@@ -306,7 +307,8 @@ class Fit:
             raise failure or error from error
         if failed:
             self.restart(trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps, failure)
-        say_memory(f"the longest possible batch of {self.plan.way.micro_batch} pages fits, {peak:.1f} GiB,", start)
+        size = plural(self.plan.way.micro_batch, "page")
+        say_memory(f"the longest possible batch of {size} fits, {peak:.1f} GiB,", start)
 
     def restart(self, pages: int, failure: Exception | None) -> None:
         """(all ranks) In the same processes, with at most half as many pages at once of the `pages` per step and GPU:
@@ -375,11 +377,12 @@ def print_plan(resolved: Resolved, config: PretrainedConfig, parameters: int) ->
     """
     settings, training, family = resolved.settings, resolved.training, family_of(config)
     scope = scope_of(settings, training, resolved.deepspeed, config)
-    image, html = family.most_image_tokens(config, settings.max_pixels), settings.max_html_tokens + 1
-    say(f"{settings.base_model}: {parameters / 1e9:.2f} B parameters; {scope.pages} pages per step and GPU, each of at")
+    image, html = family.most_image_tokens(config, settings.max_pixels), settings.max_html_tokens
+    size = f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
+    say(f"{settings.base_model}: {size} parameters; {plural(scope.pages, 'page')} per step and GPU, each of at")
     say(f"most {image:,} image tokens and {html:,} of HTML; GiB on each GPU under {training['deepspeed']}:")
     if trains_fast(config, settings):
-        say(fast_table(scope, longest_page(family, config, image, html)))
+        say(fast_table(scope, longest_page(family, config, image, html + 1)))  # and its end
     else:
         say(plain_words(scope, settings))
         say(state_table(scope.shape, scope.way, PROCESSES, SIZES_GIB))
@@ -407,8 +410,9 @@ def fast_table(scope: Scope, page: Load) -> str:
 def plain_words(scope: Scope, settings: PageSettings) -> str:
     """Why `--plan` estimates no activations, and what the plain path does."""
     why = "this model has no fast path" if settings.fast else "--fast False"
+    pages = plural(scope.way.micro_batch, "page")
     return (
-        f"the plain path ({why}) is not planned: it takes {scope.way.micro_batch} pages at once, padded, with "
+        f"the plain path ({why}) is not planned: it takes {pages} at once, padded, with "
         f"{scope.way.recomputed:.0%} of the layers recomputed.\nWhat is there without any page, and what is left for "
         "activations and logits:"
     )

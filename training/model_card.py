@@ -25,6 +25,7 @@ import yaml
 
 import use_model_from_hub as use
 from scoring import metrics
+from scoring.statistics import FEW
 from training.origins import reads_as_hub_id, strings
 from training.publishing import shown
 from training.settings import PROJECT, TRAINING_DEFAULTS, PageSettings
@@ -291,7 +292,6 @@ MEASURES = (
         "several pages at once, as in this evaluation, on the hardware below",
     ),
 )
-FEW = 10  # pages: the interval of fewer is too narrow (percentile bootstrap), and p cannot be small
 
 
 def results_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
@@ -302,7 +302,7 @@ def results_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str,
     for name, label, meaning in names:
         values = [run.get(name) for run in runs.values()]
         if any(value is not None for value in values):
-            rows.append((label, ["-" if value is None else shown(value) for value in values], meaning))
+            rows.append((label, [cell(name, value) for value in values], meaning))
     count = (after or before).get("n")
     pages = f"Over {shown(count)} held-out pages" if count is not None and count != 1 else "Over held-out pages"
     pages = "Over 1 held-out page" if count == 1 else pages
@@ -317,6 +317,13 @@ def results_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str,
         "difference": found and difference_words(found),
         "choice": choice_words(after.get("choosing"), comparison.get("apart", True)),
     }
+
+
+def cell(name: str, value: Any) -> str:
+    """A measure as its column shows it: scores and shares with three digits, however round, so that they align."""
+    if value is None or not isinstance(value, float):
+        return "-" if value is None else shown(value)
+    return f"{value:,.1f}" if "tokens" in name else f"{value:.3f}"
 
 
 def meaning_of(metric: metrics.Metric) -> str:

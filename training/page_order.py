@@ -12,6 +12,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
+from scoring.report_values import plural
 from training import page_costs
 from training.errors import DataError, SettingsError
 from training.processes import rank, say, world_size
@@ -34,7 +35,7 @@ class PageSampler(BatchRebalanceSampler):  # the Trainer deals with its kind, ra
     def __init__(self, costs: list[float], args: TrainingArguments, began_on: int | None = None):
         if len(costs) < world_size():
             raise DataError(
-                f"{len(costs)} training pages for {world_size()} processes: each needs one; give more pages"
+                f"{plural(len(costs), 'training page')} for {world_size()} processes: each needs one; give more pages"
             )
         self.costs, self.epoch = costs, 0
         self.seed = args.seed if args.data_seed is None else args.data_seed

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,13 +24,16 @@ from typing import TYPE_CHECKING
 import pyarrow
 from transformers import ProcessorMixin, TrainingArguments
 
+import use_model_from_hub as use
+from scoring.report_values import plural
+from scoring.statistics import FEW
 from training.collecting import load_pages, load_pages_from_disk
 from training.dataset import dataset_revision
 from training.errors import DataError, DiskError, PipelineError, SettingsError, is_disk_full
 from training.mixture import NOT_SAID, asked_datasets
 from training.page_workers import PagePool, TokenizerCount, cores, job_of
 from training.prepared import age, claimed, describe
-from training.processes import on_each_machine, same_everywhere, say
+from training.processes import in_columns, on_each_machine, same_everywhere, say
 from training.progress import say_memory
 from training.prompt_and_mask import PageEncoder, count_tokens
 from training.settings import PAGES_FOLDER, PageSettings
@@ -88,9 +92,24 @@ def prepare_pages(
             f"--dataset {' '.join(settings.dataset)} gives other pages than the run in {args.output_dir} began with; "
             "put those back, or begin a new run"
         )
-    say(report)
-    say_memory(f"{len(training):,} training and {len(held_out):,} held-out pages", start)
+    say(in_columns(report))
+    if 0 < len(held_out) < min(FEW, settings.eval_pages):
+        say(f"{plural(len(held_out), 'page')} held out: from fewer than {FEW}, scores and their intervals mean little")
+    say_memory(f"{len(training):,} training and {plural(len(held_out), 'held-out page')}", start)
     return Pages(training, held_out, report, found)
+
+
+def one_page(settings: PageSettings, seed: int, encoder: PageEncoder, processor: ProcessorMixin) -> tuple[list, list]:
+    """(one process) Ids and labels, both of length T, of a page that a run would train on; nothing stays on the disk.
+
+    No more is read than it takes to know which pages would be held out. Raises `DataError` where there is none.
+    """
+    settings = replace(settings, num_samples=1, max_bad_share=1.0)  # of so few pages one broken one is a large share
+    with tempfile.TemporaryDirectory() as place:
+        load_pages(settings, place, count_tokens(encoder, processor), seed)
+        page = load_pages_from_disk(place)[0][0]
+    (picture,) = encoder.family.pictures(processor, [use.open_screenshot(page["screenshot"])])
+    return encoder.encode(page["html"], picture.ids)
 
 
 def find_or_make_on_disk(
@@ -112,7 +131,7 @@ def find_or_make_on_disk(
 
 def pages_dir_of(settings: PageSettings, args: TrainingArguments) -> Path:
     """Where prepared pages lie for later runs."""
-    return Path(settings.pages_dir or Path(args.output_dir).absolute().parent / PAGES_FOLDER).expanduser()
+    return Path(settings.pages_dir or Path(args.output_dir).absolute().parent / PAGES_FOLDER).expanduser().resolve()
 
 
 def find_or_make(

@@ -106,11 +106,32 @@ SAID_IN_VAIN = {
     "accelerate.accelerator": "Gradient accumulation steps mismatch",
     # While training, no generation config is used (load_model); the final folder has the base's own.
     "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
+    # Of a page while its tokens are counted; one over --max_html_tokens is dropped then, and that is told.
+    "transformers.tokenization_utils_base": "Token indices sequence length is longer than",
     # bitsandbytes, imported by peft: it looks for a kernel of 4-bit products on a CPU, where nothing is quantised.
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
 }
 # deepspeed 0.19.8 calls collectives by names that torch 2.14 has replaced; they still work.
 DEPRECATED = r"`torch\.distributed\.\w+` (is deprecated|is a private function)"
+
+
+HUB_TRIES_AGAIN = "huggingface_hub.utils._http"  # its logger: two lines for each of six tries (2.4)
+told_of_hub: list[str] = []  # once is enough
+
+
+def tells_once(record: logging.LogRecord) -> bool:
+    """A filter for HUB_TRIES_AGAIN: the first try that fails is told in our words, with what can be done; no other."""
+    message = record.getMessage()
+    if "thrown while requesting" not in message:
+        return not message.startswith("Retrying in")
+    first, record.args = not told_of_hub, ()
+    why = message.partition(" thrown while")[0].strip("'\"")
+    record.msg = (
+        f"the Hub does not answer ({why}): trying again for some seconds. Without a network, HF_HUB_OFFLINE=1 takes "
+        "what is in the cache, and a folder needs none"
+    )
+    told_of_hub.append(why)
+    return first
 
 
 def matters(record: logging.LogRecord) -> bool:
@@ -124,6 +145,7 @@ def hush_libraries() -> None:
     warnings.filterwarnings("ignore", DEPRECATED, FutureWarning)
     for name in SAID_IN_VAIN:
         logging.getLogger(name).addFilter(matters)
+    logging.getLogger(HUB_TRIES_AGAIN).addFilter(tells_once)
     if not on_terminal():
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
             os.environ.setdefault(name, "1")

@@ -22,6 +22,7 @@ import torch
 from transformers import TrainerState, TrainingArguments
 
 from scoring.bar import draw, erase, on_terminal
+from scoring.report_values import plural
 from training.heartbeat import heart
 from training.page_costs import peak_tflops
 from training.processes import add_up, is_main, say, take_largest, world_size
@@ -42,7 +43,8 @@ def say_batch(args: TrainingArguments) -> None:
     """The pages of a step as arithmetic."""
     micro, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
     total = micro * accumulated * world_size()
-    say(f"{micro} pages x {accumulated} accumulated x {world_size()} processes = {total} pages per step")
+    ranks = plural(world_size(), "process")
+    say(f"{plural(micro, 'page')} x {accumulated} accumulated x {ranks} = {plural(total, 'page')} per step")
 
 
 class Meter:

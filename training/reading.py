@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.containers import FILE_KINDS, MAX_FILE_BYTES, PICTURES, Container, Folder, find_container
+from training.containers import FILE_KINDS, LAYOUTS, MAX_FILE_BYTES, PICTURES, Container, Folder, find_container
 from training.dataset import BadPage, DatasetSource, Row, shortened
 from training.errors import DataError, is_disk_full, is_out_of_memory
 from training.tables import Table, open_table
@@ -238,6 +238,8 @@ def _reason(error: BaseException) -> str:
             "it is read by a script of its own, which nobody runs any more; --dataset_revision refs/convert/parquet "
             "where the Hub has converted it, else save its rows as Parquet or JSON Lines"
         )
+    if type(error).__name__ in ("EmptyDatasetError", "DataFilesNotFoundError"):  # their own name no remedy
+        return f"nothing in it is a dataset; {LAYOUTS}"
     if "error occurred while generating" in str(error) and error.__cause__ is not None:  # which says nothing
         error = error.__cause__
     return shortened(f"{type(error).__name__}: {error}", 400)

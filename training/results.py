@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import use_model_from_hub as use
 from scoring import metrics
-from scoring.statistics import paired_comparison
+from scoring.report_values import plural
+from scoring.statistics import FEW, paired_comparison
 from training.evaluation import Rendering, Row, keep_outputs
 from training.processes import in_columns, say
 
@@ -82,7 +83,7 @@ class Results:
             return
         before, after = self.by_label["before"], self.by_label["after"]
         told = (
-            f"before training {100 * before['exact']:.1f} % of {before['n']} held-out pages were exact; "
+            f"before training {100 * before['exact']:.1f} % of {plural(before['n'], 'held-out page')} were exact; "
             f"after it {100 * after['exact']:.1f} % are exact and {100 * after['valid']:.1f} % valid; "
             f"with the screenshots shuffled {100 * (after['shuffled_exact'] or 0):.1f} % are exact"
         )
@@ -93,6 +94,7 @@ class Results:
                 f"{metrics.entry(metrics.CHOOSING).label} of the rendered pages: {found['before']:.3f} before, "
                 f"{found['after']:.3f} after; difference {found['difference']:+.3f} "
                 + (interval if found["n"] > 1 else "on one page, which gives no interval")
+                + (f"; {found['n']} pages are too few for it to mean much" if 1 < found["n"] < FEW else "")
             )
             say(in_columns(told))
 

@@ -54,7 +54,7 @@ def take_folders(resolved: Resolved) -> None:
     settings, output_dir = resolved.settings, Path(resolved.training["output_dir"])
     own(output_dir, "--output_dir")
     own(Path(settings.final_dir), "--final_dir", f".{use.FINAL_FOLDER}.owner")
-    if local_rank() == 0 and not (settings.resume or settings.show_supervision):
+    if local_rank() == 0 and not settings.resume:
         mark_beginning(output_dir, resolved.record)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import use_model_from_hub as use
+from training import at_hand
 from training import training_arguments as fields_of_transformers
 from training.checkpoints import checkpoints_in, read_manifest
 from training.cleaning import cleaning_steps
@@ -546,9 +547,9 @@ def answer(argv: list[str]) -> None:
     """--help and --check_settings: says what there is to say, and ends the process; so does any other command line
     where this is no Linux. Others go on, with less noise from what is imported next.
 
-    --check_settings ends it with 0, or with 2 and a line on stderr for each problem. The code is the one that training
-    resolves and checks with, for a machine at which nobody has looked: so it needs no torch, and a second or two. The
-    wrapper asks this before it starts the launcher, with WORLD_SIZE set.
+    --check_settings ends it with 0 and what was checked, or with 2 and a line on stderr for each problem. The code is
+    the one that training resolves and checks with, for a machine at which nobody has looked: so it needs no torch, and
+    some seconds. The wrapper asks this before it starts the launcher, with WORLD_SIZE set.
     """
     helps = {"-h", "--help"} & {*argv}
     if not helps:
@@ -562,8 +563,12 @@ def answer(argv: list[str]) -> None:
         problems.append("--check_settings False: leave it out")
     # The wrapper has looked for GPUs, and says by DS_ACCELERATOR that its ranks will find none.
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or resolved.training["use_cpu"]
-    if not problems and on_cpu and (words := slow_words(vars(resolved.settings), resolved.training)):
-        print(words, flush=True)
+    if not problems:
+        found = at_hand.look(resolved.settings)
+        problems += found.problems
+        slow = on_cpu and found.base_is_there and slow_words(vars(resolved.settings), resolved.training)
+        if not problems:
+            print(at_hand.words(found), *([slow] if slow else []), sep="\n", flush=True)
     for problem in problems:
         print(" ".join(problem.split()), file=sys.stderr, flush=True)
     sys.exit(2 if problems else 0)
@@ -575,10 +580,13 @@ def ask_before_cpu(resolved: Resolved) -> str:
     told = resolved.settings.yes and "HOLO1_STATUS_DIR" in os.environ
     if told or (resolved.machine.gpu and not resolved.training["use_cpu"]):
         return ""
-    if words := slow_words(vars(resolved.settings), resolved.training):
+    at_hand.look_at_base(resolved.settings.base_model, resolved.settings.base_revision, found := at_hand.Found())
+    # One that the Hub does not give is told where it is fetched, once.
+    if found.base_is_there and (words := slow_words(vars(resolved.settings), resolved.training)):
         print(words, file=sys.stderr, flush=True)
         sure(resolved.settings.yes)
-    return words
+        return words
+    return ""
 
 
 def find_problems(resolved: Resolved) -> list[str]:

@@ -422,5 +422,5 @@ def folder_trouble(folder: str | Path) -> str:
         # Asked of the file system itself: permissions alone say yes to root, and to a read-only disk.
         tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
-        return f"{place}: {error.strerror}"
+        return f"nothing can be written into {place} ({error.strerror})"
     return ""

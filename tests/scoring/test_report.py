@@ -242,9 +242,9 @@ def test_what_nobody_measured_is_not_in_the_summary(tmp_path):
 def test_the_summary_shows_them_and_names_the_failures(tmp_path):
     html = written(tmp_path, sample())
     assert re.findall(r"<dt>(\w+)</dt><dd>([^<]*)</dd><dd class=\"small\">([^<]*)", html) == [
-        ("pages", "7", ""), ("likeness", "0.428", "failures as 0"), ("failures", "1", "14 %"),
-        ("valid", "100 %", "7 of 7"), ("truncated", "0 %", "0 of 7"), ("looping", "0 %", "0 of 7"),
-        ("exact", "0 %", "0 of 7"),
+        ("pages", "7", ""), ("likeness", "0.428", "failures as 0"), ("failures", "1", "14.3 %"),
+        ("valid", "100.0 %", "7 of 7"), ("truncated", "0.0 %", "0 of 7"), ("looping", "0.0 %", "0 of 7"),
+        ("exact", "0.0 %", "0 of 7"),
     ]  # fmt: skip
     line = re.search(r'<th scope="row">likeness</th><td>(.*?)<span.*?</td><td>(.*?)</td><td>(.*?)</td>', html)
     assert line.groups() == ("0.428", "0.514", "5")
@@ -310,8 +310,8 @@ def test_pages_that_chose_the_weights_are_shown_and_left_out_of_every_number(tmp
     assert names_in(html) == ["chose and failed", "compares", "compares, too", "chose well"]
     top, cards = html[: html.index('id="pages"')], html[html.index('id="cards"') :].split("<article")[1:]
     assert re.findall(r"<dt>(\w+)</dt><dd>([^<]*)</dd><dd class=\"small\">([^<]*)", top)[:4] == [
-        ("pages", "2", ""), ("likeness", "0.300", "failures as 0"), ("failures", "0", "0 %"),
-        ("valid", "100 %", "2 of 2"),
+        ("pages", "2", ""), ("likeness", "0.300", "failures as 0"), ("failures", "0", "0.0 %"),
+        ("valid", "100.0 %", "2 of 2"),
     ]  # fmt: skip
     line = re.search(r'<th scope="row">likeness</th><td>(.*?)<span.*?</td><td>(.*?)</td><td>(.*?)</td>', top)
     assert line.groups() == ("0.300", "0.300", "2")

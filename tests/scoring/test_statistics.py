@@ -36,7 +36,7 @@ def test_failures_count_as_zero_and_are_named():
     assert (found["block"], found["block_without_failures"]) == (0.4, 0.8)
     found_shares = shares([good, bad])
     assert found_shares == {"valid": 0.5, "not rendered": 0.5}
-    assert "50.0 % valid, 1 failures, counted as 0: block 0.400" in page_scores.summary_line(found | found_shares)
+    assert "50.0 % valid, 1 failure, counted as 0: block 0.400" in page_scores.summary_line(found | found_shares)
 
 
 def test_summarise_gives_shares():

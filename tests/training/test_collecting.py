@@ -50,11 +50,15 @@ def test_loading_again_leaves_pages_that_are_in_use_alone(tmp_path):
 def test_too_many_broken_pages_are_refused_by_name(tmp_path):
     pages = [*good_pages(49), ("a.png", b"x", page_html(50))]
     _, _, report = load(write_folder(tmp_path / "in", pages), tmp_path / "out")
-    assert str(report) == "104 asked, 1 unreadable, 49 kept; the dataset ended after 50 pages"  # 2 % are borne
+    assert str(report) == (
+        "104 asked, 1 unreadable, 49 kept; the dataset ended after 50 pages: 45 to train on and 4 held out, of 100 and "
+        "4 that were asked for"
+    )  # 2 % are borne
     pages[7] = ("b.png", picture(7), "")
     with pytest.raises(DataError) as error:
         load(write_folder(tmp_path / "in", pages), tmp_path / "out")
     assert "2 of 50 pages are broken, more than --max_bad_share 0.02: " in str(error.value)
+    assert "; repair them, leave them out, or give --max_bad_share 0.04; " in str(error.value)
     assert all(part in str(error.value) for part in ("a.png (unreadable: 1 b", "b.png (empty", "dropped_pages.jsonl"))
 
 
@@ -64,7 +68,8 @@ def test_drops_are_counted_by_reason_and_told_in_one_line(tmp_path):
     pages += [("shot.png", picture(6), page_html(302))]
     _, _, report = load(write_folder(tmp_path / "in", pages), tmp_path / "out", num_samples=996)
     assert str(report) == (
-        "1,000 asked, 3 too long, 1 unreadable, 2 duplicate, 100 kept; the dataset ended after 106 pages"
+        "1,000 asked, 3 too long, 1 unreadable, 2 duplicate, 100 kept; the dataset ended after 106 pages: "
+        "96 to train on and 4 held out, of 996 and 4 that were asked for"
     )
     names = dropped(tmp_path / "out")
     assert sorted(names.values()) == ["duplicate", "duplicate", "too long", "too long", "too long", "unreadable"]
@@ -81,7 +86,10 @@ def test_a_budget_that_no_page_meets_does_not_read_for_ever(tmp_path):
 def test_a_dataset_smaller_than_asked_gives_a_fifth_at_most_to_the_held_out_part(tmp_path):
     training, held_out, report = load(write_folder(tmp_path / "in", good_pages(20)), tmp_path / "out", eval_pages=64)
     assert (len(training), len(held_out)) == (16, 4)
-    assert str(report) == "164 asked, 20 kept; the dataset ended after 20 pages; 4 held out instead of 64"
+    assert str(report) == (
+        "164 asked, 20 kept; the dataset ended after 20 pages: 16 to train on and 4 held out, of 100 and 64 that were "
+        "asked for"
+    )
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, "0 kept"), (1, "1 kept"), (2, None)])
@@ -107,14 +115,18 @@ def test_the_shared_pages_load_with_the_real_tokenizer(tmp_path, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(need_shared("qwen_tokenizer"))
     monkeypatch.setattr(small_pages, "count_tokens", lambda html, *size: (len(tokenizer(html).input_ids), 1))
     training, held_out, report = load(pages, tmp_path, num_samples=1000, eval_pages=8, max_html_tokens=8192)
-    assert str(report) == "1,008 asked, 8 too long, 66 kept; the dataset ended after 74 pages"
+    assert str(report).startswith("1,008 asked, 8 too long, 66 kept; the dataset ended after 74 pages: 58 to train on ")
     assert (len(training), len(held_out)) == (58, 8)
     assert max(training["html_tokens"]) <= 8192
 
 
 @pytest.mark.parametrize(
     ("pages", "asked", "said"),
-    [(24, 1000, ["24 of 24 in"] * 2), (24, 6, ["10 of 10 in"]), (None, 1000, ["read: 24 in"] * 2)],
+    [
+        (24, 1000, ["read: 24 of 24 in", "read again, with 4 held out: 24 of 24 in"]),
+        (24, 6, ["10 of 10 in"]),
+        (None, 1000, ["read: 24 in", "held out: 24 in"]),
+    ],
 )
 def test_the_bar_counts_to_what_there_is(tmp_path, monkeypatch, capfd, pages, asked, said):
     """It said 1/1004 and hours of a folder of 24 pages; of a dataset that does not say how many it has, it says none.

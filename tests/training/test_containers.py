@@ -253,3 +253,11 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "p.parquet")
     with pytest.raises(DataError, match="neither a file nor a folder"):
         arrived(tmp_path / "p.parquet")
+
+
+def test_a_folder_without_a_dataset_says_what_one_is(tmp_path):
+    (tmp_path / "notes.foo").write_text("none")
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path, tmp_path / "empty"):
+        with pytest.raises(DataError, match=r"HTML files of the same names \(shop.png, shop.html\)"):
+            arrived(folder)

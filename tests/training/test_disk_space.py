@@ -10,6 +10,7 @@ from training.disk_space import (
     checkpoint_bytes,
     checkpoints_at_once,
     final_bytes,
+    room_words,
     shortage,
     still_to_write,
     trained_numbers,
@@ -80,6 +81,14 @@ def test_a_disk_that_is_too_small_is_named_with_both_sizes(tmp_path):
     assert (
         f"{free / 1e9:.1f} GB free" in wrong and f"{2 * free / 1e9:.1f} GB" in wrong and "--save_total_limit" in wrong
     )
+
+
+def test_what_a_run_writes_stands_beside_what_is_free(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    told = room_words([(tmp_path / "not" / "there", 70_000_000), (tmp_path, 10_000_000)], "no checkpoint")
+    begins, ends = "disk: this run writes up to 0.08 GB at once; ", " GB are free (no checkpoint)"
+    assert told.startswith(begins) and told.endswith(ends)
+    assert abs(float(told[len(begins) : -len(ends)].replace(",", "")) - free / 1e9) < 1
 
 
 def test_only_what_is_trained_has_moments(tmp_path):

@@ -69,7 +69,7 @@ def test_the_plan_obeys_a_typed_share_of_recomputed_layers(base):
 
 def test_the_plan_says_that_the_plain_path_is_not_planned(base):
     fast, plain = plan_of(base, *ZERO_3), plan_of(base, *ZERO_3, "--fast", "False")
-    assert "the plain path (--fast False) is not planned: it takes 1 pages at once" in plain
+    assert "the plain path (--fast False) is not planned: it takes 1 page at once" in plain
     assert "100% of the layers recomputed" in plain
     assert "activations  head" in fast and "activations  head" not in plain
     weights = {(row[0], row[4]) for row in rows_of(fast)}

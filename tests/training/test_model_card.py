@@ -103,7 +103,7 @@ def test_the_card_says_what_the_facts_say(tmp_path: Path) -> None:
         "pipeline_tag": "image-text-to-text",
         "tags": ["screenshot-to-html"],
     }
-    for row in ("| valid | 0.95 | the share", "| train_loss | 0.25 |", "| steps | 120 |", "| measure | score | what"):
+    for row in ("| valid | 0.950 | the share", "| train_loss | 0.25 |", "| steps | 120 |", "| measure | score | what"):
         assert row in text
     assert "not measured" not in text and "| commit |" not in text and "before" not in text
     for fact in ("961 kept", "learning_rate | 1e-05", "1003520", "1 x H200", "cc-by-4.0, asks for credit"):
@@ -326,5 +326,5 @@ def test_a_number_that_no_run_has_is_found_on_a_card(tmp_path: Path) -> None:
     assert "4.57" in numbers_without_a_source(text, sources)
     sources["run"]["added by describe"] = ["4.57 and 5.23", *QWEN_RESEARCH]
     assert not numbers_without_a_source(text, sources)
-    assert numbers_without_a_source(text.replace("| 0.95 |", "| 0.951 |"), sources) == ["0.951"]
-    assert numbers_without_a_source(text, {**sources, "after": results | {"valid": 0.96}}) == ["0.95"]
+    assert numbers_without_a_source(text.replace("| 0.950 |", "| 0.951 |"), sources) == ["0.951"]
+    assert numbers_without_a_source(text, {**sources, "after": results | {"valid": 0.96}}) == ["0.950"]

@@ -67,7 +67,7 @@ def test_every_broken_page_is_found_and_no_other(tmp_path):
     assert sorted(page["name"] for page in [*training, *held_out]) == [name for name, _, _ in good_pages(40)]
     assert str(report) == (
         "104 asked, 17 unreadable, 2 too large, 7 outside the folder, 5 empty, 40 kept; "
-        "the dataset ended after 71 pages"
+        "the dataset ended after 71 pages: 36 to train on and 4 held out, of 100 and 4 that were asked for"
     )
 
 

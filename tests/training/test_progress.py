@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from training import processes
 from training.processes import DEPRECATED, SAID_IN_VAIN, in_columns, matters
 from training.progress import draw_loss, log_line
 
@@ -59,3 +60,15 @@ def test_only_the_deprecations_that_deepspeed_causes_are_left_out():
         )
         warnings.warn("`torch.load` is deprecated. Use another", FutureWarning, stacklevel=1)
     assert [str(one.message)[:12] for one in heard] == ["`torch.load`"]
+
+
+def test_a_hub_that_does_not_answer_is_told_once_with_the_remedy(monkeypatch, caplog):
+    """By the real client against a port at which nobody listens; its waits are as long as here is patience."""
+    from huggingface_hub.utils import http_backoff
+
+    monkeypatch.setattr(processes, "told_of_hub", [])
+    processes.hush_libraries()
+    with caplog.at_level("WARNING"), pytest.raises(Exception, match="refused"):
+        http_backoff("HEAD", "http://127.0.0.1:9/x", max_retries=2, base_wait_time=0.01)
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith("the Hub does not answer (") and "HF_HUB_OFFLINE=1" in said and "refused" in said

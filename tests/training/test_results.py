@@ -75,3 +75,15 @@ def test_the_report_shows_what_the_base_wrote_and_how_the_training_went(tmp_path
     assert "mean likeness 0.750, 0.250 before training" in report and "before 1</code>" in report
     assert "<title>step 10: 0.500</title>" in report and "Training loss" in report
     assert not [*tmp_path.glob("rendered_*")]
+
+
+def test_the_last_words_say_where_pages_are_too_few(tmp_path, capsys):
+    results = Results(tmp_path, use.Recipe(), pages=[], rendering=None)
+    found = {"n": 3, "before": 0.1, "after": 0.5, "difference": 0.4, "low": 0.3, "high": 0.5, "p": 0.25}
+    run = {"n": 3, "exact": 0.0, "valid": 1.0, "shuffled_exact": None}
+    results.add("before", run, [])
+    for count, few in ((3, True), (10, False)):
+        results.add("after", run | {"comparison": {"metrics": {CHOOSING: found | {"n": count}}}}, [])
+        results.say_difference()
+        told = " ".join(capsys.readouterr().out.split())
+        assert ("p = 0.2500); 3 pages are too few for it to mean much" in told) == few

@@ -90,7 +90,8 @@ def test_a_run_goes_on_with_another_number_of_processes(way, exact_base, pages_f
         more = ["--resume", "--max_steps", str(last)]
         done = start(more, tmp_path, processes=processes, script=RECORDED)
         assert done.returncode == 0, output(done)
-        words = f"1 pages x {accumulated} accumulated x {processes} processes = 4 pages per step"
+        ranks = "1 process" if processes == 1 else f"{processes} processes"
+        words = f"1 page x {accumulated} accumulated x {ranks} = 4 pages per step"
         assert words in done.stdout and f"going on from {OUT}/checkpoint-{last - 2}" in done.stdout
         assert (f"to {processes} processes in" in done.stdout) == (way == "ZeRO-3")
         assert pages_of_steps(tmp_path) == {step: pages[step] for step in (last - 1, last)}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import MAIN, PLAIN_JSON, ROOT, run_script
+from small_pages import good_pages, write_folder
 
 from training.errors import SettingsError
 from training.run_record import write_record
@@ -142,7 +143,7 @@ BAD_SETTINGS = [
     (["--lora_alpha", "0"], "--lora_alpha 0: at least 1"),
     (["--resume_from_checkpoint", "gone"], "--resume_from_checkpoint gone "),
     (["--output_dir", "file/below"], "--output_dir file/below: "),
-    (["--output_dir", "/proc/below"], "--output_dir /proc/below: /proc: "),
+    (["--output_dir", "/proc/below"], "--output_dir /proc/below: nothing can be written into /proc ("),
 ]
 
 
@@ -285,6 +286,7 @@ def test_a_gpu_that_is_not_to_be_used_counts_as_none(tmp_path):
 # -----------------------------------------------------------------------------
 # The real script
 
+
 THREE = ["--learning_rat", "1e-5", "--dataset", "./nowhere", "--max_html_tokens", "-4"]
 THREE_PROBLEMS = [
     "--learning_rat: no such flag; did you mean --learning_rate?",
@@ -306,11 +308,20 @@ def test_the_check_names_all_problems_a_line_each_and_loads_nothing_heavy(tmp_pa
 
 
 @pytest.mark.slow
-def test_the_check_of_good_settings_is_silent(tmp_path):
+def test_the_check_of_good_settings_says_what_was_checked_and_what_not(tmp_path):
     flags = ["--deepspeed", str(ROOT / "ds_z3.json"), "--optim", "adafactor", "--data_seed", "3"]
-    world = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+    world = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    world |= {"HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
+    write_folder(tmp_path / "pages", good_pages(3))
+    flags += ["--dataset", "pages", "--dataset", "USER/NAME"]
     done = run_script(MAIN, "--check_settings", *flags, cwd=tmp_path, env=world)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stderr) == (0, "")
+    silent = "(the Hub does not answer: ConnectError)"
+    assert " ".join(done.stdout.split()) == (
+        "checked, and well as far as it could be seen: settings, folders, --dataset pages (metadata.jsonl); not "
+        f"checked: --base_model Hcompany/Holo1-3B {silent}, --dataset USER/NAME {silent}, each page, GPU memory "
+        "(--plan)"
+    )
 
 
 @pytest.mark.slow
