@@ -89,7 +89,14 @@ def at_the_readers(tmp_path, monkeypatch) -> Path:
     checkpoint = tmp_path / training_settings.TRAINING_DEFAULTS["output_dir"] / "checkpoint-8"
     checkpoint.mkdir(parents=True)
     write_record(checkpoint.parent, training_settings.resolve(["--deepspeed", str(ROOT / "ds_z3.json")]).record)
-    for name in ("my_pages", "references", "predictions", "site", "holo1_dom_finetune_output/evaluation"):
+    for name in (
+        "my_pages",
+        "references",
+        "predictions",
+        "site",
+        "screenshots",
+        "holo1_dom_finetune_output/evaluation",
+    ):
         (tmp_path / name).mkdir()
     for name in ("PAGE.png", "reference.html", "prediction.html"):
         (tmp_path / name).write_bytes(b"")
@@ -459,7 +466,7 @@ def test_ci_runs_the_readmes_own_test_command():
 
 def test_every_import_is_a_requirement_or_comes_with_one():
     """Names as packages call them; the few that other requirements bring along are named here."""
-    brought = ["fsspec", "pyarrow", "safetensors", "tokenizers", "yaml", "numpy", "scipy", "markupsafe"]
+    brought = "fsspec pyarrow safetensors tokenizers yaml numpy scipy markupsafe httpx httpx2".split()
     names = {re.split(r"[<>=\s]", line)[0] for line in (ROOT / "requirements.txt").open() if line[0] not in "#\n"}
     packages = {
         {"pillow": "PIL", "scikit-image": "skimage", "opencv-python-headless": "cv2"}.get(name, name) for name in names
