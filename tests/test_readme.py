@@ -436,7 +436,13 @@ def test_every_file_named_in_the_text_exists():
 
 def test_every_flag_named_in_the_text_exists(at_the_readers):
     text = re.sub(r"^```.*?^```$", "", TEXT, flags=re.MULTILINE | re.DOTALL)
-    known = {*training_settings.parse([])[0], *vars(wrapper.read_command_line([])[0]), "deepspeed", "help_training"}
+    known = {
+        *training_settings.parse([])[0],
+        *vars(wrapper.read_command_line([])[0]),
+        "deepspeed",
+        "help",
+        "help_training",
+    }
     known |= {*vars(use.parse(["--image", "PAGE.png"])), *vars(make_pages.parse_arguments(["site", "--out", "x"]))}
     known |= {*vars(page_scores.parse(["reference.html", "prediction.html"]))}
     assert not [flag for flag in re.findall(r"`--(\w+)", text) if flag not in known]
