@@ -455,3 +455,29 @@ def test_ctrl_c_leaves_although_the_server_is_silent(fake, tmp_path):
     ended = run_script(str(ROOT / "tests/programs/writes_until_interrupted.py"), fake.url, cwd=tmp_path, timeout=20)
     assert ended.returncode == 130 and "interrupted" in ended.stdout, ended.stderr
     assert time.monotonic() - start < 10
+
+
+# -----------------------------------------------------------------------------
+# From the command line
+
+
+def test_a_folder_of_screenshots_is_written_by_a_server_and_goes_on_where_it_was(fake, tmp_path, monkeypatch, capsys):
+    """Through use_model_from_hub.py: what failed is named, the rest is written, and asked for no second time."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / use.RECIPE_FILE).write_text('{"max_html_tokens": 64}')
+    (tmp_path / "shots").mkdir()
+    for number in range(5):
+        picture(number).save(tmp_path / "shots" / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    fake.faults = {2: ["context"], 3: ["500", "reset"]}
+    asked = ["--image", "shots", "--output", "pages", "--model", "./model", "--server", fake.url]
+    monkeypatch.setattr(use, "load_model", lambda *unused: pytest.fail("a model was loaded, though a server writes"))
+    assert use.main(asked) == 80
+    assert "shots/2.png: " in (told := capsys.readouterr().err) and "4 new, 1 failed" in told
+    for number in (0, 1, 3, 4):
+        assert (tmp_path / "pages" / f"{number}.html").read_text(encoding="utf-8") == HTML.format(number) + "\n"
+    assert not (tmp_path / "pages" / "2.html").exists()
+    came = len(fake.asked)
+    assert use.main(asked) == 0 and len(fake.asked) == came + 1
+    assert "4 of 5 pages were there, 1 new, 0 failed" in capsys.readouterr().err
