@@ -362,6 +362,7 @@ def test_there_are_sixty_of_them():
     assert len(HOSTILE) >= 60
 
 
+@pytest.mark.first
 @pytest.mark.slow
 def test_hostile_pages_reach_nothing_and_end(renderer, listener, tmp_path, monkeypatch):
     canary = tmp_path / "canary.svg"
