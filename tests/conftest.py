@@ -5,6 +5,7 @@ whose pictures PIL has drawn. Both are made once for the whole session.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -270,6 +271,20 @@ def make_pages(folder: Path, count: int, seed: int = 0) -> Path:
         rows.append({"file_name": f"{number:03d}.png", "text": html})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+@pytest.hookimpl(trylast=True)  # once what -m and -k leave out is gone
+def pytest_collection_modifyitems(items):
+    """Each of pytest-xdist's workers, which get equal shares in this order, begins with its part of what takes a minute
+    or more: begun last, that would leave the other cores with nothing."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    long = [item for item in items if item.get_closest_marker("first")]
+    others, ordered = iter([item for item in items if not item.get_closest_marker("first")]), []
+    for number in range(workers):
+        share = (len(items) - len(ordered)) // (workers - number)
+        begun = long[number::workers]
+        ordered += [*begun, *itertools.islice(others, max(share - len(begun), 0))]
+    items[:] = [*ordered, *others]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -216,6 +216,7 @@ def test_too_few_pages_are_refused_before_anything_runs(tiny_base, pages_folder,
 # The whole
 
 
+@pytest.mark.first
 @pytest.mark.slow
 def test_all_ways_train_the_same_pages_from_the_same_weights(tiny_base, pages_folder, tmp_path):
     ways = ["ours", "plain", *["trl"] * (importlib.util.find_spec("trl") is not None)]

@@ -58,6 +58,7 @@ def assert_quiet(done: subprocess.CompletedProcess, folder: Path) -> None:
     assert sum(line.startswith("pages scored: ") for line in done.stderr.splitlines()) >= 2, "a bar's twin for files"
 
 
+@pytest.mark.first
 @pytest.mark.slow
 def test_demo_fine_tunes_through_launcher_and_zero_3(tmp_path):
     """The README's first command: hardly a page right before, most of them after, and none by guessing."""

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -45,9 +45,8 @@ def test_a_figure_that_misses_is_shown_and_not_rounded_away(capsys):
 
 @pytest.mark.slow
 def test_two_kills_are_resumed_to_the_same_pages_and_weights(tmp_path):
-    script, out = str(ROOT / "benchmarks" / "fault_drill.py"), tmp_path / "drill"
-    done = run_script(script, "--kills", "2", "--trials", "0", "--wrapper_trials", "0", "--out", str(out), cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    out = tmp_path / "drill"
+    assert fault_drill.main(["--kills", "2", "--trials", "0", "--wrapper_trials", "0", "--out", str(out)]) == 0
     rows = json.loads(out.with_suffix(".json").read_text())["rows"]
     assert (rows["kill"]["trials"], rows["kill"]["good"]) == (2, 2)
     assert "| SIGKILL at a random instant, resumed | 2 of 2 |" in out.with_suffix(".md").read_text()

@@ -262,6 +262,7 @@ def test_every_step_is_logged_and_drawn(tiny_base, pages_folder, tmp_path):
 # What does not fit, and several machines
 
 
+@pytest.mark.first
 @pytest.mark.slow
 @pytest.mark.parametrize(("start", "failing"), [(start_torchrun, "1"), (start_deepspeed, "01")])
 def test_a_batch_that_does_not_fit_restarts_with_half_as_many_pages(start, failing, exact_base, pages_folder, tmp_path):
@@ -280,6 +281,7 @@ def test_a_batch_that_does_not_fit_restarts_with_half_as_many_pages(start, faili
     assert not list(tmp_path.glob("*/earlier-*")), "what it wrote before it restarted is its own"
 
 
+@pytest.mark.first
 @pytest.mark.slow
 def test_two_machines_with_disks_of_their_own_train_together(tiny_base, pages_folder, tmp_path):
     """Two wrappers on the loopback address, each in a folder of its own; the second reads the same pages for itself."""
@@ -507,6 +509,7 @@ def test_out_of_memory_while_judging_leaves_an_emergency_checkpoint(
     assert any(not torch.equal(saved[name], value) for name, value in weights(tiny_base).items()), "untrained"
 
 
+@pytest.mark.first
 @pytest.mark.slow
 def test_a_resumed_run_knows_the_best_weights_and_what_they_wrote(tiny_base, pages_folder, tmp_path):
     """Step 1 is the best; step 3 is judged once without a plan, which ends that run."""

@@ -121,17 +121,11 @@ def start(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("codes", "expected", "meaning"),
-    [
-        ([0, 0], 0, "exit 0: done"),
-        ([85, 85], 85, "exit 85: stopped by a signal, state saved"),
-        ([82, 83], 82, "exit 82: loss or gradients not finite"),
-    ],
-)  # fmt: skip
-def test_the_training_s_own_code_comes_back(start, codes, expected, meaning):
-    run = start("leaves", codes, meeting=expected == 0)
-    assert (run.end(), meaning in run.log()) == (expected, True), run.log()
+def test_the_first_rank_s_own_code_comes_back(start):
+    """0 and 85 do so, too: see two wrappers that start at once, and signals."""
+    run = start("leaves", [82, 83])
+    assert run.end() == 82, run.log()
+    assert "exit 82: loss or gradients not finite" in run.log()
     assert alive(run.wait_until_ready().run_id) == []
 
 
@@ -143,6 +137,9 @@ def test_ranks_run_on_the_same_interpreter_with_what_a_cpu_needs(start, monkeypa
     names = "DS_ACCELERATOR LOCAL_SIZE WORLD_SIZE LOCAL_RANK OMP_NUM_THREADS CUDA_VISIBLE_DEVICES"
     run = start("writes", names.split())
     assert run.end() == 0, run.log()
+    assert alive(run.wait_until_ready().run_id) == [], "each rank had started a helper in a session of its own"
+    where = Path((run.folder / "where").read_text())
+    assert where.parent == run.folder / "tmp" and not where.exists() and run.left_behind() == []
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     assert [(run.folder / f"seen-{rank}").read_text() for rank in range(2)] == [
         f"{sys.executable} cpu 2 2 {rank} {threads} {shown} --local_rank={rank} --deepspeed zero.json"
@@ -187,19 +184,12 @@ def test_what_all_ranks_have_left_decides_whatever_becomes_of_the_launcher(start
     assert alive(run.run_id) == []
 
 
-@pytest.mark.slow
-def test_helpers_of_ranks_are_not_left_behind(start):
-    run = start("leaves_a_helper")
-    assert run.end() == 0
-    assert alive(run.wait_until_ready().run_id) == []
-
-
 # -----------------------------------------------------------------------------
 # Signals
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_all_ranks_at_once_and_their_85_comes_back(start, number):
     # The second rank leaves first: the launcher would now end the main rank, which still saves.
     run = start("saves", main_seconds=4, undo=True)
@@ -208,8 +198,7 @@ def test_a_signal_reaches_all_ranks_at_once_and_their_85_comes_back(start, numbe
     run.process.send_signal(number)
     assert run.end(20) == 85, run.log()
     received = [(run.folder / f"stopped-{rank}").read_text().split() for rank in range(2)]
-    expected = signal.SIGTERM if number == signal.SIGHUP else number
-    assert [int(name) for name, _ in received] == [expected, expected]
+    assert [int(name) for name, _ in received] == [number, number]
     assert max(float(when) for _, when in received) - sent < 1
     assert "exit 85: stopped by a signal, state saved" in run.log()
     assert alive(run.run_id) == []
@@ -236,11 +225,16 @@ def test_a_second_ctrl_c_ends_everything_within_five_seconds(start):
 
 @pytest.mark.slow
 def test_the_two_hangups_of_a_closing_terminal_count_once(start):
-    run = start("saves", seconds=2).wait_until_ready()
+    run = start("saves", seconds=2, undo=True).wait_until_ready()
+    sent = time.time()
     run.process.send_signal(signal.SIGHUP)
     time.sleep(0.5)
     run.process.send_signal(signal.SIGHUP)
     assert run.end(20) == 85, run.log()
+    received = [(run.folder / f"stopped-{rank}").read_text().split() for rank in range(2)]
+    assert [int(name) for name, _ in received] == [signal.SIGTERM, signal.SIGTERM], "as which it is passed on"
+    assert max(float(when) for _, when in received) - sent < 1
+    assert alive(run.run_id) == []
 
 
 @pytest.mark.slow
@@ -296,14 +290,14 @@ def test_a_script_without_handlers_ends_with_the_signal_s_code(start):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_is_named_and_all_end_within_fifteen_seconds(start, rank):
+def test_a_killed_main_rank_is_named_and_all_end_within_fifteen_seconds(start):
+    """Another one: see the test after this."""
     run = start("waits", deaf=True).wait_until_ready()
-    os.kill(run.pids[rank], signal.SIGKILL)
+    os.kill(run.pids[0], signal.SIGKILL)
     assert run.end(15) == 1, run.log()
-    assert f"ranks [{rank}] have failed" in run.log()
-    died = f"ranks [{rank}] died first and left no exit code: killed, or ended before their last act"
-    assert f"exit 1: {died}; ranks [{1 - rank}] were ended by us\n" in run.log()
+    assert "ranks [0] have failed" in run.log()
+    died = "ranks [0] died first and left no exit code: killed, or ended before their last act"
+    assert f"exit 1: {died}; ranks [1] were ended by us\n" in run.log()
     assert alive(run.run_id) == []
 
 
@@ -328,12 +322,11 @@ def test_no_rank_outlives_a_killed_wrapper_by_five_seconds(start):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["deepspeed.launcher.launch", "deepspeed.launcher.runner"])
-@pytest.mark.parametrize("code", [0, 85])
+@pytest.mark.parametrize(("module", "code"), [("launch", 0), ("runner", 0), ("runner", 85)])  # launch, 85: see below
 def test_a_killed_launcher_is_never_a_success_and_leaves_nobody(start, module, code):
     run = start("saves", code=code) if code else start("waits", deaf=True)
     run.wait_until_ready()
-    os.kill(run.pid_of(module), signal.SIGKILL)
+    os.kill(run.pid_of(f"deepspeed.launcher.{module}"), signal.SIGKILL)
     eventually(lambda: not alive(run.run_id), 6)
     assert run.end(5) == (code or 1), run.log()
     assert "the launcher was killed" in run.log()
@@ -344,16 +337,8 @@ def test_a_save_is_not_cut_when_the_launcher_is_killed(start):
     run = start("stops_in", "saving", 85, 9).wait_until_ready()
     os.kill(run.pid_of("deepspeed.launcher.launch"), signal.SIGKILL)
     assert run.end(20) == 85, run.log()
-    assert f"state saved in {run.folder}" in run.log()
-
-
-@pytest.mark.slow
-def test_nothing_is_left_in_the_temporary_folder(start):
-    run = start("writes_where_codes_go")
-    assert run.end() == 0
-    where = Path((run.folder / "where").read_text())
-    assert where.parent == run.folder / "tmp" and not where.exists()
-    assert run.left_behind() == []
+    assert f"state saved in {run.folder}" in run.log() and "the launcher was killed" in run.log()
+    assert alive(run.run_id) == []
 
 
 # -----------------------------------------------------------------------------
@@ -379,7 +364,7 @@ def test_a_rank_that_hangs_is_named_with_its_stack_and_all_is_ended(start, stops
 @pytest.mark.slow
 def test_a_rank_that_still_imports_is_no_hang(start):
     run = start("imports_for_long", 1, 13)
-    assert run.end(40) == 0, run.log()
+    assert run.end() == 0, run.log()
 
 
 # -----------------------------------------------------------------------------
@@ -392,6 +377,7 @@ def test_two_wrappers_that_start_at_once_take_different_ports_and_both_train(sta
     assert [run.end() for run in both] == [0, 0], both[0].log() + both[1].log()
     ports = {run.log().split("--master_port ")[1].split()[0] for run in both}
     assert len(ports) == 2
+    assert all("exit 0: done" in run.log() for run in both)
     assert both[0].left_behind() == []
 
 
@@ -415,7 +401,7 @@ def test_a_port_that_somebody_takes_while_ranks_import_is_told_with_the_remedy(s
 @pytest.mark.slow
 def test_a_run_out_of_memory_starts_again_with_less_until_it_fits(start):
     run = start("runs_out_of_memory", started_as={"more": ("--micro_batch", "4")})
-    assert run.end() == 0, run.log()
+    assert run.end(120) == 0, run.log()  # three launches
     starts = [line.split() for line in (run.folder / "starts-1").read_text().splitlines()]
     front = ["--deepspeed", "zero.json", "--micro_batch", "4"]
     assert [words[2:] for words in starts] == [
@@ -446,16 +432,12 @@ def start_two(start):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("visible", [None, ""])
-def test_two_machines_train_together(start_two, monkeypatch, visible):
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+def test_two_machines_train_together(start_two):
     names = "WORLD_SIZE LOCAL_RANK MASTER_ADDR CROSS_RANK CUDA_VISIBLE_DEVICES"
     nodes = start_two("writes", names.split())
     assert [node.end() for node in nodes] == [0, 0], nodes[0].log() + nodes[1].log()
-    shown = "0" if visible is None else "1000"
     seen = [(nodes[0].folder / f"seen-{rank}").read_text().removeprefix(f"{sys.executable} ") for rank in range(2)]
-    assert [words.partition(" --")[0] for words in seen] == [f"2 0 127.0.0.1 {rank} {shown}" for rank in range(2)]
+    assert [words.partition(" --")[0] for words in seen] == [f"2 0 127.0.0.1 {rank} 0" for rank in range(2)]
     for rank, node in enumerate(nodes):
         assert f"machine {rank} of 2 x 1 ranks, which meet at 127.0.0.1" in node.log()
         assert alive(node.wait_until_ready().run_id) == []

@@ -3,37 +3,43 @@ two gloo ranks where it matters. What goes wrong, and where, is planned in tests
 """
 
 import json
-import os
-import re
 import signal
-import subprocess
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import PROGRAMS, free_port, output, run_script, small_run, start_plain, start_torchrun
+from conftest import (
+    PROGRAMS,
+    UNRENDERED,
+    Running,
+    in_background,
+    output,
+    small_run,
+    start_plain,
+    start_torchrun,
+)
 
 HANGS = str(PROGRAMS / "hangs.py")
 CHOSEN = str(PROGRAMS / "planned_scores.py")
 PAGE_A_STEP = {"gradient_accumulation_steps": 1, "save_strategy": "steps"}
 
 
-def begin(flags: list[str], cwd: Path, processes: int = 1, **planned: str) -> subprocess.Popen:
-    """The training, whose output is one stream; by torchrun where it has several processes."""
+def planned(cwd: Path, **plan: str) -> dict[str, str]:
+    """The environment of a training that the wrapper has started and for which tests/programs/hangs.py has a plan."""
     (cwd / "status").mkdir(exist_ok=True)
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    environment |= {"HOLO1_STATUS_DIR": str(cwd / "status"), **planned}
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), HANGS, *flags]
-    to = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=cwd, env=environment, **to)
+    return {**UNRENDERED, "PYTHONUNBUFFERED": "1", "HOLO1_STATUS_DIR": str(cwd / "status"), **plan}
 
 
-def when_reached(process: subprocess.Popen, file: Path) -> None:
+def begin(flags: list[str], cwd: Path, **plan: str):
+    """A block with the training as a `Running`."""
+    return in_background(flags, cwd, script=HANGS, env=planned(cwd, **plan))
+
+
+def when_reached(process: Running, file: Path) -> None:
     end = time.monotonic() + 240
     while not file.exists():
-        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+        assert process.poll() is None and time.monotonic() < end, process.said()
         time.sleep(0.05)
 
 
@@ -42,29 +48,13 @@ def codes(cwd: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_ranks_without_a_wrapper_find_a_hang_by_themselves(tiny_base, pages_folder, tmp_path):
-    """Rank 1 is stuck in its second step, rank 0 waits for it in a collective."""
-    flags = small_run(tiny_base, pages_folder, max_steps=4, hang_timeout=15, **PAGE_A_STEP)
-    planned = {"HOW": "hang", "AT_RANK": "1", "AT_STEP": "2"}
-    done = start_torchrun(flags, tmp_path, script=HANGS, env=planned, timeout=200)
-    assert done.returncode != 0 and re.search(r"exitcode\s*: 84", done.stderr), output(done)
-    stuck = re.search(r"hangs on (\S+)", done.stdout)[1]
-    told = re.findall(r"^rank \d hangs: training, 1 steps done, no progress for .*pages: .*", done.stderr, re.MULTILINE)
-    assert told and "--hang_timeout SECONDS" in told[0], output(done)
-    stacks = {file.name: file.read_text() for file in (tmp_path / "holo1_dom_finetune_output" / "stacks").iterdir()}
-    # The launcher ends whoever has not yet found it; here both have the same limit and begin at the same step.
-    assert stacks.keys() <= {"rank-0.txt", "rank-1.txt"} and any("hread 0x" in text for text in stacks.values())
-    if "hread 0x" in stacks.get("rank-1.txt", ""):
-        assert stuck in stacks["rank-1.txt"] and "stuck_loss" in stacks["rank-1.txt"]
-
-
-@pytest.mark.slow
 def test_all_ranks_end_with_83_where_memory_runs_out_on_one(tiny_base, pages_folder, tmp_path):
     """In the second step of rank 1; the other one is stuck, as it would be in a collective of NCCL's."""
     pages = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     flags = small_run(tiny_base, pages_folder, max_steps=4, save_strategy="steps", save_steps=1, **pages)
-    process = begin(flags, tmp_path, 2, HOW="memory", AT_RANK="1", AT_STEP="2", OTHERS="hang")
-    said = process.communicate(timeout=240)[0]
+    plan = planned(tmp_path, HOW="memory", AT_RANK="1", AT_STEP="2", OTHERS="hang")
+    done = start_torchrun(flags, tmp_path, script=HANGS, env=plan)
+    said = output(done)
     assert codes(tmp_path) == {"rank-0": "83", "rank-1": "83"}, said
     assert json.loads((tmp_path / "status" / "smaller").read_text()) == {"micro_batch": 2, "resume": True}
     assert "rank 0: ending after 1 steps, as rank 1 has: 83, out of memory" in said
@@ -73,12 +63,12 @@ def test_all_ranks_end_with_83_where_memory_runs_out_on_one(tiny_base, pages_fol
 @pytest.mark.slow
 def test_a_run_that_reads_pages_ends_at_once(tiny_base, pages_folder, tmp_path):
     """SIGUSR1 is SLURM's warning; the main thread is stuck in C."""
-    process = begin(small_run(tiny_base, pages_folder), tmp_path, HOW="pages")
-    when_reached(process, tmp_path / "reached-0")
-    assert json.loads((tmp_path / "status" / "beat-0").read_text())["limit_s"] is None, "reading pages is no hang"
-    process.send_signal(signal.SIGUSR1)
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + signal.SIGUSR1, said
+    with begin(small_run(tiny_base, pages_folder), tmp_path, HOW="pages") as process:
+        when_reached(process, tmp_path / "reached-0")
+        assert json.loads((tmp_path / "status" / "beat-0").read_text())["limit_s"] is None, "reading pages is no hang"
+        process.send_signal(signal.SIGUSR1)
+        code, said = process.wait(60), process.said()
+    assert code == 128 + signal.SIGUSR1, said
     assert codes(tmp_path) == {"rank-0": str(128 + signal.SIGUSR1)}
     assert "stopped by SIGUSR1: nothing was trained, and checkpoints are as they were" in said
 
@@ -91,11 +81,10 @@ def test_a_run_that_is_killed_while_it_reads_pages_is_the_one_that_goes_on(tiny_
     done = start_plain([*flags, "--learning_rate", "1e-4"], tmp_path)
     assert done.returncode == 0, output(done)
     for number, code in ((signal.SIGINT, 128 + signal.SIGINT), (signal.SIGKILL, -signal.SIGKILL)):
-        process = begin([*flags, "--learning_rate", "3e-4"], tmp_path, HOW="pages")
-        when_reached(process, tmp_path / "reached-0")
-        process.send_signal(number)
-        said = process.communicate(timeout=60)[0]
-        assert process.returncode == code, said
+        with begin([*flags, "--learning_rate", "3e-4"], tmp_path, HOW="pages") as process:
+            when_reached(process, tmp_path / "reached-0")
+            process.send_signal(number)
+            assert process.wait(60) == code, process.said()
         assert (out / "run_begins.json").exists() == (number == signal.SIGKILL)
         (tmp_path / "reached-0").unlink()
     done = start_plain(["--resume"], tmp_path)
@@ -106,11 +95,11 @@ def test_a_run_that_is_killed_while_it_reads_pages_is_the_one_that_goes_on(tiny_
 
 @pytest.mark.slow
 def test_a_run_that_judges_at_the_end_is_told_from_one_that_lost_something(tiny_base, pages_folder, tmp_path):
-    process = begin(small_run(tiny_base, pages_folder, max_steps=1, **PAGE_A_STEP), tmp_path, HOW="judge")
-    when_reached(process, tmp_path / "reached-0")
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode == 85 and codes(tmp_path) == {"rank-0": "85"}, said
+    with begin(small_run(tiny_base, pages_folder, max_steps=1, **PAGE_A_STEP), tmp_path, HOW="judge") as process:
+        when_reached(process, tmp_path / "reached-0")
+        process.send_signal(signal.SIGTERM)
+        code, said = process.wait(60), process.said()
+    assert code == 85 and codes(tmp_path) == {"rank-0": "85"}, said
     last = said.strip().splitlines()[-1]
     assert "the model is whole in holo1_dom_finetune_final" in last and "output/checkpoint-1" in last, said
     card = (tmp_path / "holo1_dom_finetune_final" / "README.md").read_text()
@@ -122,12 +111,15 @@ def test_ranks_that_judge_during_training_agree_and_save_the_step(tiny_base, pag
     """A file asks them; rank 0 is between two batches when it is seen, or about to be."""
     flags = small_run(tiny_base, pages_folder, max_steps=4, eval_every=1, eval_pages=8, **PAGE_A_STEP)
     flags += ["--per_device_eval_batch_size", "1"]
-    process = begin(flags, tmp_path, 2, HOW="judge")
-    when_reached(process, tmp_path / "reached-0")
-    (tmp_path / "holo1_dom_finetune_output" / "SAVE_AND_STOP").touch()
-    time.sleep(3)
-    (tmp_path / "go_on").touch()
-    said = process.communicate(timeout=120)[0]
+    with ThreadPoolExecutor(1) as beside:
+        plan = planned(tmp_path, HOW="judge")
+        run = beside.submit(start_torchrun, flags, tmp_path, script=HANGS, env=plan, timeout=240)
+        while not (tmp_path / "reached-0").exists() and not run.done():
+            time.sleep(0.05)
+        (tmp_path / "holo1_dom_finetune_output" / "SAVE_AND_STOP").touch()
+        time.sleep(3)
+        (tmp_path / "go_on").touch()
+        said = output(run.result())
     assert codes(tmp_path) == {"rank-0": "85", "rank-1": "85"}, said
     assert (tmp_path / "holo1_dom_finetune_output" / "checkpoint-1" / "trainer_state.json").is_file()
     assert "stopped by SAVE_AND_STOP at step 1" in said and "step 2/4" not in said
@@ -138,9 +130,10 @@ def test_ranks_that_judge_during_training_agree_and_save_the_step(tiny_base, pag
 def test_no_rank_waits_for_an_upload(tiny_base, pages_folder, tmp_path):
     """It may take longer than a collective may, which would then end a run whose model is trained and saved."""
     pages = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
-    process = begin(small_run(tiny_base, pages_folder, max_steps=1, **pages), tmp_path, 2, HOW="publish")
-    said = process.communicate(timeout=240)[0]
-    assert process.returncode == 0 and codes(tmp_path) == {"rank-0": "0", "rank-1": "0"}, said
+    flags, plan = small_run(tiny_base, pages_folder, max_steps=1, **pages), planned(tmp_path, HOW="publish")
+    done = start_torchrun(flags, tmp_path, script=HANGS, env=plan)
+    said = output(done)
+    assert done.returncode == 0 and codes(tmp_path) == {"rank-0": "0", "rank-1": "0"}, said
     assert "while it was published, the other rank had ended" in said and "done: python use_model_from_hub.py" in said
 
 
@@ -148,7 +141,7 @@ def test_no_rank_waits_for_an_upload(tiny_base, pages_folder, tmp_path):
 def test_a_failure_while_judging_at_the_end_leaves_a_card(tiny_base, pages_folder, tmp_path):
     """The score of the last evaluation is not planned, which raises a KeyError there."""
     flags = small_run(tiny_base, pages_folder, max_steps=1, **PAGE_A_STEP)
-    done = run_script(CHOSEN, *flags, cwd=tmp_path, env={"PLANNED": "{}", "UNRENDERED": "1"})
+    done = start_plain(flags, tmp_path, script=CHOSEN, env={"PLANNED": "{}", "UNRENDERED": "1"})
     assert done.returncode == 1 and "KeyError: 'after'" in done.stderr, output(done)
     card = (tmp_path / "holo1_dom_finetune_final" / "README.md").read_text()
     assert "trained and saved, but not judged yet" in card and "| steps | 1 |" in card

@@ -1,6 +1,5 @@
 """The real training script, but for one thing that happens on rank AT_RANK when the step AT_STEP begins: HOW is
 
-    hang    the main thread is stuck, for ever, as in a collective that nobody else has called
     memory  the memory runs out; with OTHERS=hang, the other ranks are stuck in that step, as NCCL would wait
     pages   the main thread is stuck where pages are read, before any step
     publish the upload takes until the other rank has left its exit code, or for 30 seconds
@@ -21,7 +20,6 @@ from transformers import Trainer
 
 import holo1_dom_finetune as pipeline
 from training import evaluation
-from training.heartbeat import heart
 from training.processes import rank
 
 how, mine = os.environ["HOW"], rank() == int(os.environ.get("AT_RANK", "0"))
@@ -40,9 +38,8 @@ def stuck_loss(self, *arguments, **options):
     others = not mine and os.environ.get("OTHERS") == "hang"
     if (mine or others) and self.state.global_step + 1 == int(os.environ["AT_STEP"]):
         reached()
-        if how == "memory" and mine:
+        if mine:
             raise torch.OutOfMemoryError("CUDA out of memory, as planned by the test")
-        print("hangs on", *heart.pages, flush=True)
         time.sleep(10_000)
     return compute_loss(self, *arguments, **options)
 
@@ -80,7 +77,7 @@ def slow_publishing(*arguments, real=pipeline.publish):
 
 if how == "publish":
     pipeline.publish = slow_publishing
-elif how in ("hang", "memory"):
+elif how == "memory":
     Trainer.compute_loss = stuck_loss
 elif how == "pages":
     pipeline.prepare_pages = stuck_pages

@@ -138,24 +138,15 @@ def cannot_end() -> None:
     leave(0)
 
 
-def leaves_a_helper() -> None:
-    start_a_helper()
-    ready()
-    leave(0)
-
-
 def writes(variables: list[str]) -> None:
-    """What it sees, once both ranks have met: its interpreter, these variables, its arguments."""
+    """What it sees, once both ranks have met: its interpreter, these variables, its arguments, and where codes go. It
+    has a helper."""
     meet()
+    start_a_helper()
+    Path("where").write_text(os.environ["HOLO1_STATUS_DIR"])
     seen = [sys.executable, *[os.environ[name] for name in variables], *sys.argv[1:]]
     Path(f"seen-{rank}").write_text(" ".join(seen))
     subprocess.run(["ninja", "--version"], check=True)
-    ready()
-    leave(0)
-
-
-def writes_where_codes_go() -> None:
-    Path("where").write_text(os.environ["HOLO1_STATUS_DIR"])
     ready()
     leave(0)
 

@@ -5,13 +5,22 @@ import os
 import pickle
 import resource
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PROGRAMS, make_base, output, small_run, start_plain, start_torchrun, start_zero_3, weights
+from conftest import (
+    PROGRAMS,
+    UNRENDERED,
+    in_background,
+    make_base,
+    output,
+    small_run,
+    start_plain,
+    start_torchrun,
+    start_zero_3,
+    weights,
+)
 
 from training import zero3
 from training.checkpoints import MANIFEST, read_manifest, seal, write_manifest
@@ -257,22 +266,20 @@ TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "HOLO1_SECRET")
 def test_two_runs_never_share_a_folder(tiny_base, pages_folder, tmp_path):
     """The first one waits before its first step until the second has been refused."""
     flags = small_run(tiny_base, pages_folder, max_steps=2, save_strategy="steps", save_steps=1)
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    waiting = [sys.executable, str(PROGRAMS / "waits_for_a_file.py"), str(tmp_path / "go"), *flags]
-    with subprocess.Popen(waiting, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as first:
-        for line in first.stdout:
-            if line.startswith("waiting"):
-                break
+    waiting = [str(tmp_path / "go"), *flags]
+    program, environment = str(PROGRAMS / "waits_for_a_file.py"), UNRENDERED | {"PYTHONUNBUFFERED": "1"}
+    with in_background(waiting, tmp_path, script=program, env=environment) as first:
+        first.wait_for_line("waiting", 120)
         refused = start_plain(flags, tmp_path)
         elsewhere = start_plain([*flags, "--output_dir", "elsewhere"], tmp_path)
         apart = start_plain([*flags, "--output_dir", "apart", "--final_dir", "apart"], tmp_path)
         (tmp_path / "go").touch()
-        rest = first.stdout.read()
+        code, said = first.wait(120), first.said()
     for done, flag in ((refused, f"--output_dir {OUT}"), (elsewhere, "--final_dir .")):
         assert done.returncode == 2, output(done)
         assert f"{flag}: a run is going on there (process {first.pid} on " in done.stderr, output(done)
     assert apart.returncode == 0 and (tmp_path / "apart" / FINAL / "model.safetensors").is_file(), output(apart)
-    assert first.returncode == 0 and "step 2/2" in rest, rest
+    assert code == 0 and "step 2/2" in said, said
     assert not list(tmp_path.rglob(".*owner")), "left behind"
 
 
