@@ -83,13 +83,13 @@ class Tail:
         return len(self.bytes) // 4
 
     def add(self, ids: list[int]) -> None:
-        self.bytes += array("I", ids).tobytes()
+        self.bytes += array("I", ids)
 
     def period(self, longest: int) -> int | None:
         """The smallest period, at most `longest`, of the last `COMPARED` ids and as many before them."""
         data, size = self.bytes, 4 * COMPARED
         start, stop = max(0, len(data) - size - 4 * longest), len(data) - 1
-        end = bytes(data[-size:])
+        end = data[-size:]
         while len(data) > size:
             place = data.rfind(end, start, stop)
             if place < 0:
@@ -129,10 +129,13 @@ class Repeats:
         if digits.isdisjoint(ids):
             shape, places = ids, range(start, start + len(ids))
         else:
-            before = [self.ids[-1] if self.ids else -1, *ids]
-            kept = [place for place, number in enumerate(ids) if not (number in digits and before[place] in digits)]
-            shape = [DIGITS if ids[place] in digits else ids[place] for place in kept]
-            places = [start + place for place in kept]
+            shape, places, in_number = [], [], start > 0 and self.ids[-1] in digits
+            for place, number in enumerate(ids, start):
+                is_digit = number in digits
+                if not (is_digit and in_number):
+                    shape.append(DIGITS if is_digit else number)
+                    places.append(place)
+                in_number = is_digit
         self.places += places
         self.ids += ids
         self.exact.add(ids)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import html
 import re
+from functools import cache
 from typing import Any
 
 from html5lib import HTMLParser
@@ -39,6 +40,12 @@ _SCRIPT_PART = re.compile(r"<!--|-->|<(/?)script(?=[\t\n\f\r />])", re.IGNORECAS
 _PART_OF_SCRIPT_PART = re.compile(r"(?:<!?-?|--?|</?[a-zA-Z]*)\Z")
 _PART_OF_REFERENCE = re.compile(r"(?:&#?[a-zA-Z0-9]{0,32})?\Z")
 _LEADING_SPACE = re.compile(r"[\t\n\f\r ]*")
+
+
+@cache
+def _end_of(name: str) -> re.Pattern[str]:
+    """The end tag of an element whose text is read as such: html5lib knows some ten of them."""
+    return re.compile(rf"</{re.escape(name)}(?=[\t\n\f\r />])", re.IGNORECASE)
 
 
 class Unclosable(Exception):
@@ -247,6 +254,8 @@ class OpenElements:
     def _attributes(self, text: str, place: int) -> tuple[dict[str, str], bool, int] | None:
         """(attributes, whether a solidus stands before the end, where the tag ends); None if it does not end."""
         found: dict[str, str] = {}
+        if text.startswith(">", place):  # most tags
+            return found, False, place + 1
         while True:
             gap = _GAP.match(text, place)
             if gap.end() == len(text):
@@ -279,9 +288,8 @@ class OpenElements:
         return end
 
     def _start_tag(self, name: str, attributes: dict[str, str], empty: bool) -> None:
-        token = {"type": START, "name": name, "data": attributes, "selfClosing": empty, "namespace": None}
-        del token["namespace"]
-        self.parser.take({**token, "selfClosingAcknowledged": False})
+        token = {"type": START, "name": name, "data": attributes, "selfClosing": empty}
+        self.parser.take(token | {"selfClosingAcknowledged": False})
         self.starts |= {name} & {"html", "body"}
         self.last = ""
         if len(self.stack) > MAX_DEPTH - SPARE_DEPTH:
@@ -305,8 +313,7 @@ class OpenElements:
         """Reads on in a script, style sheet, title or the like: to its end tag, or as far as it is clear."""
         if self.raw == "script":
             return self._script(text, place)
-        ending = re.compile(rf"</{re.escape(self.raw)}(?=[\t\n\f\r />])", re.IGNORECASE)
-        found = ending.search(text, place)
+        found = _end_of(self.raw).search(text, place)
         if found:
             return self._raw_end(text, place, found)
         start = text.rfind("<", place)
