@@ -223,7 +223,7 @@ def test_every_step_is_logged_and_drawn(tiny_base, pages_folder, tmp_path):
     from PIL import Image
 
     flags = small_run(tiny_base, pages_folder, max_steps=3, eval_every=2, eval_pages=4, report_to="tensorboard")
-    done = start_plain(flags, tmp_path, cold=True, renders=True)
+    done = start_plain(flags, tmp_path, renders=True)
     assert done.returncode == 0, output(done)
     steps = [line for line in done.stdout.splitlines() if line.startswith("step ") and "loss" in line]
     assert len(steps) == 3
