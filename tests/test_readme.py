@@ -168,7 +168,9 @@ def check_python(flags: list[str]) -> None:
         return check_imports(flags[1])
     assert flags[:2] == ["-m", "pytest"], f"python {shlex.join(flags)}: no check knows it"
     expression = re.sub(r"\b(not|or|and)\b|[()]", "", expression_of(flags))
-    markers = re.findall(r'"(\w+):', re.search(r"markers = \[(.*?)\n?\]", (ROOT / "pyproject.toml").read_text(), re.S)[1])
+    markers = re.findall(
+        r'"(\w+):', re.search(r"markers = \[(.*?)\n?\]", (ROOT / "pyproject.toml").read_text(), re.S)[1]
+    )
     assert {*expression.split()} <= {*markers}, f"{expression}: unknown markers, there are {markers}"
     assert not {*flags[2:]} - {"-m", "-n", "3", "--dist", "worksteal", expression_of(flags)}
 
