@@ -178,6 +178,7 @@ def test_memory_for_not_even_one_page_ends_the_writing(loaded, shots, monkeypatc
         list(engine.write(requests_of(shots, range(2))))
 
 
+@pytest.mark.parametrize("name", WAYS)
 def test_a_screenshot_that_cannot_be_opened_is_raised_where_answers_are_taken(loaded, shots):
     model, processor = loaded
     bad = use.Request(9, partial(use.open_screenshot, b"no picture"))
@@ -229,7 +230,10 @@ def test_what_the_engine_cannot_do_is_told_and_done_by_generate(loaded, monkeypa
     del sharded.ds_id
     projection = model.model.language_model.layers[1].self_attn
     kept, projection.q_proj = projection.q_proj, torch.nn.Bilinear(1, 1, 1)
-    assert writers.unknown_parts(model) == "it does not know layers of Bilinear"
+    assert writers.unknown_parts(model) == "it does not know layers of torch.nn.modules.linear.Bilinear"
+    # An adapter's, by peft's name, whose own weights the engine would pass over.
+    projection.q_proj = type("Linear", (torch.nn.Linear,), {})(1, 1)
+    assert writers.unknown_parts(model).endswith(".Linear")
     projection.q_proj = kept
     monkeypatch.setattr(model.config.get_text_config(), "hidden_act", "gelu")
     assert "it does not know the activations gelu and silu" in writers.unknown_parts(model)
