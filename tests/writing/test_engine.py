@@ -179,6 +179,17 @@ def test_memory_for_not_even_one_page_ends_the_writing(loaded, shots, monkeypatc
 
 
 @pytest.mark.parametrize("name", WAYS)
+def test_linear_layers_are_torchs_own_where_deepspeed_has_put_another(loaded, shots, monkeypatch):
+    """training.zero3.plain_linear gives it back while pages are written, whenever these modules were imported."""
+    model, processor = loaded
+    counted, own = [], torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *given: counted.append(1) or own(*given))
+    engine = Engine(model, processor, RECIPE, wanted=1)
+    (question,) = [room.question_of(processor, RECIPE, it) for it in requests_of(shots, [0])]
+    engine.reader.read([question], engine.cache, [0])
+    assert len(counted) > 2 * len(engine.layers)
+
+
 def test_a_screenshot_that_cannot_be_opened_is_raised_where_answers_are_taken(loaded, shots):
     model, processor = loaded
     bad = use.Request(9, partial(use.open_screenshot, b"no picture"))
