@@ -177,7 +177,7 @@ class Engine:
             new = max(1, min(MOST_NEW, ROWS // width)) if self.drafts and self.chooser.plain else 1
             step = Step(self.model, self.layers, self.cache, self.state, width, new, self.chooser)
             if self.model.device.type == "cuda":
-                step.capture()
+                step.capture(next((other.graph for other in self.steps.values()), None))
             self.steps[width] = step
         return self.steps[width]
 

@@ -179,6 +179,22 @@ def test_memory_for_not_even_one_page_ends_the_writing(loaded, shots, monkeypatc
 
 
 @pytest.mark.parametrize("name", WAYS)
+def test_a_step_that_warms_up_changes_nothing(loaded, shots, alone, monkeypatch, name):
+    """As each one does before it is captured; its token, left in the history, would be punished as one that came."""
+    model, processor = loaded
+    run = room.Step.run
+
+    def warmed(self, steps):
+        self.warm()
+        run(self, steps)
+
+    monkeypatch.setattr(room.Step, "run", warmed)
+    monkeypatch.setattr(room, "BLOCK", 1)
+    engine = Engine(model, processor, replace(RECIPE, **WAYS[name]), wanted=2)
+    answers = {it.place: page.raw for it, page in engine.write(requests_of(shots, range(4)))}
+    assert answers == {place: alone[0][name, place, 0].raw for place in range(4)}
+
+
 def test_linear_layers_are_torchs_own_where_deepspeed_has_put_another(loaded, shots, monkeypatch):
     """training.zero3.plain_linear gives it back while pages are written, whenever these modules were imported."""
     model, processor = loaded
