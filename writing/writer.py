@@ -48,6 +48,10 @@ def obstacle(model: PreTrainedModel) -> str:
     """Why the engine cannot write with `model`, for people; "" where it can."""
     if model.device.type != "cuda":
         return "there is no GPU"
+    import torch
+
+    if model.device.index != torch.cuda.current_device():
+        return f"{model.device} is not the current GPU, on which its kernels run (torch.cuda.set_device)"
     if model.dtype.itemsize != 2:
         return f"weights are {model.dtype}, and its kernels take half precision"
     if importlib.util.find_spec("triton") is None:

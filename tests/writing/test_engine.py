@@ -8,6 +8,7 @@ import random
 import weakref
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -357,6 +358,13 @@ def test_what_the_engine_cannot_do_is_told_and_done_by_generate(loaded, monkeypa
     projection.q_proj = kept
     monkeypatch.setattr(model.config.get_text_config(), "hidden_act", "gelu")
     assert "it does not know the activations gelu and silu" in writers.unknown_parts(model)
+
+
+def test_kernels_are_for_the_current_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    there, here = (SimpleNamespace(device=torch.device("cuda", number), dtype=torch.float32) for number in (1, 0))
+    assert "cuda:1 is not the current GPU" in writers.obstacle(there)
+    assert "weights are torch.float32" in writers.obstacle(here)
 
 
 def test_evaluation_writes_by_the_engine_what_it_writes_by_generate(loaded, tmp_path, monkeypatch):
