@@ -217,12 +217,14 @@ def agrees(
     torch.OutOfMemoryError, which says nothing about the kernel.
     """
     heads, fewer, width = shapes
-    draw = torch.Generator(device).manual_seed(0)
     longest = 2048
-    # A long segment between shorter ones, of which the last has a single place.
-    bounds = torch.tensor([0, 300, 300 + longest, 2412, 2413], dtype=torch.int32, device=device)
-    sizes = [(2413, count, width) for count in (heads, fewer, fewer, heads)]
-    *given, outer = (torch.randn(size, generator=draw, device=device, dtype=dtype) for size in sizes)
+    # Kernels keep these for their gradients, which torch forbids for tensors of inference mode.
+    with torch.inference_mode(False):
+        draw = torch.Generator(device).manual_seed(0)
+        # A long segment between shorter ones, of which the last has a single place.
+        bounds = torch.tensor([0, 300, 300 + longest, 2412, 2413], dtype=torch.int32, device=device)
+        sizes = [(2413, count, width) for count in (heads, fewer, fewer, heads)]
+        *given, outer = (torch.randn(size, generator=draw, device=device, dtype=dtype) for size in sizes)
 
     def run(name: str) -> list[torch.Tensor]:
         parts = [part.clone().requires_grad_() for part in given]

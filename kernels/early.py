@@ -37,6 +37,8 @@ def way_that_agrees(
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a compiler may raise anything, and torch's own functions are there
+            if "out of memory" in str(error).lower():  # Triton's own words, when it loads a kernel
+                raise torch.OutOfMemoryError(str(error)) from error
             reason = f"fails: {str(error)[:200]}"
         else:
             errors = [((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(found, wanted)]
@@ -50,7 +52,9 @@ def way_that_agrees(
 @lru_cache
 def early(device: torch.device) -> bool:
     """Whether kernels on `device` may begin early."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    # ROCm calls its GPUs "cuda", too, of capability 9 and more.
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
-from torch.nn.functional import linear
+from torch.nn import functional
 
 from kernels.early import EARLY, NEVER, PLAIN, early, follow, warm, way_that_agrees
 from kernels.row_kernels import on_triton, rms_norm, swiglu
@@ -219,7 +219,7 @@ def normed_product(
     (R, N)."""
     tile, way = tile_of(kind, rows.hidden, len(weight))
     if tile is None:
-        return linear(rms_norm(rows.hidden, *norm), weight, bias)
+        return functional.linear(rms_norm(rows.hidden, *norm), weight, bias)
     return launch(tile, way == EARLY, rows.hidden, weight, bias, norm, rows.sums())[0]
 
 
@@ -227,7 +227,7 @@ def gated_product(kind: str, rows: Rows, norm: tuple[torch.Tensor, float], weigh
     """silu(gate) * up of the normed rows, of `weight` (2N, K), gate before up; (R, N)."""
     tile, way = tile_of(kind, rows.hidden, len(weight) // 2)
     if tile is None:
-        return swiglu(linear(rms_norm(rows.hidden, *norm), weight))
+        return swiglu(functional.linear(rms_norm(rows.hidden, *norm), weight))
     return launch(tile, way == EARLY, rows.hidden, weight, None, norm, rows.sums(), gated=True)[0]
 
 

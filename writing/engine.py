@@ -41,12 +41,11 @@ READERS = 4  # threads that open and resize screenshots
 
 @dataclass
 class Slot:
-    """A question that is being answered, its answer's tokens so far, what of the text was shown, and what may end it: a
-    `Watch` of writing/endings.py."""
+    """A question that is being answered, its answer's tokens so far, and what may end it: a `Watch` of
+    writing/endings.py."""
 
     question: Question
     ids: list[int]
-    shown: str = ""
     watch: Watch | None = None
 
 
@@ -71,7 +70,9 @@ class Engine:
         self.chooser = Chooser(use.logits_processors(recipe), drawn=recipe.temperature > 0)
         vision = model.config.vision_config
         picture = recipe.max_pixels // (vision.patch_size * vision.spatial_merge_size) ** 2
-        question = len(processor.tokenizer(use.ask(processor, recipe.prompt))["input_ids"])
+        # Padded as questions are: threads that change the tokenizer's padding while others use it break them.
+        asked = processor.tokenizer([use.ask(processor, recipe.prompt)], padding=True, padding_side="left")
+        question = len(asked["input_ids"][0])
         self.capacity = -(-(picture + question + recipe.max_html_tokens + BLOCK * MOST_NEW) // 64) * 64
         self.read_patches = READ_PATCHES
         # No more than one of WIDTHS that holds all who want one, and no more than fit.
@@ -83,17 +84,25 @@ class Engine:
         if self.model.device.type != "cuda":
             return WIDTHS[-1]
         free, _ = torch.cuda.mem_get_info(self.model.device)
-        free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        free += torch.cuda.memory_reserved(self.model.device) - torch.cuda.memory_allocated(self.model.device)
         fit = (free - SPARE_BYTES) // bytes_of_slot(self.model.config, self.capacity, self.model.dtype)
         return max(width for width in WIDTHS if width <= max(1, fit))
 
     def allocate(self, count: int) -> None:
-        """Cache and state of `count` slots, of which there are as many as one of WIDTHS."""
-        self.count = count
+        """Cache and state of `count` slots, one of WIDTHS, or of half as many for as long as they do not fit."""
         chances = self.recipe.max_html_tokens if self.chooser.drawn else 0
         model = self.model
-        self.cache = Cache(model.config, self.count, self.capacity, model.dtype, model.device)
-        self.state = State(self.count, self.capacity, model.device, chances)
+        while True:
+            try:
+                self.cache = Cache(model.config, count, self.capacity, model.dtype, model.device)
+                self.state = State(count, self.capacity, model.device, chances)
+                break
+            except torch.OutOfMemoryError:
+                self.cache = None
+                if count == 1:
+                    raise
+            count //= 2
+        self.count = count
         self.slots: list[Slot | None] = [None] * self.count
         self.steps: dict[int, Step] = {}
         # Where each slot's last token stood when it was looked at.
@@ -103,22 +112,36 @@ class Engine:
         self, requests: Iterable[use.Request], shown: Callable[[use.Request, str], None] | None = None
     ) -> Iterator[tuple[use.Request, use.Written]]:
         """Answers as they end, in any order. Screenshots are opened when their turn is near; what opening raises is
-        raised here. `shown` gets each answer's text in pieces as it is written."""
+        raised here. `shown` gets each answer's text in pieces as it is written. One at a time: raises RuntimeError
+        where another is under way; one that is closed early leaves nothing behind."""
+        if any(self.slots):
+            raise RuntimeError("this engine is writing already: end or close that first, or make another one")
+        # Those that were closed early would move on, out of their slots.
+        self.state.live.zero_()
+        self.state.places.zero_()
         with ThreadPoolExecutor(READERS) as pool:
             make = functools.partial(question_of, self.processor, self.recipe, dtype=self.model.dtype)
             waiting = Waiting(requests, pool, make)
-            while True:
-                try:
-                    self.fill(waiting)
-                    width = self.width()
-                    if not width:
-                        return
-                    self.step(width).run(BLOCK)
-                    ended = list(self.look(width, shown))
-                except torch.OutOfMemoryError:
-                    self.shrink(waiting)
-                    continue
-                yield from ended
+            try:
+                while True:
+                    ended = None
+                    try:
+                        self.fill(waiting)
+                        width = self.width()
+                        if not width:
+                            return
+                        self.step(width).run(BLOCK)
+                        ended = list(self.look(width, shown))
+                    except Exception as error:
+                        if not ran_out(error):
+                            raise
+                    if ended is None:  # out of the except block, which keeps alive what the error's frames hold
+                        self.shrink(waiting)
+                    else:
+                        yield from ended
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.slots = [None] * self.count
 
     # -- slots
 
@@ -130,22 +153,28 @@ class Engine:
             if not questions:
                 break
             taken, free = free[: len(questions)], free[len(questions) :]
+            # Before a GPU writes behind the end of a slot, after which it does nothing any more.
+            for question in questions:
+                self.check_length(question)
             try:
-                shifts = self.reader.read(questions, self.cache, taken)
-            except torch.OutOfMemoryError:
-                waiting.put_back(questions)
+                for place in zip(taken, questions, self.reader.read(questions, self.cache, taken)):
+                    self.begin(*place)
+            except Exception as error:
+                if ran_out(error):
+                    waiting.put_back([it for number, it in zip(taken, questions) if self.slots[number] is None])
                 raise
-            for number, question, shift in zip(taken, questions, shifts):
-                self.begin(number, question, shift)
 
-    def begin(self, number: int, question: Question, shift: int) -> None:
-        """Slot `number` goes on with what was read into it."""
-        ids = question.ids + question.written
-        if len(ids) + self.recipe.max_html_tokens - len(question.written) > self.capacity - BLOCK * MOST_NEW:
+    def check_length(self, question: Question) -> None:
+        """Raises `UseError` where no whole answer fits in behind a question."""
+        if len(question.ids) + self.recipe.max_html_tokens > self.capacity - BLOCK * MOST_NEW:
             raise use.UseError(
                 f"the question of page {question.request.place} has {len(question.ids)} tokens, too many for "
                 f"--max_pixels {self.recipe.max_pixels}: the processor makes larger pictures than it was told"
             )
+
+    def begin(self, number: int, question: Question, shift: int) -> None:
+        """Slot `number` goes on with what was read into it."""
+        ids = question.ids + question.written
         self.state.fill(number, ids, len(question.ids), shift, question.chances)
         self.seen[number] = len(ids) - 1
         slot = Slot(question, list(question.written), watch=self.watch() if self.watch else None)
@@ -177,7 +206,7 @@ class Engine:
             new = max(1, min(MOST_NEW, ROWS // width)) if self.drafts and self.chooser.plain else 1
             step = Step(self.model, self.layers, self.cache, self.state, width, new, self.chooser)
             if self.model.device.type == "cuda":
-                step.capture()
+                step.capture(next((other.graph for other in self.steps.values()), None))
             self.steps[width] = step
         return self.steps[width]
 
@@ -228,9 +257,10 @@ class Engine:
                 slot.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
             text = text.rstrip("\ufffd")
-        if text.startswith(slot.shown) and text != slot.shown:
-            shown(slot.question.request, text[len(slot.shown) :])
-            slot.shown = text
+        question = slot.question
+        if text.startswith(question.shown) and text != question.shown:
+            shown(question.request, text[len(question.shown) :])
+            question.shown = text
 
     # -- memory
 
@@ -251,8 +281,17 @@ class Engine:
         del self.cache, self.state, self.steps
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
-        use.say(f"writing: memory ran out, going on with {most} pages at once")
         self.allocate(most)
+        use.say(f"writing: memory ran out, going on with {self.count} pages at once")
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether a GPU's memory ran out, also where CUDA, cuBLAS or Triton say so, or a capture that it broke off."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and (use.is_out_of_memory(error) or "ALLOC_FAILED" in str(error)):
+            return True
+        error = error.__context__
+    return False
 
 
 class Waiting:

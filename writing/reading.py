@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import linear, pad
+from torch.nn import functional
 
 import use_model_from_hub as use
 from kernels import row_kernels, slot_attention
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 @dataclass
 class Question:
     """What is asked for `request`, as token `ids` with the screenshot's `patches` (P, pixels of one) and its `grid`
-    (3,) in patches; `chances` where answers are drawn; and what is `written` of the answer already."""
+    (3,) in patches; `chances` where answers are drawn; what is `written` of the answer already, and what of its text
+    was `shown`."""
 
     request: use.Request
     ids: list[int]
@@ -40,6 +41,7 @@ class Question:
     grid: torch.Tensor
     chances: torch.Tensor | None = None
     written: list[int] = field(default_factory=list)
+    shown: str = ""
 
 
 def question_of(
@@ -105,15 +107,16 @@ def aligned(layer: Layer, multiple: int = 32) -> None:
     if not missing:
         return
     gate, up = layer.gated.chunk(2)
-    layer.gated = torch.cat([pad(part, (0, 0, 0, missing)) for part in (gate, up)])
+    layer.gated = torch.cat([functional.pad(part, (0, 0, 0, missing)) for part in (gate, up)])
     if layer.gated_bias is not None:
-        layer.gated_bias = torch.cat([pad(part, (0, missing)) for part in layer.gated_bias.chunk(2)])
-    layer.down = pad(layer.down, (0, missing))
+        layer.gated_bias = torch.cat([functional.pad(part, (0, missing)) for part in layer.gated_bias.chunk(2)])
+    layer.down = functional.pad(layer.down, (0, missing))
 
 
 def add_mlp(layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
     """`hidden` (S, H) and the MLP of it."""
-    inner = row_kernels.swiglu(linear(row_kernels.rms_norm(hidden, *layer.norm(1)), layer.gated, layer.gated_bias))
+    normed = row_kernels.rms_norm(hidden, *layer.norm(1))
+    inner = row_kernels.swiglu(functional.linear(normed, layer.gated, layer.gated_bias))
     return add_linear(hidden, inner, layer.down, layer.down_bias)
 
 
@@ -121,7 +124,7 @@ def add_linear(
     hidden: torch.Tensor, inner: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """`hidden` (S, N) plus `inner` (S, K) times `weight` (N, K), in one call where there is no bias."""
-    return torch.addmm(hidden, inner, weight.T) if bias is None else linear(inner, weight, bias).add_(hidden)
+    return torch.addmm(hidden, inner, weight.T) if bias is None else functional.linear(inner, weight, bias).add_(hidden)
 
 
 class Reader:
@@ -147,7 +150,7 @@ class Reader:
         unit, back = tower.spatial_merge_unit, torch.argsort(order).to(device, non_blocking=True)
         places = geometry["image_position_ids"].view(len(order), unit, -1)[order].flatten(0, 1)
         patches = torch.cat([patches.to(device, tower.dtype, non_blocking=True) for patches in pictures])
-        hidden = linear(patches, tower.patch_embed.proj.weight.flatten(1))
+        hidden = functional.linear(patches, tower.patch_embed.proj.weight.flatten(1))
         # Windows stand together from here on.
         hidden = hidden.view(len(order), unit, -1)[order.to(device, non_blocking=True)].flatten(0, 1)
         cos, sin = (part.float() for part in tower.rotary_pos_emb(hidden, places.to(device, non_blocking=True)))
@@ -169,7 +172,7 @@ class Reader:
     ) -> torch.Tensor:
         """A layer of the vision tower, (P, H) to (P, H), over the segments of `bounds`."""
         heads = self.core.visual.config.num_heads
-        together = linear(row_kernels.rms_norm(hidden, *block.norm(0)), block.qkv, block.qkv_bias)
+        together = functional.linear(row_kernels.rms_norm(hidden, *block.norm(0)), block.qkv, block.qkv_bias)
         query, key, value = together.view(len(hidden), 3, heads, -1).unbind(1)
         query, key = rotate(query, key, *angles)
         done = attend(query, key, value.contiguous(), bounds, longest, block.scale, causal=False).flatten(1)
@@ -198,7 +201,7 @@ class Reader:
         slot = torch.tensor(list(slots)).repeat_interleave(lengths[1:]).to(device, non_blocking=True)
         place = torch.cat([torch.arange(len(row)) for row in rows]).to(device, non_blocking=True)
         for number, layer in enumerate(self.layers):
-            qkv = linear(row_kernels.rms_norm(hidden, *layer.norm(0)), layer.qkv, layer.qkv_bias)
+            qkv = functional.linear(row_kernels.rms_norm(hidden, *layer.norm(0)), layer.qkv, layer.qkv_bias)
             query, key, value = qkv.view(len(qkv), text + 2 * fewer, -1).split((text, fewer, fewer), dim=1)
             query, key = rotate(query, key, *angles)
             keys, values = cache.layer(number)

@@ -115,24 +115,26 @@ class Step:
 
     # -- capture and replay
 
-    def capture(self) -> None:
+    def warm(self) -> None:
+        """A step that compiles and proves kernels, and leaves the state as it was: a token that it left in the history
+        would be one that a repetition penalty punishes."""
+        kept = [part.clone() for part in self.state.parts()]
+        self.advance()
+        for part, before in zip(self.state.parts(), kept):
+            part.copy_(before)
+
+    def capture(self, beside: torch.cuda.CUDAGraph | None = None) -> None:
         """Record a step, on a GPU; takes a tenth of a second, and some seconds where kernels are not yet compiled.
 
-        A step runs once for warming, in which every slot stands still: the token that it chooses is chosen again by
-        the next one. Raises torch.OutOfMemoryError where there is no room for it.
+        What it works out lies where that of the graph `beside` lies: they never run at once, and leave nothing there.
+        Raises torch.OutOfMemoryError where there is no room for it.
         """
-        live = self.state.live.clone()
-        self.state.live.zero_()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self.advance()
-        torch.cuda.current_stream().wait_stream(side)
+        self.warm()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Threads pin screenshots meanwhile, and NCCL's looks at its events: their calls are none of this stream's.
+        with torch.cuda.graph(graph, beside and beside.pool(), capture_error_mode="thread_local"):
             self.advance()
         self.graph = graph
-        self.state.live.copy_(live)
 
     def run(self, steps: int) -> None:
         """`steps` steps, one after another."""

@@ -48,6 +48,10 @@ def obstacle(model: PreTrainedModel) -> str:
     """Why the engine cannot write with `model`, for people; "" where it can."""
     if model.device.type != "cuda":
         return "there is no GPU"
+    import torch
+
+    if model.device.index != torch.cuda.current_device():
+        return f"{model.device} is not the current GPU, on which its kernels run (torch.cuda.set_device)"
     if model.dtype.itemsize != 2:
         return f"weights are {model.dtype}, and its kernels take half precision"
     if importlib.util.find_spec("triton") is None:
@@ -61,8 +65,12 @@ def unknown_parts(model: PreTrainedModel) -> str:
         return f"it does not know the architecture {model.config.model_type}"
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return "the weights are sharded"
-    linears = [module for name, module in model.named_modules() if name.endswith(("_proj", "qkv", "attn.proj"))]
-    if other := {type(module).__name__ for module in linears} - {"Linear"}:
+    from torch.nn import Linear
+
+    ends = ("_proj", "qkv", "attn.proj", "lm_head")
+    linears = [module for name, module in model.named_modules() if name.endswith(ends)]
+    # By the class itself: an adapter's, whose weights would be passed over, may have the same name.
+    if other := {f"{kind.__module__}.{kind.__name__}" for kind in map(type, linears) if kind is not Linear}:
         return f"it does not know layers of {', '.join(sorted(other))}"
     text = model.config.get_text_config()
     if text.hidden_act != "silu" or model.config.vision_config.hidden_act != "silu":

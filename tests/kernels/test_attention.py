@@ -94,6 +94,28 @@ def test_a_kernel_may_be_proved_inside_a_layer_that_is_recomputed(monkeypatch):
     assert torch.equal(found, wanted)
 
 
+def test_a_kernel_that_keeps_the_bounds_may_be_proved_in_inference_mode(monkeypatch):
+    """As writing does, where nothing was proved before; torch's own kernel keeps them for its gradients."""
+
+    class Keeping(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, query, bounds):
+            ctx.save_for_backward(bounds)
+            return query.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient, None
+
+    def kernel(query, key, value, bounds, *rest):
+        return attention.segment_by_segment(Keeping.apply(query, bounds), key, value, bounds, *rest)
+
+    monkeypatch.setitem(attention.KERNELS, "keeps", kernel)
+    attention.agrees.cache_clear()
+    with torch.inference_mode():
+        assert attention.agrees("keeps", *PROOF)
+
+
 @pytest.mark.parametrize(
     ("longest", "agreeing", "taken"), [(128, True, "VARLEN"), (300, True, "FLASH_4"), (300, False, "VARLEN")]
 )

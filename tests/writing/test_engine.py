@@ -3,9 +3,12 @@
 On a CPU it takes torch's products instead of its kernels (tests/kernels holds those against the same), and no graph.
 """
 
+import contextlib
 import random
+import weakref
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -178,6 +181,125 @@ def test_memory_for_not_even_one_page_ends_the_writing(loaded, shots, monkeypatc
         list(engine.write(requests_of(shots, range(2))))
 
 
+def test_what_ran_out_of_memory_is_let_go_before_less_of_it_is_asked_for(loaded, shots, monkeypatch):
+    """An error's frames hold the old cache, by the step that raised it; and what was shown is not shown again."""
+    model, processor = loaded
+    monkeypatch.setattr(room, "BLOCK", 4)
+    engine = Engine(model, processor, RECIPE, wanted=2, drafts=False)
+    old, runs, left, pieces = weakref.ref(engine.cache.states), [], [], []
+    run, allocate = room.Step.run, engine.allocate
+
+    def tight_run(self, steps):
+        runs.append(steps)
+        if len(runs) == 3:
+            raise RuntimeError("Triton Error [CUDA]: out of memory")
+        run(self, steps)
+
+    monkeypatch.setattr(room.Step, "run", tight_run)
+    monkeypatch.setattr(engine, "allocate", lambda count: (left.append(old()), allocate(count)))
+    ((_, page),) = engine.write(requests_of(shots, [3]), lambda request, text: pieces.append(text))
+    assert left == [None] and "".join(pieces) == page.raw and len(pieces) > 2
+
+
+def test_slots_that_do_not_fit_after_all_are_fewer(loaded, monkeypatch):
+    model, processor = loaded
+    made = []
+
+    class Tight(room.State):
+        def __init__(self, slots, *rest):
+            made.append(slots)
+            if slots > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            super().__init__(slots, *rest)
+
+    monkeypatch.setattr(room, "State", Tight)
+    assert Engine(model, processor, RECIPE, wanted=4).count == 1 and made == [4, 2, 1]
+
+
+def test_a_question_that_is_not_begun_for_want_of_memory_is_not_lost(loaded, shots, monkeypatch):
+    model, processor = loaded
+    engine = Engine(model, processor, RECIPE, wanted=4)
+    begin, begun = engine.begin, []
+
+    def tight(*place):
+        begun.append(place)
+        if len(begun) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        begin(*place)
+
+    monkeypatch.setattr(engine, "begin", tight)
+    assert sorted(it.place for it, _ in engine.write(requests_of(shots, range(4)))) == [0, 1, 2, 3]
+
+
+def test_a_question_that_is_too_long_is_refused_before_it_is_read(loaded, shots, monkeypatch):
+    """A GPU that writes behind the end of a slot does nothing any more, not even say why."""
+    model, processor = loaded
+    engine = Engine(model, processor, RECIPE, wanted=2)
+    monkeypatch.setattr(engine, "capacity", 160)
+    monkeypatch.setattr(engine.reader, "read", lambda *unused: pytest.fail("was read"))
+    with pytest.raises(use.UseError, match="too many for --max_pixels"):
+        list(engine.write(requests_of(shots, [0])))
+
+
+def test_writing_that_is_closed_early_leaves_nothing_to_the_next(loaded, shots, alone, monkeypatch):
+    model, processor = loaded
+    monkeypatch.setattr(room, "BLOCK", 4)
+    engine = Engine(model, processor, RECIPE, wanted=2)
+    opened = []
+
+    def requests(places):
+        for request in requests_of(shots, places):
+            opened.append(request.place)
+            yield request
+
+    with contextlib.closing(engine.write(requests(range(14)))) as answers:
+        next(answers)
+        with pytest.raises(RuntimeError, match="is writing already"):
+            next(engine.write(requests_of(shots, [0])))
+    assert len(opened) < 14
+    answers = {it.place: page.raw for it, page in engine.write(requests_of(shots, [12]))}
+    assert answers == {12: alone[0]["greedy", 12, 0].raw}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_a_step_that_warms_up_changes_nothing(loaded, shots, alone, monkeypatch, name):
+    """As each one does before it is captured; its token, left in the history, would be punished as one that came."""
+    model, processor = loaded
+    run = room.Step.run
+
+    def warmed(self, steps):
+        self.warm()
+        run(self, steps)
+
+    monkeypatch.setattr(room.Step, "run", warmed)
+    monkeypatch.setattr(room, "BLOCK", 1)
+    engine = Engine(model, processor, replace(RECIPE, **WAYS[name]), wanted=2)
+    answers = {it.place: page.raw for it, page in engine.write(requests_of(shots, range(4)))}
+    assert answers == {place: alone[0][name, place, 0].raw for place in range(4)}
+
+
+def test_threads_find_the_tokenizer_as_they_need_it(loaded, shots):
+    """One that changes its padding while another one uses it would raise."""
+    model, processor = loaded
+    processor.tokenizer("x")
+    Engine(model, processor, RECIPE, wanted=2)
+    backend = processor.tokenizer.backend_tokenizer
+    before = backend.padding
+    room.question_of(processor, RECIPE, requests_of(shots, [0])[0])
+    assert before and backend.padding == before
+
+
+def test_linear_layers_are_torchs_own_where_deepspeed_has_put_another(loaded, shots, monkeypatch):
+    """training.zero3.plain_linear gives it back while pages are written, whenever these modules were imported."""
+    model, processor = loaded
+    counted, own = [], torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *given: counted.append(1) or own(*given))
+    engine = Engine(model, processor, RECIPE, wanted=1)
+    (question,) = [room.question_of(processor, RECIPE, it) for it in requests_of(shots, [0])]
+    engine.reader.read([question], engine.cache, [0])
+    assert len(counted) > 2 * len(engine.layers)
+
+
 def test_a_screenshot_that_cannot_be_opened_is_raised_where_answers_are_taken(loaded, shots):
     model, processor = loaded
     bad = use.Request(9, partial(use.open_screenshot, b"no picture"))
@@ -229,10 +351,20 @@ def test_what_the_engine_cannot_do_is_told_and_done_by_generate(loaded, monkeypa
     del sharded.ds_id
     projection = model.model.language_model.layers[1].self_attn
     kept, projection.q_proj = projection.q_proj, torch.nn.Bilinear(1, 1, 1)
-    assert writers.unknown_parts(model) == "it does not know layers of Bilinear"
+    assert writers.unknown_parts(model) == "it does not know layers of torch.nn.modules.linear.Bilinear"
+    # An adapter's, by peft's name, whose own weights the engine would pass over.
+    projection.q_proj = type("Linear", (torch.nn.Linear,), {})(1, 1)
+    assert writers.unknown_parts(model).endswith(".Linear")
     projection.q_proj = kept
     monkeypatch.setattr(model.config.get_text_config(), "hidden_act", "gelu")
     assert "it does not know the activations gelu and silu" in writers.unknown_parts(model)
+
+
+def test_kernels_are_for_the_current_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    there, here = (SimpleNamespace(device=torch.device("cuda", number), dtype=torch.float32) for number in (1, 0))
+    assert "cuda:1 is not the current GPU" in writers.obstacle(there)
+    assert "weights are torch.float32" in writers.obstacle(here)
 
 
 def test_evaluation_writes_by_the_engine_what_it_writes_by_generate(loaded, tmp_path, monkeypatch):

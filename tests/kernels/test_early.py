@@ -1,0 +1,34 @@
+"""How kernels are launched, and what that is decided by; the kernels themselves: tests/kernels/interpreted.py."""
+
+import pytest
+import torch
+
+early = pytest.importorskip("kernels.early", reason="triton is not installed")
+
+
+def raising(error):
+    def work():
+        raise error
+
+    return work
+
+
+def test_a_way_that_fails_gives_way_to_the_next():
+    wanted = (torch.ones(3),)
+    ways = {early.EARLY: raising(RuntimeError("out of resource: shared memory")), early.PLAIN: lambda: wanted}
+    with pytest.warns(UserWarning, match="launched early, fails: out of resource"):
+        assert early.way_that_agrees("nothing", ways, wanted) == early.PLAIN
+
+
+def test_memory_that_runs_out_says_nothing_about_a_kernel():
+    """Triton says it in words of its own; the kernel would never be used again."""
+    for error in (torch.OutOfMemoryError("none"), RuntimeError("Triton Error [CUDA]: out of memory")):
+        with pytest.raises(torch.OutOfMemoryError):
+            early.way_that_agrees("nothing", {early.PLAIN: raising(error)}, (torch.ones(3),))
+
+
+@pytest.mark.parametrize(("hip", "begins"), [(None, True), ("7.0", False)])
+def test_kernels_begin_early_on_nvidia_alone(monkeypatch, hip, begins):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    assert early.early.__wrapped__(torch.device("cuda", 0)) is begins
