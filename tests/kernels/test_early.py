@@ -27,8 +27,9 @@ def test_memory_that_runs_out_says_nothing_about_a_kernel():
             early.way_that_agrees("nothing", {early.PLAIN: raising(error)}, (torch.ones(3),))
 
 
-@pytest.mark.parametrize(("hip", "begins"), [(None, True), ("7.0", False)])
-def test_kernels_begin_early_on_nvidia_alone(monkeypatch, hip, begins):
+@pytest.mark.parametrize(("hip", "driver", "begins"), [(None, 12_030, True), (None, 12_020, False), ("7.0", 0, False)])
+def test_kernels_begin_early_on_nvidia_alone_and_where_graphs_can_hold_it(monkeypatch, hip, driver, begins):
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
     assert early.early.__wrapped__(torch.device("cuda", 0)) is begins
