@@ -566,7 +566,7 @@ def test_base_and_tuned_are_compared_by_rendering(tiny_base, pages_folder, tmp_p
     final = tmp_path / "holo1_dom_finetune_final"
     card = card_of(final)
     assert (final / "evaluation" / "results.json").read_text() == json.dumps(results, indent=2) + "\n"
-    assert f"| likeness | {results['before']['likeness']:.4g} | {results['after']['likeness']:.4g} | how much" in card
+    assert f"| likeness | {results['before']['likeness']:.3f} | {results['after']['likeness']:.3f} | how much" in card
     assert f"Difference in likeness: {found['difference']:+.3f} (95 % bootstrap interval" in card
     assert (final / "use_model_from_hub.py").read_bytes() == (ROOT / "use_model_from_hub.py").read_bytes()
     assert not numbers_without_a_source(card, results) and "not measured" not in card and "unknown |" not in card
