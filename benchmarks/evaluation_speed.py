@@ -30,23 +30,24 @@ def measure(judge, trainer) -> dict:
 
     import holo1_dom_finetune as training
     import use_model_from_hub as use
+    from training.processes import rank
 
     model, count = trainer.model, training.world_size()
     start = time.monotonic()
     copy = judge.copy()
     gathering = time.monotonic() - start
-    short = replace(judge.recipe, max_html_tokens=TOKENS)
+    short = replace(judge.decoding, max_html_tokens=TOKENS)
     rows = training.write_held_out(copy, judge.processor, judge.pages, short, trainer.args.per_device_eval_batch_size)
     gathered = sum(row["tokens"] for row in rows) / rows[0]["seconds"]
     del copy
     training.release_memory()
     model.eval()  # or checkpointing would keep the cache from it
-    screenshot = use.open_screenshot(judge.pages[training.rank() % len(judge.pages)]["screenshot"])
+    screenshot = use.open_screenshot(judge.pages[rank() % len(judge.pages)]["screenshot"])
     dist.barrier()
     start = time.monotonic()
     with torch.no_grad():
         (page,) = use.write_pages(
-            model, judge.processor, [screenshot], replace(judge.recipe, max_html_tokens=SLOW_TOKENS)
+            model, judge.processor, [screenshot], replace(judge.decoding, max_html_tokens=SLOW_TOKENS)
         )
     dist.barrier()
     partitioned = count * page.tokens / (time.monotonic() - start)
@@ -65,8 +66,9 @@ def measure(judge, trainer) -> dict:
 def inside(argv: list[str], out: Path) -> None:
     """(all ranks) The training's main, which ends with the measurement where the first step would begin."""
     import holo1_dom_finetune as training
+    from training.processes import rank
 
-    judges, init = [], training.Judge.__init__
+    judges, init = [], training.Evaluator.__init__
 
     def remember(self, *arguments):
         init(self, *arguments)
@@ -75,12 +77,12 @@ def inside(argv: list[str], out: Path) -> None:
     def stop(self, trainer, *unused):
         result = measure(judges[0], trainer)
         training.say(json.dumps(result))
-        if training.rank() == 0:
+        if rank() == 0:
             out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         training.report_end(0)
         training.leave(0)
 
-    training.Judge.__init__, training.Fit.__call__ = remember, stop
+    training.Evaluator.__init__, training.Fit.__call__ = remember, stop
     training.leave(training.main(argv))
 
 
