@@ -836,6 +836,8 @@ def write_all(args: argparse.Namespace, pages: list[Page], there: int | None, ma
         say(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):,.1f} tokens/s")
         if cut := sum(answer.cut_off for answer in done):
             say(f"{cut:,} of {len(done):,} pages cut off at {made['max_html_tokens']:,} tokens and not complete")
+        if looped := sum(answer.looped for answer in done):
+            say(f"{looped:,} of {len(done):,} pages began to repeat themselves and were cut there")
         if there is not None:
             say(f"{args.output}: {there:,} of {total:,} pages were there, {len(done):,} new, {len(failed):,} failed")
         elif args.output and done:

@@ -9,9 +9,13 @@ by Triton, elsewhere by torch. Shapes: S rows, H and I their widths.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
+
+from kernels.early import PLAIN, way_that_agrees
 
 
 @triton.jit
@@ -44,13 +48,35 @@ def on_triton(states: torch.Tensor) -> bool:
     return states.element_size() == 2 and (states.is_cuda or interpreted)
 
 
+def norm_by_kernel(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    target = torch.empty_like(hidden)
+    size = triton.next_power_of_2(hidden.shape[1])
+    norm_kernel[(len(hidden),)](hidden, weight, target, hidden.shape[1], epsilon, WIDTH=size)
+    return target
+
+
+def swiglu_by_kernel(gate_and_up: torch.Tensor) -> torch.Tensor:
+    rows, width = len(gate_and_up), gate_and_up.shape[1] // 2
+    target = gate_and_up.new_empty(rows, width)
+    swiglu_kernel[(rows, triton.cdiv(width, 2048))](gate_and_up, target, width, BLOCK=2048)
+    return target
+
+
+@lru_cache
+def proved(name: str, width: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Whether the kernel called `name` gives for rows of `width` what torch gives, in fp32, up to rounding."""
+    draw = torch.Generator(device).manual_seed(0)
+    rows, weight = (torch.randn(shape, generator=draw, device=device).to(dtype) for shape in ((5, width), (width,)))
+    if name == "norm":
+        wanted = rms_norm(rows.float(), weight.float(), 1e-6)
+        return way_that_agrees(name, {PLAIN: lambda: (norm_by_kernel(rows, weight, 1e-6),)}, (wanted,))
+    return way_that_agrees(name, {PLAIN: lambda: (swiglu_by_kernel(rows),)}, (swiglu(rows.float()),))
+
+
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """`hidden` (S, H) over its root mean square, times `weight` (H,) (Zhang and Sennrich 2019); (S, H)."""
-    if on_triton(hidden):
-        target = torch.empty_like(hidden)
-        size = triton.next_power_of_2(hidden.shape[1])
-        norm_kernel[(len(hidden),)](hidden, weight, target, hidden.shape[1], epsilon, WIDTH=size)
-        return target
+    if on_triton(hidden) and proved("norm", hidden.shape[1], hidden.dtype, hidden.device):
+        return norm_by_kernel(hidden, weight, epsilon)
     wide = hidden.to(torch.float32)
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
     return weight * wide.to(hidden.dtype)
@@ -58,10 +84,7 @@ def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torc
 
 def swiglu(gate_and_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up (Shazeer 2020) of both side by side (S, 2I); (S, I)."""
-    rows, width = len(gate_and_up), gate_and_up.shape[1] // 2
-    if on_triton(gate_and_up):
-        target = gate_and_up.new_empty(rows, width)
-        swiglu_kernel[(rows, triton.cdiv(width, 2048))](gate_and_up, target, width, BLOCK=2048)
-        return target
+    if on_triton(gate_and_up) and proved("swiglu", gate_and_up.shape[1], gate_and_up.dtype, gate_and_up.device):
+        return swiglu_by_kernel(gate_and_up)
     gate, up = gate_and_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up

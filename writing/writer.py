@@ -31,9 +31,8 @@ def writer(
     from writing import endings
 
     tokenizer, limit = processor.tokenizer, recipe.max_html_tokens
-    if closes := not (why := endings.obstacle(tokenizer)):
-        watch, ends = partial(endings.Watch, tokenizer, limit), endings.Endings
-    else:
+    watch, ends = partial(endings.Watch, tokenizer, limit), endings.Endings
+    if why := endings.obstacle(tokenizer):
         tell(f"pages that do not end are not closed: {why}")
         watch = ends = None
     if why := obstacle(model):
@@ -41,7 +40,18 @@ def writer(
         return use.Generating(model, processor, recipe, batch, ends)
     from writing.engine import Engine
 
-    return Engine(model, processor, recipe, wanted, watch if closes else None)
+    try:
+        engine = Engine(model, processor, recipe, wanted, watch)
+    except Exception as error:
+        if not use.is_out_of_memory(error):
+            raise
+        engine = None
+    if engine is None:  # out of the except block, which keeps alive what the error's frames hold
+        tell(f"pages are written by generate(), not by the engine: no memory for one slot of {limit:,} tokens")
+        return use.Generating(model, processor, recipe, batch, ends)
+    # Whatever batch was asked for.
+    tell(f"pages are written by the engine, {engine.count} at once")
+    return engine
 
 
 def obstacle(model: PreTrainedModel) -> str:

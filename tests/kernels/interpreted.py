@@ -45,6 +45,17 @@ def test_rows_are_normed_and_gated_as_by_torch(kernels, kind):
     close(rows.rms_norm(hidden, weight, 1e-6), rows.rms_norm(hidden.float(), weight.float(), 1e-6), kind)
     both = torch.randn(5, 2 * 72, device=DEVICE).to(kind)
     close(rows.swiglu(both), rows.swiglu(both.float()), kind)
+    assert rows.proved("norm", 80, kind, hidden.device) and rows.proved("swiglu", 144, kind, hidden.device)
+
+
+def test_a_wrong_norm_is_not_used_and_that_is_said(kernels, monkeypatch):
+    rows = kernels("row_kernels")
+    hidden, weight = torch.randn(5, 80, device=DEVICE).half(), torch.randn(80, device=DEVICE).half()
+    wanted, real = rows.rms_norm(hidden, weight, 1e-6), rows.norm_by_kernel
+    monkeypatch.setattr(rows, "norm_by_kernel", lambda *given: 1.1 * real(*given))
+    rows.proved.cache_clear()
+    with pytest.warns(UserWarning, match="the kernel of norm, launched plain, differs by 0.1"):
+        close(rows.rms_norm(hidden, weight, 1e-6), wanted, torch.float16)
 
 
 @pytest.mark.parametrize("kind", MULTIPLIED, ids=str)

@@ -367,6 +367,21 @@ def test_kernels_are_for_the_current_gpu(monkeypatch):
     assert "weights are torch.float32" in writers.obstacle(here)
 
 
+def test_without_memory_for_one_slot_generate_writes_and_the_engine_says_how_many_it_writes(loaded, monkeypatch):
+    model, processor = loaded
+    monkeypatch.setattr(writers, "obstacle", lambda model: "")
+    told = []
+    assert writers.writer(model, processor, RECIPE, 3, 2, told.append).count == 2
+    assert told == ["pages are written by the engine, 2 at once"]
+
+    def full(*unused):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(room, "Cache", full)
+    assert isinstance(writers.writer(model, processor, RECIPE, 3, 2, told.append), use.Generating)
+    assert told[1:] == ["pages are written by generate(), not by the engine: no memory for one slot of 24 tokens"]
+
+
 def test_evaluation_writes_by_the_engine_what_it_writes_by_generate(loaded, tmp_path, monkeypatch):
     model, processor = loaded
     folder = make_pages(tmp_path / "pages", 5)
