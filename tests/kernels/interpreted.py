@@ -126,7 +126,7 @@ def test_a_kernel_that_is_wrong_or_fails_is_not_used_and_that_is_said(kernels, m
         keys[0, 0] = before
         return done
 
-    shapes = (2, 4, 2, 32, 1, torch.float16, hidden.device)
+    shapes = (2, 4, 2, 32, 1, 32, None, False, torch.float16, hidden.device)
     assert room.way_of(*shapes)
     room.way_of.cache_clear()
     monkeypatch.setattr(room, "attend_in_parts", forgets_a_key)
