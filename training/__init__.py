@@ -45,8 +45,6 @@ Rooms from top to bottom; each may import those below it, and none above:
     dataset         what is known of datasets, each one entry
     cleaning        what no screenshot shows goes from the HTML
     prompt_and_mask what the model is asked, and what the loss sees
-    families/       one file for each architecture, by its model_type
-    page_costs      how many operations a page costs
     processes       who a process is, what it says, and every collective
     errors          what goes wrong, and the exit code that says so
 """

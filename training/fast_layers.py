@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 # -----------------------------------------------------------------------------
 # Architectures: the one place that says what is known of each. Another one needs a function like `qwen2_5_vl`, forwards
-# for those of its modules that differ, its line in ARCHITECTURES, and `fast` in its file under training/families/
+# for those of its modules that differ, its line in ARCHITECTURES, and `fast` in its file under families/
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from training.page_costs import LOSS_ROWS
+from families.page_costs import LOSS_ROWS
 from training.prompt_and_mask import IGNORED
 
 Entropy = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # as `cross_entropy` below

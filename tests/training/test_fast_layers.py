@@ -8,9 +8,9 @@ import torch
 from conftest import make_config, make_processor, page_html
 
 import holo1_dom_finetune as pipeline
-from training import fast_layers, loss, memory_fit, memory_plan, page_costs
+from families import FAMILIES, family_of, page_costs, trains_fast
+from training import fast_layers, loss, memory_fit, memory_plan
 from training.base_model import BaseTensor
-from training.families import FAMILIES, family_of, trains_fast
 from training.final_folder import final_tensors
 from training.prompt_and_mask import PageEncoder
 from training.settings import PageSettings

@@ -9,8 +9,8 @@ from conftest import make_config, make_processor, page_html
 from PIL import Image
 
 import holo1_dom_finetune as pipeline
+from families import family_of
 from training import loss
-from training.families import family_of
 from training.prompt_and_mask import PageEncoder
 
 
