@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from families.chunked_loss import cross_entropy, supervised_loss
 from kernels.attention import attend, attention_words
 from training import zero3
-from training.loss import cross_entropy, supervised_loss
 from training.processes import in_columns, say
 from training.settings import PageSettings
 

@@ -8,8 +8,8 @@ import torch
 from conftest import make_config, make_processor, page_html
 
 import holo1_dom_finetune as pipeline
-from families import FAMILIES, family_of, page_costs, trains_fast
-from training import fast_layers, loss, memory_fit, memory_plan
+from families import FAMILIES, chunked_loss, family_of, page_costs, trains_fast
+from training import fast_layers, memory_fit, memory_plan
 from training.base_model import BaseTensor
 from training.final_folder import final_tensors
 from training.prompt_and_mask import PageEncoder
@@ -78,7 +78,7 @@ def worst_difference(first: dict, second: dict) -> float:
 @pytest.mark.parametrize("fuse", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_packed_pages_give_the_models_own_loss_and_gradients(processor, model, fuse, monkeypatch):
     """Everything together: packing, segments, the loss on supervised tokens in chunks, the widened vision MLP."""
-    monkeypatch.setattr(loss, "LOSS_ROWS", 50)
+    monkeypatch.setattr(chunked_loss, "LOSS_ROWS", 50)
     made, shapes = pages(5), {n: p.shape for n, p in model.named_parameters()}
     plain = gradients(model, collate(processor, made))
     twin = fast_twin(model, fuse)
