@@ -7,6 +7,8 @@ Rooms from top to bottom; each may import those below it, and none above:
     qwen3_vl        what Qwen3-VL has of its own
     qwen2_5_vl      what Qwen2.5-VL has of its own
     family          the list of what to write for another one
+    fast_parts      layers that take packed pages, which families share
+    elementwise     the element-wise parts of layers, fused
     chunked_loss    the loss on supervised tokens alone, in chunks
     page_costs      how many operations a page costs
 

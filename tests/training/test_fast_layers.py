@@ -8,7 +8,7 @@ import torch
 from conftest import make_config, make_processor, page_html
 
 import holo1_dom_finetune as pipeline
-from families import FAMILIES, chunked_loss, family_of, page_costs, trains_fast
+from families import FAMILIES, chunked_loss, family_of, fast_parts, page_costs, trains_fast
 from training import fast_layers, memory_fit, memory_plan
 from training.base_model import BaseTensor
 from training.final_folder import final_tensors
@@ -127,7 +127,7 @@ class KeepsFour(torch.autograd.Function):
 @pytest.mark.parametrize("tower", ["language", "vision"])
 def test_a_layer_keeps_what_the_memory_plan_counts(processor, model, tower, monkeypatch):
     twin, kept = fast_twin(model), {}
-    monkeypatch.setattr(fast_layers, "attend", lambda query, key, value, *_, **__: KeepsFour.apply(query, key, value))
+    monkeypatch.setattr(fast_parts, "attend", lambda query, key, value, *_, **__: KeepsFour.apply(query, key, value))
     known = {parameter.data_ptr() for parameter in twin.parameters()}
 
     def keep(tensor):
