@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import use_model_from_hub as use
-from training.families.family import Family, Picture
-from training.page_costs import Shape, Tower
+from families.family import Family, Picture
+from families.page_costs import Shape, Tower
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -1,6 +1,6 @@
-"""What differs between architectures, as far as training asks for it.
+"""What differs between architectures, as far as training and writing ask for it.
 
-    family = family_of(model.config)                        # training/families/__init__.py
+    family = family_of(model.config)                        # families/__init__.py
     pictures = family.pictures(processor, screenshots)      # one `Picture` each
     batch = family.join(pictures)                           # what the model takes of them, for the whole batch
 
@@ -13,13 +13,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from training.errors import PipelineError
-from training.page_costs import Shape
+from families.page_costs import Shape
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
     from transformers import ProcessorMixin
+
+
+class FamilyError(ValueError):
+    """An architecture that nobody has written, or whose file does not fit its model."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,8 @@ def stack(pictures: Sequence[Picture]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture. To add one, write `training/families/<model_type>.py` with a `FAMILY`, by the `model_type` of
-    its config.json, and name it in `training/families/__init__.py`:
+    """One architecture. To add one, write `families/<model_type>.py` with a `FAMILY`, by the `model_type` of
+    its config.json, and name it in `families/__init__.py`:
 
     1. `vision`: the modules of the vision tower and what joins it to the language model, by name. `--freeze_vision`
        leaves them as they are, and 4-bit quantisation leaves them whole: reading small print is what they are for.
@@ -70,7 +73,7 @@ class Family:
     10. `fast`: whether `fast_layers.py` knows its modules, and `packing.py` its positions. False is the plain path:
         padded rows and the model's own forward, which any architecture takes.
 
-    tests/training/test_families.py holds all but the last against the true processor and the true modules of a tiny
+    tests/families/test_family.py holds all but the last against the true processor and the true modules of a tiny
     model; add one there.
     """
 
@@ -87,13 +90,11 @@ class Family:
     fast: bool = False
 
     def vision_modules(self, model: nn.Module) -> list[nn.Module]:
-        """The modules named in `vision`. Raises `PipelineError` on a name that `model` lacks: quantisation and
+        """The modules named in `vision`. Raises `FamilyError` on a name that `model` lacks: quantisation and
         freezing would pass over it in silence."""
         known = dict(model.named_modules())
         missing = [name for name in self.vision if name not in known]
         if missing:
             names = ", ".join(missing)
-            raise PipelineError(
-                f"{type(model).__name__} has no {names}: correct training/families/{self.model_type}.py"
-            )
+            raise FamilyError(f"{type(model).__name__} has no {names}: correct families/{self.model_type}.py")
         return [known[name] for name in self.vision]
