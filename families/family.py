@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import ProcessorMixin
 
+    from families.slot_layers import Captured
+
 
 class FamilyError(ValueError):
     """An architecture that nobody has written, or whose file does not fit its model."""
@@ -73,6 +75,11 @@ class Family:
     10. `fast`: whether `fast_layers.py` knows its modules, and `packing.py` its positions. False is the plain path:
         padded rows and the model's own forward, which any architecture takes.
 
+    11. `captured(model)`: what the writing engine works with, a `slot_layers.Captured`: layers, whose mixers read and
+        step, and a tower of `towers.py`. None where transformers' generate() writes.
+    12. `activations`: of the MLPs of the language model and of the tower, which these layers compute; others are left
+        to generate().
+
     tests/families/test_family.py holds all but the last against the true processor and the true modules of a tiny
     model; add one there.
     """
@@ -88,6 +95,8 @@ class Family:
     shape: Callable[[object], Shape]
     token_types: bool = False
     fast: bool = False
+    captured: Callable[[nn.Module], Captured] | None = None
+    activations: tuple[str, str] = ("silu", "silu")
 
     def vision_modules(self, model: nn.Module) -> list[nn.Module]:
         """The modules named in `vision`. Raises `FamilyError` on a name that `model` lacks: quantisation and
