@@ -34,4 +34,4 @@ def shape(config: PretrainedConfig) -> Shape:
     )
 
 
-FAMILY = replace(QWEN2_5_VL, model_type="qwen3_vl", shape=shape, fast=False)
+FAMILY = replace(QWEN2_5_VL, model_type="qwen3_vl", shape=shape, architecture=None, geometry=None)
