@@ -55,7 +55,6 @@ from transformers.trainer_utils import TrainOutput
 
 import use_model_from_hub as use
 from families import Family, Picture, family_of, page_costs, trains_fast
-from kernels.positions import image_geometry
 from scoring import metrics
 from training import fast_layers, resuming, zero3
 from training.base_model import BaseTensor, base_tensors, fetch_base, fingerprint, load_config, load_processor
@@ -231,7 +230,7 @@ class PageCollator:
         grids = batch["image_grid_thw"]
         sizes = (grids[:, 1:] // self.config.vision_config.spatial_merge_size).tolist()
         batch |= pack(rows, sizes, len(self.encoder.before), IGNORED)
-        return batch | image_geometry(self.config)(grids)
+        return batch | self.encoder.family.geometry(self.config)(grids)
 
     def flops(self, labels: list[int], patches: int) -> float:
         """Operations of one page, for the MFU of the step's line."""

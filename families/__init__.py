@@ -22,7 +22,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from families.family import Family, FamilyError, Picture
+from families.family import Architecture, Family, FamilyError, Picture
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -33,7 +33,7 @@ FAMILIES = {
     "qwen3_vl": "Qwen3-VL",
 }
 
-__all__ = ["FAMILIES", "Family", "FamilyError", "Picture", "family_of", "trains_fast"]
+__all__ = ["FAMILIES", "Architecture", "Family", "FamilyError", "Picture", "family_of", "trains_fast"]
 
 
 def family_of(model: object) -> Family:
@@ -49,5 +49,5 @@ def family_of(model: object) -> Family:
 
 
 def trains_fast(config: PretrainedConfig, settings: Any) -> bool:
-    """Whether pages are packed into one row and go through `fast_layers.py`, not padded and the model's own way."""
+    """Whether pages are packed into one row and go through fast layers, not padded and the model's own way."""
     return settings.fast and family_of(config).fast

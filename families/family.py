@@ -9,9 +9,9 @@ No torch at import: `--help`, the checks and `--plan` read families, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from families.page_costs import Shape
 
@@ -55,6 +55,39 @@ def stack(pictures: Sequence[Picture]) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
+class Architecture:
+    """What runs on the fast path instead of transformers' own modules, by their classes: training/fast_layers.py puts
+    it there, families/fast_parts.py has what several families share. A subclass may compute something else, so only
+    the very classes count.
+
+    - `model` takes the place of the model's forward: one row of packed pages to its loss (`fast_parts.packed_forward`);
+    - `forwards` take the place of a module's forward, `methods` of others of its methods, by name;
+    - `blocks` take the place of a whole layer's forward while its products are plain ones (`fast_parts.layer_forward`);
+      ZeRO-3 fetches each of these layers at once. They have an attribute `gradient_checkpointing`;
+    - `activations` are those that `forwards` and `blocks` compute for a class, by the names of torch and transformers:
+      a module with another one keeps its own forward;
+    - `towers` are the parts of the model for whose shapes element-wise functions are compiled, each its own; the head
+      belongs to the last of them;
+    - `vision_layers` names the list of the vision tower's layers; `widened` those products of its MLP that the MLP's
+      width is a side of, with that axis of the weight: tensor cores want a multiple of 8.
+    """
+
+    model: Callable
+    forwards: Mapping[type, Callable]
+    blocks: Mapping[type, Callable]
+    activations: Mapping[type, tuple[str, ...]]
+    methods: Mapping[type, Mapping[str, Callable]] = field(default_factory=dict)
+    towers: tuple[str, ...] = ("model.visual", "model.language_model")
+    vision_layers: str = "model.visual.blocks"
+    widened: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def leaves(self) -> list[str]:
+        """The classes that ZeRO-3 fetches whole (zero3.set_leaves): its layers."""
+        return [layer.__name__ for layer in self.blocks]
+
+
+@dataclass(frozen=True)
 class Family:
     """One architecture. To add one, write `families/<model_type>.py` with a `FAMILY`, by the `model_type` of
     its config.json, and name it in `families/__init__.py`:
@@ -72,16 +105,24 @@ class Family:
     7. `join(pictures)`: their inputs as those of a batch; `stack` where all have one size.
     8. `token_types`: whether the model's positions need `mm_token_type_ids` (B, T), 1 on image tokens.
     9. `shape(config)`: the widths by which costs are counted, a `page_costs.Shape`.
-    10. `fast`: whether `fast_layers.py` knows its modules, and `packing.py` its positions. False is the plain path:
-        padded rows and the model's own forward, which any architecture takes.
 
-    11. `captured(model)`: what the writing engine works with, a `slot_layers.Captured`: layers, whose mixers read and
-        step, and a tower of `towers.py`. None where transformers' generate() writes.
-    12. `activations`: of the MLPs of the language model and of the tower, which these layers compute; others are left
-        to generate().
+    That is all that the plain path needs: padded rows, the model's own forward, writing by generate(). The fast one:
 
-    tests/families/test_family.py holds all but the last against the true processor and the true modules of a tiny
-    model; add one there.
+    10. `architecture`: a function without arguments to its `Architecture`, which may import torch.
+    11. `geometry(config)`: a function from `image_grid_thw` (B, 3) to what the vision tower derives from it, as
+        keyword arguments "image_...", and what else the data workers should work out. `packing.pack` has the positions
+        of Qwen's models.
+
+    And the engine that writes:
+
+    12. `captured(model)`: what it works with, a `slot_layers.Captured`: layers, whose mixers read and step, and a tower
+        of `towers.py`. None where transformers' generate() writes.
+    13. `activations`: of the MLPs of the language model and of the tower, which these layers compute; models with
+        others are left to generate().
+
+    tests/families/test_family.py holds 1 to 9 against the true processor and the true modules of a tiny model,
+    tests/families/test_fast_path.py the fast path against the model's own,
+    tests/writing/test_engine.py the engine against generate(); add one there.
     """
 
     model_type: str
@@ -94,9 +135,15 @@ class Family:
     join: Callable[[Sequence[Picture]], dict[str, Tensor]]
     shape: Callable[[object], Shape]
     token_types: bool = False
-    fast: bool = False
+    architecture: Callable[[], Architecture] | None = None
+    geometry: Callable[[Any], Callable[[Tensor], dict[str, Any]]] | None = None
     captured: Callable[[nn.Module], Captured] | None = None
     activations: tuple[str, str] = ("silu", "silu")
+
+    @property
+    def fast(self) -> bool:
+        """Whether there is a fast path for it."""
+        return self.architecture is not None
 
     def vision_modules(self, model: nn.Module) -> list[nn.Module]:
         """The modules named in `vision`. Raises `FamilyError` on a name that `model` lacks: quantisation and

@@ -21,6 +21,9 @@ from kernels.attention import attend
 if TYPE_CHECKING:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
+# swiglu's own activation, by the names that torch and transformers give it.
+SILU = ("SiLU", "SiLUActivation")
+
 # -----------------------------------------------------------------------------
 # Modules: forwards that know of packed pages
 
@@ -150,9 +153,7 @@ def vision_block(
 def layer_forward(self, hidden_states: torch.Tensor, *positional, **options) -> torch.Tensor:
     """The block of this layer; its own forward where adapters, 4-bit weights or autocast have a way of their own."""
     # Asked at every call: adapters come after `install`, and autocast is a matter of the moment.
-    products = (*self.mlp.children(), *(self.self_attn if self.block is language_block else self.attn).children())
-    linear = all(type(module) in (torch.nn.Linear, type(self.mlp.act_fn)) for module in products)
-    if not linear or positional or torch.is_autocast_enabled(hidden_states.device.type):
+    if positional or torch.is_autocast_enabled(hidden_states.device.type) or parts_of(self) != self.plain_parts:
         return type(self).forward(self, hidden_states, *positional, **options)
     block = functools.partial(self.block, self, **options)
     # As transformers' GradientCheckpointingLayer does around a layer's own forward (5.23), with the same function, so
@@ -160,6 +161,16 @@ def layer_forward(self, hidden_states: torch.Tensor, *positional, **options) -> 
     if self.gradient_checkpointing and self.training:
         return self._gradient_checkpointing_func(block, hidden_states)
     return block(hidden_states)
+
+
+def parts_of(layer: torch.nn.Module) -> list[type]:
+    """The classes of the parts of a layer's parts: adapters put others there."""
+    return [type(part) for child in layer.children() for part in child.children()]
+
+
+def is_plain(layer: torch.nn.Module) -> bool:
+    """Whether all products of a layer are torch's own, not those of 4-bit weights."""
+    return all(type(part) is torch.nn.Linear for part in layer.modules() if isinstance(part, torch.nn.Linear))
 
 
 def normed_products(hidden: torch.Tensor, norm: torch.nn.Module, *linears: torch.nn.Linear) -> tuple[torch.Tensor, ...]:

@@ -54,7 +54,8 @@ FAMILY = replace(
     QWEN2_5_VL,
     model_type="qwen3_vl",
     shape=shape,
-    fast=False,
+    architecture=None,
+    geometry=None,
     captured=captured,
     activations=("silu", "gelu_pytorch_tanh"),
 )

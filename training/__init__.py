@@ -25,7 +25,7 @@ Rooms from top to bottom; each may import those below it, and none above:
     page_checks     which pages can be trained on: read, cleaned, short enough, none of them twice
     page_order      which pages are trained on when
     packing         pages as one row
-    fast_layers     layers that take packed pages, each faster than the model's own way to the same
+    fast_layers     the fast path put into a model, and vision MLPs as wide as tensor cores like
     loss            the loss by the model's own way
     progress        what a run tells of itself: rates, waits, memory, the loss as a picture
     stopping        how a run is asked to stop, and when it does

@@ -5,32 +5,21 @@
     install(model, fuse=True)       # takes pages packed into one row (packing.pack), each part faster than its own
 
 Nothing here changes what is learned: each part equals the model's own way, which the tests show. Instances get forwards
-of their own, no class of transformers is changed. Sections: Architectures, Vision MLP.
+of their own, no class of transformers is changed. Sections: Fast path, Vision MLP.
 """
 
 from __future__ import annotations
 
 import math
 import types
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from families import Architecture, family_of
 from families.elementwise import Elementwise, can_fuse
-from families.fast_parts import (
-    head_forward,
-    language_attention,
-    language_block,
-    layer_forward,
-    mlp_forward,
-    norm_forward,
-    packed_forward,
-    patch_forward,
-    vision_attention,
-    vision_block,
-)
+from families.fast_parts import head_forward, is_plain, layer_forward, parts_of
 from kernels.attention import attention_words
 from training import zero3
 from training.processes import in_columns, say
@@ -40,56 +29,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
 # -----------------------------------------------------------------------------
-# Architectures: the one place that says what is known of each. Another one needs a function like `qwen2_5_vl`, forwards
-# for those of its modules that differ, its line in ARCHITECTURES, and `fast` in its file under families/
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What runs instead of transformers' own modules, by their classes.
-
-    `forwards` take the place of one module's forward, `blocks` of a whole layer's (by `layer_forward`), `model` of the
-    model's. A subclass may compute something else, so only the very classes count.
-    """
-
-    forwards: dict[type, Callable]
-    blocks: dict[type, Callable]
-    model: Callable
-
-    @property
-    def leaves(self) -> list[str]:
-        """The classes that ZeRO-3 fetches whole (zero3.set_leaves): its layers."""
-        return [layer.__name__ for layer in self.blocks]
-
-
-def qwen2_5_vl() -> Architecture:
-    """Qwen2.5-VL, on which Holo1 is built (transformers 5.23)."""
-    # Not at the top: transformers' modules take seconds, and an architecture is needed only where it is trained.
-    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as own
-
-    return Architecture(
-        forwards={
-            own.Qwen2_5_VLRMSNorm: norm_forward,
-            own.Qwen2_5_VLMLP: mlp_forward,
-            own.Qwen2MLP: mlp_forward,
-            own.Qwen2_5_VLAttention: language_attention,
-            own.Qwen2_5_VLVisionAttention: vision_attention,
-            torch.nn.Conv3d: patch_forward,
-        },
-        blocks={own.Qwen2_5_VLDecoderLayer: language_block, own.Qwen2_5_VLVisionBlock: vision_block},
-        model=packed_forward,
-    )
-
-
-# By the `model_type` of config.json, those whose family says `fast`; others train their own way, with padded rows.
-ARCHITECTURES = {"qwen2_5_vl": qwen2_5_vl}
-# mlp_forward's own activation, by the names that torch and transformers give it.
-SILU = ("SiLU", "SiLUActivation")
+# Fast path
 
 
 def architecture_of(model: torch.nn.Module) -> Architecture:
-    """Raises KeyError for a model whose `model_type` is not in ARCHITECTURES: ask families.trains_fast before."""
-    return ARCHITECTURES[model.config.model_type]()
+    """What stands for the modules of `model`, of a family that has a fast path: ask families.trains_fast before."""
+    return family_of(model.config).architecture()
 
 
 def make_fast(model: PreTrainedModel, settings: PageSettings, args: TrainingArguments, sharded: bool) -> None:
@@ -99,8 +44,8 @@ def make_fast(model: PreTrainedModel, settings: PageSettings, args: TrainingArgu
     if fuse:
         # A handful of small kernels: torch's pool of compiling processes would outlive the training by many seconds.
         torch._inductor.config.compile_threads = 1
-    # 3,420 columns are no multiple of 8, and half-precision products of such fall back to old tensor-core kernels: 16 %
-    # of a step. The zeros that fill them up to 3,424 stay zeros, and are cut off again on saving.
+    # 3,420 columns of Qwen2.5-VL are no multiple of 8, and half-precision products of such fall back to old tensor-core
+    # kernels: 16 % of a step. The zeros that fill them up to 3,424 stay zeros, and are cut off again on saving.
     width = align_vision_mlp(model)
     install(model, fuse)
     if sharded:
@@ -113,30 +58,35 @@ def make_fast(model: PreTrainedModel, settings: PageSettings, args: TrainingArgu
 
 
 def install(model: torch.nn.Module, fuse: bool) -> None:
-    """Let `model` (of ARCHITECTURES, not wrapped) take batches of `pack`, by faster ways to the same numbers.
+    """Let `model` (of a family with an `Architecture`, not wrapped) take batches of `pack`, by faster ways to the same
+    numbers.
 
-    `fuse` compiles the element-wise parts, where `can_fuse` has nothing against it. A module whose MLP has another
-    activation than silu keeps its own forward.
+    `fuse` compiles the element-wise parts, where `can_fuse` has nothing against it. A module with another activation
+    than those that its family computes keeps its own forward.
     """
     known = architecture_of(model)
     # One set of functions for each tower: their shapes differ, and torch compiles a function for few shapes.
-    for part in (model.model.visual, model.model.language_model):
+    for name in known.towers:
         fused = Elementwise(fuse)
-        for module in part.modules():
-            if type(module) in known.forwards and activation_of(module) in ("NoneType", *SILU):
+        for module in model.get_submodule(name).modules():
+            kind = type(module)
+            for method, function in known.methods.get(kind, {}).items():
+                setattr(module, method, types.MethodType(function, module))
+            if kind in known.forwards and computes(known, module):
                 module.fused = fused
-                module.forward = types.MethodType(known.forwards[type(module)], module)
-            elif type(module) in known.blocks and activation_of(module.mlp) in SILU:
-                module.block = known.blocks[type(module)]
+                module.forward = types.MethodType(known.forwards[kind], module)
+            elif kind in known.blocks and computes(known, module) and is_plain(module):
+                module.block, module.plain_parts = known.blocks[kind], parts_of(module)
                 module.forward = types.MethodType(layer_forward, module)
-    model.lm_head.fused = fused  # the language model's, which is the second of the two
+    model.lm_head.fused = fused  # the last tower's, which is the language model
     model.lm_head.forward = types.MethodType(head_forward, model.lm_head)
     model.forward = types.MethodType(known.model, model)
 
 
-def activation_of(module: torch.nn.Module) -> str:
-    """The class of a module's `act_fn`, by name; "NoneType" for a module that has none."""
-    return type(getattr(module, "act_fn", None)).__name__
+def computes(known: Architecture, module: torch.nn.Module) -> bool:
+    """Whether the activations of `module`, and of all in it, are those that its family computes for their classes."""
+    parts = [part for part in module.modules() if type(part) in known.activations]
+    return all(type(part.act_fn).__name__ in known.activations[type(part)] for part in parts)
 
 
 # -----------------------------------------------------------------------------
@@ -144,19 +94,20 @@ def activation_of(module: torch.nn.Module) -> str:
 
 
 def align_vision_mlp(model: torch.nn.Module, multiple: int = 32) -> int:
-    """(all ranks) Widen the vision MLPs with zeros to a multiple of `multiple`; returns the new width.
+    """(all ranks) Widen the vision MLPs with zeros to a multiple of `multiple`, where they are none of 8; returns the
+    width that they have then.
 
-    3,420 is no multiple of 8, so half-precision products fall back to old tensor-core kernels. Zeros stay zeros:
-    silu(0) x 0 = 0, and so are all their gradients. What is saved has to be cut to the base's shapes again
-    (`narrowed`).
+    Half-precision products of other widths fall back to old tensor-core kernels. Zeros stay zeros: silu(0) x 0 = 0 and
+    gelu(0) = 0, and so are all their gradients. What is saved has to be cut to the base's shapes again (`narrowed`).
     """
-    width = 0
-    for block in model.model.visual.blocks:
-        for name in ("gate_proj", "up_proj", "down_proj"):
+    known, width = architecture_of(model), 0
+    for block in model.get_submodule(known.vision_layers):
+        for name, axis in known.widened.items():
             old = getattr(block.mlp, name)
             shape = [old.out_features, old.in_features]
-            axis = 1 if name == "down_proj" else 0
-            width = shape[axis] = math.ceil(shape[axis] / multiple) * multiple
+            width = shape[axis]
+            if width % 8:
+                width = shape[axis] = math.ceil(width / multiple) * multiple
             # Wide enough already, as all other blocks are, then.
             if shape == [old.out_features, old.in_features]:
                 return width

@@ -197,8 +197,11 @@ def test_the_widened_vision_mlp_is_the_same_function_and_saves_the_same_shapes(p
         assert torch.allclose(model(**batch).logits, twin(**batch).logits, atol=1e-6)
 
 
-def test_a_family_trains_fast_where_its_modules_are_known():
-    assert {name for name in FAMILIES if family_of(name).fast} == set(fast_layers.ARCHITECTURES)
+def test_a_family_trains_fast_where_it_has_an_architecture_and_a_geometry():
+    known = [family_of(name) for name in FAMILIES]
+    assert any(family.fast for family in known)
+    for family in known:
+        assert family.fast == (family.architecture is not None) == (family.geometry is not None)
 
 
 def test_other_architectures_and_the_plain_way_are_left_alone(model):
