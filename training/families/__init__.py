@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 FAMILIES = {
     "qwen2_5_vl": "Qwen2.5-VL",
     "qwen3_vl": "Qwen3-VL",
+    "qwen3_5": "Qwen3.5",
 }
+# Mixtures of experts, and the dense members of their line: their experts' weights are merged as transformers loads them
+# (5.23), so that nothing could be saved by the base's keys, and no adapter finds a projection in them.
+EXPERTS = {"qwen3_vl_moe": "qwen3_vl", "qwen3_5_moe": "qwen3_5"}
 
 __all__ = ["FAMILIES", "Family", "Picture", "family_of", "trains_fast"]
 
@@ -28,6 +32,11 @@ __all__ = ["FAMILIES", "Family", "Picture", "family_of", "trains_fast"]
 def family_of(model: object) -> Family:
     """The family of a configuration, or of a `model_type`. Raises `SettingsError` for one that nobody has written."""
     model_type = model if isinstance(model, str) else model.model_type
+    if dense := EXPERTS.get(model_type):
+        raise SettingsError(
+            f"--base_model is a {model_type}, a mixture of experts, which cannot be trained here; give a dense "
+            f"{FAMILIES[dense]} ({dense})"
+        )
     if model_type not in FAMILIES:
         known = " or ".join(f"{title} ({name})" for name, title in FAMILIES.items())
         raise SettingsError(
