@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from training.families import qwen2_5_vl
-from training.page_costs import LinearAttention, Shape, Tower
+from families.page_costs import LinearAttention, Shape, Tower
+from families.qwen2_5_vl import FAMILY as QWEN2_5_VL
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -42,11 +42,12 @@ def shape(config: PretrainedConfig) -> Shape:
 
 
 FAMILY = replace(
-    qwen2_5_vl.FAMILY,
+    QWEN2_5_VL,
     model_type="qwen3_5",
     # Of linear attention what is wide; the products behind its gates have a few outputs a token.
     adapters=r".*language_model\.layers\.\d+\."
     r"(self_attn\.[qkvo]_proj|linear_attn\.(in_proj_qkv|in_proj_z|out_proj)|mlp\.(gate|up|down)_proj)",
     shape=shape,
-    fast=False,
+    architecture=None,
+    geometry=None,
 )
