@@ -5,6 +5,7 @@
 Rooms from top to bottom; each may import those below it, and none above:
 
     qwen3_5         what Qwen3.5 has of its own
+    qwen3_5_layers  its layers on packed pages
     qwen3_vl        what Qwen3-VL has of its own
     qwen2_5_vl      what Qwen2.5-VL has of its own
     family          the list of what to write for another one

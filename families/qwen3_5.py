@@ -7,13 +7,16 @@ without DeepStack. Members with experts (`qwen3_5_moe`) are another architecture
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from families.family import Architecture
 from families.page_costs import LinearAttention, Shape, Tower
 from families.qwen2_5_vl import FAMILY as QWEN2_5_VL
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig
 
 
@@ -41,6 +44,20 @@ def shape(config: PretrainedConfig) -> Shape:
     )
 
 
+def architecture() -> Architecture:
+    """Its fast path."""
+    from families.qwen3_5_layers import architecture
+
+    return architecture()
+
+
+def geometry(config: PretrainedConfig) -> Callable[[Tensor], dict[str, Any]]:
+    """Places and pictures of patches, and between which learned positions each lies."""
+    from kernels.positions import learned_geometry
+
+    return learned_geometry(config)
+
+
 FAMILY = replace(
     QWEN2_5_VL,
     model_type="qwen3_5",
@@ -48,6 +65,6 @@ FAMILY = replace(
     adapters=r".*language_model\.layers\.\d+\."
     r"(self_attn\.[qkvo]_proj|linear_attn\.(in_proj_qkv|in_proj_z|out_proj)|mlp\.(gate|up|down)_proj)",
     shape=shape,
-    architecture=None,
-    geometry=None,
+    architecture=architecture,
+    geometry=geometry,
 )
