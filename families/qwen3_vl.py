@@ -45,7 +45,7 @@ def captured(model: nn.Module) -> Captured:
 
     language, layers = model.model.language_model, []
     for layer in language.layers:
-        (query, epsilon), (key, _) = (plain_norm(norm) for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm))
+        (query, epsilon), (key, _) = map(plain_norm, (layer.self_attn.q_norm, layer.self_attn.k_norm))
         layers.append(Layer(layer, Attention(layer.self_attn, Extras((query, key), epsilon)), plain_norm))
     return Captured(layers, plain_norm(language.norm), PlainTower(model.model.visual).see)
 

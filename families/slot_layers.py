@@ -13,8 +13,9 @@ the residual stream, D that of a head.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -22,6 +23,8 @@ from torch.nn import functional
 
 from kernels import row_kernels, slot_attention
 from kernels.attention import attend
+from kernels.delta_step import Mixing, delta_step, gated_norm
+from kernels.gated_delta import DeltaInputs, DeltaShape, read_pages
 from kernels.slot_attention import NO_EXTRAS, Extras, attend_slots
 
 Norm = tuple[torch.Tensor, float]  # weight (H,) and epsilon
@@ -31,14 +34,24 @@ Kept = tuple[torch.Tensor, ...]  # what a mixer keeps of each slot, (S, ...) eac
 @dataclass
 class Pages:
     """Where the tokens of the pages that are read stand: `angles`, cos and sin (T, D or what is turned), `bounds` of
-    the pages (pages + 1) and their `lengths`, and of each token the page, the slot and the place in it (T,)."""
+    the pages (pages + 1) and their `lengths`, the `slots` that they are read into (pages,), and of each token the slot
+    and the place in it (T,)."""
 
     angles: Sequence[torch.Tensor]
     bounds: torch.Tensor
     lengths: list[int]
-    page: torch.Tensor
+    slots: torch.Tensor
     slot: torch.Tensor
     place: torch.Tensor
+    ends: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def last(self, count: int) -> torch.Tensor:
+        """The rows of the last `count` tokens of each page, or of all that it has; the same for all layers."""
+        if count not in self.ends:
+            bounds = [0, *itertools.accumulate(self.lengths)]
+            rows = [row for begin, end in itertools.pairwise(bounds) for row in range(max(begin, end - count), end)]
+            self.ends[count] = torch.tensor(rows, device=self.slot.device)
+        return self.ends[count]
 
 
 @dataclass
@@ -97,6 +110,45 @@ class Attention:
 
     def step(self, wide: torch.Tensor, moment: Moment, kept: Kept) -> torch.Tensor:
         return attend_slots(wide, *moment.angles, *kept, moment.places, self.heads, self.scale, extras=self.extras)
+
+
+class GatedDelta:
+    """Linear attention by the gated delta rule: the last tokens' channels before the convolution, and a state in fp32,
+    as kernels.delta_step takes them. The weights of `module` become views of larger ones."""
+
+    takes_back = False
+
+    def __init__(self, module: torch.nn.Module):
+        self.taken, self.taken_bias = side_by_side(
+            module.in_proj_qkv, module.in_proj_z, module.in_proj_b, module.in_proj_a
+        )
+        self.out = module.out_proj.weight
+        heads = (module.num_k_heads, module.num_v_heads, module.head_k_dim, module.head_v_dim)
+        self.shape = DeltaShape(*heads, module.conv_kernel_size)
+        weights = (module.conv1d.weight.squeeze(1), module.A_log, module.dt_bias)
+        self.mixing = Mixing(*weights, *plain_norm(module.norm), heads=heads[1], fewer=heads[0])
+
+    def keeps(self, capacity: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        shape = self.shape
+        return [
+            ((shape.taps, shape.channels), dtype),
+            ((shape.value_heads, shape.key_width, shape.value_width), torch.float32),
+        ]
+
+    def read(self, wide: torch.Tensor, pages: Pages, kept: Kept) -> torch.Tensor:
+        (recent, states), shape, mixing = kept, self.shape, self.mixing
+        heads = shape.value_heads
+        mixed, gate, write, decay = wide.split((shape.channels, heads * shape.value_width, heads, heads), dim=1)
+        last = pages.last(shape.taps)
+        # Of another answer before: a page shorter than the convolution leaves zeros there.
+        recent[pages.slots] = 0
+        recent[pages.slot[last], pages.place[last] % shape.taps] = mixed[last]
+        given = DeltaInputs(mixed, write, decay, mixing.taps, mixing.decay, mixing.shift)
+        done, states[pages.slots] = read_pages(given, shape, pages.bounds, pages.lengths)
+        return gated_norm(done, gate.view(done.shape), mixing.norm, mixing.epsilon).flatten(1)
+
+    def step(self, wide: torch.Tensor, moment: Moment, kept: Kept) -> torch.Tensor:
+        return delta_step(wide, self.mixing, *kept, moment.places, moment.live)
 
 
 class Layer:

@@ -96,8 +96,7 @@ class Reader:
         device = hidden.device
         angles = self.core.language_model.rotary_emb(hidden[None], positions[:, None].to(device, non_blocking=True))
         counts = torch.tensor(lengths)
-        page = torch.arange(len(lengths)).repeat_interleave(counts)
-        slot, place = torch.tensor(list(slots))[page], torch.cat([torch.arange(length) for length in lengths])
+        place, own = torch.cat([torch.arange(length) for length in lengths]), torch.tensor(list(slots))
         bounds = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
-        places = [part.to(device, non_blocking=True) for part in (page, slot, place)]
+        places = [part.to(device, non_blocking=True) for part in (own, own.repeat_interleave(counts), place)]
         return Pages([part[0] for part in angles], bounds, lengths, *places)
