@@ -26,6 +26,7 @@ from kernels.early import EARLY, PLAIN, early, follow, warm, way_that_agrees
 from kernels.row_kernels import on_triton
 
 LEAST = tl.constexpr(1e-6)  # under the root of a query's and a key's norm
+WARPS = 8  # in which a state of 128 x 128 numbers stays in registers; with 4 they are nearly used up
 
 
 class Mixing(NamedTuple):
@@ -205,13 +206,14 @@ def step_by_kernel(
     places: torch.Tensor,
     live: torch.Tensor,
     begins: bool = False,
+    warps: int = WARPS,
 ) -> torch.Tensor:
-    """`delta_step` by the kernel above, which `begins` before the one before has ended."""
+    """`delta_step` by the kernel above, which `begins` before the one before has ended; `warps` hold a head's state."""
     slots, heads, key, value = states.shape
     target = wide.new_empty(slots, heads * value)
     delta_kernel[(slots, heads)](
         wide, mixing.taps, mixing.decay, mixing.shift, mixing.norm, recent, states, places, live, target,
         mixing.epsilon, key**-0.5, HEADS=heads, FEWER=mixing.fewer, KEY=key, VALUE=value, TAPS=mixing.taps.shape[1],
-        EARLY=begins, num_warps=8 if key * value > 4_096 else 4, **({"launch_pdl": True} if begins else {}),
+        EARLY=begins, num_warps=warps, **({"launch_pdl": True} if begins else {}),
     )  # fmt: skip
     return target
