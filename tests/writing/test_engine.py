@@ -429,6 +429,14 @@ def test_what_the_engine_cannot_do_is_told_and_done_by_generate(loaded, monkeypa
     projection.q_proj = type("Linear", (torch.nn.Linear,), {})(1, 1)
     assert writers.unknown_parts(model).endswith(".Linear")
     projection.q_proj = kept
+    down = model.model.language_model.layers[0].mlp.down_proj
+    down.bias = torch.nn.Parameter(torch.zeros(1))
+    assert writers.unknown_parts(model) == "it does not know a bias of model.language_model.layers.0.mlp.down_proj"
+    down.bias = None
+    for family in ("smolvlm", "qwen3_vl"):
+        monkeypatch.setattr(model.config, "model_type", family)
+        assert writers.unknown_parts(model).startswith("it does not know the a")
+    monkeypatch.undo()
     monkeypatch.setattr(model.config.get_text_config(), "hidden_act", "gelu")
     assert "it does not know the activations gelu and silu" in writers.unknown_parts(model)
 
