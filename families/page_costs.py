@@ -26,7 +26,8 @@ class Tower:
     """Transformer layers of one kind, by their widths in numbers per token (or patch).
 
     `queries` and `keys` are those of all heads together; `gated` is an MLP of three products, else of two. `windowed`
-    of the layers attend to no more than `window` tokens, the others to all.
+    of the layers attend to no more than `window` tokens, the others to all; `normed_heads` is a norm of each head of
+    queries and keys.
     """
 
     layers: int
@@ -37,6 +38,7 @@ class Tower:
     gated: bool = True
     windowed: int = 0
     window: int = 0
+    normed_heads: bool = False
 
     @property
     def weights(self) -> int:
@@ -48,7 +50,8 @@ class Tower:
 @dataclass(frozen=True)
 class Shape:
     """A model as its costs see it. `patch` counts the numbers of one patch of a screenshot, `per_token` the patches
-    that become one image token, `merger` the weights that multiply once for each image token."""
+    that become one image token, `merger` the weights that multiply once for each image token, which are those of
+    `mergers` of them."""
 
     language: Tower
     vocabulary: int
@@ -57,6 +60,7 @@ class Shape:
     patch: int
     per_token: int
     merger: int
+    mergers: int = 1
 
 
 def peak_tflops(device: str) -> float | None:

@@ -103,8 +103,10 @@ def state(shape: Shape, way: Way) -> dict[str, float]:
 
 def layer_bytes(tower: Tower, adapters: bool) -> float:
     """Bytes per token that one layer keeps for its backward pass: the residual stream before and after attention,
-    query, key, value, what attention made of them, gate and up; with adapters what was normed and gated, too."""
-    kept = 2 * (2 * tower.hidden + 2 * tower.queries + 2 * tower.keys + 2 * tower.intermediate)
+    query, key, value, what attention made of them, gate and up, or what goes into an MLP without a gate; queries and
+    keys before their heads are normed; with adapters what was normed and gated, too."""
+    kept = 2 * (2 * tower.hidden + 2 * tower.queries + 2 * tower.keys + (1 + tower.gated) * tower.intermediate)
+    kept += 2 * (tower.queries + tower.keys) * tower.normed_heads
     return kept + 2 * (2 * tower.hidden + tower.intermediate) * adapters
 
 
@@ -119,7 +121,11 @@ def activations(shape: Shape, load: Load, way: Way) -> float:
     needed = kept(text, load.tokens)
     if not (way.frozen_vision or way.adapters):
         needed += kept(vision, load.patches)
-    return needed + load.tokens * 12 * text.hidden + load.patches * 2 * (shape.patch + 2 * vision.hidden)
+    # Of each merger two products' inputs as wide as its patches, of those deep down what was normed, too; and what
+    # those have made of the image tokens, which waits for the language model.
+    deep = shape.mergers - 1
+    merged = 2 * (shape.patch + (2 + 3 * deep) * vision.hidden + deep * text.hidden / shape.per_token)
+    return needed + load.tokens * 12 * text.hidden + load.patches * merged
 
 
 def head(shape: Shape, load: Load, way: Way) -> float:

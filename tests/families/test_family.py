@@ -133,7 +133,7 @@ def test_costs_count_every_weight_that_multiplies(made):
 
 def test_only_the_families_with_a_fast_path_take_it(made):
     family, model, _ = made
-    assert trains_fast(model.config, PageSettings()) == (family.model_type == "qwen2_5_vl")
+    assert trains_fast(model.config, PageSettings()) == family.fast
     assert not trains_fast(model.config, PageSettings(fast=False))
 
 
@@ -144,12 +144,12 @@ def test_families_need_no_torch(tmp_path):
 
 @pytest.mark.slow
 def test_a_qwen3_vl_is_trained_saved_and_loaded_again(pages_folder, tmp_path):
-    """The true architecture, two layers deep, through the real main: the plain path, from its base to its pages."""
+    """The true architecture, two layers deep, through the real main: the fast path, from its base to its pages."""
     base = make_qwen3_vl_base(tmp_path / "base")
     rates = {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "warmup_steps": 0, "num_train_epochs": 3}
     done = start_plain(small_run(base, pages_folder, gradient_accumulation_steps=2, **rates), tmp_path)
     assert done.returncode == 0, output(done)
-    assert "fast path" not in done.stdout
+    assert "fast path: pages packed" in done.stdout
     losses = [float(line.split("loss ")[1].split()[0]) for line in done.stdout.splitlines() if line.startswith("step ")]
     assert losses[-1] < losses[0] - 0.1, losses
     final = tmp_path / "holo1_dom_finetune_final"
