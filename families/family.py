@@ -117,7 +117,7 @@ class Family:
         of Qwen's models.
 
     tests/families/test_family.py holds 1 to 9 against the true processor and the true modules of a tiny model,
-    tests/families/test_fast_path.py the fast path against the model's own; add one there.
+    tests/families/test_fast_parts.py the fast path against the model's own; add one there.
     """
 
     model_type: str

@@ -34,7 +34,7 @@ def shape(config: PretrainedConfig) -> Shape:
     )
     layers, inner = text.num_hidden_layers, text.intermediate_size
     return Shape(
-        language=Tower(layers, text.hidden_size, queries, keys, inner, gates=queries, linear=linear),
+        language=Tower(layers, text.hidden_size, queries, keys, inner, gates=queries, linear=linear, normed_heads=True),
         vocabulary=text.vocab_size,
         tied=config.tie_word_embeddings,  # what the text configuration says does not count (transformers 5.23)
         vision=Tower(vision.depth, width, width, width, vision.intermediate_size, gated=False),
@@ -52,10 +52,10 @@ def architecture() -> Architecture:
 
 
 def geometry(config: PretrainedConfig) -> Callable[[Tensor], dict[str, Any]]:
-    """Places and pictures of patches, and between which learned positions each lies."""
-    from kernels.positions import learned_geometry
+    """Places, pictures and learned positions of patches."""
+    from kernels.positions import interpolated_geometry
 
-    return learned_geometry(config)
+    return interpolated_geometry(config)
 
 
 FAMILY = replace(
