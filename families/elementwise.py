@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import shutil
 import types
 from collections.abc import Callable, Sequence
@@ -40,6 +41,45 @@ def rms_norm_backward(
     # The norm was rounded before it met the weight, so it is here, too.
     for_weight = (outer * normed.to(hidden.dtype).float()).sum(0)
     return for_hidden.to(hidden.dtype), for_weight.to(weight.dtype)
+
+
+def layer_norm(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """`hidden` (S, H) less its mean, over its standard deviation, times `weight` (H,) plus `bias` (H,) (Ba et al.
+    2016); (S, H). Rounded once, as torch's own."""
+    wide = hidden.to(torch.float32)
+    wide = wide - wide.mean(-1, keepdim=True)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return (wide * weight.float() + bias.float()).to(hidden.dtype)
+
+
+def layer_norm_backward(
+    hidden: torch.Tensor, weight: torch.Tensor, epsilon: float, gradient: torch.Tensor, residual: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `layer_norm` for `hidden` (S, H), plus `residual` (S, H) or (), which went past it, and for `weight`
+    and `bias` (H,)."""
+    wide = hidden.to(torch.float32)
+    wide = wide - wide.mean(-1, keepdim=True)
+    inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    normed, outer = wide * inverse, gradient.float()
+    inner = outer * weight.float()
+    centred = inner - inner.mean(-1, keepdim=True) - normed * (inner * normed).mean(-1, keepdim=True)
+    for_hidden = inverse * centred + residual.float()
+    for_weight, for_bias = (outer * normed).sum(0), outer.sum(0)
+    return for_hidden.to(hidden.dtype), for_weight.to(weight.dtype), for_bias.to(weight.dtype)
+
+
+def gelu(inner: torch.Tensor) -> torch.Tensor:
+    """GELU of `inner` (S, I), the approximation by tanh (Hendrycks and Gimpel 2016)."""
+    return torch.nn.functional.gelu(inner, approximate="tanh")
+
+
+def gelu_backward(inner: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of `gelu` for `inner`, and its value recomputed, both (S, I): as in `swiglu_backward`."""
+    wide, scale, cubic = inner.float(), math.sqrt(2 / math.pi), 0.044715
+    turned = torch.tanh(scale * (wide + cubic * wide.pow(3)))
+    slope = scale * (1 + 3 * cubic * wide.pow(2)) * (1 - turned.pow(2))
+    for_inner = gradient.float() * 0.5 * (1 + turned + wide * slope)
+    return for_inner.to(inner.dtype), (0.5 * wide * (1 + turned)).to(inner.dtype)
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -75,11 +115,15 @@ def rotate(
 
 class Elementwise:
     """The functions above and the loss's, for one family of shapes (those of a tower), as attributes of their names;
-    fused by torch.compile with `fuse`. Those of a family's `own` take the places of others of their names."""
+    fused by torch.compile with `fuse`. The norms of heads, whose shapes are others, are a pair of their own. Those of a
+    family's `own` take the places of others of their names."""
 
     def __init__(self, fuse: bool, own: Sequence[Callable] = ()) -> None:
-        shared = (rms_norm, rms_norm_backward, swiglu, swiglu_backward, rotate, cross_entropy)
-        for name, function in {function.__name__: function for function in (*shared, *own)}.items():
+        alike = (rms_norm, rms_norm_backward, layer_norm, layer_norm_backward, swiglu, swiglu_backward)
+        named = {function.__name__: function for function in (*alike, gelu, gelu_backward, rotate, cross_entropy)}
+        named |= {"head_norm": rms_norm, "head_norm_backward": rms_norm_backward}
+        named |= {function.__name__: function for function in own}
+        for name, function in named.items():
             if fuse:
                 # A code object of its own: torch.compile keeps its graphs by code, and two families would mix.
                 function = types.FunctionType(function.__code__.replace(), function.__globals__, name)

@@ -126,8 +126,8 @@ class Family:
         others are left to generate().
 
     tests/families/test_family.py holds 1 to 9 against the true processor and the true modules of a tiny model,
-    tests/families/test_fast_path.py the fast path against the model's own,
-    tests/writing/test_engine.py the engine against generate(); add one there.
+    tests/families/test_fast_parts.py the fast path against the model's own, tests/writing/test_engine.py the engine
+    against generate(); add one there.
     """
 
     model_type: str

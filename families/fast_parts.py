@@ -21,8 +21,9 @@ from kernels.attention import attend
 if TYPE_CHECKING:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-# swiglu's own activation, by the names that torch and transformers give it.
+# The activations of `swiglu` and `gelu`, by the names that torch and transformers give them.
 SILU = ("SiLU", "SiLUActivation")
+GELU = ("GELUTanh",)
 
 # -----------------------------------------------------------------------------
 # Modules: forwards that know of packed pages
@@ -67,6 +68,8 @@ def language_heads(
 ) -> torch.Tensor:
     """Query, key, value (T, heads x D each) and positions, cos and sin (1, T, D), to (T, heads x D)."""
     query, key, value = (part.view(len(part), -1, self.head_dim) for part in parts)
+    if hasattr(self, "q_norm"):
+        query, key = normed_heads(query, self.q_norm), normed_heads(key, self.k_norm)
     cos, sin = (part[0, :, None] for part in position_embeddings)
     query, key = self.fused.rotate(query, key, cos, sin)
     # A flash kernel takes all three in one precision.
@@ -155,6 +158,22 @@ def vision_block(
     return add_mlp(add_product(hidden_states, done, self.attn.proj), self.norm2, self.mlp)
 
 
+def vision_gelu_block(
+    self,
+    hidden_states: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    max_seqlen: int,
+    **unused,
+) -> torch.Tensor:
+    """A layer of a vision tower with LayerNorm and an MLP of two products around `gelu`, (P, H) to (P, H)."""
+    (together,) = normed_products(hidden_states, self.norm1, self.attn.qkv)
+    done = vision_heads(self.attn, together, cu_seqlens, position_embeddings, max_seqlen)
+    rows, mlp = add_product(hidden_states, done, self.attn.proj), self.mlp
+    parts = (self.norm2.weight, self.norm2.bias, *_flat((mlp.linear_fc1, mlp.linear_fc2)))
+    return AddGeluMlp.apply(rows, self.norm2, *parts)
+
+
 def layer_forward(self, hidden_states: torch.Tensor, *positional, **options) -> torch.Tensor:
     """The block of this layer; its own forward where adapters, 4-bit weights or autocast have a way of their own."""
     # Asked at every call: adapters come after `install`, and autocast is a matter of the moment.
@@ -179,9 +198,14 @@ def is_plain(layer: torch.nn.Module) -> bool:
 
 
 def normed_products(hidden: torch.Tensor, norm: torch.nn.Module, *linears: torch.nn.Linear) -> tuple[torch.Tensor, ...]:
-    """rms_norm(`hidden`) (S, H) times the weights of each of `linears`, (S, out) each; what was normed is recomputed in
-    the backward pass."""
-    return NormedProducts.apply(hidden, norm, len(linears), norm.weight, *_flat(linears))
+    """norm(`hidden`) (S, H) times the weights of each of `linears`, (S, out) each; what was normed is recomputed in the
+    backward pass."""
+    return NormedProducts.apply(hidden, norm, len(linears), norm.weight, bias_of(norm), *_flat(linears))
+
+
+def normed_heads(states: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
+    """Each head of `states` (S, heads, D) normed by itself, in the precision of `states`."""
+    return NormedHeads.apply(states, norm, norm.weight)
 
 
 def add_product(residual: torch.Tensor, hidden: torch.Tensor, linear: torch.nn.Linear) -> torch.Tensor:
@@ -200,11 +224,31 @@ def _flat(linears: Sequence[torch.nn.Linear]) -> list[torch.Tensor | None]:
     return [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
 
 
+def bias_of(norm: torch.nn.Module) -> torch.Tensor | None:
+    """The bias of a LayerNorm, which tells it from an RMSNorm."""
+    return getattr(norm, "bias", None)
+
+
+def _norm(norm: torch.nn.Module, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if bias is None:
+        return norm.fused.rms_norm(hidden, weight, epsilon_of(norm))
+    return norm.fused.layer_norm(hidden, weight, bias, norm.eps)
+
+
+def _norm_gradients(
+    norm: torch.nn.Module, hidden: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor, residual: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """For `hidden`, plus `residual`, for the weight and for the bias."""
+    if bias_of(norm) is None:
+        return *norm.fused.rms_norm_backward(hidden, weight, epsilon_of(norm), gradient, residual), None
+    return norm.fused.layer_norm_backward(hidden, weight, norm.eps, gradient, residual)
+
+
 # The autograd functions. Weights are saved as parameters, not as views, so that ZeRO-3 may take their data away and
 # bring it back in between.
 
 
-def _weight_gradients(ctx, place: int, gradient: torch.Tensor, hidden: torch.Tensor) -> list[torch.Tensor | None]:
+def weight_gradients(ctx, place: int, gradient: torch.Tensor, hidden: torch.Tensor) -> list[torch.Tensor | None]:
     """For the weight (out, in) at input `place` and the bias (out,) after it, of `gradient` (S, out) and `hidden`
     (S, in); None for what is frozen, and for the bias that is not there."""
     for_weight = gradient.T @ hidden if ctx.needs_input_grad[place] else None
@@ -213,7 +257,7 @@ def _weight_gradients(ctx, place: int, gradient: torch.Tensor, hidden: torch.Ten
     return [for_weight, for_bias]
 
 
-def _add_linear(
+def add_linear(
     residual: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     # One call that adds as it multiplies; with a bias the product is new, so the residual may be added in place.
@@ -237,28 +281,49 @@ class NormedProducts(torch.autograd.Function):
         norm: torch.nn.Module,
         count: int,
         norm_weight: torch.Tensor,
+        norm_bias: torch.Tensor | None,
         *weights: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
-        normed = norm.fused.rms_norm(hidden, norm_weight, epsilon_of(norm))
-        ctx.save_for_backward(hidden, norm_weight, *weights[::2])
+        normed = _norm(norm, hidden, norm_weight, norm_bias)
+        ctx.save_for_backward(hidden, norm_weight, norm_bias, *weights[::2])
         ctx.norm = norm
         return tuple(_linear(normed, weights[2 * n], weights[2 * n + 1]) for n in range(count))
 
     @staticmethod
     def backward(ctx, *gradients: torch.Tensor) -> tuple:
-        hidden, norm_weight, *weights = ctx.saved_tensors
-        fused, epsilon = ctx.norm.fused, epsilon_of(ctx.norm)
-        normed, found = fused.rms_norm(hidden, norm_weight, epsilon), []
+        hidden, norm_weight, norm_bias, *weights = ctx.saved_tensors
+        normed, found = _norm(ctx.norm, hidden, norm_weight, norm_bias), []
         # Summed up inside the products, which saves a pass over (S, H) for each product after the first.
         inner = gradients[0] @ weights[0]
         for gradient, weight in zip(gradients[1:], weights[1:]):
             inner = inner.addmm_(gradient, weight)
         for number, gradient in enumerate(gradients):
-            found += _weight_gradients(ctx, 4 + 2 * number, gradient, normed)
+            found += weight_gradients(ctx, 5 + 2 * number, gradient, normed)
         # Nothing went past the norm here: the residual's own gradient comes from `AddProduct`.
         nothing = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
-        outer, for_norm = fused.rms_norm_backward(hidden, norm_weight, epsilon, inner, nothing)
-        return outer, None, None, for_norm, *found
+        outer, *for_norm = _norm_gradients(ctx.norm, hidden, norm_weight, inner, nothing)
+        return outer, None, None, *for_norm, *found
+
+
+class NormedHeads(torch.autograd.Function):
+    """`normed_heads` for autograd: keeps what was not normed yet."""
+
+    @staticmethod
+    def forward(ctx, states: torch.Tensor, norm: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(states, weight)
+        ctx.norm = norm
+        # As rows of one head each: one shape for the heads of queries and of keys, of which there are fewer.
+        done = norm.fused.head_norm(states.reshape(-1, states.shape[-1]), weight, norm.variance_epsilon)
+        return done.view(states.shape).to(states.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple:
+        states, weight = ctx.saved_tensors
+        rows, outer = (part.reshape(-1, part.shape[-1]) for part in (states, gradient))
+        nothing = torch.zeros((), dtype=states.dtype, device=states.device)
+        backward, epsilon = ctx.norm.fused.head_norm_backward, ctx.norm.variance_epsilon
+        for_states, for_weight = backward(rows, weight, epsilon, outer, nothing)
+        return for_states.view(states.shape), None, for_weight
 
 
 class AddProduct(torch.autograd.Function):
@@ -269,12 +334,12 @@ class AddProduct(torch.autograd.Function):
         ctx, residual: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         ctx.save_for_backward(hidden, weight)
-        return _add_linear(residual, hidden, weight, bias)
+        return add_linear(residual, hidden, weight, bias)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple:
         hidden, weight = ctx.saved_tensors
-        return gradient, gradient @ weight, *_weight_gradients(ctx, 2, gradient, hidden)
+        return gradient, gradient @ weight, *weight_gradients(ctx, 2, gradient, hidden)
 
 
 class AddMlp(torch.autograd.Function):
@@ -297,27 +362,63 @@ class AddMlp(torch.autograd.Function):
         gate, up = _linear(normed, gate_weight, gate_bias), _linear(normed, up_weight, up_bias)
         ctx.save_for_backward(hidden, gate, up, norm_weight, gate_weight, up_weight, down_weight)
         ctx.norm = norm
-        return _add_linear(hidden, norm.fused.swiglu(gate, up), down_weight, down_bias)
+        return add_linear(hidden, norm.fused.swiglu(gate, up), down_weight, down_bias)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple:
         hidden, gate, up, norm_weight, gate_weight, up_weight, down_weight = ctx.saved_tensors
         fused, epsilon = ctx.norm.fused, epsilon_of(ctx.norm)
         for_gate, for_up, product = fused.swiglu_backward(gate, up, gradient @ down_weight)
-        for_down = _weight_gradients(ctx, 7, gradient, product)
+        for_down = weight_gradients(ctx, 7, gradient, product)
         del product  # before what was normed is recomputed: the two need not stand in memory together
         normed = fused.rms_norm(hidden, norm_weight, epsilon)
-        found = _weight_gradients(ctx, 3, for_gate, normed) + _weight_gradients(ctx, 5, for_up, normed)
+        found = weight_gradients(ctx, 3, for_gate, normed) + weight_gradients(ctx, 5, for_up, normed)
         inner = (for_gate @ gate_weight).addmm_(for_up, up_weight)
         outer, for_norm = fused.rms_norm_backward(hidden, norm_weight, epsilon, inner, gradient)
         return outer, None, for_norm, *found, *for_down
 
 
+class AddGeluMlp(torch.autograd.Function):
+    """`hidden` + mlp(norm(`hidden`)), (S, H), for autograd: keeps the residual stream and what goes into `gelu`."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: torch.Tensor,
+        norm: torch.nn.Module,
+        norm_weight: torch.Tensor,
+        norm_bias: torch.Tensor,
+        first_weight: torch.Tensor,
+        first_bias: torch.Tensor | None,
+        second_weight: torch.Tensor,
+        second_bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        inner = _linear(_norm(norm, hidden, norm_weight, norm_bias), first_weight, first_bias)
+        ctx.save_for_backward(hidden, inner, norm_weight, norm_bias, first_weight, second_weight)
+        ctx.norm = norm
+        return add_linear(hidden, norm.fused.gelu(inner), second_weight, second_bias)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple:
+        hidden, inner, norm_weight, norm_bias, first_weight, second_weight = ctx.saved_tensors
+        for_inner, product = ctx.norm.fused.gelu_backward(inner, gradient @ second_weight)
+        for_second = weight_gradients(ctx, 6, gradient, product)
+        del product  # as in `AddMlp`
+        found = weight_gradients(ctx, 4, for_inner, _norm(ctx.norm, hidden, norm_weight, norm_bias))
+        outer, *for_norm = _norm_gradients(ctx.norm, hidden, norm_weight, for_inner @ first_weight, gradient)
+        return outer, None, *for_norm, *found, *for_second
+
+
 # -----------------------------------------------------------------------------
 # Model
 
-# The segments are the mask. As a dictionary transformers (5.23) takes it for ready-made, and makes none of T x T.
-NO_MASK = {"full_attention": None, "sliding_attention": None, "linear_attention": None}
+
+def add_at_places(
+    self, hidden_states: torch.Tensor, visual_pos_masks: torch.Tensor, visual_embeds: torch.Tensor
+) -> torch.Tensor:
+    """DeepStack (Meng et al. 2024): `visual_embeds` (image tokens, H) added to `hidden_states` (1, T, H) at the places
+    (image tokens,), which stand for the mask: a GPU would be waited for to count that."""
+    return hidden_states.index_add(1, visual_pos_masks, visual_embeds.to(hidden_states.dtype)[None])
 
 
 def packed_forward(
@@ -338,18 +439,23 @@ def packed_forward(
 
     `input_ids` (1, T), `position_ids` (4, 1, T), `pixel_values` (P, pixels of a patch), `image_grid_thw` (pages, 3) in
     patches, `image_places` (image tokens,), `page_bounds` (pages + 1), `supervised_places` and `targets` (L,), and what
-    kernels.positions.image_geometry has made of the grids. Returns transformers' output with nothing but `loss`.
+    the family's `geometry` has made of the grids. Returns transformers' output with nothing but `loss`.
     """
     # Not at the top: transformers is heavy, and the rest of this room does without it.
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     core, vision = self.model, {name.removeprefix("image_"): value for name, value in geometry.items()}
     # The pictures of all pages go through the tower in one row, too; its windows and pictures are the segments there.
-    pictures = core.visual(pixel_values.to(core.visual.dtype), grid_thw=image_grid_thw, **vision).pooler_output
+    seen = core.visual(pixel_values.to(core.visual.dtype), grid_thw=image_grid_thw, **vision)
+    # Of some families (Qwen3-VL) also what the first layers of the language model are given of the tower's.
+    deep = getattr(seen, "deepstack_features", None)
+    deep = {"visual_pos_masks": image_places, "deepstack_visual_embeds": deep} if deep else {}
     embedded = core.get_input_embeddings()(input_ids)[0]
-    embedded = embedded.index_copy(0, image_places, pictures.to(embedded.dtype))[None]  # (1, T, H)
+    embedded = embedded.index_copy(0, image_places, seen.pooler_output.to(embedded.dtype))[None]  # (1, T, H)
     pages = {"page_bounds": page_bounds, "longest_page": longest_page}
-    options = {"position_ids": position_ids, "attention_mask": NO_MASK, "use_cache": False}
+    # The segments are the mask. One of four dimensions is ready-made for transformers (5.23): none of T x T is made.
+    mask = embedded.new_empty((1, 1, 1, 1))
+    options = {"position_ids": position_ids, "attention_mask": mask, "use_cache": False, **deep}
     # transformers passes words that it does not know down to the layers, which is how the bounds come there.
     hidden = core.language_model(inputs_embeds=embedded, **options, **pages).last_hidden_state
     # Picked before the head: of 151,936 logits a token, only those that the loss sees are ever computed.

@@ -37,6 +37,14 @@ class LinearAttention:
         return hidden * (2 * self.keys + 3 * self.values + 2 * self.heads)
 
     @property
+    def kept(self) -> int:
+        """Numbers per token that one layer keeps between its products for the backward pass, where
+        flash-linear-attention takes it: queries, keys and values before the convolution, and after it apart and normed;
+        the gate and what was read; and for each head a row of its chunk, of 64 tokens, and two numbers as they come and
+        in fp32."""
+        return 4 * self.keys + 4 * self.values + (64 + 6) * self.heads
+
+    @property
     def flops(self) -> int:
         """Operations of one layer's state for a token, forward: read with the key, written, read with the query."""
         return 6 * self.values * self.state
@@ -48,7 +56,7 @@ class Tower:
 
     `queries` and `keys` are those of all heads together, `gates` what multiplies the attention's result; `gated` is an
     MLP of three products, else of two. `windowed` of the layers attend to no more than `window` tokens, the others to
-    all but those of `linear` attention.
+    all but those of `linear` attention; `normed_heads` is a norm of each head of queries and keys.
     """
 
     layers: int
@@ -61,11 +69,19 @@ class Tower:
     window: int = 0
     gates: int = 0
     linear: LinearAttention = LinearAttention(0, 0, 0, 0, 0)
+    normed_heads: bool = False
 
     @property
     def attending(self) -> int:
         """Layers whose tokens look at each other."""
         return self.layers - self.linear.layers
+
+    @property
+    def kept(self) -> int:
+        """Numbers per token that one layer whose tokens look at each other keeps between its products for the backward
+        pass: query, key, value and what attention made of them; queries and keys before their heads are normed; and
+        the gate."""
+        return 2 * self.queries + 2 * self.keys + (self.queries + self.keys) * self.normed_heads + self.gates
 
     @property
     def weights(self) -> int:
@@ -78,7 +94,8 @@ class Tower:
 @dataclass(frozen=True)
 class Shape:
     """A model as its costs see it. `patch` counts the numbers of one patch of a screenshot, `per_token` the patches
-    that become one image token, `merger` the weights that multiply once for each image token."""
+    that become one image token, `merger` the weights that multiply once for each image token, which are those of
+    `mergers` of them."""
 
     language: Tower
     vocabulary: int
@@ -87,6 +104,7 @@ class Shape:
     patch: int
     per_token: int
     merger: int
+    mergers: int = 1
 
 
 def peak_tflops(device: str) -> float | None:

@@ -117,7 +117,7 @@ def captured(model: nn.Module) -> Captured:
 
     language = model.model.language_model
     layers = [Layer(layer, Attention(layer.self_attn), plain_norm) for layer in language.layers]
-    return Captured(layers, plain_norm(language.norm), WindowedTower(model.model.visual, model.config).see)
+    return Captured(layers, plain_norm(language.norm), WindowedTower(model.model.visual, geometry(model.config)).see)
 
 
 FAMILY = Family(

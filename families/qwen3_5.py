@@ -36,7 +36,7 @@ def shape(config: PretrainedConfig) -> Shape:
     )
     layers, inner = text.num_hidden_layers, text.intermediate_size
     return Shape(
-        language=Tower(layers, text.hidden_size, queries, keys, inner, gates=queries, linear=linear),
+        language=Tower(layers, text.hidden_size, queries, keys, inner, gates=queries, linear=linear, normed_heads=True),
         vocabulary=text.vocab_size,
         tied=config.tie_word_embeddings,  # what the text configuration says does not count (transformers 5.23)
         vision=Tower(vision.depth, width, width, width, vision.intermediate_size, gated=False),
@@ -54,10 +54,10 @@ def architecture() -> Architecture:
 
 
 def geometry(config: PretrainedConfig) -> Callable[[Tensor], dict[str, Any]]:
-    """Places and pictures of patches, and between which learned positions each lies."""
-    from kernels.positions import learned_geometry
+    """Places, pictures and learned positions of patches."""
+    from kernels.positions import interpolated_geometry
 
-    return learned_geometry(config)
+    return interpolated_geometry(config)
 
 
 def captured(model: nn.Module) -> Captured:
@@ -74,7 +74,7 @@ def captured(model: nn.Module) -> Captured:
             (query, epsilon), (key, _) = map(centred_norm, (layer.self_attn.q_norm, layer.self_attn.k_norm))
             mixer = Attention(layer.self_attn, Extras((query, key), epsilon, gated=True))
         layers.append(Layer(layer, mixer, centred_norm))
-    return Captured(layers, centred_norm(language.norm), PlainTower(model.model.visual).see)
+    return Captured(layers, centred_norm(language.norm), PlainTower(model.model.visual, geometry(model.config)).see)
 
 
 FAMILY = replace(

@@ -10,24 +10,18 @@ Shapes: P patches of all pictures that are read together; V the width of the tow
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers.vision_utils import (
-    get_vision_cu_seqlens,
-    get_vision_interpolation_indices_and_weights,
-    get_vision_position_ids,
-)
 
 from families.slot_layers import add_linear, rotate, side_by_side
 from kernels import row_kernels
 from kernels.attention import attend
-from kernels.positions import image_geometry
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+# Of kernels.positions, from grids to what the tower derives from them.
+Geometry = Callable[[torch.Tensor], dict[str, Any]]
 
 
 class WindowedBlock:
@@ -55,8 +49,8 @@ class WindowedBlock:
 class WindowedTower:
     """Qwen2.5-VL's (transformers 5.23): most layers attend inside windows."""
 
-    def __init__(self, tower: torch.nn.Module, config: PretrainedConfig):
-        self.tower, self.geometry = tower, image_geometry(config)
+    def __init__(self, tower: torch.nn.Module, geometry: Geometry):
+        self.tower, self.geometry = tower, geometry
         with torch.no_grad():
             self.blocks = [WindowedBlock(block) for block in tower.blocks]
             for block in self.blocks:
@@ -105,8 +99,8 @@ class PlainTower:
     """Qwen3-VL's and Qwen3.5's (transformers 5.23): every layer sees the whole picture, places are learned and
     interpolated beside the rotary ones, norms have means and biases, and the MLP has no gate."""
 
-    def __init__(self, tower: torch.nn.Module):
-        self.tower = tower
+    def __init__(self, tower: torch.nn.Module, geometry: Geometry):
+        self.tower, self.geometry = tower, geometry
         # Of Qwen3-VL: after which layers a merger of its own makes what goes into the language model deep down.
         after = getattr(tower, "deepstack_visual_indexes", ())
         self.mergers = dict(zip(after, getattr(tower, "deepstack_merger_list", ())))
@@ -115,22 +109,19 @@ class PlainTower:
     def see(self, pictures: Sequence[torch.Tensor], grids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """As `WindowedTower.see`."""
         tower, device = self.tower, self.tower.device
-        merge = tower.spatial_merge_size
-        taps, shares = get_vision_interpolation_indices_and_weights(
-            grids, tower.num_grid_per_side, mode=tower.interpolation_mode,
-            align_corners=tower.interpolation_align_corners, spatial_merge_size=merge,
-        )  # fmt: skip
-        places, bounds = get_vision_position_ids(grids, merge), get_vision_cu_seqlens(grids)
-        longest = int(bounds.diff().max())
-        bounds = bounds.to(device, torch.int32)
+        geometry = self.geometry(grids)
+        places, taps, shares = (
+            geometry[f"image_{name}"].to(device, non_blocking=True)
+            for name in ("position_ids", "interp_indices", "interp_weights")
+        )
+        bounds, longest = geometry["image_cu_seqlens"].to(device, torch.int32), geometry["image_max_seqlen"]
         patches = torch.cat([patches.to(device, tower.dtype, non_blocking=True) for patches in pictures])
         embed = tower.patch_embed.proj
         hidden = functional.linear(patches, embed.weight.flatten(1), embed.bias)
-        taps, shares = (part.to(device, non_blocking=True) for part in (taps, shares))
         # One neighbour after the other: all four in fp32 at once would be the most memory that reading takes.
         learned = sum(tower.pos_embed(taps[:, tap]) * shares[:, tap, None] for tap in range(taps.shape[1]))
         hidden = hidden + learned.to(hidden.dtype)
-        angles = [part.float() for part in tower.rotary_pos_emb(hidden, places.to(device, non_blocking=True))]
+        angles = [part.float() for part in tower.rotary_pos_emb(hidden, places)]
         deep = []
         for number, block in enumerate(tower.blocks):
             hidden = self.see_block(block, hidden, angles, bounds, longest)

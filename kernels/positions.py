@@ -42,22 +42,22 @@ def image_geometry(config: PretrainedConfig) -> Callable[[torch.Tensor], dict[st
     return geometry
 
 
-def learned_geometry(config: PretrainedConfig) -> Callable[[torch.Tensor], dict[str, Any]]:
-    """The same for a tower without windows, with learned positions on a square grid (Qwen3-VL's, Qwen3.5's)."""
+def interpolated_geometry(config: PretrainedConfig) -> Callable[[torch.Tensor], dict[str, Any]]:
+    """As `image_geometry`, for a tower without windows whose learned positions, a square of them, are stretched over
+    each picture (Qwen3-VL, Qwen3.5): with the four of them between which each patch stands, and their shares."""
     vision = config.vision_config
     merge, side = vision.spatial_merge_size, int(vision.num_position_embeddings**0.5)
 
     def geometry(grids: torch.Tensor) -> dict[str, Any]:
-        # As the tower itself asks for them (transformers 5.23): the grid's corners on the picture's.
-        options = {"mode": "bilinear", "align_corners": True, "spatial_merge_size": merge}
-        indices, weights = get_vision_interpolation_indices_and_weights(grids, side, **options)
+        options = {"num_grid_per_side": side, "mode": "bilinear", "align_corners": True, "spatial_merge_size": merge}
+        places, shares = get_vision_interpolation_indices_and_weights(grids, **options)
         bounds = get_vision_cu_seqlens(grids)
         return {
             "image_position_ids": get_vision_position_ids(grids, merge),
             "image_cu_seqlens": bounds,
             "image_max_seqlen": int(bounds.diff().max()),
-            "image_interp_indices": indices,
-            "image_interp_weights": weights,
+            "image_interp_indices": places,
+            "image_interp_weights": shares,
         }
 
     return geometry

@@ -5,6 +5,7 @@ whose pictures PIL has drawn. Both are made once for the whole session.
 """
 
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -158,20 +159,6 @@ def make_qwen3_vl_config(tokenizer, hidden: int = 32):
     return config
 
 
-def make_qwen3_vl_base(folder: Path) -> Path:
-    import torch
-    from transformers import GenerationConfig, Qwen3VLForConditionalGeneration
-
-    processor = make_qwen3_vl_processor()
-    processor.save_pretrained(folder)
-    torch.manual_seed(0)
-    model = Qwen3VLForConditionalGeneration(make_qwen3_vl_config(processor.tokenizer)).to(torch.bfloat16)
-    ends = {"eos_token_id": processor.tokenizer.eos_token_id, "pad_token_id": processor.tokenizer.pad_token_id}
-    model.generation_config = GenerationConfig(**ends)
-    model.save_pretrained(folder)
-    return folder
-
-
 # What Qwen3.5's own template does beside Qwen2.5-VL's: it trims texts, and an answer begins with thoughts, which are
 # empty with thinking off. Members of 4B and larger think unless told not to, as here.
 THINKING_TEMPLATE = (
@@ -235,6 +222,73 @@ def make_qwen3_5_config(tokenizer, hidden: int = 32):
     config.dtype = "bfloat16"
     config.architectures = ["Qwen3_5ForConditionalGeneration"]
     return config
+
+
+# A tiny model of each family by its model_type: what makes its processor, and its configuration from a tokenizer.
+TINY = {
+    "qwen2_5_vl": (make_processor, make_config),
+    "qwen3_vl": (make_qwen3_vl_processor, make_qwen3_vl_config),
+    "qwen3_5": (make_qwen3_5_processor, make_qwen3_5_config),
+}
+
+
+class Tiny:
+    """A tiny model of the true architecture of a family, in fp32, and pages for it."""
+
+    def __init__(self, name: str):
+        processor, config = TINY[name]
+        self.name, self.processor = name, processor()
+        self.config = config(self.processor.tokenizer)
+
+    def model(self):
+        """With norms and biases that are not the ones and zeros as which they begin."""
+        import torch
+        from transformers import AutoModelForImageTextToText
+
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(self.config, dtype=torch.float32)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 1:
+                    parameter += 0.1 * torch.randn_like(parameter)
+                if name.endswith("dt_bias"):  # else a state of linear attention would last a token
+                    parameter -= 5
+        return model
+
+    def pages(self, count: int, seed: int = 0) -> list[dict]:
+        from PIL import Image
+
+        rng, made = random.Random(seed), []
+        for number in range(count):
+            file = io.BytesIO()
+            noise = rng.randbytes(3)
+            Image.new("RGB", (rng.randint(30, 300), rng.randint(30, 300)), tuple(noise)).save(file, "PNG")
+            made.append({"name": str(number), "screenshot": file.getvalue(), "html": page_html(rng)})
+        return made
+
+    def collate(self, made: list[dict], packed: bool = False) -> dict:
+        import holo1_dom_finetune as pipeline
+        from families import family_of
+        from training.prompt_and_mask import PageEncoder
+
+        encoder = PageEncoder(self.processor, "write this page", family_of(self.name))
+        batch = pipeline.PageCollator(self.processor, encoder, made, 4, config=self.config, packed=packed)(made)
+        assert batch.pop("flops") > 0 and batch.pop("pages")
+        return batch
+
+
+def make_qwen3_vl_base(folder: Path) -> Path:
+    import torch
+    from transformers import GenerationConfig, Qwen3VLForConditionalGeneration
+
+    processor = make_qwen3_vl_processor()
+    processor.save_pretrained(folder)
+    torch.manual_seed(0)
+    model = Qwen3VLForConditionalGeneration(make_qwen3_vl_config(processor.tokenizer)).to(torch.bfloat16)
+    ends = {"eos_token_id": processor.tokenizer.eos_token_id, "pad_token_id": processor.tokenizer.pad_token_id}
+    model.generation_config = GenerationConfig(**ends)
+    model.save_pretrained(folder)
+    return folder
 
 
 def make_qwen3_5_base(folder: Path, dtype=None) -> Path:

@@ -78,6 +78,8 @@ def install(model: torch.nn.Module, fuse: bool) -> None:
                 module.forward = types.MethodType(known.forwards[kind], module)
             elif kind in known.blocks and computes(known, module) and is_plain(module):
                 module.block, module.plain_parts = known.blocks[kind], parts_of(module)
+                for part in module.children():
+                    part.fused = fused
                 module.forward = types.MethodType(layer_forward, module)
     model.lm_head.fused = fused  # the last tower's, which is the language model
     model.lm_head.forward = types.MethodType(head_forward, model.lm_head)

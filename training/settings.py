@@ -112,7 +112,7 @@ class PageSettings:
     freeze_vision: bool = setting(False, "Leave the vision tower and its merger as they are.")
     random_weights: bool = setting(False, "Start from random weights: the base is configuration and processor only.")
     fast: bool = setting(
-        True, "The fast path (training/fast_layers.py); False is the model's own, slower way to the same."
+        True, "The fast path (families/fast_parts.py); False is the model's own, slower way to the same."
     )
     fuse: str = setting(
         "auto",

@@ -8,14 +8,10 @@ import pytest
 import torch
 from conftest import (
     PROGRAMS,
-    make_config,
-    make_processor,
+    TINY,
     make_qwen3_5_base,
-    make_qwen3_5_config,
     make_qwen3_5_processor,
     make_qwen3_vl_base,
-    make_qwen3_vl_config,
-    make_qwen3_vl_processor,
     output,
     run_script,
     small_run,
@@ -30,18 +26,13 @@ from training.prompt_and_mask import IGNORED, PageEncoder, check_same_question
 from training.settings import PageSettings
 
 LIMIT = 1_003_520  # the default --max_pixels
-MAKERS = {
-    "qwen2_5_vl": (make_processor, make_config),
-    "qwen3_vl": (make_qwen3_vl_processor, make_qwen3_vl_config),
-    "qwen3_5": (make_qwen3_5_processor, make_qwen3_5_config),
-}
 
 
 def make_model(name: str):
     """A tiny model of the true architecture on no device, and its processor."""
     from transformers import AutoModelForImageTextToText
 
-    processor, config = MAKERS[name][0](), MAKERS[name][1]
+    processor, config = TINY[name][0](), TINY[name][1]
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config(processor.tokenizer)), processor
 
@@ -161,7 +152,7 @@ def test_costs_count_every_weight_that_multiplies(made):
 
 def test_only_the_families_with_a_fast_path_take_it(made):
     family, model, _ = made
-    assert trains_fast(model.config, PageSettings()) == (family.model_type != "qwen3_vl")
+    assert trains_fast(model.config, PageSettings()) == family.fast
     assert not trains_fast(model.config, PageSettings(fast=False))
 
 
@@ -173,12 +164,12 @@ def test_families_need_no_torch(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("make_base", [make_qwen3_vl_base, make_qwen3_5_base])
 def test_another_family_is_trained_saved_and_loaded_again(make_base, pages_folder, tmp_path):
-    """The true architecture, two layers deep, through the real main: the plain path, from its base to its pages."""
+    """The true architecture, two layers deep, through the real main: the fast path, from its base to its pages."""
     base = make_base(tmp_path / "base")
     rates = {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "warmup_steps": 0, "num_train_epochs": 3}
     done = start_plain(small_run(base, pages_folder, gradient_accumulation_steps=2, **rates), tmp_path)
     assert done.returncode == 0, output(done)
-    assert "fast path" not in done.stdout
+    assert "fast path: pages packed" in done.stdout
     losses = [float(line.split("loss ")[1].split()[0]) for line in done.stdout.splitlines() if line.startswith("step ")]
     assert losses[-1] < losses[0] - 0.1, losses
     final = tmp_path / "holo1_dom_finetune_final"
