@@ -292,7 +292,7 @@ def tune(model, rows: int) -> dict:
         some = layers[:4] if kind == "head" else layers
         found[kind] = fastest_first(kind, some, by_torch, by_tile, CANDIDATES, wide if kind == "down" else hidden)
         best = next(iter(found[kind]))
-        skinny.TILES[kind] = None if best == "torch" else tuple(json.loads(best))
+        skinny.TILES[kind][skinny.tile_rows(rows)] = None if best == "torch" else tuple(json.loads(best))
         print(rows, kind, json.dumps(found[kind]), flush=True)
     return found
 

@@ -236,7 +236,7 @@ def attend_in_parts(
     attend_kernel[(slots, fewer, parts)](
         qkv, cos, sin, keys, values, places, sums, tops, partial, capacity, scale, parts,
         HEADS=heads, FEWER=fewer, NEW=new, WIDTH=width, ROWS=lanes, NEW_ROWS=triton.next_power_of_2(new), BLOCK=BLOCK,
-        EARLY=begins, num_warps=4, num_stages=3, **launch,
+        EARLY=begins, num_warps=4, num_stages=4, **launch,
     )  # fmt: skip
     join_kernel[(rows * heads,)](
         sums, tops, partial, target, parts,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import use_model_from_hub as use
+from kernels.row_kernels import embed
 from kernels.skinny_products import Rows, add_product, gated_product, normed_product
 from kernels.slot_attention import attend_slots
 from writing.drafts import drafts
@@ -71,6 +72,13 @@ class Step:
         self.core, self.head, self.layers, self.cache, self.state = model.model, model.lm_head, layers, cache, state
         self.slots, self.new, self.chooser = slots, new, chooser
         self.heads = self.core.config.get_text_config().num_attention_heads
+        self.following = torch.arange(new, device=state.places.device)
+        # Of all places, as text has them; what mRoPE adds to a place is never more than zero.
+        everywhere = torch.arange(state.history.shape[1] + new, device=state.places.device)
+        angles = self.core.language_model.rotary_emb(
+            self.head.weight[:1, None], everywhere.view(1, 1, -1).expand(3, -1, -1)
+        )
+        self.angles = [part[0] for part in angles]
         self.graph: torch.cuda.CUDAGraph | None = None
 
     # -- what the graph holds
@@ -93,17 +101,18 @@ class Step:
             right = (chosen[:, :-1] == tokens[:, 1:]).long().cumprod(-1).sum(-1)
             kept = (right + 1) * live
         # Those after the last right one are written, too, and written over by the next step.
-        after = places[:, None] + 1 + torch.arange(self.new, device=places.device)
-        history.scatter_(1, after.clamp_(max=history.shape[1] - 1), chosen)
+        after = places[:, None] + 1
+        if self.new > 1:
+            after = (after + self.following).clamp_(max=history.shape[1] - 1)
+        history.scatter_(1, after, chosen)
         places += kept
 
     def forward(self, tokens: torch.Tensor, places: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
         """Logits (R, V) after each of `tokens` (S, Q), the first of which stands at `places` (S,)."""
-        hidden = self.core.get_input_embeddings()(tokens.flatten())
-        positions = (places + shifts)[:, None] + torch.arange(self.new, device=places.device)
-        angles = self.core.language_model.rotary_emb(hidden[None], positions.view(1, 1, -1).expand(3, -1, -1))
-        angles = [part[0] for part in angles]
-        rows, final = Rows(hidden), self.core.language_model.norm
+        positions = (places + shifts)[:, None] + self.following if self.new > 1 else places + shifts
+        table = self.core.get_input_embeddings().weight
+        hidden, squares, *angles = embed(tokens.flatten(), positions.flatten(), table, *self.angles)
+        rows, final = Rows(hidden, squares), self.core.language_model.norm
         for number, layer in enumerate(self.layers):
             qkv = normed_product("qkv", rows, layer.norm(0), layer.qkv, layer.qkv_bias)
             keys, values = self.cache.layer(number, self.slots)
