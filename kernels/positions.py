@@ -11,7 +11,12 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig
-from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 
 def image_geometry(config: PretrainedConfig) -> Callable[[torch.Tensor], dict[str, Any]]:
@@ -32,6 +37,27 @@ def image_geometry(config: PretrainedConfig) -> Callable[[torch.Tensor], dict[st
             "image_window_index": index,
             "image_cu_window_seqlens": windows,
             "image_max_window_seqlen": int(windows.diff().max()),
+        }
+
+    return geometry
+
+
+def interpolated_geometry(config: PretrainedConfig) -> Callable[[torch.Tensor], dict[str, Any]]:
+    """As `image_geometry`, for a tower without windows whose learned positions, a square of them, are stretched over
+    each picture (Qwen3-VL, Qwen3.5): with the four of them between which each patch stands, and their shares."""
+    vision = config.vision_config
+    merge, side = vision.spatial_merge_size, int(vision.num_position_embeddings**0.5)
+
+    def geometry(grids: torch.Tensor) -> dict[str, Any]:
+        options = {"num_grid_per_side": side, "mode": "bilinear", "align_corners": True, "spatial_merge_size": merge}
+        places, shares = get_vision_interpolation_indices_and_weights(grids, **options)
+        bounds = get_vision_cu_seqlens(grids)
+        return {
+            "image_position_ids": get_vision_position_ids(grids, merge),
+            "image_cu_seqlens": bounds,
+            "image_max_seqlen": int(bounds.diff().max()),
+            "image_interp_indices": places,
+            "image_interp_weights": shares,
         }
 
     return geometry

@@ -22,9 +22,8 @@ import random_weights
 import step_speed
 import unseen_text
 
+from families import family_of, page_costs
 from scoring.renders import Renderer
-from training import page_costs
-from training.families import family_of
 from training.page_order import PageSampler
 
 SIZES = json.loads(make_pages_like_real.SIZES.read_text())
@@ -101,6 +100,15 @@ def shape():
             return 151_643 + len(name)
 
     return family_of("qwen2_5_vl").shape(make_shapes.make_config("3b", Tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("3b", 3.75), ("7b", 8.29), ("qwen3-vl-4b", 4.44), ("qwen3.5-4b", 4.54)]
+)
+def test_shapes_have_the_parameters_of_what_they_are_called(name, billions):
+    config = make_shapes.make_config(name, make_tokenizer())
+    weights = sum(page_costs.weights_of(family_of(config).shape(config)))
+    assert weights / 1e9 == pytest.approx(billions, rel=0.003)
 
 
 def test_the_operations_of_a_page_are_those_of_the_published_formula(shape):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import use_model_from_hub as use
+from families import FAMILIES
 from training import at_hand
 from training import training_arguments as fields_of_transformers
 from training.checkpoints import checkpoints_in, read_manifest
@@ -26,7 +27,6 @@ from training.cleaning import cleaning_steps
 from training.command_line import forbid_torch, make_parser, read, training_arguments
 from training.cpu_time import slow_words, sure
 from training.errors import SettingsError, refuse_other_systems
-from training.families import FAMILIES
 from training.mixture import FLAGS, asked_datasets, split_share
 from training.processes import hush_libraries, local_world_size, world_size
 from training.run_record import (
@@ -112,7 +112,7 @@ class PageSettings:
     freeze_vision: bool = setting(False, "Leave the vision tower and its merger as they are.")
     random_weights: bool = setting(False, "Start from random weights: the base is configuration and processor only.")
     fast: bool = setting(
-        True, "The fast path (training/fast_layers.py); False is the model's own, slower way to the same."
+        True, "The fast path (families/fast_parts.py); False is the model's own, slower way to the same."
     )
     fuse: str = setting(
         "auto",

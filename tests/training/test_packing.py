@@ -2,31 +2,19 @@
 
 import contextlib
 import random
+import sys
 
 import pytest
 import torch
-from conftest import make_config, make_processor
+from conftest import Tiny
 
-from kernels.positions import image_geometry, page_positions
+from families import FAMILIES, family_of
+from kernels.positions import page_positions
 from training import packing
-from training.families import family_of
 from training.prompt_and_mask import PageEncoder
 
 
-@pytest.fixture(scope="module")
-def processor():
-    return make_processor()
-
-
-@pytest.fixture
-def model(processor):
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    torch.manual_seed(0)
-    return Qwen2_5_VLForConditionalGeneration(make_config(processor.tokenizer)).float()
-
-
-def test_a_pack_is_written_out_whole(processor):
+def test_a_pack_is_written_out_whole():
     """Two pages by hand: every entry, so that a slip by one place cannot hide."""
     rows = [([1, 9, 9, 5, 6, 7], [-100, -100, -100, -100, 6, 7]), ([1, 9, 5, 8], [-100, -100, -100, 8])]
     batch = packing.pack(rows, [(1, 2), (1, 1)], before=1, ignored=-100)
@@ -46,23 +34,33 @@ def test_a_pack_is_written_out_whole(processor):
     }
 
 
+# What the tower's own forward works out, by the function that does, and by what it is called in a batch.
+GEOMETRY = {
+    "get_vision_position_ids": ["image_position_ids"],
+    "get_vision_attention_seqlens": ["image_cu_seqlens"],
+    "get_vision_window_index": ["image_window_index", "image_cu_window_seqlens"],
+    "get_vision_interpolation_indices_and_weights": ["image_interp_indices", "image_interp_weights"],
+}
+
+
 @pytest.mark.slow
-def test_positions_and_geometry_equal_the_models_own_for_200_sizes(processor, model, monkeypatch):
+@pytest.mark.parametrize("family", [name for name in FAMILIES if family_of(name).fast])
+def test_positions_and_geometry_equal_the_models_own_for_200_sizes(family, monkeypatch):
     """The model computes them itself in a forward pass; what it computed is caught and compared."""
-    import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl as own
+    tiny, rng, caught = Tiny(family), random.Random(1), {}
+    model, encoder = tiny.model(), PageEncoder(tiny.processor, "write this page", family_of(family))
+    own = sys.modules[type(model).__module__]
+    for function in GEOMETRY.keys() & vars(own).keys():
+        real = getattr(own, function)
 
-    encoder, rng, caught = PageEncoder(processor, "write this page", family_of("qwen2_5_vl")), random.Random(1), {}
-    for name in ("get_vision_position_ids", "get_vision_attention_seqlens", "get_vision_window_index"):
-        real = getattr(own, name)
+        def keep(*given, function=function, real=real, **options):
+            caught[function] = real(*given, **options)
+            return caught[function]
 
-        def keep(*given, name=name, real=real, **options):
-            caught[name] = real(*given, **options)
-            return caught[name]
-
-        monkeypatch.setattr(own, name, keep)
-    geometry, tower = image_geometry(model.config), model.model.visual
+        monkeypatch.setattr(own, function, keep)
+    geometry, tower = family_of(family).geometry(model.config), model.model.visual
     tower.blocks, tower.merger = torch.nn.ModuleList(), torch.nn.Identity()  # only the geometry is looked at
-    tower.forward_windows = None
+    patch = family_of(family).shape(model.config).patch
     for _ in range(200):
         rows, columns = rng.randint(2, 40), rng.randint(2, 40)
         grids = torch.tensor([[1, 2 * rows, 2 * columns]])
@@ -72,14 +70,12 @@ def test_positions_and_geometry_equal_the_models_own_for_200_sizes(processor, mo
         positions, _ = model.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grids)
         made = page_positions(len(encoder.before), rows, columns, ids.shape[1])
         assert torch.equal(made[1:], positions[:, 0]) and torch.equal(made[0], torch.arange(ids.shape[1]))
-        with torch.no_grad(), contextlib.suppress(IndexError):  # without blocks the merged rows are too many
-            tower(torch.zeros(4 * rows * columns, 1176), grid_thw=grids)
-        ready = geometry(grids)
-        index, windows = caught["get_vision_window_index"]
-        bounds, _ = caught["get_vision_attention_seqlens"]
-        assert torch.equal(ready["image_position_ids"], caught["get_vision_position_ids"])
-        assert torch.equal(ready["image_window_index"], index)
-        assert torch.equal(ready["image_cu_window_seqlens"], windows)
-        assert torch.equal(ready["image_cu_seqlens"], bounds)
-        assert ready["image_max_window_seqlen"] == windows.diff().max()
-        assert ready["image_max_seqlen"] == bounds.diff().max()
+        with torch.no_grad(), contextlib.suppress(IndexError):  # without blocks the merged rows may be too many
+            tower(torch.zeros(4 * rows * columns, patch), grid_thw=grids)
+        ready, wanted = geometry(grids), {}
+        for function, found in caught.items():
+            wanted |= dict(zip(GEOMETRY[function], found if isinstance(found, tuple) else [found]))
+        for name in [name for name in wanted if name.endswith("seqlens")]:
+            wanted[name.replace("cu_", "max_").removesuffix("s")] = wanted[name].diff().max()
+        assert ready.keys() == wanted.keys() and len(caught) >= 3
+        assert all((torch.as_tensor(ready[key]) == wanted[key]).all() for key in ready)
