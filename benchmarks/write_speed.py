@@ -307,7 +307,7 @@ def tune(model, rows: int) -> dict:
         source = {"down": wide, "out": mixed}.get(kind, hidden)
         found[kind] = fastest_first(kind, some, by_torch, by_tile, CANDIDATES, source)
         best = next(iter(found[kind]))
-        skinny.TILES[kind] = None if best == "torch" else tuple(json.loads(best))
+        skinny.TILES[kind][skinny.tile_rows(rows)] = None if best == "torch" else tuple(json.loads(best))
         print(rows, kind, json.dumps(found[kind]), flush=True)
     return found
 

@@ -42,6 +42,25 @@ def swiglu_kernel(source, target, width, BLOCK: tl.constexpr):
     tl.store(target + row * width + place, (silu * up).to(target.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def embed_kernel(
+    tokens, places, table, cos, sin, target, squares, cos_rows, sin_rows, width, angles,
+    WIDTH: tl.constexpr, ANGLES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    place, turn = tl.arange(0, WIDTH), tl.arange(0, ANGLES)
+    inside, known = place < width, turn < angles
+    token, position = tl.load(tokens + row).to(tl.int64), tl.load(places + row).to(tl.int64)
+    states = tl.load(table + token * width + place, mask=inside, other=0.0)
+    cosine = tl.load(cos + position * angles + turn, mask=known)
+    sine = tl.load(sin + position * angles + turn, mask=known)
+    wide = states.to(tl.float32)
+    tl.store(target + row * width + place, states, mask=inside)
+    tl.store(squares + row, tl.sum(wide * wide, 0))
+    tl.store(cos_rows + row * angles + turn, cosine, mask=known)
+    tl.store(sin_rows + row * angles + turn, sine, mask=known)
+
+
 def on_triton(states: torch.Tensor) -> bool:
     """Whether a kernel takes these states: half precision on a GPU, or under TRITON_INTERPRET=1."""
     interpreted = not isinstance(norm_kernel, triton.JITFunction)
@@ -91,3 +110,20 @@ def swiglu(gate_and_up: torch.Tensor) -> torch.Tensor:
         return swiglu_by_kernel(gate_and_up)
     gate, up = gate_and_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
+
+
+def embed(
+    tokens: torch.Tensor, places: torch.Tensor, table: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a step begins with: rows (S, H) of `table` (V, H) by `tokens` (S,), the sums of their squares (S, 1), and
+    rows (S, D) of `cos` and of `sin` (places, D) by `places` (S,). Copies, so there is nothing to prove."""
+    rows, width = len(tokens), table.shape[1]
+    if not on_triton(table):
+        hidden = table.index_select(0, tokens)
+        angles = (part.index_select(0, places) for part in (cos, sin))
+        return hidden, hidden.float().square().sum(-1, keepdim=True), *angles
+    hidden, squares = table.new_empty(rows, width), table.new_empty(rows, 1, dtype=torch.float32)
+    found = cos.new_empty(rows, cos.shape[1]), sin.new_empty(rows, sin.shape[1])
+    sizes = {"WIDTH": triton.next_power_of_2(width), "ANGLES": triton.next_power_of_2(cos.shape[1])}
+    embed_kernel[(rows,)](tokens, places, table, cos, sin, hidden, squares, *found, width, cos.shape[1], **sizes)
+    return hidden, squares, *found

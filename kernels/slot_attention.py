@@ -315,7 +315,7 @@ def attend_in_parts(
         qkv, cos, sin, keys, values, places, sums, tops, partial, capacity, scale, parts,
         query_norm, key_norm, extras.epsilon, TURNS=cos.shape[-1], NORMED=extras.norms is not None, GATED=extras.gated,
         HEADS=heads, FEWER=fewer, NEW=new, WIDTH=width, ROWS=lanes, NEW_ROWS=triton.next_power_of_2(new), BLOCK=BLOCK,
-        EARLY=begins, num_warps=4, num_stages=3 if width < 256 else 2, **launch,
+        EARLY=begins, num_warps=4, num_stages=4 if width < 256 else 2, **launch,
     )  # fmt: skip
     join_kernel[(rows * heads,)](
         sums, tops, partial, target, parts, qkv,

@@ -18,6 +18,7 @@ import torch
 
 import use_model_from_hub as use
 from families.slot_layers import Captured, Moment
+from kernels.row_kernels import embed
 from kernels.skinny_products import Rows, add_product, gated_product, normed_product
 from writing.drafts import drafts
 
@@ -69,6 +70,13 @@ class Step:
     ):
         self.core, self.head, self.captured, self.cache, self.state = model.model, model.lm_head, captured, cache, state
         self.slots, self.new, self.chooser = slots, new, chooser
+        self.following = torch.arange(new, device=state.places.device)
+        # Of all places, as text has them; what mRoPE adds to a place is never more than zero.
+        everywhere = torch.arange(state.history.shape[1] + new, device=state.places.device)
+        angles = self.core.language_model.rotary_emb(
+            self.head.weight[:1, None], everywhere.view(1, 1, -1).expand(3, -1, -1)
+        )
+        self.angles = [part[0] for part in angles]
         self.graph: torch.cuda.CUDAGraph | None = None
 
     # -- what the graph holds
@@ -91,19 +99,20 @@ class Step:
             right = (chosen[:, :-1] == tokens[:, 1:]).long().cumprod(-1).sum(-1)
             kept = (right + 1) * live
         # Those after the last right one are written, too, and written over by the next step.
-        after = places[:, None] + 1 + torch.arange(self.new, device=places.device)
-        history.scatter_(1, after.clamp_(max=history.shape[1] - 1), chosen)
+        after = places[:, None] + 1
+        if self.new > 1:
+            after = (after + self.following).clamp_(max=history.shape[1] - 1)
+        history.scatter_(1, after, chosen)
         places += kept
 
     def forward(
         self, tokens: torch.Tensor, places: torch.Tensor, shifts: torch.Tensor, live: torch.Tensor
     ) -> torch.Tensor:
         """Logits (R, V) after each of `tokens` (S, Q), the first of which stands at `places` (S,)."""
-        hidden = self.core.get_input_embeddings()(tokens.flatten())
-        positions = (places + shifts)[:, None] + torch.arange(self.new, device=places.device)
-        angles = self.core.language_model.rotary_emb(hidden[None], positions.view(1, 1, -1).expand(3, -1, -1))
-        moment = Moment([part[0] for part in angles], places, live)
-        rows = Rows(hidden)
+        positions = (places + shifts)[:, None] + self.following if self.new > 1 else places + shifts
+        table = self.core.get_input_embeddings().weight
+        hidden, squares, *angles = embed(tokens.flatten(), positions.flatten(), table, *self.angles)
+        moment, rows = Moment(angles, places, live), Rows(hidden, squares)
         for number, layer in enumerate(self.captured.layers):
             mixer = layer.mixer
             wide = normed_product("qkv", rows, layer.norms[0], mixer.taken, mixer.taken_bias)
