@@ -135,7 +135,7 @@ def open_screenshot(picture: bytes) -> Image:
 def picture_size(picture: bytes) -> tuple[int, int]:
     """(width, height) of what `open_screenshot` makes of it, and as strict: whatever it raises is raised here."""
     image, turn = _decode(picture, size_alone=True)
-    return turned_size(image.size, turn)
+    return (image if turn is None else image.transpose(turn)).size
 
 
 def _decode(picture: bytes, size_alone: bool = False) -> tuple[Image, Transpose | None]:
@@ -185,12 +185,6 @@ def upright(image: Image) -> Transpose | None:
     turns = {2: way.FLIP_LEFT_RIGHT, 3: way.ROTATE_180, 4: way.FLIP_TOP_BOTTOM, 5: way.TRANSPOSE}
     turns |= {6: way.ROTATE_270, 7: way.TRANSVERSE, 8: way.ROTATE_90}
     return turns.get(orientation) if isinstance(orientation, int) else None
-
-
-def turned_size(size: tuple[int, int], turn: Transpose | None) -> tuple[int, int]:
-    """(width, height) after `turn`, as `upright` gives it."""
-    sideways = turn is not None and turn.name in ("ROTATE_90", "ROTATE_270", "TRANSPOSE", "TRANSVERSE")
-    return size[::-1] if sideways else size
 
 
 def _in_eight_bits(image: Image, depth: int) -> Image:
@@ -251,7 +245,8 @@ def encode_questions(processor: ProcessorMixin, screenshots: list[Image], prompt
 
 @dataclass(frozen=True)
 class Request:
-    """One answer that is wanted: of the screenshot that `open()` gives when its turn comes; `place` is the caller's."""
+    """One answer that is wanted: of the screenshot that `open()` gives when its turn comes, in any thread. A `UseError`
+    from there becomes this request's answer, a `Failed`, and the rest goes on. `place` is the caller's."""
 
     place: int
     open: Callable[[], Image]
@@ -269,6 +264,14 @@ class Written:
     cut_off: bool
     looped: bool = False
     closing_tokens: int = 0
+
+
+@dataclass
+class Failed:
+    """Why a page has no answer, and after how many attempts. Not a `Written`: who does not look, fails loudly."""
+
+    error: UseError
+    attempts: int = 0
 
 
 def chances(screenshot: Image, recipe: Recipe, sample: int) -> torch.Tensor:
@@ -385,12 +388,21 @@ class Generating:
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, recipe: Recipe, batch: int = 1, endings=None):
         self.asked, self.batch, self.endings = (model, processor, recipe), batch, endings
 
-    def write(self, requests: Iterable[Request], shown: Shown | None = None) -> Iterator[tuple[Request, Written]]:
+    def write(self, requests: Iterable[Request], shown: Shown | None = None) -> Iterator[tuple[Request, Any]]:
         """The answers in order; a page that is written alone is `shown`. Out of memory it raises for a single page."""
         requests = iter(requests)
-        while batch := list(islice(requests, self.batch)):
+        while some := list(islice(requests, self.batch)):
+            batch, screenshots = [], []
+            for request in some:
+                try:
+                    screenshots.append(request.open())
+                    batch.append(request)
+                except UseError as error:
+                    yield request, Failed(error)
+            if not batch:
+                continue
             pieces = partial(shown, batch[0]) if shown and len(batch) == 1 else None
-            screenshots, samples, answers = [it.open() for it in batch], [it.sample for it in batch], None
+            samples, answers = [it.sample for it in batch], None
             model, processor, recipe = self.asked
             try:
                 answers = write_pages(model, processor, screenshots, recipe, samples, pieces, self.endings)
@@ -563,14 +575,12 @@ class Page:
         self.sha256 = hashlib.sha256(picture).hexdigest()
         return picture
 
-    def checked(self) -> bytes:
-        """The same, of what `open_screenshot` opens; raises `UseError`."""
+    def open(self) -> Image:
+        """The screenshot, decoded. Raises `UseError`."""
         try:
-            picture_size(picture := self.read())
+            return open_screenshot(self.read())
         except (OSError, PictureError) as error:
-            code, words = getattr(error, "code", 2), getattr(error, "strerror", None) or error
-            raise UseError(f"--image {self.path}: {words}", code) from error
-        return picture
+            raise UseError(getattr(error, "strerror", None) or str(error), getattr(error, "code", 2)) from error
 
     def beside(self, suffix: str) -> Path:
         return self.html.with_name(self.html.name.removesuffix(".html") + suffix)
@@ -602,7 +612,10 @@ def find_pages(images: Sequence[str], output: str | None) -> tuple[list[Page], b
         if output and not Path(output).absolute().parent.is_dir():
             raise UseError(f"--output {output}: the folder does not exist; create it first")
         pages[0].html = Path(output) if output else None
-        pages[0].checked()
+        try:
+            pages[0].open()  # before torch loads
+        except UseError as error:
+            raise UseError(f"--image {pages[0].path}: {error}", error.code) from error
         return pages, False
     if os.path.isfile(output):
         raise UseError(f"--output {output} is a file, and there may be several pages; give a folder")
@@ -799,30 +812,19 @@ def find_recipe(args: argparse.Namespace, source: str) -> tuple[Recipe, str]:
 def write_all(args: argparse.Namespace, pages: list[Page], there: int | None, made: dict, opened: Callable) -> int:
     """Write every page by what `opened` gives, into a folder of which `there` are already, None: a single page, whose
     trouble is raised. How many failed; what is interrupted says how far it came."""
-    failed, done, prints = [], [], args.show_html or not args.output
+    failed, done, prints = 0, [], args.show_html or not args.output
     shown = Shown(prints and sys.stdout.isatty()) if there is None and not args.best_of else None
 
-    def fail(error: UseError) -> None:
-        failed.append(error)
-        if there is None:
-            raise error
-        say(str(error))
-
-    def requests() -> Iterator[Request]:
-        for place, page in enumerate(pages):
-            try:
-                yield Request(place, partial(open_screenshot, page.checked()))
-            except UseError as error:
-                fail(error)
-
-    wanted, total = requests(), len(pages) + (there or 0)
-    first = next(wanted, None)  # before torch loads: maybe there is none
-    answers, start = opened().write(chain([first], wanted), shown) if first else (), time.monotonic()
+    requests, total = (Request(place, page.open) for place, page in enumerate(pages)), len(pages) + (there or 0)
+    answers, start = opened().write(requests, shown) if pages else (), time.monotonic()
     try:
         for request, answer in answers if there is None else with_bar("pages", answers, total, there):
             page = pages[request.place]
-            if error := getattr(answer, "error", None):  # a server says why it has none
-                fail(UseError(f"--image {page.path}: {error}", error.code))
+            if isinstance(answer, Failed):
+                failed, error = failed + 1, UseError(f"--image {page.path}: {answer.error}", answer.error.code)
+                if there is None:
+                    raise error
+                say(str(error))
                 continue
             if page.html:
                 keep(page, answer, None if there is None else made)
@@ -839,10 +841,10 @@ def write_all(args: argparse.Namespace, pages: list[Page], there: int | None, ma
         if looped := sum(answer.looped for answer in done):
             say(f"{looped:,} of {len(done):,} pages began to repeat themselves and were cut there")
         if there is not None:
-            say(f"{args.output}: {there:,} of {total:,} pages were there, {len(done):,} new, {len(failed):,} failed")
+            say(f"{args.output}: {there:,} of {total:,} pages were there, {len(done):,} new, {failed:,} failed")
         elif args.output and done:
             say(f"written to {args.output}")
-    return len(failed)
+    return failed
 
 
 def run(args: argparse.Namespace) -> int:

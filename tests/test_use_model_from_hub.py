@@ -8,7 +8,10 @@ import signal
 import struct
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from threading import current_thread
+from types import SimpleNamespace
 
 import pytest
 from conftest import (
@@ -441,6 +444,30 @@ def test_a_folder_is_written_once_and_what_was_made_otherwise_is_not_taken_for_d
     code, said = again("--overwrite", "--max_html_tokens", "5")
     assert code == 0 and "5 new" in said
     assert again("--max_html_tokens", "5")[0] == 0
+
+
+def test_screenshots_are_opened_once_each_by_what_writes_when_their_turn_comes(here, monkeypatch, capsys):
+    """All were decoded twice, and by the main thread, for which a GPU waits."""
+    opened, decode = [], use._decode
+    monkeypatch.setattr(use, "_decode", lambda *given: opened.append(current_thread().name) or decode(*given))
+
+    class Reading:
+        def write(self, requests, shown=None):
+            requests = list(requests)
+            assert len(requests) == 5 and not opened
+            with ThreadPoolExecutor(2, "reader") as pool:
+                for request, picture in [(it, pool.submit(it.open)) for it in requests]:
+                    try:
+                        yield request, use.Written(f"<p>{picture.result().size}</p>", "", 1, False)
+                    except use.UseError as error:
+                        yield request, use.Failed(error)
+
+    monkeypatch.setattr(use, "load_model", lambda *unused: (SimpleNamespace(device="cpu"), None))
+    monkeypatch.setattr(use, "writer", lambda *unused: Reading())
+    assert use.main(["--image", "shots", "--model", "./model", "--output", "out"]) == 80
+    said = capsys.readouterr().err
+    assert "--image shots/b/001.png: not a readable PNG" in said and "4 new, 1 failed" in said
+    assert len(opened) == 5 and {name.partition("_")[0] for name in opened} == {"reader"}
 
 
 def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(monkeypatch):

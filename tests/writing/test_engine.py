@@ -307,6 +307,20 @@ def test_a_screenshot_that_cannot_be_opened_is_raised_where_answers_are_taken(lo
         list(Engine(model, processor, RECIPE, wanted=2).write([*requests_of(shots, [0]), bad]))
 
 
+@pytest.mark.parametrize("good", [[0, 2, 3], []])
+def test_a_screenshot_whose_owner_says_why_it_cannot_be_opened_is_named_and_the_rest_goes_on(loaded, shots, good):
+    def missing():
+        raise use.UseError("no such file")
+
+    model, processor = loaded
+    bad = [use.Request(place, missing) for place in (7, 8, 9)]
+    order = [*requests_of(shots, good[:1]), *bad, *requests_of(shots, good[1:])]
+    found = {it.place: page for it, page in Engine(model, processor, RECIPE, wanted=2).write(order)}
+    assert {*found} == {*good, 7, 8, 9}
+    assert {str(found[place].error) for place in (7, 8, 9)} == {"no such file"}
+    assert all(isinstance(found[place], use.Written) for place in good)
+
+
 def test_what_is_shown_in_pieces_is_the_answer(loaded, shots, alone):
     model, processor = loaded
     pieces = []
