@@ -60,9 +60,12 @@ class Engine:
         wanted: int | None = None,
         watch: Callable[[], Watch] | None = None,
         drafts: bool = True,
+        meanwhile: Callable[[], None] = lambda: None,
     ):
         """`wanted` answers at most are asked for together; `watch` makes what may end an answer early; `drafts` are
-        guessed where they cost nothing. Raises torch.OutOfMemoryError where not even one slot fits."""
+        guessed where they cost nothing; `meanwhile` is called before each block of steps, and what it raises ends the
+        writing. Raises torch.OutOfMemoryError where not even one slot fits."""
+        self.meanwhile = meanwhile
         self.model, self.processor, self.recipe, self.watch, self.drafts = model, processor, recipe, watch, drafts
         self.stops = set(use.end_tokens(model, processor))
         self.layers = [Layer(layer) for layer in model.model.language_model.layers]
@@ -125,6 +128,7 @@ class Engine:
             waiting = Waiting(requests, pool, make)
             try:
                 while True:
+                    self.meanwhile()
                     ended = None
                     try:
                         self.fill(waiting)

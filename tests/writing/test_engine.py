@@ -17,6 +17,8 @@ from conftest import ROOT, make_pages
 from PIL import Image
 
 import use_model_from_hub as use
+from training import evaluation
+from training.errors import StoppedError
 from training.evaluation import tell_once, write_held_out
 from writing import engine as room
 from writing import writer as writers
@@ -394,6 +396,29 @@ def test_without_memory_for_one_slot_generate_writes_and_the_engine_says_how_man
     monkeypatch.setattr(room, "Cache", full)
     assert isinstance(writers.writer(model, processor, RECIPE, 3, 2, told.append), use.Generating)
     assert told[1:] == ["pages are written by generate(), not by the engine: no memory for one slot of 24 tokens"]
+
+
+@pytest.mark.parametrize("by_engine", [True, False])
+def test_evaluation_stops_within_a_block_of_steps(loaded, tmp_path, monkeypatch, by_engine):
+    """A signal was seen only once a page had ended."""
+    model, processor = loaded
+    folder, steps, asked = make_pages(tmp_path / "pages", 5), [], SimpleNamespace(wanted=False)
+
+    def step(*unused):
+        steps.append(unused)
+        asked.wanted = len(steps) == 2
+
+    run = room.Step.run
+    monkeypatch.setattr(room, "BLOCK", 2)
+    monkeypatch.setattr(room.Step, "run", lambda self, count: (step(), run(self, count)))
+    monkeypatch.setattr(writers, "obstacle", lambda model: "" if by_engine else "none is wanted")
+    monkeypatch.setattr(evaluation, "stop", asked)
+    hook = model.register_forward_pre_hook(step)
+    pages = [{"screenshot": path.read_bytes(), "html": "<p>"} for path in folder.glob("*.png")]
+    with pytest.raises(StoppedError):
+        write_held_out(model, processor, datasets.Dataset.from_list(pages), RECIPE, batch=1)
+    hook.remove()
+    assert len(steps) == 2
 
 
 def test_evaluation_writes_by_the_engine_what_it_writes_by_generate(loaded, tmp_path, monkeypatch):
