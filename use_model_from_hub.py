@@ -29,6 +29,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import chain, islice, repeat
@@ -126,8 +127,7 @@ def open_screenshot(picture: bytes) -> Image:
     image, turn = _decode(picture)
     # What a PNG says of itself first; a chunk of somebody's own may come before it.
     shown = _in_eight_bits(image, depth=picture[picture.find(b"IHDR") + 12] if image.format == "PNG" else 8)
-    if turn is not None:
-        shown = shown.transpose(turn)
+    shown = shown if turn is None else shown.transpose(turn)
     shown.info = {}  # what the file said of itself: saved again, the picture would turn once more
     return shown
 
@@ -165,9 +165,7 @@ def _decode(picture: bytes, size_alone: bool = False) -> tuple[Image, Transpose 
         raise PictureError("not a readable PNG, JPEG or WebP picture") from error
     except _DAMAGED as error:
         raise PictureError(f"not a readable PNG, JPEG or WebP picture ({str(error)[:100]})") from error
-    if size_alone:
-        image = Image.new("1", size)
-    return image, turn
+    return (Image.new("1", size) if size_alone else image), turn
 
 
 def upright(image: Image) -> Transpose | None:
@@ -268,7 +266,7 @@ class Written:
 
 @dataclass
 class Failed:
-    """Why a page has no answer, and after how many attempts. Not a `Written`: who does not look, fails loudly."""
+    """Why a page has no answer, after how many attempts, 0 where `open` raised. Who takes it for a `Written` fails."""
 
     error: UseError
     attempts: int = 0
@@ -580,7 +578,13 @@ class Page:
         try:
             return open_screenshot(self.read())
         except (OSError, PictureError) as error:
-            raise UseError(getattr(error, "strerror", None) or str(error), getattr(error, "code", 2)) from error
+            words = getattr(error, "strerror", None) or error
+            raise UseError(f"--image {self.path}: {words}", getattr(error, "code", 2)) from error
+
+    def opens(self) -> bool:
+        with suppress(UseError):
+            return bool(self.open())
+        return False
 
     def beside(self, suffix: str) -> Path:
         return self.html.with_name(self.html.name.removesuffix(".html") + suffix)
@@ -589,7 +593,6 @@ class Page:
 def find_pages(images: Sequence[str], output: str | None) -> tuple[list[Page], bool]:
     """The pages of --image, and whether --output is a folder for them. Folders, to their depths, and patterns mean
     pictures there, but for hidden ones and our previews; anything else means just that, and need not be there.
-
     There they lie as their screenshots do below the folder that all of these share: a/x.html, b/x.html; all with
     their suffix, x.png.html, where x.png and x.jpg lie beside each other. Raises `UseError`."""
     found, bases, single = {}, [], len(images) == 1
@@ -612,10 +615,7 @@ def find_pages(images: Sequence[str], output: str | None) -> tuple[list[Page], b
         if output and not Path(output).absolute().parent.is_dir():
             raise UseError(f"--output {output}: the folder does not exist; create it first")
         pages[0].html = Path(output) if output else None
-        try:
-            pages[0].open()  # before torch loads
-        except UseError as error:
-            raise UseError(f"--image {pages[0].path}: {error}", error.code) from error
+        pages[0].open()
         return pages, False
     if os.path.isfile(output):
         raise UseError(f"--output {output} is a file, and there may be several pages; give a folder")
@@ -701,14 +701,14 @@ class Shown:
         print(html.removeprefix(self.out), flush=True)
 
 
-def render(html: str, width: int, height: int) -> Image:
-    """The HTML in a window of so many CSS px, without scripts or network, in a browser of its own; the project's keeps
-    to time and memory, too. Raises `UseError`."""
+def render(html: str, width: int, height: int, renderer: Any = None) -> Image:
+    """The HTML in a window of so many CSS px, without scripts or network, in a browser of its own or by `renderer`; the
+    project's keeps to time and memory, too. Raises `UseError`."""
     from PIL import Image
 
     try:
         if renders := room("scoring.renders"):
-            with renders.Renderer(1) as renderer:
+            with nullcontext(renderer) if renderer else renders.Renderer(1) as renderer:
                 done = renderer.render(renders.Job(html, width, height))
             if done.failure:
                 raise RuntimeError(done.failure)
@@ -717,14 +717,10 @@ def render(html: str, width: int, height: int) -> Image:
 
         names = "chromium-headless-shell chromium chromium-browser google-chrome".split()
         found = next(filter(None, map(shutil.which, names)), None)  # None: playwright's own
-        flags = [
-            "--proxy-server=127.0.0.1:1",
-            "--proxy-bypass-list=<-loopback>",
-            "--host-resolver-rules=MAP * ~NOTFOUND",
-        ]
+        flags = ["--proxy-server=127.0.0.1:1", "--proxy-bypass-list=<-loopback>"]
+        flags += ["--host-resolver-rules=MAP * ~NOTFOUND"]
         with sync_playwright() as playwright, playwright.chromium.launch(executable_path=found, args=flags) as browser:
-            size = {"width": width, "height": height}
-            tab = browser.new_page(viewport=size, java_script_enabled=False, offline=True)
+            tab = browser.new_page(viewport={"width": width, "height": height}, java_script_enabled=False, offline=True)
             tab.route("**/*", lambda route: route.abort())
             tab.set_content(html, timeout=15_000)
             return open_screenshot(tab.screenshot(full_page=True, timeout=15_000))
@@ -738,18 +734,20 @@ def draw_previews(pages: Sequence[Page]) -> int:
     from PIL import Image
 
     failed, pages = 0, [page for page in pages if page.html.exists() and not page.beside(PREVIEW).exists()]
-    for page in with_bar("previews", pages, len(pages)):
-        try:
-            left, file = open_screenshot(page.read()), io.BytesIO()
-            right = render(page.html.read_text(encoding="utf-8"), max(160, left.width), min(720, left.height))
-            both = Image.new("RGB", (left.width + 16 + right.width, max(left.height, right.height)))
-            both.paste(left)
-            both.paste(right, (left.width + 16, 0))
-            both.save(file, "PNG")
-            write_whole(page.beside(PREVIEW), file.getvalue())
-        except (OSError, PictureError, UseError) as error:
-            failed += 1
-            say(f"{page.html}: no preview: {error}")
+    renders = room("scoring.renders") if pages else None
+    with renders.Renderer(1) if renders else nullcontext() as renderer:  # starting one takes longer than a page
+        for page in with_bar("previews", pages, len(pages)) if pages else ():
+            try:
+                left, file, html = page.open(), io.BytesIO(), page.html.read_text(encoding="utf-8")
+                right = render(html, max(160, left.width), min(720, left.height), renderer)
+                both = Image.new("RGB", (left.width + 16 + right.width, max(left.height, right.height)), "grey")
+                both.paste(left)
+                both.paste(right, (left.width + 16, 0))
+                both.save(file, "PNG")
+                write_whole(page.beside(PREVIEW), file.getvalue())
+            except (OSError, UseError) as error:
+                failed += 1
+                say(f"{page.html}: no preview: {error}")
     return failed
 
 
@@ -814,17 +812,17 @@ def write_all(args: argparse.Namespace, pages: list[Page], there: int | None, ma
     trouble is raised. How many failed; what is interrupted says how far it came."""
     failed, done, prints = 0, [], args.show_html or not args.output
     shown = Shown(prints and sys.stdout.isatty()) if there is None and not args.best_of else None
-
     requests, total = (Request(place, page.open) for place, page in enumerate(pages)), len(pages) + (there or 0)
-    answers, start = opened().write(requests, shown) if pages else (), time.monotonic()
+    writes = opened() if any(page.opens() for page in pages) else Generating(None, None, Recipe())  # loads no torch
+    answers, start = writes.write(requests, shown), time.monotonic()
     try:
-        for request, answer in answers if there is None else with_bar("pages", answers, total, there):
+        for request, answer in answers if there is None or not pages else with_bar("pages", answers, total, there):
             page = pages[request.place]
             if isinstance(answer, Failed):
-                failed, error = failed + 1, UseError(f"--image {page.path}: {answer.error}", answer.error.code)
+                failed, words = failed + 1, f"--image {page.path}: " * (answer.attempts > 0) + str(answer.error)
                 if there is None:
-                    raise error
-                say(str(error))
+                    raise UseError(words, answer.error.code)
+                say(words)
                 continue
             if page.html:
                 keep(page, answer, None if there is None else made)
@@ -835,7 +833,8 @@ def write_all(args: argparse.Namespace, pages: list[Page], there: int | None, ma
             done.append(answer)
     finally:
         tokens, seconds = sum(answer.tokens for answer in done), time.monotonic() - start
-        say(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):,.1f} tokens/s")
+        if done:
+            say(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):,.1f} tokens/s")
         if cut := sum(answer.cut_off for answer in done):
             say(f"{cut:,} of {len(done):,} pages cut off at {made['max_html_tokens']:,} tokens and not complete")
         if looped := sum(answer.looped for answer in done):

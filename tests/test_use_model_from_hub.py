@@ -447,14 +447,15 @@ def test_a_folder_is_written_once_and_what_was_made_otherwise_is_not_taken_for_d
 
 
 def test_screenshots_are_opened_once_each_by_what_writes_when_their_turn_comes(here, monkeypatch, capsys):
-    """All were decoded twice, and by the main thread, for which a GPU waits."""
+    """All were decoded twice, and by the main thread, for which a GPU waits. It opens as many as it takes to know that
+    there is something to load a model for."""
     opened, decode = [], use._decode
     monkeypatch.setattr(use, "_decode", lambda *given: opened.append(current_thread().name) or decode(*given))
 
     class Reading:
         def write(self, requests, shown=None):
             requests = list(requests)
-            assert len(requests) == 5 and not opened
+            assert len(requests) == 5 and opened == ["MainThread"]
             with ThreadPoolExecutor(2, "reader") as pool:
                 for request, picture in [(it, pool.submit(it.open)) for it in requests]:
                     try:
@@ -467,7 +468,11 @@ def test_screenshots_are_opened_once_each_by_what_writes_when_their_turn_comes(h
     assert use.main(["--image", "shots", "--model", "./model", "--output", "out"]) == 80
     said = capsys.readouterr().err
     assert "--image shots/b/001.png: not a readable PNG" in said and "4 new, 1 failed" in said
-    assert len(opened) == 5 and {name.partition("_")[0] for name in opened} == {"reader"}
+    assert len(opened) == 6 and {name.partition("_")[0] for name in opened[1:]} == {"reader"}
+    monkeypatch.setattr(use, "load_model", lambda *unused: pytest.fail("a model was loaded, though nothing is to do"))
+    assert use.main(["--image", "shots", "--model", "./model", "--output", "out"]) == 80
+    said = capsys.readouterr().err
+    assert "b/001.png: not a readable" in said and "4 of 5 pages were there, 0 new" in said and "tokens/s" not in said
 
 
 def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(monkeypatch):
@@ -640,3 +645,4 @@ def test_a_copy_alone_writes_folders_and_previews(here):
     assert preview.size == (left.width + 16 + max(160, left.width), left.height)
     assert preview.crop((0, 0, *left.size)).tobytes() == left.tobytes()
     assert preview.getpixel((preview.width - 1, 1)) == (255, 0, 0)
+    assert preview.getpixel((left.width + 8, 1)) == (128, 128, 128) and "previews: 1 of 1" in done.stderr
