@@ -770,7 +770,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     several = 'screenshots, folders, patterns in quotes, "-" for stdin'
     parser.add_argument("--image", required=True, nargs="+", action="extend", help=several)
-    parser.add_argument("--output", help="file for the HTML of one screenshot (default: stdout), folder for several")
+    parser.add_argument("--output", help="file for one screenshot's HTML (default and -: stdout), folder for several")
     parser.add_argument("--model", help=f"folder or Hub repository (beside this file, ./{FINAL_FOLDER}, {HUB_REPO})")
     parser.add_argument("--show_html", action="store_true", help="print the HTML also when it goes to --output")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model repository brings")
@@ -781,6 +781,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, (kind, *_, text) in NUMBERS.items():
         parser.add_argument(f"--{name}", type=kind, help=text)
     args = parser.parse_args(argv)
+    args.output = None if args.output == "-" else args.output
     for name, (_, low, high, _) in NUMBERS.items():
         if (value := getattr(args, name)) is not None and not low <= value <= high:
             parser.error(f"--{name} {value}: give one from {low:,} to {high:,}")
@@ -834,7 +835,8 @@ def write_all(args: argparse.Namespace, pages: list[Page], there: int | None, ma
     finally:
         tokens, seconds = sum(answer.tokens for answer in done), time.monotonic() - start
         if done:
-            say(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):,.1f} tokens/s")
+            which = " of the answers that are kept" if args.best_of else ""
+            say(f"{tokens:,} tokens{which} in {seconds:.1f} s, {tokens / max(seconds, 1e-9):,.1f} tokens/s")
         if cut := sum(answer.cut_off for answer in done):
             say(f"{cut:,} of {len(done):,} pages cut off at {made['max_html_tokens']:,} tokens and not complete")
         if looped := sum(answer.looped for answer in done):

@@ -391,6 +391,7 @@ def test_pages_lie_as_their_screenshots_do_and_none_meet(here):
     assert (
         named(["shots/a", b], "out") == [*a, (b, "out/b/002.html")] == named(["shots/a", b, "shots/a/000.png"], "out")
     )
+    assert use.parse(["--image", "-", "--output", "-"]).output is None  # stdin to stdout, and no file of that name
     assert named([b], "page.html") == [(b, "page.html")] and named([b], "out/") == [(b, "out/002.html")]
     for name in (".hidden.png", "000.preview.png", "notes.txt", "000.JPG"):
         (here / "shots" / "a" / name).write_bytes(b"x")
