@@ -216,6 +216,7 @@ def with_endings(model, processor, recipe, shots, pages: list[list[int]]) -> dic
         looks.clear()
         list(engine.write(use.Request(place, lambda shot=shot: shot) for place, shot in enumerate(shots)))
         found[name].append(len(shots) * room.BLOCK * (len(looks) - 1) / (looks[-1] - looks[0]))
+    del engine.look  # which holds the engine, and that its memory
     share = max(found["with"]) / max(found["without"])
     return {"tokens_per_second": found, "with_over_without": share, "would_have_ended": len(ended)}
 
@@ -271,20 +272,23 @@ def hold_against_plain(model, processor, recipe, pages: int, tokens: int, drafts
 
 
 def tokens_of(model, processor, recipe, shots, drafts: bool) -> list[list[int]]:
-    """What the engine writes of each of `shots`, without the end token."""
+    """What the engine writes of each of `shots`, without the end token, and up to a picture's token: the plain model
+    takes that for a picture wherever it stands, and random weights may write it."""
     import use_model_from_hub as use
     from writing import engine as room
 
     engine, answers = room.Engine(model, processor, recipe, wanted=min(len(shots), 16), drafts=drafts), {}
-    extend = engine.extend
+    extend, picture = engine.extend, model.config.image_token_id
 
     def keep(slot, fresh):
         if done := extend(slot, fresh):
-            answers[slot.question.request.place] = list(slot.ids)
+            ids = slot.ids
+            answers[slot.question.request.place] = ids[: ids.index(picture)] if picture in ids else list(ids)
         return done
 
     engine.extend = keep
     list(engine.write(use.Request(place, lambda shot=shot: shot) for place, shot in enumerate(shots)))
+    del engine.extend  # which holds the engine, and that its memory
     return [answers[place] for place in range(len(shots))]
 
 

@@ -22,7 +22,7 @@ from use_model_from_hub import Failed, Request, UseError, Written
 
 CHOOSERS = 2  # pages that are compared at once: while one is looked at in Python, the next one is rendered
 MOST_BROWSERS = 8  # some 300 MB each
-MOST_BEHIND = 64  # pages that wait to be chosen from; whoever kills the process has these to write again
+MOST_BEHIND = 16  # pages that wait to be chosen from; whoever kills the process has these to write again
 
 
 @dataclass
