@@ -23,6 +23,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -251,8 +252,11 @@ def hold_against_plain(model, processor, recipe, pages: int, tokens: int, drafts
     short = replace(recipe, max_html_tokens=tokens)
     same = total = 0
     behind = []
-    for shot, ids in zip(shots, tokens_of(model, processor, short, shots, drafts)):
-        asked = use.encode_questions(processor, [shot], recipe.prompt).to(model.device)
+    answers = tokens_of(model, processor, short, shots, drafts)
+    # Beside the GPU, which takes a page as fast as a core can resize it.
+    every = ThreadPoolExecutor(4).map(lambda shot: use.encode_questions(processor, [shot], recipe.prompt), shots)
+    for asked, ids in zip(every, answers):
+        asked = asked.to(model.device)
         asked["pixel_values"] = asked["pixel_values"].to(model.dtype)
         length = asked["input_ids"].shape[1]
         more = torch.tensor([ids], device=model.device)
