@@ -14,6 +14,7 @@ from training.cleaning import CLEANING_STEPS, clean_html
 from training.page_checks import screenshot_size
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import endings_write
 import make_pages_like_real
 import make_pages_speed
 import make_shapes
@@ -21,7 +22,9 @@ import other_order
 import random_weights
 import step_speed
 import unseen_text
+import write_speed
 
+import use_model_from_hub as use
 from families import family_of, page_costs
 from scoring.renders import Renderer
 from training.page_order import PageSampler
@@ -270,6 +273,41 @@ def test_make_pages_is_measured_by_its_real_main(tmp_path):
     shown = make_pages_speed.table([run, run], run)
     assert f"| 1 | 3 | {run.seconds:.1f} | {run.pages_per_second:.2f} | 1.00 |" in shown
     assert "MiB each after" in shown and min(run.parent_mib_at.values()) > 20
+
+
+# -----------------------------------------------------------------------------
+# Writing
+
+
+def test_tokens_are_held_against_the_plain_model_as_they_were_chosen(tiny_base, monkeypatch):
+    """In fp32 each is the best one, under a penalty by the logits that have it; watching ends no page, and is timed."""
+    recipe = use.Recipe(prompt="write", max_html_tokens=24, max_pixels=140 * 140)
+    model, processor = use.load_model(str(tiny_base), recipe)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(10)  # as they are made, all answers are the same
+    punished = use.Recipe(**{**vars(recipe), "repetition_penalty": 1.3})
+    for asked in (recipe, punished):
+        found = write_speed.hold_against_plain(model, processor, asked, 2, 24, drafts=False)
+        assert found["argmax"] == 1 and found["tokens"] > 24 and found["most_behind_in_roundings"] == 0
+    monkeypatch.setattr(write_speed, "processed", lambda logits, *unused: logits)
+    assert write_speed.hold_against_plain(model, processor, punished, 2, 24, drafts=False)["argmax"] < 1
+    pages = write_speed.pages_like_real(processor.tokenizer, 2, 300)
+    found = write_speed.with_endings(model, processor, recipe, [write_speed.noise(0)] * 2, pages)
+    assert found["would_have_ended"] == 0 and 0.1 < found["with_over_without"] < 10
+
+
+def test_pages_that_end_by_themselves_are_compared_to_the_byte():
+    whole, cut = "<html><head></head><body>a</body></html>", "<html><body>a"
+    alone = [
+        use.Written(whole, whole, 9, False),
+        use.Written(whole, whole, 9, False),
+        use.Written(cut, "", 9, True),
+    ]
+    helped = [alone[0], use.Written(whole, whole + " ", 9, False), use.Written(whole, whole, 9, True, False, 3)]
+    found = endings_write.compared(alone, helped, [whole, "b", "c"])
+    assert (found["ended_by_themselves"], found["of_these_the_same_to_the_byte"], found["closed"]) == (2, 1, 1)
+    assert (found["whole_without"], found["whole_with"], found["exact"], found["tokens"]) == (2, 3, 1, 27)
 
 
 # -----------------------------------------------------------------------------
