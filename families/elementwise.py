@@ -14,7 +14,7 @@ import importlib.util
 import math
 import shutil
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -115,12 +115,14 @@ def rotate(
 
 class Elementwise:
     """The functions above and the loss's, for one family of shapes (those of a tower), as attributes of their names;
-    fused by torch.compile with `fuse`. The norms of heads, whose shapes are others, are a pair of their own."""
+    fused by torch.compile with `fuse`. The norms of heads, whose shapes are others, are a pair of their own. Those of a
+    family's `own` take the places of others of their names."""
 
-    def __init__(self, fuse: bool) -> None:
+    def __init__(self, fuse: bool, own: Sequence[Callable] = ()) -> None:
         alike = (rms_norm, rms_norm_backward, layer_norm, layer_norm_backward, swiglu, swiglu_backward)
         named = {function.__name__: function for function in (*alike, gelu, gelu_backward, rotate, cross_entropy)}
         named |= {"head_norm": rms_norm, "head_norm_backward": rms_norm_backward}
+        named |= {function.__name__: function for function in own}
         for name, function in named.items():
             if fuse:
                 # A code object of its own: torch.compile keeps its graphs by code, and two families would mix.

@@ -64,10 +64,13 @@ class Architecture:
       ZeRO-3 fetches each of these layers at once. They have an attribute `gradient_checkpointing`;
     - `activations` are those that `forwards` and `blocks` compute for a class, by the names of torch and transformers:
       a module with another one keeps its own forward;
+    - `elementwise` are functions of its own for `elementwise.Elementwise`, in the place of those of the same names;
     - `towers` are the parts of the model for whose shapes element-wise functions are compiled, each its own; the head
       belongs to the last of them;
     - `vision_layers` names the list of the vision tower's layers; `widened` those products of its MLP that the MLP's
-      width is a side of, with that axis of the weight: tensor cores want a multiple of 8.
+      width is a side of, with that axis of the weight: tensor cores want a multiple of 8;
+    - `words(config, device, dtype)` says what else runs there, with what has to prove itself proved, for the line that
+      a training begins with.
     """
 
     model: Callable
@@ -78,6 +81,8 @@ class Architecture:
     towers: tuple[str, ...] = ("model.visual", "model.language_model")
     vision_layers: str = "model.visual.blocks"
     widened: Mapping[str, int] = field(default_factory=dict)
+    elementwise: tuple[Callable, ...] = ()
+    words: Callable[[Any, str, Any], str] | None = None
 
     @property
     def leaves(self) -> list[str]:

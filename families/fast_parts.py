@@ -31,7 +31,12 @@ GELU = ("GELUTanh",)
 
 def norm_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
     """(..., H) to (..., H)."""
-    return self.fused.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+    return self.fused.rms_norm(hidden_states, self.weight, epsilon_of(self))
+
+
+def epsilon_of(norm: torch.nn.Module) -> float:
+    """What a norm adds before it divides, by either of transformers' names for it."""
+    return norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
 
 
 def mlp_forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
@@ -226,7 +231,7 @@ def bias_of(norm: torch.nn.Module) -> torch.Tensor | None:
 
 def _norm(norm: torch.nn.Module, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if bias is None:
-        return norm.fused.rms_norm(hidden, weight, norm.variance_epsilon)
+        return norm.fused.rms_norm(hidden, weight, epsilon_of(norm))
     return norm.fused.layer_norm(hidden, weight, bias, norm.eps)
 
 
@@ -235,7 +240,7 @@ def _norm_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """For `hidden`, plus `residual`, for the weight and for the bias."""
     if bias_of(norm) is None:
-        return *norm.fused.rms_norm_backward(hidden, weight, norm.variance_epsilon, gradient, residual), None
+        return *norm.fused.rms_norm_backward(hidden, weight, epsilon_of(norm), gradient, residual), None
     return norm.fused.layer_norm_backward(hidden, weight, norm.eps, gradient, residual)
 
 
@@ -243,7 +248,7 @@ def _norm_gradients(
 # bring it back in between.
 
 
-def _weight_gradients(ctx, place: int, gradient: torch.Tensor, hidden: torch.Tensor) -> list[torch.Tensor | None]:
+def weight_gradients(ctx, place: int, gradient: torch.Tensor, hidden: torch.Tensor) -> list[torch.Tensor | None]:
     """For the weight (out, in) at input `place` and the bias (out,) after it, of `gradient` (S, out) and `hidden`
     (S, in); None for what is frozen, and for the bias that is not there."""
     for_weight = gradient.T @ hidden if ctx.needs_input_grad[place] else None
@@ -252,7 +257,7 @@ def _weight_gradients(ctx, place: int, gradient: torch.Tensor, hidden: torch.Ten
     return [for_weight, for_bias]
 
 
-def _add_linear(
+def add_linear(
     residual: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     # One call that adds as it multiplies; with a bias the product is new, so the residual may be added in place.
@@ -293,7 +298,7 @@ class NormedProducts(torch.autograd.Function):
         for gradient, weight in zip(gradients[1:], weights[1:]):
             inner = inner.addmm_(gradient, weight)
         for number, gradient in enumerate(gradients):
-            found += _weight_gradients(ctx, 5 + 2 * number, gradient, normed)
+            found += weight_gradients(ctx, 5 + 2 * number, gradient, normed)
         # Nothing went past the norm here: the residual's own gradient comes from `AddProduct`.
         nothing = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
         outer, *for_norm = _norm_gradients(ctx.norm, hidden, norm_weight, inner, nothing)
@@ -329,12 +334,12 @@ class AddProduct(torch.autograd.Function):
         ctx, residual: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         ctx.save_for_backward(hidden, weight)
-        return _add_linear(residual, hidden, weight, bias)
+        return add_linear(residual, hidden, weight, bias)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple:
         hidden, weight = ctx.saved_tensors
-        return gradient, gradient @ weight, *_weight_gradients(ctx, 2, gradient, hidden)
+        return gradient, gradient @ weight, *weight_gradients(ctx, 2, gradient, hidden)
 
 
 class AddMlp(torch.autograd.Function):
@@ -353,21 +358,21 @@ class AddMlp(torch.autograd.Function):
         down_weight: torch.Tensor,
         down_bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        normed = norm.fused.rms_norm(hidden, norm_weight, norm.variance_epsilon)
+        normed = norm.fused.rms_norm(hidden, norm_weight, epsilon_of(norm))
         gate, up = _linear(normed, gate_weight, gate_bias), _linear(normed, up_weight, up_bias)
         ctx.save_for_backward(hidden, gate, up, norm_weight, gate_weight, up_weight, down_weight)
         ctx.norm = norm
-        return _add_linear(hidden, norm.fused.swiglu(gate, up), down_weight, down_bias)
+        return add_linear(hidden, norm.fused.swiglu(gate, up), down_weight, down_bias)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple:
         hidden, gate, up, norm_weight, gate_weight, up_weight, down_weight = ctx.saved_tensors
-        fused, epsilon = ctx.norm.fused, ctx.norm.variance_epsilon
+        fused, epsilon = ctx.norm.fused, epsilon_of(ctx.norm)
         for_gate, for_up, product = fused.swiglu_backward(gate, up, gradient @ down_weight)
-        for_down = _weight_gradients(ctx, 7, gradient, product)
+        for_down = weight_gradients(ctx, 7, gradient, product)
         del product  # before what was normed is recomputed: the two need not stand in memory together
         normed = fused.rms_norm(hidden, norm_weight, epsilon)
-        found = _weight_gradients(ctx, 3, for_gate, normed) + _weight_gradients(ctx, 5, for_up, normed)
+        found = weight_gradients(ctx, 3, for_gate, normed) + weight_gradients(ctx, 5, for_up, normed)
         inner = (for_gate @ gate_weight).addmm_(for_up, up_weight)
         outer, for_norm = fused.rms_norm_backward(hidden, norm_weight, epsilon, inner, gradient)
         return outer, None, for_norm, *found, *for_down
@@ -391,15 +396,15 @@ class AddGeluMlp(torch.autograd.Function):
         inner = _linear(_norm(norm, hidden, norm_weight, norm_bias), first_weight, first_bias)
         ctx.save_for_backward(hidden, inner, norm_weight, norm_bias, first_weight, second_weight)
         ctx.norm = norm
-        return _add_linear(hidden, norm.fused.gelu(inner), second_weight, second_bias)
+        return add_linear(hidden, norm.fused.gelu(inner), second_weight, second_bias)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple:
         hidden, inner, norm_weight, norm_bias, first_weight, second_weight = ctx.saved_tensors
         for_inner, product = ctx.norm.fused.gelu_backward(inner, gradient @ second_weight)
-        for_second = _weight_gradients(ctx, 6, gradient, product)
+        for_second = weight_gradients(ctx, 6, gradient, product)
         del product  # as in `AddMlp`
-        found = _weight_gradients(ctx, 4, for_inner, _norm(ctx.norm, hidden, norm_weight, norm_bias))
+        found = weight_gradients(ctx, 4, for_inner, _norm(ctx.norm, hidden, norm_weight, norm_bias))
         outer, *for_norm = _norm_gradients(ctx.norm, hidden, norm_weight, for_inner @ first_weight, gradient)
         return outer, None, *for_norm, *found, *for_second
 

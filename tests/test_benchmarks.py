@@ -102,6 +102,15 @@ def shape():
     return family_of("qwen2_5_vl").shape(make_shapes.make_config("3b", Tokenizer))
 
 
+@pytest.mark.parametrize(
+    ("name", "billions"), [("3b", 3.75), ("7b", 8.29), ("qwen3-vl-4b", 4.44), ("qwen3.5-4b", 4.54)]
+)
+def test_shapes_have_the_parameters_of_what_they_are_called(name, billions):
+    config = make_shapes.make_config(name, make_tokenizer())
+    weights = sum(page_costs.weights_of(family_of(config).shape(config)))
+    assert weights / 1e9 == pytest.approx(billions, rel=0.003)
+
+
 def test_the_operations_of_a_page_are_those_of_the_published_formula(shape):
     tokens, supervised, patches = 2_900, 1_500, 5_000
     formula = 6 * (2.775e9 * tokens + 3.11e8 * supervised) + 6 * 0.63e9 * patches + 12 * 36 * 2048 * tokens**2 / 2

@@ -101,12 +101,12 @@ def state(shape: Shape, way: Way) -> dict[str, float]:
     return parts
 
 
-def layer_bytes(tower: Tower, adapters: bool) -> float:
-    """Bytes per token that one layer keeps for its backward pass: the residual stream before and after attention,
-    query, key, value, what attention made of them, gate and up, or what goes into an MLP without a gate; queries and
-    keys before their heads are normed; with adapters what was normed and gated, too."""
-    kept = 2 * (2 * tower.hidden + 2 * tower.queries + 2 * tower.keys + (1 + tower.gated) * tower.intermediate)
-    kept += 2 * (tower.queries + tower.keys) * tower.normed_heads
+def layer_bytes(tower: Tower, adapters: bool, linear: bool = False) -> float:
+    """Bytes per token that one layer, of `linear` attention or not, keeps for its backward pass: the residual stream
+    before and after attention, what attention keeps, gate and up, or what goes into an MLP without a gate; with
+    adapters what was normed and gated, too."""
+    attention = tower.linear.kept if linear else tower.kept
+    kept = 2 * (2 * tower.hidden + attention + (1 + tower.gated) * tower.intermediate)
     return kept + 2 * (2 * tower.hidden + tower.intermediate) * adapters
 
 
@@ -115,8 +115,12 @@ def activations(shape: Shape, load: Load, way: Way) -> float:
     text, vision = shape.language, shape.vision
 
     def kept(tower: Tower, count: int) -> float:
-        again, each = math.floor(tower.layers * way.recomputed), layer_bytes(tower, way.adapters)
-        return count * ((tower.layers - again) * each + again * 2 * tower.hidden + each * (again > 0))
+        again = math.floor(tower.layers * way.recomputed)
+        kinds = {False: tower.attending, True: tower.linear.layers}
+        sizes = {kind: layer_bytes(tower, way.adapters, kind) for kind, number in kinds.items() if number}
+        # Those that are recomputed are spread over both kinds, and one of the larger kind is made again at a time.
+        each = sum(sizes[kind] * kinds[kind] for kind in sizes) / tower.layers
+        return count * ((tower.layers - again) * each + again * 2 * tower.hidden + max(sizes.values()) * (again > 0))
 
     needed = kept(text, load.tokens)
     if not (way.frozen_vision or way.adapters):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import Tiny
 
-from families import FAMILIES, chunked_loss, family_of, fast_parts
+from families import FAMILIES, chunked_loss, family_of, fast_parts, qwen3_5_layers
 from training import fast_layers, memory_fit, memory_plan
 
 FAST = [name for name in FAMILIES if family_of(name).fast]
@@ -109,7 +109,8 @@ class KeepsFour(torch.autograd.Function):
 @pytest.mark.parametrize("part", ["language", "vision"])
 def test_a_layer_keeps_what_the_memory_plan_counts(tiny, model, part, monkeypatch):
     twin, kept, rows = fast_twin(model), {}, 300
-    monkeypatch.setattr(fast_parts, "attend", lambda query, key, value, *_, **__: KeepsFour.apply(query, key, value))
+    for room in (fast_parts, qwen3_5_layers):
+        monkeypatch.setattr(room, "attend", lambda query, key, value, *_, **__: KeepsFour.apply(query, key, value))
     known = {parameter.data_ptr() for parameter in twin.parameters()}
 
     def keep(tensor):
@@ -118,8 +119,10 @@ def test_a_layer_keeps_what_the_memory_plan_counts(tiny, model, part, monkeypatc
         return tensor
 
     tower = replace(getattr(family_of(model.config).shape(model.config), part), layers=1)
-    layer = twin.model.language_model.layers[0] if part == "language" else twin.model.visual.blocks[0]
-    size = layer.self_attn.head_dim if part == "language" else tower.hidden // layer.attn.num_heads
+    layers = twin.model.language_model.layers if part == "language" else twin.model.visual.blocks
+    layer = next(layer for layer in layers if part == "vision" or hasattr(layer, "self_attn"))
+    turned = 2 * len(twin.model.language_model.rotary_emb.inv_freq)  # of a head, which may be wider
+    size = turned if part == "language" else tower.hidden // layer.attn.num_heads
     angles = torch.ones(1, rows, size) if part == "language" else torch.ones(rows, size)
     known.add(angles.data_ptr())
     hidden = torch.randn(rows, tower.hidden, requires_grad=True)
