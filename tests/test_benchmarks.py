@@ -14,6 +14,8 @@ from training.cleaning import CLEANING_STEPS, clean_html
 from training.page_checks import screenshot_size
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import default_run
+import evaluation_speed
 import make_pages_like_real
 import make_pages_speed
 import make_shapes
@@ -210,6 +212,35 @@ def test_too_few_pages_are_refused_before_anything_runs(tiny_base, pages_folder,
     with pytest.raises(SystemExit):
         step_speed.read_command_line([*flags, "--steps", "3"])
     assert "has 24 pages, 26 are needed" in capsys.readouterr().err
+
+
+# -----------------------------------------------------------------------------
+# A whole run and its evaluation
+
+LOG = [
+    (2.0, "precision: bf16"),
+    (3.0, "1,000 training and 32 held-out pages in 0.9 s; memory 0.9 GiB"),
+    (13.0, "holo1_3b_shapes: 3,754.6 M parameters in 9.9 s; memory 9.0 GiB"),
+    (20.0, "step 1/125  loss 12.3046  lr 0.0e+00  3.81 pages/s"),
+    (22.0, "step 12/125  loss 12.3046  lr 0.0e+00  3.81 pages/s"),
+    (90.0, "step 125/125  loss 9.3046  lr 0.0e+00  3.81 pages/s"),
+    (99.0, "after: 32 held-out pages: exact 0.0 %"),
+]
+
+
+def test_a_part_lasts_from_line_to_line_and_one_without_its_line_is_in_the_next():
+    found = default_run.seconds_of_parts(LOG, 1.0, 101.5)
+    assert [*found.values()] == [1.0, 1.0, 10.0, 7.0, 70.0, 9.0, 2.5]
+    assert {*default_run.PARTS} - {*found} == {"rehearsal", "saving"}
+    assert sum(found.values()) == 100.5
+
+
+def test_an_answer_is_as_long_as_its_page_whose_tokens_are_watched_in_its_place():
+    seen = []
+    watch = evaluation_speed.OwnLength([*range(20)], SimpleNamespace(feed=seen.extend))
+    assert watch.feed([7] * 16) is None and seen == [*range(16)]
+    ending = watch.feed([7] * 16)
+    assert (ending.keep, ending.tokens, ending.reason, seen) == (20, [], "end", [*range(20)])
 
 
 # -----------------------------------------------------------------------------
