@@ -54,16 +54,15 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import TrainOutput
 
 import use_model_from_hub as use
-from kernels.positions import image_geometry
+from families import Family, Picture, family_of, page_costs, trains_fast
 from scoring import metrics
-from training import fast_layers, page_costs, resuming, zero3
+from training import fast_layers, resuming, zero3
 from training.base_model import BaseTensor, base_tensors, fetch_base, fingerprint, load_config, load_processor
 from training.best_weights import BestWeights
 from training.checkpoints import Checkpoints
 from training.disk_space import check_space
 from training.errors import DataError, NotFiniteError, PipelineError, SettingsError, StoppedError, is_out_of_memory
 from training.evaluation import Rendering, announce, keep_outputs, parts_of, score_held_out, write_held_out
-from training.families import Family, Picture, family_of, trains_fast
 from training.final_folder import copy_base_files, load_weights, save_final, whole_copy
 from training.heartbeat import heart, on_main_alone
 from training.loss import plain_loss
@@ -231,7 +230,7 @@ class PageCollator:
         grids = batch["image_grid_thw"]
         sizes = (grids[:, 1:] // self.config.vision_config.spatial_merge_size).tolist()
         batch |= pack(rows, sizes, len(self.encoder.before), IGNORED)
-        return batch | image_geometry(self.config)(grids)
+        return batch | self.encoder.family.geometry(self.config)(grids)
 
     def flops(self, labels: list[int], patches: int) -> float:
         """Operations of one page, for the MFU of the step's line."""

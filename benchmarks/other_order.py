@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training import page_costs
+from families import page_costs
 
 in_order = page_costs.deal
 

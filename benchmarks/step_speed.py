@@ -146,8 +146,7 @@ class Pages:
         """Useful operations of each step: products and attention forward and backward, nothing recomputed."""
         from transformers import AutoConfig
 
-        from training import page_costs
-        from training.families import family_of
+        from families import family_of, page_costs
 
         config = AutoConfig.from_pretrained(base)
         counted = ({"html_tokens": html, "image_tokens": image} for html, image in self.sizes)
@@ -467,7 +466,7 @@ def main() -> None:
     if args.weights and not list(args.base_model.glob("*.safetensors")):
         subprocess.run([sys.executable, str(HERE / "random_weights.py"), str(args.base_model)], check=True)
 
-    from training import page_costs
+    from families import page_costs
 
     gpu = gpu_name()
     env, peak = environment(args.gpus, gpu is not None), page_costs.peak_tflops(gpu) if gpu else None

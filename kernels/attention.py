@@ -199,7 +199,8 @@ def attention_words(config: PretrainedConfig, device: str, dtype: torch.dtype) -
     kernel, text, vision = attention_kernel(device, dtype.itemsize == 2), config.get_text_config(), config.vision_config
     if kernel != FLASH_4:
         return kernel
-    language = (text.num_attention_heads, text.num_key_value_heads, text.hidden_size // text.num_attention_heads)
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    language = (text.num_attention_heads, text.num_key_value_heads, width)
     tower = (vision.num_heads, vision.num_heads, vision.hidden_size // vision.num_heads)
     asked = {"the language model": (language, True), "whole pictures": (tower, False)}
     # Said before step one, so that a kernel that is left out shows in the log and not only in the pages per second.

@@ -1,8 +1,8 @@
 """Rotary positions by one Triton kernel per tensor: a GPU runs it at the speed of its memory.
 
-    query, key = rotary_kernel.rotate(query, key, cos, sin)         # fast_layers.rotate, on a GPU
+    query, key = rotary_kernel.rotate(query, key, cos, sin)         # elementwise.rotate, on a GPU
 
-What torch.compile makes of the same formula (fast_layers.rotate) takes two to eight times as long, since each element
+What torch.compile makes of the same formula (elementwise.rotate) takes two to eight times as long, since each element
 finds its place among heads and halves by divisions. Imported only where it is used: it needs triton.
 
 Shapes: S tokens or patches in one row, D the width of a head, whose two halves are turned against each other.
@@ -81,6 +81,6 @@ class Rotary(torch.autograd.Function):
 def rotate(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """fast_layers.rotate: `query` (S, heads, D), `key` (S, fewer heads, D), `cos`, `sin` (S, 1, D), all on a GPU
+    """elementwise.rotate: `query` (S, heads, D), `key` (S, fewer heads, D), `cos`, `sin` (S, 1, D), all on a GPU
     (or under TRITON_INTERPRET=1). Returns both, turned (RoPE, Su et al. 2021)."""
     return Rotary.apply(query, key, cos.contiguous(), sin.contiguous())

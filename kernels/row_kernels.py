@@ -3,7 +3,7 @@
     normed = rms_norm(hidden, weight, epsilon)
     inner = swiglu(gate_and_up)
 
-Without gradients, for reading and writing; training has its own (training/fast_layers.py). In half precision on a GPU
+Without gradients, for reading and writing; training has its own (families/elementwise.py). In half precision on a GPU
 by Triton, elsewhere by torch. Shapes: S rows, H and I their widths.
 """
 

@@ -24,9 +24,8 @@ import random_weights
 import step_speed
 import unseen_text
 
+from families import family_of, page_costs
 from scoring.renders import Renderer
-from training import page_costs
-from training.families import family_of
 from training.page_order import PageSampler
 
 SIZES = json.loads(make_pages_like_real.SIZES.read_text())

@@ -10,8 +10,8 @@ from conftest import make_processor, page_html
 
 import holo1_dom_finetune as pipeline
 import use_model_from_hub as use
+from families import family_of
 from training.errors import DataError
-from training.families import family_of
 from training.prompt_and_mask import IGNORED, PageEncoder
 
 QWEN = family_of("qwen2_5_vl")

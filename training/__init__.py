@@ -25,8 +25,8 @@ Rooms from top to bottom; each may import those below it, and none above:
     page_checks     which pages can be trained on: read, cleaned, short enough, none of them twice
     page_order      which pages are trained on when
     packing         pages as one row
-    fast_layers     layers that take packed pages, each faster than the model's own way to the same
-    loss            the loss on supervised tokens alone, in chunks
+    fast_layers     the fast path put into a model, and vision MLPs as wide as tensor cores like
+    loss            the loss by the model's own way
     progress        what a run tells of itself: rates, waits, memory, the loss as a picture
     stopping        how a run is asked to stop, and when it does
     heartbeat       where each rank is, and when it hangs
@@ -45,8 +45,6 @@ Rooms from top to bottom; each may import those below it, and none above:
     dataset         what is known of datasets, each one entry
     cleaning        what no screenshot shows goes from the HTML
     prompt_and_mask what the model is asked, and what the loss sees
-    families/       one file for each architecture, by its model_type
-    page_costs      how many operations a page costs
     processes       who a process is, what it says, and every collective
     errors          what goes wrong, and the exit code that says so
 """

@@ -31,9 +31,9 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key, r
 from transformers.initialization import no_init_weights
 
 import use_model_from_hub as use
+from families import FamilyError, family_of
 from training import zero3
 from training.errors import SettingsError
-from training.families import family_of
 from training.settings import PageSettings
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # of weights: safetensors' name, torch's name
@@ -73,12 +73,17 @@ def fetch_base(settings: PageSettings) -> Path:
 def load_config(base: Path, settings: PageSettings) -> PretrainedConfig:
     """The configuration of the model in the folder `base`; a model's own code runs only where the settings trust it.
 
-    Raises `SettingsError` for one that cannot be read.
+    Raises `SettingsError` for one that cannot be read, or of a family that nobody has written.
     """
     try:
-        return AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, StrictDataclassError) as error:  # the last one of values that contradict each other
         raise SettingsError(f"--base_model {settings.base_model} has no configuration that loads: {error}") from error
+    try:
+        family_of(config)
+    except FamilyError as error:
+        raise SettingsError(f"--base_model {settings.base_model} is {error}") from error
+    return config
 
 
 def load_processor(base: Path, settings: PageSettings) -> ProcessorMixin:
@@ -180,7 +185,7 @@ def base_tensors(base: Path, settings: PageSettings) -> dict[str, BaseTensor]:
     Reads headers alone. Raises `SettingsError` unless every parameter and persistent buffer of the model comes from
     the base's files, in its shape, once; a tied one is there where the one is that it is tied to.
     """
-    family_of(load_config(base, settings))  # refuses what nobody has written a family for
+    load_config(base, settings)  # refuses what nobody has written a family for
     try:
         model = empty_model(base, "meta", torch.bfloat16, settings.trust_remote_code)
     except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:  # whatever a layer finds wrong

@@ -16,9 +16,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from families import family_of
+from families.page_costs import page_flops, weights_of
 from training.errors import ON_CPU, SettingsError, agreed, can_be_asked
-from training.families import family_of
-from training.page_costs import page_flops, weights_of
 
 LARGE = 1_000_000_000  # weights: a page of fewer takes a CPU seconds, of more it takes minutes
 HTML_TOKENS = 1_000  # of a page; what it really has is known when pages are read, after the weights are fetched

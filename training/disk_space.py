@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from families import family_of
 from scoring.report_values import plural
 from training.base_model import DTYPES, BaseTensor
 from training.checkpoints import BEST, checkpoints_in
 from training.errors import DiskError
-from training.families import family_of
 from training.processes import gather, in_columns, is_main, local_rank, say, world_size
 from training.settings import PageSettings
 

@@ -5,87 +5,36 @@
     install(model, fuse=True)       # takes pages packed into one row (packing.pack), each part faster than its own
 
 Nothing here changes what is learned: each part equals the model's own way, which the tests show. Instances get forwards
-of their own, no class of transformers is changed. Sections: Architectures, Element-wise, Modules, Blocks, Model, Vision
-MLP.
-
-Shapes: T language tokens of all pages of a pack, P patches of all their pictures, S either of them; H the width of the
-residual stream, I of the MLP, D of a head; (S, heads, D), `page_bounds` and `cu_seqlens` as in kernels/attention.py.
+of their own, no class of transformers is changed. Sections: Fast path, Vision MLP.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
-import shutil
 import types
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from kernels.attention import attend, attention_words
+from families import Architecture, family_of
+from families.elementwise import Elementwise, can_fuse
+from families.fast_parts import head_forward, is_plain, layer_forward, parts_of
+from kernels.attention import attention_words
 from training import zero3
-from training.loss import cross_entropy, supervised_loss
 from training.processes import in_columns, say
 from training.settings import PageSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
-    from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # -----------------------------------------------------------------------------
-# Architectures: the one place that says what is known of each. Another one needs a function like `qwen2_5_vl`, forwards
-# for those of its modules that differ, its line in ARCHITECTURES, and `fast` in its file under training/families/
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What runs instead of transformers' own modules, by their classes.
-
-    `forwards` take the place of one module's forward, `blocks` of a whole layer's (by `layer_forward`), `model` of the
-    model's. A subclass may compute something else, so only the very classes count.
-    """
-
-    forwards: dict[type, Callable]
-    blocks: dict[type, Callable]
-    model: Callable
-
-    @property
-    def leaves(self) -> list[str]:
-        """The classes that ZeRO-3 fetches whole (zero3.set_leaves): its layers."""
-        return [layer.__name__ for layer in self.blocks]
-
-
-def qwen2_5_vl() -> Architecture:
-    """Qwen2.5-VL, on which Holo1 is built (transformers 5.23)."""
-    # Not at the top: transformers' modules take seconds, and an architecture is needed only where it is trained.
-    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as own
-
-    return Architecture(
-        forwards={
-            own.Qwen2_5_VLRMSNorm: norm_forward,
-            own.Qwen2_5_VLMLP: mlp_forward,
-            own.Qwen2MLP: mlp_forward,
-            own.Qwen2_5_VLAttention: language_attention,
-            own.Qwen2_5_VLVisionAttention: vision_attention,
-            torch.nn.Conv3d: patch_forward,
-        },
-        blocks={own.Qwen2_5_VLDecoderLayer: language_block, own.Qwen2_5_VLVisionBlock: vision_block},
-        model=packed_forward,
-    )
-
-
-# By the `model_type` of config.json, those whose family says `fast`; others train their own way, with padded rows.
-ARCHITECTURES = {"qwen2_5_vl": qwen2_5_vl}
-# mlp_forward's own activation, by the names that torch and transformers give it.
-SILU = ("SiLU", "SiLUActivation")
+# Fast path
 
 
 def architecture_of(model: torch.nn.Module) -> Architecture:
-    """Raises KeyError for a model whose `model_type` is not in ARCHITECTURES: ask families.trains_fast before."""
-    return ARCHITECTURES[model.config.model_type]()
+    """What stands for the modules of `model`, of a family that has a fast path: ask families.trains_fast before."""
+    return family_of(model.config).architecture()
 
 
 def make_fast(model: PreTrainedModel, settings: PageSettings, args: TrainingArguments, sharded: bool) -> None:
@@ -95,8 +44,8 @@ def make_fast(model: PreTrainedModel, settings: PageSettings, args: TrainingArgu
     if fuse:
         # A handful of small kernels: torch's pool of compiling processes would outlive the training by many seconds.
         torch._inductor.config.compile_threads = 1
-    # 3,420 columns are no multiple of 8, and half-precision products of such fall back to old tensor-core kernels: 16 %
-    # of a step. The zeros that fill them up to 3,424 stay zeros, and are cut off again on saving.
+    # 3,420 columns of Qwen2.5-VL are no multiple of 8, and half-precision products of such fall back to old tensor-core
+    # kernels: 16 % of a step. The zeros that fill them up to 3,424 stay zeros, and are cut off again on saving.
     width = align_vision_mlp(model)
     install(model, fuse)
     if sharded:
@@ -109,451 +58,35 @@ def make_fast(model: PreTrainedModel, settings: PageSettings, args: TrainingArgu
 
 
 def install(model: torch.nn.Module, fuse: bool) -> None:
-    """Let `model` (of ARCHITECTURES, not wrapped) take batches of `pack`, by faster ways to the same numbers.
+    """Let `model` (of a family with an `Architecture`, not wrapped) take batches of `pack`, by faster ways to the same
+    numbers.
 
-    `fuse` compiles the element-wise parts, where `can_fuse` has nothing against it. A module whose MLP has another
-    activation than silu keeps its own forward.
+    `fuse` compiles the element-wise parts, where `can_fuse` has nothing against it. A module with another activation
+    than those that its family computes keeps its own forward.
     """
     known = architecture_of(model)
     # One set of functions for each tower: their shapes differ, and torch compiles a function for few shapes.
-    for part in (model.model.visual, model.model.language_model):
+    for name in known.towers:
         fused = Elementwise(fuse)
-        for module in part.modules():
-            if type(module) in known.forwards and activation_of(module) in ("NoneType", *SILU):
+        for module in model.get_submodule(name).modules():
+            kind = type(module)
+            for method, function in known.methods.get(kind, {}).items():
+                setattr(module, method, types.MethodType(function, module))
+            if kind in known.forwards and computes(known, module):
                 module.fused = fused
-                module.forward = types.MethodType(known.forwards[type(module)], module)
-            elif type(module) in known.blocks and activation_of(module.mlp) in SILU:
-                module.block = known.blocks[type(module)]
+                module.forward = types.MethodType(known.forwards[kind], module)
+            elif kind in known.blocks and computes(known, module) and is_plain(module):
+                module.block, module.plain_parts = known.blocks[kind], parts_of(module)
                 module.forward = types.MethodType(layer_forward, module)
-    model.lm_head.fused = fused  # the language model's, which is the second of the two
+    model.lm_head.fused = fused  # the last tower's, which is the language model
     model.lm_head.forward = types.MethodType(head_forward, model.lm_head)
     model.forward = types.MethodType(known.model, model)
 
 
-def activation_of(module: torch.nn.Module) -> str:
-    """The class of a module's `act_fn`, by name; "NoneType" for a module that has none."""
-    return type(getattr(module, "act_fn", None)).__name__
-
-
-# -----------------------------------------------------------------------------
-# Element-wise: the model's own formulas, each of which eager torch runs as five to ten passes over memory
-
-
-def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """`hidden` (S, H) over its root mean square, times `weight` (H,) (Zhang and Sennrich 2019); (S, H)."""
-    wide = hidden.to(torch.float32)
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-    return weight * wide.to(hidden.dtype)
-
-
-def rms_norm_backward(
-    hidden: torch.Tensor, weight: torch.Tensor, epsilon: float, gradient: torch.Tensor, residual: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of `rms_norm` for `hidden` (S, H), plus `residual` (S, H) or (), which went past it, and for `weight`
-    (H,)."""
-    wide = hidden.to(torch.float32)
-    inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-    normed, outer = wide * inverse, gradient.float()
-    inner = outer * weight.float()
-    for_hidden = inverse * (inner - normed * (inner * normed).mean(-1, keepdim=True)) + residual.float()
-    # The norm was rounded before it met the weight, so it is here, too.
-    for_weight = (outer * normed.to(hidden.dtype).float()).sum(0)
-    return for_hidden.to(hidden.dtype), for_weight.to(weight.dtype)
-
-
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(`gate`) * `up`, all (S, I) (Shazeer 2020)."""
-    return torch.nn.functional.silu(gate) * up
-
-
-def swiglu_backward(
-    gate: torch.Tensor, up: torch.Tensor, gradient: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `swiglu` for `gate` and `up`, and its value recomputed, all (S, I): in one pass, for the product of
-    the weight behind it needs that value, and 22 KB a token of 3B need not be kept."""
-    sigmoid = torch.sigmoid(gate.float())
-    silu = gate.float() * sigmoid
-    wide = gradient.float()
-    for_gate = wide * up.float() * (sigmoid + silu * (1 - sigmoid))
-    return for_gate.to(gate.dtype), (wide * silu).to(up.dtype), silu.to(gate.dtype) * up
-
-
-def rotate(
-    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotary positions (RoPE, Su et al. 2021); `query` (S, heads, D), `key` (S, fewer heads, D), `cos`, `sin`
-    (S, 1, D), whose precision is the product's."""
-
-    def turned(states: torch.Tensor) -> torch.Tensor:
-        first, second = states.chunk(2, dim=-1)
-        wide, halves = states.to(cos.dtype), torch.cat((-second, first), dim=-1).to(cos.dtype)
-        return (wide * cos + halves * sin).to(states.dtype)
-
-    return turned(query), turned(key)
-
-
-class Elementwise:
-    """The functions above and the loss's, for one family of shapes (those of a tower), as attributes of their names;
-    fused by torch.compile with `fuse`."""
-
-    def __init__(self, fuse: bool) -> None:
-        for function in (rms_norm, rms_norm_backward, swiglu, swiglu_backward, rotate, cross_entropy):
-            name = function.__name__
-            if fuse:
-                # A code object of its own: torch.compile keeps its graphs by code, and two families would mix.
-                function = types.FunctionType(function.__code__.replace(), function.__globals__, name)
-                function = functools.partial(without_history, torch.compile(function))
-            setattr(self, name, function)
-        if fuse and torch.cuda.is_available():
-            # Imported here: it needs triton, which a machine without a GPU may lack.
-            from kernels import rotary_kernel
-
-            # Asked at each call: a copy of the model on the CPU has no kernel.
-            compiled = self.rotate
-            self.rotate = lambda query, *rest: (rotary_kernel.rotate if query.is_cuda else compiled)(query, *rest)
-
-
-def without_history(compiled: Callable, *inputs: torch.Tensor | float) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """Call `compiled`; where no gradients are followed, with tensors of one kind.
-
-    It would make a graph for parameters and one for their copies in a layer that is recomputed, for inputs that need
-    gradients and for those that do not, and beyond eight graphs torch leaves a function as it is, and slow.
-    """
-    if not torch.is_grad_enabled():
-        inputs = [part.detach() if isinstance(part, torch.Tensor) else part for part in inputs]
-    return compiled(*inputs)
-
-
-def can_fuse() -> str:
-    """Why element-wise functions cannot be fused here; empty when they can."""
-    # A CPU is for trials and tests, where compiling takes longer than it saves.
-    if not torch.cuda.is_available():
-        return "no GPU"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
-        return "no C compiler, which triton needs"
-    return ""
-
-
-# -----------------------------------------------------------------------------
-# Modules: forwards that know of packed pages
-
-
-def norm_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-    """(..., H) to (..., H)."""
-    return self.fused.rms_norm(hidden_states, self.weight, self.variance_epsilon)
-
-
-def mlp_forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
-    """(..., H) to (..., H): a block does without it, but adapters, 4-bit weights and autocast come here."""
-    return self.down_proj(self.fused.swiglu(self.gate_proj(hidden_state), self.up_proj(hidden_state)))
-
-
-def language_attention(
-    self,
-    hidden_states: torch.Tensor,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    page_bounds: torch.Tensor,
-    longest_page: int,
-    **unused,
-) -> tuple[torch.Tensor, None]:
-    """(1, T, H) to ((1, T, H), None); pages see themselves only, and only what stands before."""
-    rows = hidden_states[0]
-    parts = [part(rows) for part in (self.q_proj, self.k_proj, self.v_proj)]
-    done = language_heads(self, parts, position_embeddings, page_bounds, longest_page)
-    return self.o_proj(done)[None], None
-
-
-def language_heads(
-    self,
-    parts: Sequence[torch.Tensor],
-    position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    page_bounds: torch.Tensor,
-    longest_page: int,
-) -> torch.Tensor:
-    """Query, key, value (T, heads x D each) and positions, cos and sin (1, T, D), to (T, heads x D)."""
-    query, key, value = (part.view(len(part), -1, self.head_dim) for part in parts)
-    cos, sin = (part[0, :, None] for part in position_embeddings)
-    query, key = self.fused.rotate(query, key, cos, sin)
-    # A flash kernel takes all three in one precision.
-    return attend(query, key, value.to(query.dtype), page_bounds, longest_page, self.scaling, causal=True).flatten(1)
-
-
-def vision_attention(
-    self,
-    hidden_states: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    max_seqlen: int,
-    **unused,
-) -> torch.Tensor:
-    """(P, H) to (P, H); patches see their window or, in some layers, their picture."""
-    # transformers hands each layer the bounds that are its own: those of windows or those of pictures.
-    return self.proj(vision_heads(self, self.qkv(hidden_states), cu_seqlens, position_embeddings, max_seqlen))
-
-
-def vision_heads(
-    self,
-    together: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    max_seqlen: int,
-) -> torch.Tensor:
-    """Query, key and value `together` (P, 3H), cos and sin (P, D), to (P, H)."""
-    parts = together.view(len(together), 3, self.num_heads, -1).unbind(1)
-    # The tower turns in fp32, as transformers does; the language model in the precision of its states.
-    cos, sin = (part.float()[:, None] for part in position_embeddings)
-    query, key = self.fused.rotate(*parts[:2], cos, sin)
-    # A copy of the values lets go of the three together, of which the other two are not needed any more.
-    return attend(query, key, parts[2].contiguous(), cu_seqlens, max_seqlen, self.scaling, causal=False).flatten(1)
-
-
-def patch_forward(self, pixels: torch.Tensor) -> torch.Tensor:
-    """The patch embedding's convolution, whose kernel covers each patch exactly once, as the product that it is:
-    (P, 3, frames, height, width) to (P, H, 1, 1, 1)."""
-    done = torch.nn.functional.linear(pixels.flatten(1), self.weight.flatten(1))
-    return done[:, :, None, None, None]
-
-
-def head_forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-    """The loss, a scalar, of states `hidden` (L, H) against `targets` (L,); without targets their logits (..., V)."""
-    # Without targets as Linear itself does it: by torch.nn.functional's, which DeepSpeed replaces under ZeRO-3.
-    if targets is None:
-        return torch.nn.functional.linear(hidden, self.weight)
-    return supervised_loss(hidden, self.weight, targets, self.fused.cross_entropy)
-
-
-# -----------------------------------------------------------------------------
-# Blocks: a whole layer of plain weights, with bias or residual inside the products, keeping for the backward pass only
-# what is dear to recompute: of 100 KB a token and layer, 61 (selective recomputation, Korthikanti et al. 2022)
-
-
-def language_block(
-    self,
-    hidden_states: torch.Tensor,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    page_bounds: torch.Tensor,
-    longest_page: int,
-    **unused,
-) -> torch.Tensor:
-    """A layer of the language model, (1, T, H) to (1, T, H)."""
-    attention, mlp = self.self_attn, self.mlp
-    parts = normed_products(
-        hidden_states[0], self.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj
-    )
-    done = language_heads(attention, parts, position_embeddings, page_bounds, longest_page)
-    rows = add_product(hidden_states[0], done, attention.o_proj)
-    return add_mlp(rows, self.post_attention_layernorm, mlp)[None]
-
-
-def vision_block(
-    self,
-    hidden_states: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    max_seqlen: int,
-    **unused,
-) -> torch.Tensor:
-    """A layer of the vision tower, (P, H) to (P, H)."""
-    # The tower's weights hold query, key and value together, so they come out of one product.
-    (together,) = normed_products(hidden_states, self.norm1, self.attn.qkv)
-    done = vision_heads(self.attn, together, cu_seqlens, position_embeddings, max_seqlen)
-    return add_mlp(add_product(hidden_states, done, self.attn.proj), self.norm2, self.mlp)
-
-
-def layer_forward(self, hidden_states: torch.Tensor, *positional, **options) -> torch.Tensor:
-    """The block of this layer; its own forward where adapters, 4-bit weights or autocast have a way of their own."""
-    # Asked at every call: adapters come after `install`, and autocast is a matter of the moment.
-    products = (*self.mlp.children(), *(self.self_attn if self.block is language_block else self.attn).children())
-    linear = all(type(module) in (torch.nn.Linear, type(self.mlp.act_fn)) for module in products)
-    if not linear or positional or torch.is_autocast_enabled(hidden_states.device.type):
-        return type(self).forward(self, hidden_states, *positional, **options)
-    block = functools.partial(self.block, self, **options)
-    # As transformers' GradientCheckpointingLayer does around a layer's own forward (5.23), with the same function, so
-    # that whatever `gradient_checkpointing_enable` was told holds here, too.
-    if self.gradient_checkpointing and self.training:
-        return self._gradient_checkpointing_func(block, hidden_states)
-    return block(hidden_states)
-
-
-def normed_products(hidden: torch.Tensor, norm: torch.nn.Module, *linears: torch.nn.Linear) -> tuple[torch.Tensor, ...]:
-    """rms_norm(`hidden`) (S, H) times the weights of each of `linears`, (S, out) each; what was normed is recomputed in
-    the backward pass."""
-    return NormedProducts.apply(hidden, norm, len(linears), norm.weight, *_flat(linears))
-
-
-def add_product(residual: torch.Tensor, hidden: torch.Tensor, linear: torch.nn.Linear) -> torch.Tensor:
-    """`residual` (S, H) + `linear`(`hidden`) (S, in); returns (S, H)."""
-    return AddProduct.apply(residual, hidden, linear.weight, linear.bias)
-
-
-def add_mlp(hidden: torch.Tensor, norm: torch.nn.Module, mlp: torch.nn.Module) -> torch.Tensor:
-    """`hidden` + mlp(rms_norm(`hidden`)), (S, H); what was normed and the gated product are recomputed in the backward
-    pass, gate and up (S, I) are kept."""
-    return AddMlp.apply(hidden, norm, norm.weight, *_flat((mlp.gate_proj, mlp.up_proj, mlp.down_proj)))
-
-
-def _flat(linears: Sequence[torch.nn.Linear]) -> list[torch.Tensor | None]:
-    """Weight and bias of each, one after another, as autograd has to see them to ask for their gradients."""
-    return [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
-
-
-# The autograd functions. Weights are saved as parameters, not as views, so that ZeRO-3 may take their data away and
-# bring it back in between.
-
-
-def _weight_gradients(ctx, place: int, gradient: torch.Tensor, hidden: torch.Tensor) -> list[torch.Tensor | None]:
-    """For the weight (out, in) at input `place` and the bias (out,) after it, of `gradient` (S, out) and `hidden`
-    (S, in); None for what is frozen, and for the bias that is not there."""
-    for_weight = gradient.T @ hidden if ctx.needs_input_grad[place] else None
-    # A sum over rows as a product: a GPU takes two thirds of the time.
-    for_bias = gradient.T @ gradient.new_ones(len(gradient)) if ctx.needs_input_grad[place + 1] else None
-    return [for_weight, for_bias]
-
-
-def _add_linear(
-    residual: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    # One call that adds as it multiplies; with a bias the product is new, so the residual may be added in place.
-    if bias is None:
-        return torch.addmm(residual, hidden, weight.T)
-    return _linear(hidden, weight, bias).add_(residual)
-
-
-def _linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    # DeepSpeed puts another one into torch.nn.functional, an autograd function inside ours (zero3.plain_linear).
-    return torch._C._nn.linear(hidden, weight, bias)
-
-
-class NormedProducts(torch.autograd.Function):
-    """`normed_products` for autograd: keeps the residual stream and the weights, (S, H) in all."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        hidden: torch.Tensor,
-        norm: torch.nn.Module,
-        count: int,
-        norm_weight: torch.Tensor,
-        *weights: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, ...]:
-        normed = norm.fused.rms_norm(hidden, norm_weight, norm.variance_epsilon)
-        ctx.save_for_backward(hidden, norm_weight, *weights[::2])
-        ctx.norm = norm
-        return tuple(_linear(normed, weights[2 * n], weights[2 * n + 1]) for n in range(count))
-
-    @staticmethod
-    def backward(ctx, *gradients: torch.Tensor) -> tuple:
-        hidden, norm_weight, *weights = ctx.saved_tensors
-        fused, epsilon = ctx.norm.fused, ctx.norm.variance_epsilon
-        normed, found = fused.rms_norm(hidden, norm_weight, epsilon), []
-        # Summed up inside the products, which saves a pass over (S, H) for each product after the first.
-        inner = gradients[0] @ weights[0]
-        for gradient, weight in zip(gradients[1:], weights[1:]):
-            inner = inner.addmm_(gradient, weight)
-        for number, gradient in enumerate(gradients):
-            found += _weight_gradients(ctx, 4 + 2 * number, gradient, normed)
-        # Nothing went past the norm here: the residual's own gradient comes from `AddProduct`.
-        nothing = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
-        outer, for_norm = fused.rms_norm_backward(hidden, norm_weight, epsilon, inner, nothing)
-        return outer, None, None, for_norm, *found
-
-
-class AddProduct(torch.autograd.Function):
-    """`add_product` for autograd: the residual's gradient is the one that comes, no copy of it."""
-
-    @staticmethod
-    def forward(
-        ctx, residual: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        ctx.save_for_backward(hidden, weight)
-        return _add_linear(residual, hidden, weight, bias)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple:
-        hidden, weight = ctx.saved_tensors
-        return gradient, gradient @ weight, *_weight_gradients(ctx, 2, gradient, hidden)
-
-
-class AddMlp(torch.autograd.Function):
-    """`add_mlp` for autograd: keeps the residual stream, gate and up."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        hidden: torch.Tensor,
-        norm: torch.nn.Module,
-        norm_weight: torch.Tensor,
-        gate_weight: torch.Tensor,
-        gate_bias: torch.Tensor | None,
-        up_weight: torch.Tensor,
-        up_bias: torch.Tensor | None,
-        down_weight: torch.Tensor,
-        down_bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        normed = norm.fused.rms_norm(hidden, norm_weight, norm.variance_epsilon)
-        gate, up = _linear(normed, gate_weight, gate_bias), _linear(normed, up_weight, up_bias)
-        ctx.save_for_backward(hidden, gate, up, norm_weight, gate_weight, up_weight, down_weight)
-        ctx.norm = norm
-        return _add_linear(hidden, norm.fused.swiglu(gate, up), down_weight, down_bias)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple:
-        hidden, gate, up, norm_weight, gate_weight, up_weight, down_weight = ctx.saved_tensors
-        fused, epsilon = ctx.norm.fused, ctx.norm.variance_epsilon
-        for_gate, for_up, product = fused.swiglu_backward(gate, up, gradient @ down_weight)
-        for_down = _weight_gradients(ctx, 7, gradient, product)
-        del product  # before what was normed is recomputed: the two need not stand in memory together
-        normed = fused.rms_norm(hidden, norm_weight, epsilon)
-        found = _weight_gradients(ctx, 3, for_gate, normed) + _weight_gradients(ctx, 5, for_up, normed)
-        inner = (for_gate @ gate_weight).addmm_(for_up, up_weight)
-        outer, for_norm = fused.rms_norm_backward(hidden, norm_weight, epsilon, inner, gradient)
-        return outer, None, for_norm, *found, *for_down
-
-
-# -----------------------------------------------------------------------------
-# Model
-
-# The segments are the mask. As a dictionary transformers (5.23) takes it for ready-made, and makes none of T x T.
-NO_MASK = {"full_attention": None, "sliding_attention": None}
-
-
-def packed_forward(
-    self,
-    input_ids: torch.Tensor,
-    position_ids: torch.Tensor,
-    pixel_values: torch.Tensor,
-    image_grid_thw: torch.Tensor,
-    image_places: torch.Tensor,
-    page_bounds: torch.Tensor,
-    longest_page: int,
-    supervised_places: torch.Tensor,
-    targets: torch.Tensor,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    **geometry: torch.Tensor | int,
-) -> CausalLMOutputWithPast:
-    """The loss of one row of packed pages: the sum over its supervised tokens / `num_items_in_batch`, or their mean.
-
-    `input_ids` (1, T), `position_ids` (4, 1, T), `pixel_values` (P, pixels of a patch), `image_grid_thw` (pages, 3) in
-    patches, `image_places` (image tokens,), `page_bounds` (pages + 1), `supervised_places` and `targets` (L,), and what
-    kernels.positions.image_geometry has made of the grids. Returns transformers' output with nothing but `loss`.
-    """
-    # Not at the top: transformers is heavy, and the rest of this room does without it.
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-
-    core, vision = self.model, {name.removeprefix("image_"): value for name, value in geometry.items()}
-    # The pictures of all pages go through the tower in one row, too; its windows and pictures are the segments there.
-    pictures = core.visual(pixel_values.to(core.visual.dtype), grid_thw=image_grid_thw, **vision).pooler_output
-    embedded = core.get_input_embeddings()(input_ids)[0]
-    embedded = embedded.index_copy(0, image_places, pictures.to(embedded.dtype))[None]  # (1, T, H)
-    pages = {"page_bounds": page_bounds, "longest_page": longest_page}
-    options = {"position_ids": position_ids, "attention_mask": NO_MASK, "use_cache": False}
-    # transformers passes words that it does not know down to the layers, which is how the bounds come there.
-    hidden = core.language_model(inputs_embeds=embedded, **options, **pages).last_hidden_state
-    # Picked before the head: of 151,936 logits a token, only those that the loss sees are ever computed.
-    loss = self.lm_head(hidden[0].index_select(0, supervised_places), targets)
-    return CausalLMOutputWithPast(loss=loss / (len(targets) if num_items_in_batch is None else num_items_in_batch))
+def computes(known: Architecture, module: torch.nn.Module) -> bool:
+    """Whether the activations of `module`, and of all in it, are those that its family computes for their classes."""
+    parts = [part for part in module.modules() if type(part) in known.activations]
+    return all(type(part.act_fn).__name__ in known.activations[type(part)] for part in parts)
 
 
 # -----------------------------------------------------------------------------
@@ -561,19 +94,20 @@ def packed_forward(
 
 
 def align_vision_mlp(model: torch.nn.Module, multiple: int = 32) -> int:
-    """(all ranks) Widen the vision MLPs with zeros to a multiple of `multiple`; returns the new width.
+    """(all ranks) Widen the vision MLPs with zeros to a multiple of `multiple`, where they are none of 8; returns the
+    width that they have then.
 
-    3,420 is no multiple of 8, so half-precision products fall back to old tensor-core kernels. Zeros stay zeros:
-    silu(0) x 0 = 0, and so are all their gradients. What is saved has to be cut to the base's shapes again
-    (`narrowed`).
+    Half-precision products of other widths fall back to old tensor-core kernels. Zeros stay zeros: silu(0) x 0 = 0 and
+    gelu(0) = 0, and so are all their gradients. What is saved has to be cut to the base's shapes again (`narrowed`).
     """
-    width = 0
-    for block in model.model.visual.blocks:
-        for name in ("gate_proj", "up_proj", "down_proj"):
+    known, width = architecture_of(model), 0
+    for block in model.get_submodule(known.vision_layers):
+        for name, axis in known.widened.items():
             old = getattr(block.mlp, name)
             shape = [old.out_features, old.in_features]
-            axis = 1 if name == "down_proj" else 0
-            width = shape[axis] = math.ceil(shape[axis] / multiple) * multiple
+            width = shape[axis]
+            if width % 8:
+                width = shape[axis] = math.ceil(width / multiple) * multiple
             # Wide enough already, as all other blocks are, then.
             if shape == [old.out_features, old.in_features]:
                 return width

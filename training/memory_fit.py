@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from families import Family, family_of, page_costs, trains_fast
 from scoring.report_values import plural
-from training import page_costs, zero3
+from training import zero3
 from training.checkpoints import RESTARTED, STAGING, checkpoints_in
 from training.errors import PipelineError, is_out_of_memory
-from training.families import Family, family_of, trains_fast
 from training.heartbeat import heart
 from training.memory_plan import (
     MEMORY_SHARE,

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from training.page_costs import LOSS_ROWS, Shape, Tower, weights_of
+from families.page_costs import LOSS_ROWS, Shape, Tower, weights_of
 
 GIB = 2**30
 

@@ -12,8 +12,8 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
+from families import page_costs
 from scoring.report_values import plural
-from training import page_costs
 from training.errors import DataError, SettingsError
 from training.processes import rank, say, world_size
 

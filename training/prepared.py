@@ -30,7 +30,7 @@ DONE, DESCRIPTION = "prepared.json", "description.json"
 # Whoever changes one of these has other pages; packages that decode, count and shuffle, too.
 ROOMS = "cleaning collecting containers dataset duplicates mixture page_checks page_store page_workers reading".split()
 ROOMS += ["tables"]
-COUNTING = ["prompt_and_mask.py", "families/*.py"]  # how tokens of text and picture are counted, which pages hold, too
+COUNTING = ["training/prompt_and_mask.py", "families/*.py"]  # how tokens are counted, which pages hold, too
 PACKAGES = ("datasets", "pillow", "tokenizers", "transformers")
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 
@@ -45,7 +45,7 @@ def describe(
     for room in ROOMS:
         code.update(Path(__file__).with_name(f"{room}.py").read_bytes())
     for pattern in COUNTING:
-        for file in sorted(Path(__file__).parent.glob(pattern)):
+        for file in sorted(Path(__file__).parents[1].glob(pattern)):
             code.update(file.read_bytes())
     code.update(Path(use.__file__).read_bytes())  # what a picture is
     asked = []

@@ -21,10 +21,10 @@ import psutil
 import torch
 from transformers import TrainerState, TrainingArguments
 
+from families.page_costs import peak_tflops
 from scoring.bar import draw, erase, on_terminal
 from scoring.report_values import plural
 from training.heartbeat import heart
-from training.page_costs import peak_tflops
 from training.processes import add_up, is_main, say, take_largest, world_size
 from training.prompt_and_mask import IGNORED
 

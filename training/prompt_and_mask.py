@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import use_model_from_hub as use
+from families.family import Family
 from training.errors import PipelineError, SettingsError
-from training.families.family import Family
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -128,5 +128,5 @@ def check_same_question(
         if question != used:
             raise PipelineError(
                 f"training would ask with {len(question)} tokens what use_model_from_hub.py asks with {len(used)}: "
-                "`pictures` of the family in training/families must give the processor's own tokens of an image"
+                "`pictures` of the family in families must give the processor's own tokens of an image"
             )

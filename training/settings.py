@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import use_model_from_hub as use
+from families import FAMILIES
 from training import at_hand
 from training import training_arguments as fields_of_transformers
 from training.checkpoints import checkpoints_in, read_manifest
@@ -26,7 +27,6 @@ from training.cleaning import cleaning_steps
 from training.command_line import forbid_torch, make_parser, read, training_arguments
 from training.cpu_time import slow_words, sure
 from training.errors import SettingsError, refuse_other_systems
-from training.families import FAMILIES
 from training.mixture import FLAGS, asked_datasets, split_share
 from training.processes import hush_libraries, local_world_size, world_size
 from training.run_record import (

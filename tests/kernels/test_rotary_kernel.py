@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from training import fast_layers
+from families import elementwise
 
 pytest.importorskip("triton", reason="triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,9 +37,9 @@ def test_the_kernel_equals_the_formula(rotary_kernel, heads, fewer, size, kind, 
     key = torch.randn(5, fewer, size, device=DEVICE).to(kind).requires_grad_()
     cos, sin = torch.randn(2, 5, 1, size, device=DEVICE).to(angles)
     found = []
-    for function in (fast_layers.rotate, rotary_kernel.rotate):
+    for function in (elementwise.rotate, rotary_kernel.rotate):
         given = [together.unbind(1)[1], key, cos, sin]
-        if function is fast_layers.rotate:
+        if function is elementwise.rotate:
             given = [part.float() for part in given]
         if checkpointed:  # as a layer that is recomputed
             done = torch.utils.checkpoint.checkpoint(function, *given, use_reentrant=False)

@@ -5,7 +5,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from training import families, memory_plan, page_costs
+import families
+from families import page_costs
+from training import memory_plan
 
 for name in sys.argv[1:]:
     families.family_of(name)

@@ -16,9 +16,9 @@ import torch
 from conftest import ROOT, make_processor
 
 import holo1_dom_finetune as pipeline
-from training import memory_fit, page_costs, zero3
+from families import family_of, page_costs
+from training import memory_fit, zero3
 from training.checkpoints import RESTARTED
-from training.families import family_of
 from training.memory_plan import MEMORY_SHARE, Load, MemoryPlan, Way
 from training.prompt_and_mask import PageEncoder
 from training.settings import PageSettings, resolve

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 from conftest import shapes_of_3b
 
+from families import family_of
 from training import memory_plan
-from training.families import family_of
 from training.memory_plan import Load, Way, candidates, estimate
 
 SHAPE = family_of("qwen2_5_vl").shape(shapes_of_3b())

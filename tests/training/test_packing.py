@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import make_config, make_processor
 
+from families import family_of
 from kernels.positions import image_geometry, page_positions
 from training import packing
-from training.families import family_of
 from training.prompt_and_mask import PageEncoder
 
 

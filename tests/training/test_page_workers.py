@@ -11,9 +11,9 @@ import small_pages
 from conftest import make_processor
 from small_pages import count_tokens, good_pages, header_bomb, load, page_html, picture, wanted, write_folder
 
+from families import family_of
 from training import collecting, page_workers
 from training.errors import DataError
-from training.families import family_of
 from training.page_workers import Job, PagePool, TokenizerCount, job_of
 from training.prompt_and_mask import PageEncoder
 

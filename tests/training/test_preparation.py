@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, call_in_processes, free_port, make_pages, make_processor
 
+from families import family_of
 from training import collecting, preparation, prepared
 from training.errors import DataError, DiskError
-from training.families import family_of
 from training.preparation import how_to_count, prepare_pages
 from training.prepared import ROOMS
 from training.prompt_and_mask import PageEncoder
@@ -136,13 +136,14 @@ def test_every_room_that_decides_what_pages_come_out_is_known():
     assert found == {*ROOMS}
 
 
-@pytest.mark.parametrize("name", ["prompt_and_mask.py", "families/qwen2_5_vl.py", "page_checks.py"])
+@pytest.mark.parametrize("name", ["training/prompt_and_mask.py", "families/qwen2_5_vl.py", "training/page_checks.py"])
 def test_code_that_decides_or_counts_pages_makes_them_others_where_it_changes(name, tmp_path, monkeypatch):
-    code = shutil.copytree(ROOT / "training", tmp_path / "training", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(prepared, "__file__", str(code / "prepared.py"))
+    for folder in ("training", "families"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(prepared, "__file__", str(tmp_path / "training" / "prepared.py"))
     before = prepared.describe(PageSettings(), [], 3, "counted so", [])
     assert prepared.describe(PageSettings(), [], 3, "counted so", []) == before
-    (code / name).write_text((code / name).read_text() + "# another\n")
+    (tmp_path / name).write_text((tmp_path / name).read_text() + "# another\n")
     assert prepared.describe(PageSettings(), [], 3, "counted so", []) != before
 
 

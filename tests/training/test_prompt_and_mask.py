@@ -6,9 +6,9 @@ import pytest
 from conftest import make_processor
 
 import use_model_from_hub as use
+from families import family_of
 from training import prompt_and_mask
 from training.errors import PipelineError, SettingsError
-from training.families import family_of
 from training.prompt_and_mask import check_same_question
 
 QWEN = family_of("qwen2_5_vl")

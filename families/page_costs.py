@@ -1,6 +1,6 @@
 """What a page costs: weights that multiply, floating-point operations, seconds, and steps of equal cost. No memory.
 
-    shape = family_of(config).shape(config)                         # training/families: what the formulas need to know
+    shape = family_of(config).shape(config)                         # families/: what the formulas need to know
     flops = page_flops(shape, tokens=2_800, supervised=1_500, patches=5_000)
     page_seconds(flops, peak_tflops("NVIDIA H200"))
     deal(costs, bins=8)             # the pages of a step in groups that take equally long

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from training.families import qwen2_5_vl
-from training.page_costs import Shape, Tower
+from families.page_costs import Shape, Tower
+from families.qwen2_5_vl import FAMILY as QWEN2_5_VL
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -34,4 +34,4 @@ def shape(config: PretrainedConfig) -> Shape:
     )
 
 
-FAMILY = replace(qwen2_5_vl.FAMILY, model_type="qwen3_vl", shape=shape, fast=False)
+FAMILY = replace(QWEN2_5_VL, model_type="qwen3_vl", shape=shape, architecture=None, geometry=None)

@@ -5,8 +5,7 @@ import random
 import pytest
 from conftest import shapes_of_3b
 
-from training import page_costs
-from training.families import family_of
+from families import family_of, page_costs
 
 
 def test_pages_are_dealt_out_by_cost():

@@ -21,9 +21,8 @@ from conftest import (
 )
 
 import use_model_from_hub as use
-from training.errors import PipelineError, SettingsError
-from training.families import FAMILIES, family_of, trains_fast
-from training.page_costs import parameters
+from families import FAMILIES, FamilyError, family_of, trains_fast
+from families.page_costs import parameters
 from training.settings import PageSettings
 
 LIMIT = 1_003_520  # the default --max_pixels
@@ -58,7 +57,7 @@ def test_every_family_is_found_by_its_model_type_and_by_a_configuration(made):
 
 
 def test_an_unknown_architecture_is_refused_by_name_with_what_to_do():
-    with pytest.raises(SettingsError, match=r"is a llama; .*qwen2_5_vl.*write training/families/llama\.py as"):
+    with pytest.raises(FamilyError, match=r"a llama; .*qwen2_5_vl.*write families/llama\.py as"):
         family_of("llama")
 
 
@@ -109,7 +108,7 @@ def test_a_vision_tower_of_another_name_is_an_error(made):
     from dataclasses import replace
 
     family, model, _ = made
-    with pytest.raises(PipelineError, match=r"has no model\.eyes: correct training/families/"):
+    with pytest.raises(FamilyError, match=r"has no model\.eyes: correct families/"):
         replace(family, vision=("model.eyes",)).vision_modules(model)
 
 

@@ -1,17 +1,17 @@
 """Qwen2.5-VL, on which Holo1 is built: patches of 14 x 14 pixels, four of which become one token of 28 x 28.
 
-Most layers of its vision tower attend inside windows. Its fast path is training/fast_layers.py. Qwen3-VL's pictures
-are made and joined in the same way, so it takes these functions from here.
+Most layers of its vision tower attend inside windows. Qwen3-VL's pictures are made and joined in the same way, so it
+takes these functions from here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import use_model_from_hub as use
-from training.families.family import Family, Picture
-from training.page_costs import Shape, Tower
+from families.family import Architecture, Family, Picture
+from families.page_costs import Shape, Tower
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -77,6 +77,37 @@ def shape(config: PretrainedConfig) -> Shape:
     )
 
 
+def architecture() -> Architecture:
+    """Its fast path (transformers 5.23)."""
+    # Not at the top: they take seconds, and an architecture is needed only where a model is loaded.
+    import torch
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as own
+
+    import families.fast_parts as fast
+
+    return Architecture(
+        model=fast.packed_forward,
+        forwards={
+            own.Qwen2_5_VLRMSNorm: fast.norm_forward,
+            own.Qwen2_5_VLMLP: fast.mlp_forward,
+            own.Qwen2MLP: fast.mlp_forward,
+            own.Qwen2_5_VLAttention: fast.language_attention,
+            own.Qwen2_5_VLVisionAttention: fast.vision_attention,
+            torch.nn.Conv3d: fast.patch_forward,
+        },
+        blocks={own.Qwen2_5_VLDecoderLayer: fast.language_block, own.Qwen2_5_VLVisionBlock: fast.vision_block},
+        activations={own.Qwen2_5_VLMLP: fast.SILU, own.Qwen2MLP: fast.SILU},
+        widened={"gate_proj": 0, "up_proj": 0, "down_proj": 1},
+    )
+
+
+def geometry(config: PretrainedConfig) -> Callable[[Tensor], dict[str, Any]]:
+    """Places, pictures and windows of patches."""
+    from kernels.positions import image_geometry
+
+    return image_geometry(config)
+
+
 FAMILY = Family(
     model_type="qwen2_5_vl",
     vision=("model.visual",),  # "visual" alone matches nothing (transformers 5.23)
@@ -88,5 +119,6 @@ FAMILY = Family(
     join=join,
     shape=shape,
     token_types=True,  # without them positions silently become one-dimensional (transformers 5.23)
-    fast=True,
+    architecture=architecture,
+    geometry=geometry,
 )

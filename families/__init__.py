@@ -1,0 +1,51 @@
+"""What differs between architectures: one file each, chosen by the `model_type` of config.json, never by a name.
+
+    qwen = family_of(config)            # or family_of("qwen3_vl"); refuses what it does not know
+
+Rooms from top to bottom; each may import those below it, and none above:
+
+    qwen3_vl        what Qwen3-VL has of its own
+    qwen2_5_vl      what Qwen2.5-VL has of its own
+    family          the list of what to write for another one
+    fast_parts      layers that take packed pages, which families share
+    elementwise     the element-wise parts of layers, fused
+    chunked_loss    the loss on supervised tokens alone, in chunks
+    page_costs      how many operations a page costs
+
+Training and writing ask one file a family for all that differs, and import none of them by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from families.family import Architecture, Family, FamilyError, Picture
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# Each file of this folder by its model_type, and what people call these models. Another architecture: one line here.
+FAMILIES = {
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen3_vl": "Qwen3-VL",
+}
+
+__all__ = ["FAMILIES", "Architecture", "Family", "FamilyError", "Picture", "family_of", "trains_fast"]
+
+
+def family_of(model: object) -> Family:
+    """The family of a configuration, or of a `model_type`. Raises `FamilyError` for one that nobody has written."""
+    model_type = model if isinstance(model, str) else model.model_type
+    if model_type not in FAMILIES:
+        known = " or ".join(f"{title} ({name})" for name, title in FAMILIES.items())
+        raise FamilyError(
+            f"a {model_type}; {known} can be trained. Give one of these, or write families/{model_type}.py as "
+            "families/family.py says"
+        )
+    return importlib.import_module(f"families.{model_type}").FAMILY
+
+
+def trains_fast(config: PretrainedConfig, settings: Any) -> bool:
+    """Whether pages are packed into one row and go through fast layers, not padded and the model's own way."""
+    return settings.fast and family_of(config).fast
