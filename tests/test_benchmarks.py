@@ -3,12 +3,15 @@
 import importlib.util
 import json
 import random
+import re
 import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, make_base, make_tokenizer, need_browser, output, run_script, weights
 from hidden_texts import GHOST, document
+from transformers import AutoModelForImageTextToText
 
 from training.cleaning import CLEANING_STEPS, clean_html
 from training.page_checks import screenshot_size
@@ -122,6 +125,25 @@ def test_pages_per_second_and_mfu_fit_the_published_rows(shape):
     assert costs[0] < rows[1] < costs[1]
 
 
+@pytest.mark.parametrize("name, billions", [("7b", 8.29), ("qwen3-vl-4b", 4.44), ("qwen3.5-4b", 4.54)])
+def test_the_shapes_have_as_many_parameters_as_the_published_models(name, billions):
+    """On no device: nothing is allocated."""
+    tokenizer = make_tokenizer()
+    for tiny in (True, False):
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(make_shapes.make_config(name, tokenizer, tiny))
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.005)
+    template = make_shapes.CHAT_TEMPLATES[make_shapes.SHAPES[name]["family"]]
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+    asked = tokenizer.apply_chat_template(
+        turns, chat_template=template, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    user = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>?<|im_end|>\n<|im_start|>assistant\n"
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    expected = {"7b": system + user, "qwen3-vl-4b": user, "qwen3.5-4b": user + "<think>\n\n</think>\n\n"}
+    assert asked == expected[name]
+
+
 # -----------------------------------------------------------------------------
 # Order
 
@@ -173,6 +195,13 @@ def test_other_lines_are_no_steps(line):
 
 def test_a_rivals_line_is_read_as_it_is():
     assert step_speed.read_step('STEP {"step": 1, "loss": 2.5}\n') == {"step": 1, "loss": 2.5}
+
+
+def test_the_plan_stands_beside_the_measured_peak():
+    told = "peak: 63.2 GiB measured, 65.1 planned for the heaviest batch, +3.0%"
+    row = step_speed.planned_beside_measured(re.search(step_speed.PLAN, told))
+    assert row["planned_gib"] == 65.1 and row["heaviest_gib"] == 63.2
+    assert row["notes"] == ["65.1 GiB planned for the heaviest batch, 63.2 measured (+3.0%)"]
 
 
 def test_the_order_of_ours_is_taken_only_when_it_is_whole(tmp_path):
