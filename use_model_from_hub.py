@@ -228,9 +228,11 @@ def limit_pixels(processor: ProcessorMixin, min_pixels: int, max_pixels: int) ->
 
 
 def ask(processor: ProcessorMixin, prompt: str) -> str:
-    """The question in the model's own chat template, image first, ending where the answer begins."""
+    """The question in the model's own chat template, image first, thinking off, ending where the answer begins."""
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
-    return processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    # Some models think before they answer unless told not to; a template without that word would complain of it.
+    thinking = {"enable_thinking": False} if "enable_thinking" in str(processor.chat_template) else {}
+    return processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **thinking)
 
 
 def encode_questions(processor: ProcessorMixin, screenshots: list[Image], prompt: str) -> BatchFeature:

@@ -153,12 +153,18 @@ def kernels_of(work: Callable[[], object], times: int) -> dict[str, float]:
 
 
 def bytes_of_step(model, engine) -> float:
-    """What a step reads at least: the language model's weights, and keys and values of what stands in the slots."""
-    weights = sum(part.numel() * part.element_size() for part in model.model.language_model.layers.parameters())
-    weights += model.lm_head.weight.numel() * model.lm_head.weight.element_size()
-    states = engine.cache.states
-    token = states[:, :, 0, :, 0].numel() * states.element_size()
-    return weights + token * float(engine.state.places.sum())
+    """What a step moves at least: the language model's weights once, keys and values of what stands in the slots, and
+    of a recurrent layer the state of each slot, in and out."""
+    weights = sum(part.nbytes for part in model.model.language_model.layers.parameters()) + model.lm_head.weight.nbytes
+    places, slots = float(engine.state.places.sum()), engine.width()
+    moved = 0.0
+    for layer, parts in zip(engine.captured.layers, engine.cache.states):
+        for part in parts:
+            if layer.mixer.takes_back:  # (S, heads, places, D), of which what stands there is read
+                moved += part[0, :, 0].nbytes * places
+            else:
+                moved += 2 * part[0].nbytes * slots
+    return weights + moved
 
 
 # -----------------------------------------------------------------------------
@@ -256,41 +262,46 @@ def tune(model, rows: int) -> dict:
     import torch
     from torch.nn.functional import linear
 
+    from families import family_of
+    from families.slot_layers import Layer
     from kernels import skinny_products as skinny
     from kernels.early import early
     from kernels.row_kernels import rms_norm, swiglu
-    from writing.reading import Layer
 
-    layers = [Layer(layer) for layer in model.model.language_model.layers]
-    text, head = model.config.get_text_config(), model.lm_head.weight
-    hidden = torch.randn(rows, text.hidden_size, device="cuda", dtype=model.dtype)
-    wide = torch.randn(rows, text.intermediate_size, device="cuda", dtype=model.dtype)
+    captured = family_of(model.config).captured(model)
+    layers, head = captured.layers, model.lm_head.weight
+    # Of one kind of mixer alone, the most frequent one, so that each launch reads as much.
+    kinds = [type(layer.mixer) for layer in layers]
+    layers = [layer for layer in layers if type(layer.mixer) is max(kinds, key=kinds.count)]
+    sizes = (head.shape[1], layers[0].mixer.out.shape[1], layers[0].down.shape[1])
+    hidden, mixed, wide = (torch.randn(rows, size, device="cuda", dtype=model.dtype) for size in sizes)
     squares = torch.rand(rows, 128, device="cuda") + 1
     begins = early(hidden.device)
 
     def by_torch(kind: str, layer: Layer) -> None:
         if kind in ("out", "down"):
-            torch.addmm(hidden, *((hidden, layer.out.T) if kind == "out" else (wide, layer.down.T)))
+            torch.addmm(hidden, *((mixed, layer.mixer.out.T) if kind == "out" else (wide, layer.down.T)))
         elif kind == "gated":
-            swiglu(linear(rms_norm(hidden, *layer.norm(1)), layer.gated))
+            swiglu(linear(rms_norm(hidden, *layer.norms[1]), layer.gated))
         else:
-            weight, bias = (layer.qkv, layer.qkv_bias) if kind == "qkv" else (head, None)
-            linear(rms_norm(hidden, *layer.norm(0)), weight, bias)
+            weight, bias = (layer.mixer.taken, layer.mixer.taken_bias) if kind == "qkv" else (head, None)
+            linear(rms_norm(hidden, *layer.norms[0]), weight, bias)
 
     def by_tile(kind: str, layer: Layer, tile: tuple) -> None:
         if kind in ("out", "down"):
-            source, weight = (hidden, layer.out) if kind == "out" else (wide, layer.down)
+            source, weight = (mixed, layer.mixer.out) if kind == "out" else (wide, layer.down)
             skinny.launch(tile, begins, source, weight, residual=hidden)
         elif kind == "gated":
-            skinny.launch(tile, begins, hidden, layer.gated, None, layer.norm(1), squares, gated=True)
+            skinny.launch(tile, begins, hidden, layer.gated, None, layer.norms[1], squares, gated=True)
         else:
-            weight, bias = (layer.qkv, layer.qkv_bias) if kind == "qkv" else (head, None)
-            skinny.launch(tile, begins, hidden, weight, bias, layer.norm(0), squares)
+            weight, bias = (layer.mixer.taken, layer.mixer.taken_bias) if kind == "qkv" else (head, None)
+            skinny.launch(tile, begins, hidden, weight, bias, layer.norms[0], squares)
 
     found = {}
     for kind in skinny.TILES:
         some = layers[:4] if kind == "head" else layers
-        found[kind] = fastest_first(kind, some, by_torch, by_tile, CANDIDATES, wide if kind == "down" else hidden)
+        source = {"down": wide, "out": mixed}.get(kind, hidden)
+        found[kind] = fastest_first(kind, some, by_torch, by_tile, CANDIDATES, source)
         best = next(iter(found[kind]))
         skinny.TILES[kind] = None if best == "torch" else tuple(json.loads(best))
         print(rows, kind, json.dumps(found[kind]), flush=True)
@@ -315,23 +326,26 @@ def tune_attention(model, slots: int, length: int) -> dict:
     """Attention of one token over `slots` answers of `length` tokens, by the parts that its keys are cut into."""
     import torch
 
+    from families import family_of
     from kernels import slot_attention as room
     from writing.slots import Cache
 
-    config = model.config.get_text_config()
-    cache = Cache(model.config, slots, length + 64, model.dtype, "cuda")
-    heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-    qkv = torch.randn(slots, (heads + 2 * config.num_key_value_heads) * width, device="cuda", dtype=model.dtype)
-    cos, sin = torch.rand(2, slots, width, device="cuda", dtype=model.dtype)
+    layers = [layer for layer in family_of(model.config).captured(model).layers if layer.mixer.takes_back]
+    mixer = layers[0].mixer
+    cache = Cache(layers, slots, length + 64, model.dtype, "cuda")
+    qkv = torch.randn(slots, len(mixer.taken), device="cuda", dtype=model.dtype)
+    turns = model.model.language_model.rotary_emb.inv_freq.numel() * 2
+    cos, sin = torch.rand(2, slots, turns, device="cuda", dtype=model.dtype)
     places = torch.full((slots,), length, device="cuda")
-    found = {"limit": cache.states[0, :, :, :, :length].numel() * 2 / 3.35e6}
+    found = {"limit": sum(part[:, :, :length].nbytes for part in cache.states[0]) / 3.35e6}
     for parts in (1, 2, 4, 8, 16, 32):
 
         def run(parts=parts):
-            for number in range(config.num_hidden_layers):
-                room.attend_in_parts(qkv, cos, sin, *cache.layer(number), places, heads, width**-0.5, parts)
+            given = (places, mixer.heads, mixer.scale, parts)
+            for number in range(len(layers)):
+                room.attend_in_parts(qkv, cos, sin, *cache.states[number], *given, extras=mixer.extras)
 
-        found[parts] = replayed_us(run, config.num_hidden_layers)
+        found[parts] = replayed_us(run, len(layers))
     print("attention", slots, length, json.dumps(found), flush=True)
     return found
 

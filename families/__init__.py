@@ -4,11 +4,15 @@
 
 Rooms from top to bottom; each may import those below it, and none above:
 
+    qwen3_5         what Qwen3.5 has of its own
+    qwen3_5_layers  its layers on packed pages
     qwen3_vl        what Qwen3-VL has of its own
     qwen2_5_vl      what Qwen2.5-VL has of its own
     family          the list of what to write for another one
     fast_parts      layers that take packed pages, which families share
     elementwise     the element-wise parts of layers, fused
+    towers          vision towers without gradients, for reading
+    slot_layers     layers that read pages into slots and write from there
     chunked_loss    the loss on supervised tokens alone, in chunks
     page_costs      how many operations a page costs
 
@@ -29,7 +33,12 @@ if TYPE_CHECKING:
 FAMILIES = {
     "qwen2_5_vl": "Qwen2.5-VL",
     "qwen3_vl": "Qwen3-VL",
+    "qwen3_5": "Qwen3.5",
 }
+
+# Mixtures of experts, and the dense members of their line: their experts' weights are merged as transformers loads them
+# (5.23), so that nothing could be saved by the base's keys, and no adapter finds a projection in them.
+EXPERTS = {"qwen3_vl_moe": "qwen3_vl", "qwen3_5_moe": "qwen3_5"}
 
 __all__ = ["FAMILIES", "Architecture", "Family", "FamilyError", "Picture", "family_of", "trains_fast"]
 
@@ -37,6 +46,11 @@ __all__ = ["FAMILIES", "Architecture", "Family", "FamilyError", "Picture", "fami
 def family_of(model: object) -> Family:
     """The family of a configuration, or of a `model_type`. Raises `FamilyError` for one that nobody has written."""
     model_type = model if isinstance(model, str) else model.model_type
+    if dense := EXPERTS.get(model_type):
+        raise FamilyError(
+            f"a {model_type}, a mixture of experts, which cannot be trained here; give a dense {FAMILIES[dense]} "
+            f"({dense})"
+        )
     if model_type not in FAMILIES:
         known = " or ".join(f"{title} ({name})" for name, title in FAMILIES.items())
         raise FamilyError(

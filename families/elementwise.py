@@ -13,7 +13,7 @@ import functools
 import importlib.util
 import shutil
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -75,11 +75,11 @@ def rotate(
 
 class Elementwise:
     """The functions above and the loss's, for one family of shapes (those of a tower), as attributes of their names;
-    fused by torch.compile with `fuse`."""
+    fused by torch.compile with `fuse`. Those of a family's `own` take the places of others of their names."""
 
-    def __init__(self, fuse: bool) -> None:
-        for function in (rms_norm, rms_norm_backward, swiglu, swiglu_backward, rotate, cross_entropy):
-            name = function.__name__
+    def __init__(self, fuse: bool, own: Sequence[Callable] = ()) -> None:
+        shared = (rms_norm, rms_norm_backward, swiglu, swiglu_backward, rotate, cross_entropy)
+        for name, function in {function.__name__: function for function in (*shared, *own)}.items():
             if fuse:
                 # A code object of its own: torch.compile keeps its graphs by code, and two families would mix.
                 function = types.FunctionType(function.__code__.replace(), function.__globals__, name)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import ProcessorMixin
 
+    from families.slot_layers import Captured
+
 
 class FamilyError(ValueError):
     """An architecture that nobody has written, or whose file does not fit its model."""
@@ -64,10 +66,13 @@ class Architecture:
       ZeRO-3 fetches each of these layers at once. They have an attribute `gradient_checkpointing`;
     - `activations` are those that `forwards` and `blocks` compute for a class, by the names of torch and transformers:
       a module with another one keeps its own forward;
+    - `elementwise` are functions of its own for `elementwise.Elementwise`, in the place of those of the same names;
     - `towers` are the parts of the model for whose shapes element-wise functions are compiled, each its own; the head
       belongs to the last of them;
     - `vision_layers` names the list of the vision tower's layers; `widened` those products of its MLP that the MLP's
-      width is a side of, with that axis of the weight: tensor cores want a multiple of 8.
+      width is a side of, with that axis of the weight: tensor cores want a multiple of 8;
+    - `words(config, device, dtype)` says what else runs there, with what has to prove itself proved, for the line that
+      a training begins with.
     """
 
     model: Callable
@@ -78,6 +83,8 @@ class Architecture:
     towers: tuple[str, ...] = ("model.visual", "model.language_model")
     vision_layers: str = "model.visual.blocks"
     widened: Mapping[str, int] = field(default_factory=dict)
+    elementwise: tuple[Callable, ...] = ()
+    words: Callable[[Any, str, Any], str] | None = None
 
     @property
     def leaves(self) -> list[str]:
@@ -111,8 +118,16 @@ class Family:
         keyword arguments "image_...", and what else the data workers should work out. `packing.pack` has the positions
         of Qwen's models.
 
+    And the engine that writes:
+
+    12. `captured(model)`: what it works with, a `slot_layers.Captured`: layers, whose mixers read and step, and a tower
+        of `towers.py`. None where transformers' generate() writes.
+    13. `activations`: of the MLPs of the language model and of the tower, which these layers compute; models with
+        others are left to generate().
+
     tests/families/test_family.py holds 1 to 9 against the true processor and the true modules of a tiny model,
-    tests/families/test_fast_path.py the fast path against the model's own; add one there.
+    tests/families/test_fast_path.py the fast path against the model's own,
+    tests/writing/test_engine.py the engine against generate(); add one there.
     """
 
     model_type: str
@@ -127,6 +142,8 @@ class Family:
     token_types: bool = False
     architecture: Callable[[], Architecture] | None = None
     geometry: Callable[[Any], Callable[[Tensor], dict[str, Any]]] | None = None
+    captured: Callable[[nn.Module], Captured] | None = None
+    activations: tuple[str, str] = ("silu", "silu")
 
     @property
     def fast(self) -> bool:

@@ -30,7 +30,12 @@ SILU = ("SiLU", "SiLUActivation")
 
 def norm_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
     """(..., H) to (..., H)."""
-    return self.fused.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+    return self.fused.rms_norm(hidden_states, self.weight, epsilon_of(self))
+
+
+def epsilon_of(norm: torch.nn.Module) -> float:
+    """What a norm adds before it divides, by either of transformers' names for it."""
+    return norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
 
 
 def mlp_forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
@@ -100,7 +105,7 @@ def vision_heads(
 def patch_forward(self, pixels: torch.Tensor) -> torch.Tensor:
     """The patch embedding's convolution, whose kernel covers each patch exactly once, as the product that it is:
     (P, 3, frames, height, width) to (P, H, 1, 1, 1)."""
-    done = torch.nn.functional.linear(pixels.flatten(1), self.weight.flatten(1))
+    done = torch.nn.functional.linear(pixels.flatten(1), self.weight.flatten(1), self.bias)
     return done[:, :, None, None, None]
 
 
@@ -234,7 +239,7 @@ class NormedProducts(torch.autograd.Function):
         norm_weight: torch.Tensor,
         *weights: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
-        normed = norm.fused.rms_norm(hidden, norm_weight, norm.variance_epsilon)
+        normed = norm.fused.rms_norm(hidden, norm_weight, epsilon_of(norm))
         ctx.save_for_backward(hidden, norm_weight, *weights[::2])
         ctx.norm = norm
         return tuple(_linear(normed, weights[2 * n], weights[2 * n + 1]) for n in range(count))
@@ -242,7 +247,7 @@ class NormedProducts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients: torch.Tensor) -> tuple:
         hidden, norm_weight, *weights = ctx.saved_tensors
-        fused, epsilon = ctx.norm.fused, ctx.norm.variance_epsilon
+        fused, epsilon = ctx.norm.fused, epsilon_of(ctx.norm)
         normed, found = fused.rms_norm(hidden, norm_weight, epsilon), []
         # Summed up inside the products, which saves a pass over (S, H) for each product after the first.
         inner = gradients[0] @ weights[0]
@@ -288,7 +293,7 @@ class AddMlp(torch.autograd.Function):
         down_weight: torch.Tensor,
         down_bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        normed = norm.fused.rms_norm(hidden, norm_weight, norm.variance_epsilon)
+        normed = norm.fused.rms_norm(hidden, norm_weight, epsilon_of(norm))
         gate, up = _linear(normed, gate_weight, gate_bias), _linear(normed, up_weight, up_bias)
         ctx.save_for_backward(hidden, gate, up, norm_weight, gate_weight, up_weight, down_weight)
         ctx.norm = norm
@@ -297,7 +302,7 @@ class AddMlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple:
         hidden, gate, up, norm_weight, gate_weight, up_weight, down_weight = ctx.saved_tensors
-        fused, epsilon = ctx.norm.fused, ctx.norm.variance_epsilon
+        fused, epsilon = ctx.norm.fused, epsilon_of(ctx.norm)
         for_gate, for_up, product = fused.swiglu_backward(gate, up, gradient @ down_weight)
         for_down = _weight_gradients(ctx, 7, gradient, product)
         del product  # before what was normed is recomputed: the two need not stand in memory together
@@ -312,7 +317,7 @@ class AddMlp(torch.autograd.Function):
 # Model
 
 # The segments are the mask. As a dictionary transformers (5.23) takes it for ready-made, and makes none of T x T.
-NO_MASK = {"full_attention": None, "sliding_attention": None}
+NO_MASK = {"full_attention": None, "sliding_attention": None, "linear_attention": None}
 
 
 def packed_forward(

@@ -22,11 +22,33 @@ USED_SHARE = 0.45  # of a GPU's peak that a step can reach
 
 
 @dataclass(frozen=True)
+class LinearAttention:
+    """The layers of a tower whose attention is a gated delta network (Yang et al. 2024): by their widths in numbers per
+    token, those of all heads together. Each of `heads`, of the values, has a state of its width times `state`."""
+
+    layers: int
+    keys: int
+    values: int
+    heads: int
+    state: int
+
+    def weights(self, hidden: int) -> int:
+        """Weights that multiply, of one layer: queries, keys, values, a gate, two numbers a head, and what leaves."""
+        return hidden * (2 * self.keys + 3 * self.values + 2 * self.heads)
+
+    @property
+    def flops(self) -> int:
+        """Operations of one layer's state for a token, forward: read with the key, written, read with the query."""
+        return 6 * self.values * self.state
+
+
+@dataclass(frozen=True)
 class Tower:
     """Transformer layers of one kind, by their widths in numbers per token (or patch).
 
-    `queries` and `keys` are those of all heads together; `gated` is an MLP of three products, else of two. `windowed`
-    of the layers attend to no more than `window` tokens, the others to all.
+    `queries` and `keys` are those of all heads together, `gates` what multiplies the attention's result; `gated` is an
+    MLP of three products, else of two. `windowed` of the layers attend to no more than `window` tokens, the others to
+    all but those of `linear` attention.
     """
 
     layers: int
@@ -37,12 +59,20 @@ class Tower:
     gated: bool = True
     windowed: int = 0
     window: int = 0
+    gates: int = 0
+    linear: LinearAttention = LinearAttention(0, 0, 0, 0, 0)
+
+    @property
+    def attending(self) -> int:
+        """Layers whose tokens look at each other."""
+        return self.layers - self.linear.layers
 
     @property
     def weights(self) -> int:
         """Weights that multiply, of all layers: neither norms nor biases."""
-        attention = 2 * self.hidden * (self.queries + self.keys)
-        return self.layers * (attention + (3 if self.gated else 2) * self.hidden * self.intermediate)
+        attention = self.hidden * (2 * self.queries + 2 * self.keys + self.gates)
+        mlp = (3 if self.gated else 2) * self.hidden * self.intermediate
+        return self.attending * attention + self.linear.layers * self.linear.weights(self.hidden) + self.layers * mlp
 
 
 @dataclass(frozen=True)
@@ -79,11 +109,12 @@ def weights_of(shape: Shape) -> tuple[int, int, int]:
 def page_flops(shape: Shape, tokens: int, supervised: int, patches: int) -> float:
     """Floating-point operations that one page needs, forward and backward: products and attention, nothing recomputed.
 
-    6 per weight and token, as Kaplan et al. 2020 count, the head for supervised tokens only; causal attention half.
+    6 per weight and token, as Kaplan et al. 2020 count, the head for supervised tokens only; causal attention half;
+    linear attention as its definition has it, token by token, though chunks of tokens take more.
     """
     text, vision = shape.language, shape.vision
     language, head, tower, merger = parameters(shape)
-    attention = 12 * text.layers * text.queries * tokens**2 / 2
+    attention = 12 * text.attending * text.queries * tokens**2 / 2 + 3 * text.linear.layers * text.linear.flops * tokens
     seen = (vision.layers - vision.windowed) * patches + vision.windowed * min(vision.window, patches)
     merged = merger * patches / shape.per_token
     products = 6 * (language * tokens + head * supervised + tower * patches + merged)

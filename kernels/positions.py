@@ -11,7 +11,12 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig
-from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 
 def image_geometry(config: PretrainedConfig) -> Callable[[torch.Tensor], dict[str, Any]]:
@@ -32,6 +37,27 @@ def image_geometry(config: PretrainedConfig) -> Callable[[torch.Tensor], dict[st
             "image_window_index": index,
             "image_cu_window_seqlens": windows,
             "image_max_window_seqlen": int(windows.diff().max()),
+        }
+
+    return geometry
+
+
+def learned_geometry(config: PretrainedConfig) -> Callable[[torch.Tensor], dict[str, Any]]:
+    """The same for a tower without windows, with learned positions on a square grid (Qwen3-VL's, Qwen3.5's)."""
+    vision = config.vision_config
+    merge, side = vision.spatial_merge_size, int(vision.num_position_embeddings**0.5)
+
+    def geometry(grids: torch.Tensor) -> dict[str, Any]:
+        # As the tower itself asks for them (transformers 5.23): the grid's corners on the picture's.
+        options = {"mode": "bilinear", "align_corners": True, "spatial_merge_size": merge}
+        indices, weights = get_vision_interpolation_indices_and_weights(grids, side, **options)
+        bounds = get_vision_cu_seqlens(grids)
+        return {
+            "image_position_ids": get_vision_position_ids(grids, merge),
+            "image_cu_seqlens": bounds,
+            "image_max_seqlen": int(bounds.diff().max()),
+            "image_interp_indices": indices,
+            "image_interp_weights": weights,
         }
 
     return geometry

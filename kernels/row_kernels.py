@@ -26,8 +26,8 @@ def norm_kernel(source, weight, target, width, epsilon, WIDTH: tl.constexpr):
     wide = tl.load(source + row * width + place, mask=inside, other=0.0).to(tl.float32)
     wide = wide * tl.rsqrt(tl.sum(wide * wide, 0) / width + epsilon)
     scale = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
-    # Rounded before it meets the weight, as the model's own norm is.
-    normed = wide.to(target.dtype.element_ty).to(tl.float32) * scale
+    # Rounded before it meets the weight, as the model's own norm is; a weight in fp32 is met as it is.
+    normed = wide.to(weight.dtype.element_ty).to(tl.float32) * scale
     tl.store(target + row * width + place, normed.to(target.dtype.element_ty), mask=inside)
 
 
@@ -63,23 +63,26 @@ def swiglu_by_kernel(gate_and_up: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache
-def proved(name: str, width: int, dtype: torch.dtype, device: torch.device) -> str:
-    """Whether the kernel called `name` gives for rows of `width` what torch gives, in fp32, up to rounding."""
+def proved(name: str, width: int, dtype: torch.dtype, device: torch.device, weights: torch.dtype | None = None) -> str:
+    """Whether the kernel called `name` gives for rows of `width` what torch gives, in fp32, up to rounding; with norms
+    whose weights are of another precision."""
     draw = torch.Generator(device).manual_seed(0)
     rows, weight = (torch.randn(shape, generator=draw, device=device).to(dtype) for shape in ((5, width), (width,)))
     if name == "norm":
+        weight = weight.to(weights or dtype)
         wanted = rms_norm(rows.float(), weight.float(), 1e-6)
         return way_that_agrees(name, {PLAIN: lambda: (norm_by_kernel(rows, weight, 1e-6),)}, (wanted,))
     return way_that_agrees(name, {PLAIN: lambda: (swiglu_by_kernel(rows),)}, (swiglu(rows.float()),))
 
 
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """`hidden` (S, H) over its root mean square, times `weight` (H,) (Zhang and Sennrich 2019); (S, H)."""
-    if on_triton(hidden) and proved("norm", hidden.shape[1], hidden.dtype, hidden.device):
+    """`hidden` (S, H) over its root mean square, times `weight` (H,) (Zhang and Sennrich 2019); (S, H). With a
+    weight in fp32 it rounds once, at the end: norms whose weight is kept less one are such (Qwen3.5)."""
+    if on_triton(hidden) and proved("norm", hidden.shape[1], hidden.dtype, hidden.device, weight.dtype):
         return norm_by_kernel(hidden, weight, epsilon)
     wide = hidden.to(torch.float32)
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-    return weight * wide.to(hidden.dtype)
+    return (weight * wide.to(weight.dtype)).to(hidden.dtype)
 
 
 def swiglu(gate_and_up: torch.Tensor) -> torch.Tensor:

@@ -41,13 +41,14 @@ TILES: dict[str, Tile | None] = {
 }
 
 
-def tile_of(kind: str, source: torch.Tensor, columns: int) -> tuple[Tile | None, str]:
+def tile_of(kind: str, source: torch.Tensor, columns: int, norm: torch.Tensor | None = None) -> tuple[Tile | None, str]:
     """The tile for `source` (R, K) and a weight of `columns` (N), and how it is launched; None where torch does it:
-    whole tiles only, and what has just given torch's own result."""
+    whole tiles only, and what has just given torch's own result, with such a weight of the norm."""
     tile = TILES[kind] if on_triton(source) and len(source) <= MOST_ROWS else None
     if not tile or columns % tile[0] or source.shape[1] % tile[1]:
         return None, NEVER
-    way = way_of(kind, tile, tile_rows(len(source)), source.shape[1], source.dtype, source.device)
+    weights = source.dtype if norm is None else norm.dtype
+    way = way_of(kind, tile, tile_rows(len(source)), source.shape[1], source.dtype, source.device, weights)
     return tile if way else None, way
 
 
@@ -57,15 +58,17 @@ def tile_rows(rows: int) -> int:
 
 
 @lru_cache
-def way_of(kind: str, tile: Tile, rows: int, depth: int, dtype: torch.dtype, device: torch.device) -> str:
-    """How the kernel is launched for weights of `depth`: by proof on some tiles of random ones."""
+def way_of(
+    kind: str, tile: Tile, rows: int, depth: int, dtype: torch.dtype, device: torch.device, norms: torch.dtype
+) -> str:
+    """How the kernel is launched for weights of `depth`, and of norms in `norms`: by proof on some random tiles."""
     draw = torch.Generator(device).manual_seed(0)
     columns = 8 * tile[0]
 
     def some(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=draw, device=device).to(dtype)
 
-    hidden, weight, norm = some(rows, depth), some(2 * columns, depth) / depth**0.5, (some(depth), 1e-6)
+    hidden, weight, norm = some(rows, depth), some(2 * columns, depth) / depth**0.5, (some(depth).to(norms), 1e-6)
     residual, half = some(rows, columns), weight[:columns]
     squares = hidden.float().square().view(rows, 2, -1).sum(-1)
     normed = rms_norm(hidden.float(), norm[0].float(), norm[1])
@@ -155,7 +158,7 @@ def product_kernel(
             scale = tl.load(norm + start + inner)[:, None]
             if kind == tl.bfloat16:
                 # A row's own factor may come after the product: one multiplication here instead of six operations.
-                states = states * scale
+                states = (states * scale).to(kind)
             else:
                 # fp16 has no room for what is not normed yet.
                 states = (states.to(tl.float32) * inverse[None, :]).to(kind).to(tl.float32) * scale.to(tl.float32)
@@ -217,7 +220,7 @@ def normed_product(
 ) -> torch.Tensor:
     """rms_norm of the rows, by weight (K,) and epsilon in `norm`, times `weight` (N, K) and plus `bias` (N,):
     (R, N)."""
-    tile, way = tile_of(kind, rows.hidden, len(weight))
+    tile, way = tile_of(kind, rows.hidden, len(weight), norm[0])
     if tile is None:
         return functional.linear(rms_norm(rows.hidden, *norm), weight, bias)
     return launch(tile, way == EARLY, rows.hidden, weight, bias, norm, rows.sums())[0]
@@ -225,7 +228,7 @@ def normed_product(
 
 def gated_product(kind: str, rows: Rows, norm: tuple[torch.Tensor, float], weight: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up of the normed rows, of `weight` (2N, K), gate before up; (R, N)."""
-    tile, way = tile_of(kind, rows.hidden, len(weight) // 2)
+    tile, way = tile_of(kind, rows.hidden, len(weight) // 2, norm[0])
     if tile is None:
         return swiglu(functional.linear(rms_norm(rows.hidden, *norm), weight))
     return launch(tile, way == EARLY, rows.hidden, weight, None, norm, rows.sums(), gated=True)[0]

@@ -172,6 +172,90 @@ def make_qwen3_vl_base(folder: Path) -> Path:
     return folder
 
 
+# What Qwen3.5's own template does beside Qwen2.5-VL's: it trims texts, and an answer begins with thoughts, which are
+# empty with thinking off. Members of 4B and larger think unless told not to, as here.
+THINKING_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
+    "{% if message.role == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{% for part in message.content %}{% if part.type == 'image' %}"
+    "{{ '<|vision_start|><|image_pad|><|vision_end|>' }}{% else %}{{ part.text|trim }}{% endif %}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}"
+    "{% else %}{{ '<think>\n' }}{% endif %}{% endif %}"
+)
+
+
+def make_qwen3_5_processor():
+    """Qwen3-VL's, with a template that thinks."""
+    from transformers import Qwen3VLProcessor
+
+    parts = make_qwen3_vl_processor()
+    parts.tokenizer.chat_template = THINKING_TEMPLATE
+    images, videos = parts.image_processor, parts.video_processor
+    return Qwen3VLProcessor(images, parts.tokenizer, videos, chat_template=THINKING_TEMPLATE)
+
+
+def make_qwen3_5_config(tokenizer, hidden: int = 32):
+    """Both kinds of layers, fewer heads of keys than of values in both, positions in half of each head."""
+    from transformers import Qwen3_5Config
+
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>") for name in ("image", "video")}
+    for name in ("vision_start", "vision_end"):
+        ids[f"{name}_token_id"] = tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    text = {
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 12,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 4096,
+        "rope_parameters": {**rope, "partial_rotary_factor": 0.5},
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 60,
+        "num_heads": 2,
+        "out_hidden_size": hidden,
+        "num_position_embeddings": 64,
+    }
+    config = Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    config.dtype = "bfloat16"
+    config.architectures = ["Qwen3_5ForConditionalGeneration"]
+    return config
+
+
+def make_qwen3_5_base(folder: Path, dtype=None) -> Path:
+    """With what transformers leaves out of Qwen3.5's checkpoints: layers that draft tokens ahead (mtp)."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import GenerationConfig, Qwen3_5ForConditionalGeneration
+
+    processor = make_qwen3_5_processor()
+    processor.save_pretrained(folder)
+    torch.manual_seed(0)
+    kind = dtype or torch.bfloat16
+    model = Qwen3_5ForConditionalGeneration(make_qwen3_5_config(processor.tokenizer)).to(kind)
+    ends = {"eos_token_id": processor.tokenizer.eos_token_id, "pad_token_id": processor.tokenizer.pad_token_id}
+    model.generation_config = GenerationConfig(**ends)
+    model.save_pretrained(folder)
+    drafting = {"mtp.fc.weight": torch.randn(32, 64, dtype=kind), "mtp.norm.weight": torch.randn(32, dtype=kind)}
+    save_file({**weights(folder), **drafting}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def shapes_of_3b():
     """The configuration of Holo1-3B, of which nothing is ever loaded."""
     from transformers import Qwen2_5_VLConfig

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,12 +42,17 @@ DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # of weights:
 
 @dataclass(frozen=True)
 class BaseTensor:
-    """One tensor of the base checkpoint: its name in the loaded model, shape, dtype, and file (None: no weights)."""
+    """One tensor of the base checkpoint: its name in the loaded model, shape, dtype, and file (None: no weights).
+
+    One that is `kept` is no weight of the model, by transformers' own list, as Qwen3.5's layers that draft tokens ahead
+    (mtp): the final folder holds it as the base does, and its name is its key.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     file: Path | None
+    kept: bool = False
 
 
 def fetch_base(settings: PageSettings) -> Path:
@@ -207,6 +213,11 @@ def base_tensors(base: Path, settings: PageSettings) -> dict[str, BaseTensor]:
         if dtype not in DTYPES:
             raise SettingsError(f"--base_model {settings.base_model}: {key} is {dtype}, not {', '.join(DTYPES)}")
         name, _ = rename_source_key(key, mapping, [], model.base_model_prefix, names)
+        if name not in names and any(
+            re.search(pattern, key) for pattern in model._keys_to_ignore_on_load_unexpected or []
+        ):
+            tensors[key] = BaseTensor(key, shape, dtype, file, kept=True)
+            continue
         if name not in names:
             raise SettingsError(f"--base_model {settings.base_model}: {key} is no weight of {type(model).__name__}")
         if shape != tuple(names[name].shape):

@@ -53,8 +53,9 @@ def make_fast(model: PreTrainedModel, settings: PageSettings, args: TrainingArgu
     fused = "fused" if fuse else f"not fused ({obstacle or 'as asked'})"
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     kernel = attention_words(model.config, args.device.type, dtype)
-    told = f"fast path: pages packed, attention by {kernel}, element-wise parts {fused}, vision MLP {width:,} wide"
-    say(in_columns(told))
+    told, words = f"fast path: pages packed, attention by {kernel}, ", architecture_of(model).words
+    told += f"{words(model.config, args.device.type, dtype)}, " if words else ""
+    say(in_columns(f"{told}element-wise parts {fused}, vision MLP {width:,} wide"))
 
 
 def install(model: torch.nn.Module, fuse: bool) -> None:
@@ -67,7 +68,7 @@ def install(model: torch.nn.Module, fuse: bool) -> None:
     known = architecture_of(model)
     # One set of functions for each tower: their shapes differ, and torch compiles a function for few shapes.
     for name in known.towers:
-        fused = Elementwise(fuse)
+        fused = Elementwise(fuse, known.elementwise)
         for module in model.get_submodule(name).modules():
             kind = type(module)
             for method, function in known.methods.get(kind, {}).items():

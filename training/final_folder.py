@@ -56,6 +56,10 @@ def final_tensors(
         if hasattr(module, "lora_A")
     }
     for key, base in tensors.items():
+        if base.kept:
+            with safe_open(base.file, framework="pt") as file:
+                yield key, base, file.get_tensor(key)
+            continue
         weight = weights.get(base.name)
         if weight is None:
             weight = weights[tied[base.name]]
@@ -229,7 +233,8 @@ def whole_copy(
     with torch.no_grad():
         # The very tensors that are saved, rounded and merged: what is judged is what users get.
         for _, tensor, value in final_tensors(model, tensors):
-            slots[tensor.name].copy_(value)
+            if not tensor.kept:
+                slots[tensor.name].copy_(value)
     return copy.eval()
 
 

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 import torch
 
 import use_model_from_hub as use
-from writing.reading import Layer, Question, Reader, question_of
+from families import family_of
+from writing.reading import Question, Reader, question_of
 from writing.slots import Cache, State, bytes_of_slot
 from writing.step import Chooser, Step
 
@@ -50,7 +51,7 @@ class Slot:
 
 
 class Engine:
-    """Writes with the weights of `model`, whose linear weights become views of larger ones (reading.Layer)."""
+    """Writes with the weights of `model`, whose linear weights become views of larger ones (slot_layers.py)."""
 
     def __init__(
         self,
@@ -65,9 +66,10 @@ class Engine:
         guessed where they cost nothing. Raises torch.OutOfMemoryError where not even one slot fits."""
         self.model, self.processor, self.recipe, self.watch, self.drafts = model, processor, recipe, watch, drafts
         self.stops = set(use.end_tokens(model, processor))
-        self.layers = [Layer(layer) for layer in model.model.language_model.layers]
-        self.reader = Reader(model, self.layers)
+        self.captured = family_of(model.config).captured(model)
+        self.reader = Reader(model, self.captured)
         self.chooser = Chooser(use.logits_processors(recipe), drawn=recipe.temperature > 0)
+        self.chances = recipe.max_html_tokens if self.chooser.drawn else 0  # numbers that are drawn, of each answer
         vision = model.config.vision_config
         picture = recipe.max_pixels // (vision.patch_size * vision.spatial_merge_size) ** 2
         # Padded as questions are: threads that change the tokenizer's padding while others use it break them.
@@ -85,17 +87,18 @@ class Engine:
             return WIDTHS[-1]
         free, _ = torch.cuda.mem_get_info(self.model.device)
         free += torch.cuda.memory_reserved(self.model.device) - torch.cuda.memory_allocated(self.model.device)
-        fit = (free - SPARE_BYTES) // bytes_of_slot(self.model.config, self.capacity, self.model.dtype)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        kept = (self.captured.layers, vocabulary, self.capacity, self.model.dtype, self.chances)
+        fit = (free - SPARE_BYTES) // bytes_of_slot(*kept)
         return max(width for width in WIDTHS if width <= max(1, fit))
 
     def allocate(self, count: int) -> None:
         """Cache and state of `count` slots, one of WIDTHS, or of half as many for as long as they do not fit."""
-        chances = self.recipe.max_html_tokens if self.chooser.drawn else 0
         model = self.model
         while True:
             try:
-                self.cache = Cache(model.config, count, self.capacity, model.dtype, model.device)
-                self.state = State(count, self.capacity, model.device, chances)
+                self.cache = Cache(self.captured.layers, count, self.capacity, model.dtype, model.device)
+                self.state = State(count, self.capacity, model.device, self.chances)
                 break
             except torch.OutOfMemoryError:
                 self.cache = None
@@ -194,7 +197,7 @@ class Engine:
 
     def move(self, source: int, target: int) -> None:
         """An answer from one slot to a free one."""
-        self.cache.states[:, :, target] = self.cache.states[:, :, source]
+        self.cache.move(source, target)
         for part in (*self.state.parts(), self.seen):
             part[target] = part[source]
         self.state.stop(source)
@@ -203,12 +206,18 @@ class Engine:
     def step(self, width: int) -> Step:
         """The step over the first `width` slots, captured when it is first needed."""
         if width not in self.steps:
-            new = max(1, min(MOST_NEW, ROWS // width)) if self.drafts and self.chooser.plain else 1
-            step = Step(self.model, self.layers, self.cache, self.state, width, new, self.chooser)
+            new = max(1, min(MOST_NEW, ROWS // width)) if self.drafted() else 1
+            step = Step(self.model, self.captured, self.cache, self.state, width, new, self.chooser)
             if self.model.device.type == "cuda":
                 step.capture(next((other.graph for other in self.steps.values()), None))
             self.steps[width] = step
         return self.steps[width]
+
+    def drafted(self) -> bool:
+        """Whether there are drafts. Not where a layer keeps a state instead of keys and values: a wrong draft has gone
+        into it, and one for each draft would have to be kept to go back to."""
+        takes_back = all(layer.mixer.takes_back for layer in self.captured.layers)
+        return self.drafts and self.chooser.plain and takes_back
 
     # -- what was written
 

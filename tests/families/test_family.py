@@ -10,6 +10,9 @@ from conftest import (
     PROGRAMS,
     make_config,
     make_processor,
+    make_qwen3_5_base,
+    make_qwen3_5_config,
+    make_qwen3_5_processor,
     make_qwen3_vl_base,
     make_qwen3_vl_config,
     make_qwen3_vl_processor,
@@ -23,19 +26,24 @@ from conftest import (
 import use_model_from_hub as use
 from families import FAMILIES, FamilyError, family_of, trains_fast
 from families.page_costs import parameters
+from training.prompt_and_mask import IGNORED, PageEncoder, check_same_question
 from training.settings import PageSettings
 
 LIMIT = 1_003_520  # the default --max_pixels
+MAKERS = {
+    "qwen2_5_vl": (make_processor, make_config),
+    "qwen3_vl": (make_qwen3_vl_processor, make_qwen3_vl_config),
+    "qwen3_5": (make_qwen3_5_processor, make_qwen3_5_config),
+}
 
 
 def make_model(name: str):
     """A tiny model of the true architecture on no device, and its processor."""
     from transformers import AutoModelForImageTextToText
 
-    processor = make_processor() if name == "qwen2_5_vl" else make_qwen3_vl_processor()
-    make = make_config if name == "qwen2_5_vl" else make_qwen3_vl_config
+    processor, config = MAKERS[name][0](), MAKERS[name][1]
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(make(processor.tokenizer)), processor
+        return AutoModelForImageTextToText.from_config(config(processor.tokenizer)), processor
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
@@ -61,7 +69,13 @@ def test_an_unknown_architecture_is_refused_by_name_with_what_to_do():
         family_of("llama")
 
 
-@pytest.mark.parametrize(("name", "pixels"), [("qwen2_5_vl", 28), ("qwen3_vl", 32)])
+@pytest.mark.parametrize(("name", "dense"), [("qwen3_vl_moe", "qwen3_vl"), ("qwen3_5_moe", "qwen3_5")])
+def test_a_mixture_of_experts_is_refused_with_the_dense_one_that_trains(name, dense):
+    with pytest.raises(FamilyError, match=rf"^a {name}, a mixture of experts.* give a dense .*\({dense}\)"):
+        family_of(name)
+
+
+@pytest.mark.parametrize(("name", "pixels"), [("qwen2_5_vl", 28), ("qwen3_vl", 32), ("qwen3_5", 32)])
 @pytest.mark.parametrize("size", [(1280, 784), (2000, 500), (900, 1115), (5000, 3000), (64, 64), (333, 77)])
 def test_image_tokens_are_counted_as_the_processor_makes_them(name, pixels, size):
     family, (_, processor) = family_of(name), make_model(name)
@@ -74,7 +88,7 @@ def test_image_tokens_are_counted_as_the_processor_makes_them(name, pixels, size
     assert len(picture.ids) * pixels**2 <= LIMIT
 
 
-@pytest.mark.parametrize(("name", "tokens"), [("qwen2_5_vl", 1_280), ("qwen3_vl", 980)])
+@pytest.mark.parametrize(("name", "tokens"), [("qwen2_5_vl", 1_280), ("qwen3_vl", 980), ("qwen3_5", 980)])
 def test_the_most_image_tokens_are_reached_and_never_exceeded(name, tokens):
     family, (model, processor) = family_of(name), make_model(name)
     family.limit_pixels(processor, 3_136, LIMIT)
@@ -115,8 +129,22 @@ def test_a_vision_tower_of_another_name_is_an_error(made):
 def test_adapters_go_into_the_language_models_own_projections(made):
     family, model, _ = made
     adapted = [name for name, module in model.named_modules() if re.fullmatch(family.adapters, name)]
-    assert len(adapted) == 7 * model.config.get_text_config().num_hidden_layers
+    text = model.config.get_text_config()
+    # Query, key, value and output, or what is mixed, its gate and output; the MLP's three.
+    linear = getattr(text, "layer_types", []).count("linear_attention")
+    assert len(adapted) == 7 * text.num_hidden_layers - linear
     assert not [name for name in adapted if "visual" in name]
+
+
+def test_a_model_that_thinks_is_asked_for_its_answer_alone():
+    processor = make_qwen3_5_processor()
+    encoder = PageEncoder(processor, "write this page", family_of("qwen3_5"))
+    after = "<|vision_end|>write this page<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert processor.tokenizer.decode(encoder.after) == after
+    labels = encoder.encode("<p>page</p>", [])[1]
+    seen = [token for token in labels if token != IGNORED]
+    assert processor.tokenizer.decode(seen) == "<p>page</p><|im_end|>"
+    check_same_question(encoder, processor, [screenshot(90, 60)], "write this page")
 
 
 def test_costs_count_every_weight_that_multiplies(made):
@@ -125,7 +153,7 @@ def test_costs_count_every_weight_that_multiplies(made):
     language, head, tower, merger = parameters(family.shape(model.config))
     counted = {"language": 0, "head": 0, "tower": 0, "merger": 0}
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear | torch.nn.Conv3d):
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv3d):  # four numbers a channel: no convolution of Qwen3.5's
             merging = "merger" if "merger" in name else "tower" if "visual" in name else "language"
             counted["head" if name == "lm_head" else merging] += module.weight.numel()
     assert counted == {"language": language, "head": head, "tower": tower, "merger": merger}
@@ -133,7 +161,7 @@ def test_costs_count_every_weight_that_multiplies(made):
 
 def test_only_the_families_with_a_fast_path_take_it(made):
     family, model, _ = made
-    assert trains_fast(model.config, PageSettings()) == (family.model_type == "qwen2_5_vl")
+    assert trains_fast(model.config, PageSettings()) == (family.model_type != "qwen3_vl")
     assert not trains_fast(model.config, PageSettings(fast=False))
 
 
@@ -143,9 +171,10 @@ def test_families_need_no_torch(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_qwen3_vl_is_trained_saved_and_loaded_again(pages_folder, tmp_path):
+@pytest.mark.parametrize("make_base", [make_qwen3_vl_base, make_qwen3_5_base])
+def test_another_family_is_trained_saved_and_loaded_again(make_base, pages_folder, tmp_path):
     """The true architecture, two layers deep, through the real main: the plain path, from its base to its pages."""
-    base = make_qwen3_vl_base(tmp_path / "base")
+    base = make_base(tmp_path / "base")
     rates = {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "warmup_steps": 0, "num_train_epochs": 3}
     done = start_plain(small_run(base, pages_folder, gradient_accumulation_steps=2, **rates), tmp_path)
     assert done.returncode == 0, output(done)

@@ -1,0 +1,227 @@
+"""Linear attention inside packed pages: the convolution and the gated delta rule of Qwen3.5's layers (Gated Delta
+Networks, Yang et al. 2024), by the fastest way that proves right.
+
+    done = gated_delta(mixed, write, decay, conv, rate, bias, shape, bounds)        # (S, C) to (S, value heads, D)
+    delta_words(shape, "cuda", torch.bfloat16)                                      # which way that is, in words
+
+flash-linear-attention, which few have and which compiles its kernels as they are used, takes a whole pack at once where
+it has just given what transformers' own torch function gives; that one takes a page at a time.
+
+Shapes: S tokens of all pages in one row, C the channels of queries, keys and values together, D the width of a value's
+head. Pages follow each other without gaps: page g holds the places `bounds[g]` to `bounds[g + 1]` - 1.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import softplus
+from torch.utils.checkpoint import checkpoint
+
+
+class DeltaShape(NamedTuple):
+    """Heads and their widths; each key's head serves as many heads of values. `taps` is the length of the convolution.
+    A named tuple, as `proved` remembers its answer for each."""
+
+    key_heads: int
+    value_heads: int
+    key_width: int
+    value_width: int
+    taps: int
+
+    @property
+    def channels(self) -> int:
+        """C: queries, keys and values, in this order."""
+        return 2 * self.key_heads * self.key_width + self.value_heads * self.value_width
+
+
+@dataclass(frozen=True)
+class DeltaInputs:
+    """What a layer's products have made of S tokens, and its parameters beside them.
+
+    `mixed` (S, C) before the convolution, `write` (S, value heads) the logits of how much of a value is written (beta),
+    `decay` (S, value heads) what the state's decay comes from, `conv` (C, taps), `rate` (A_log) and `bias` (dt_bias)
+    (value heads,).
+    """
+
+    mixed: torch.Tensor
+    write: torch.Tensor
+    decay: torch.Tensor
+    conv: torch.Tensor
+    rate: torch.Tensor
+    bias: torch.Tensor
+
+
+def gated_delta(given: DeltaInputs, shape: DeltaShape, bounds: torch.Tensor) -> torch.Tensor:
+    """(S, value heads, value width): what each token reads from the state that the tokens before it in its page, and
+    itself, have written. `bounds` (pages + 1), int32 on the same device."""
+    way = delta_way(shape, given.mixed.device.type, given.mixed.dtype)
+    return WAYS[way](given, shape, bounds)
+
+
+def apart(mixed: torch.Tensor, shape: DeltaShape) -> list[torch.Tensor]:
+    """Queries, keys (..., key heads, key width) and values (..., value heads, value width) of `mixed` (..., C)."""
+    keys = shape.key_heads * shape.key_width
+    parts = mixed.split([keys, keys, shape.value_heads * shape.value_width], dim=-1)
+    widths = (shape.key_width, shape.key_width, shape.value_width)
+    return [part.unflatten(-1, (-1, width)) for part, width in zip(parts, widths)]
+
+
+# -----------------------------------------------------------------------------
+# Ways
+
+
+def by_fla(given: DeltaInputs, shape: DeltaShape, bounds: torch.Tensor) -> torch.Tensor:
+    """flash-linear-attention's convolution and chunked rule, all pages at once; its kernels make gates and norms, too,
+    in fp32."""
+    from fla.modules.causal_conv1d import causal_conv1d
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    mixed, _ = causal_conv1d(given.mixed[None], given.conv, activation="silu", cu_seqlens=bounds)
+    query, key, value = apart(mixed, shape)
+    gates = {"g": given.decay[None], "beta": given.write[None], "A_log": given.rate, "dt_bias": given.bias}
+    inside = {f"use_{part}_in_kernel": True for part in ("qk_l2norm", "beta_sigmoid", "gate")}
+    done, _ = chunk_gated_delta_rule(query, key, value, **gates, **inside, cu_seqlens=bounds)
+    return done[0]
+
+
+def page_by_page(given: DeltaInputs, shape: DeltaShape, bounds: torch.Tensor) -> torch.Tensor:
+    """transformers' torch functions, on any device and in any precision. `bounds.tolist()` makes a GPU wait."""
+    # A page's steps are made again in the backward pass: what they keep in fp32, a quarter of a megabyte a token of
+    # 4B's layers, would be ten times what all else of a layer keeps.
+    done = []
+    for start, end in pairwise(bounds.tolist()):
+        rows = (part[start:end] for part in (given.mixed, given.write, given.decay))
+        parts = (*rows, given.conv, given.rate, given.bias, shape)
+        done.append(checkpoint(one_page, *parts, use_reentrant=False) if torch.is_grad_enabled() else one_page(*parts))
+    return torch.cat(done)
+
+
+def one_page(
+    mixed: torch.Tensor,
+    write: torch.Tensor,
+    decay: torch.Tensor,
+    conv: torch.Tensor,
+    rate: torch.Tensor,
+    bias: torch.Tensor,
+    shape: DeltaShape,
+) -> torch.Tensor:
+    """`DeltaInputs` of a single page to (S, value heads, value width)."""
+    # Imported here: it takes seconds, and flash-linear-attention does without it.
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as own
+
+    # Beneath transformers' decorators, which put flash-linear-attention in their place wherever it is installed.
+    convolve, rule = own.causal_conv1d_fn.__wrapped__, own.torch_chunk_gated_delta_rule.__wrapped__
+    mixed = convolve(mixed.T[None], conv, activation="silu").transpose(1, 2)  # (1, S, C)
+    gate = -rate.float().exp() * softplus(decay.float() + bias)
+    parts = (*apart(mixed, shape), gate[None], write.sigmoid()[None])
+    return rule(*parts, use_qk_l2norm_in_kernel=True)[0][0]
+
+
+# By the words in which a training says at its start what it uses.
+FLA, PAGES = "flash-linear-attention", "transformers' torch function, page by page"
+WAYS: dict[str, Callable] = {FLA: by_fla, PAGES: page_by_page}
+
+# -----------------------------------------------------------------------------
+# Choice and proof
+
+
+def obstacle(device: str, half: bool) -> str:
+    """Why flash-linear-attention cannot be tried; empty where it can."""
+    if device != "cuda":
+        return "no GPU"
+    if not half:
+        return "it takes half precision"
+    return "" if importable() else "not installed, or broken"
+
+
+@lru_cache
+def importable() -> bool:
+    """Whether flash-linear-attention has what is used of it; built for another triton, it may fail in any way."""
+    # A broken package must cost speed, not the training: it is said which way is used (`delta_words`).
+    try:
+        parts = ("fla.modules.causal_conv1d", "causal_conv1d"), ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule")
+        return all(hasattr(importlib.import_module(module), name) for module, name in parts)
+    except Exception:
+        return False
+
+
+def delta_way(shape: DeltaShape, device: str, dtype: torch.dtype) -> str:
+    """Which of WAYS takes layers of `shape`."""
+    return FLA if not obstacle(device, dtype.itemsize == 2) and proved(shape, dtype) else PAGES
+
+
+def delta_words(shape: DeltaShape, device: str, dtype: torch.dtype) -> str:
+    """What takes the linear attention of a model, and the price where it is the slow way; the proof happens here."""
+    if delta_way(shape, device, dtype) == FLA:
+        return FLA
+    missing = obstacle(device, dtype.itemsize == 2) or "it did not prove right"
+    return f"{PAGES}, in fp32 and many times slower ({FLA}: {missing})"
+
+
+@lru_cache
+def proved(shape: DeltaShape, dtype: torch.dtype, device: str = "cuda") -> bool:
+    """Whether flash-linear-attention gives what the torch way gives, gradients included, for `shape`.
+
+    False, with a warning that names the difference, where it fails or differs. Raises torch.OutOfMemoryError, which
+    says nothing about the kernels.
+    """
+    # Kernels keep these for their gradients, which torch forbids for tensors of inference mode; and a layer that is
+    # checkpointed around this must not take these tensors for its own.
+    apart = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
+    with torch.inference_mode(False), torch.enable_grad(), apart:
+        trial = trial_of(shape, dtype, device)
+        wanted = outcome(PAGES, shape, *trial)
+        try:
+            found = outcome(FLA, shape, *trial)
+        except torch.OutOfMemoryError:
+            raise
+        # Compiled as they are used, its kernels may raise anything; the training goes on without them.
+        except Exception as error:
+            warnings.warn(f"{FLA} fails for {shape}, {PAGES} is used there: {error}", stacklevel=2)
+            return False
+    errors = {name: ((found[name] - part).norm() / part.norm()).item() for name, part in wanted.items()}
+    # What is no number is not below the limit either.
+    if all(error < LIMITS.get(name, 0.02) for name, error in errors.items()):
+        return True
+    shown = ", ".join(f"{name} {error:.2g}" for name, error in errors.items())
+    warnings.warn(f"{FLA} differs from {PAGES} for {shape}, which is used there: {shown}", stacklevel=2)
+    return False
+
+
+# Sums over all tokens, much of which cancels: there rounding alone is more.
+LIMITS = {"rate": 0.05, "bias": 0.05}
+
+
+def trial_of(
+    shape: DeltaShape, dtype: torch.dtype, device: str, lengths: tuple[int, ...] = (300, 1500, 64, 1)
+) -> tuple[DeltaInputs, torch.Tensor, torch.Tensor]:
+    """Inputs as a layer has them, by chance but always the same, their pages' bounds, and a gradient to come back."""
+    draw, places = torch.Generator(device).manual_seed(0), sum(lengths)
+    heads = (places, shape.value_heads)
+    sizes = [(places, shape.channels), heads, heads, (shape.channels, shape.taps), heads[1:], heads[1:]]
+    parts = [torch.randn(size, generator=draw, device=device, dtype=dtype) for size in sizes]
+    parts[3] = parts[3] / shape.taps**0.5
+    # A state that lasts from a few tokens to hundreds: what is forgotten at once would leave nothing to compare.
+    parts[4] = torch.rand(heads[1:], generator=draw, device=device).mul(16).log().to(dtype)
+    parts[5] = parts[5] - 4
+    outer = torch.randn((*heads, shape.value_width), generator=draw, device=device, dtype=dtype)
+    ends = torch.tensor((0, *lengths), device=device).cumsum(0, dtype=torch.int32)
+    return DeltaInputs(*parts), ends, outer
+
+
+def outcome(
+    way: str, shape: DeltaShape, given: DeltaInputs, bounds: torch.Tensor, outer: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Values and all gradients of one of WAYS, by name, in fp32."""
+    parts = {name: part.clone().requires_grad_() for name, part in vars(given).items()}
+    done = WAYS[way](DeltaInputs(**parts), shape, bounds)
+    found = torch.autograd.grad(done, list(parts.values()), outer)
+    return {"values": done.detach().float(), **{name: part.float() for name, part in zip(parts, found)}}
