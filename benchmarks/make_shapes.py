@@ -110,12 +110,12 @@ CHAT_TEMPLATE = (
 )
 # Qwen3's have no system turn of their own; Qwen3.5's begins each answer with thoughts, which are empty if not wanted.
 WITHOUT_SYSTEM = CHAT_TEMPLATE.replace(DEFAULT_SYSTEM, "")
-THINKING = (
-    "{%- if enable_thinking is defined and enable_thinking is false -%}{{ '<think>\n\n</think>\n\n' }}"
-    "{%- else -%}{{ '<think>\n' }}{%- endif -%}{%- endif -%}"
-)
-CHAT_TEMPLATES = {"qwen2_5_vl": CHAT_TEMPLATE, "qwen3_vl": WITHOUT_SYSTEM}
-CHAT_TEMPLATES["qwen3_5"] = WITHOUT_SYSTEM.removesuffix("{%- endif -%}") + THINKING
+NO_THOUGHTS = "{{ '<think>\n\n</think>\n\n' }}"
+TURN, ASKED = "<|im_start|>{{ message.role }}{{ '\n' }}", "<|im_start|>assistant{{ '\n' }}"
+THINKING = WITHOUT_SYSTEM.replace(TURN, TURN + "{%- if message.role == 'assistant' -%}" + NO_THOUGHTS + "{%- endif -%}")
+IF_NONE = "{%- if enable_thinking is defined and enable_thinking is false -%}"
+THINKING = THINKING.replace(ASKED, ASKED + IF_NONE + NO_THOUGHTS + "{%- else -%}{{ '<think>\n' }}{%- endif -%}")
+CHAT_TEMPLATES = {"qwen2_5_vl": CHAT_TEMPLATE, "qwen3_vl": WITHOUT_SYSTEM, "qwen3_5": THINKING}
 
 
 def in_small(parts: dict, tiny: dict) -> dict:
