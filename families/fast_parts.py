@@ -445,6 +445,8 @@ def packed_forward(
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     core, vision = self.model, {name.removeprefix("image_"): value for name, value in geometry.items()}
+    if "interp_bits" in vision:
+        vision["interp_weights"] = vision.pop("interp_bits").view(torch.float32)
     # The pictures of all pages go through the tower in one row, too; its windows and pictures are the segments there.
     seen = core.visual(pixel_values.to(core.visual.dtype), grid_thw=image_grid_thw, **vision)
     # Of some families (Qwen3-VL) also what the first layers of the language model are given of the tower's.

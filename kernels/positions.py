@@ -44,7 +44,9 @@ def image_geometry(config: PretrainedConfig) -> Callable[[torch.Tensor], dict[st
 
 def interpolated_geometry(config: PretrainedConfig) -> Callable[[torch.Tensor], dict[str, Any]]:
     """As `image_geometry`, for a tower without windows whose learned positions, a square of them, are stretched over
-    each picture (Qwen3-VL, Qwen3.5): with the four of them between which each patch stands, and their shares."""
+    each picture (Qwen3-VL, Qwen3.5): with the four of them between which each patch stands, and their shares. These as
+    the integers of the same bits: under DeepSpeed the Trainer (transformers 5.23) makes half precision of what is a
+    float, and the model's own are in fp32."""
     vision = config.vision_config
     merge, side = vision.spatial_merge_size, int(vision.num_position_embeddings**0.5)
 
@@ -57,7 +59,7 @@ def interpolated_geometry(config: PretrainedConfig) -> Callable[[torch.Tensor], 
             "image_cu_seqlens": bounds,
             "image_max_seqlen": int(bounds.diff().max()),
             "image_interp_indices": places,
-            "image_interp_weights": shares,
+            "image_interp_bits": shares.view(torch.int32),
         }
 
     return geometry

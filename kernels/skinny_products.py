@@ -131,6 +131,18 @@ def inverse_of(sums, epsilon, DEPTH: tl.constexpr):
 
 
 @triton.jit
+def is_last(mine, done, arrived, SHARERS: tl.constexpr):
+    """Leaves `done` at `mine` for whoever of the SHARERS comes last: that one adds up, in their order, so that the sum
+    is the same each time. The count `arrived` is zero again then."""
+    tl.store(mine, done)
+    tl.debug_barrier()
+    last = tl.atomic_add(arrived, 1) == SHARERS - 1
+    if last:
+        tl.store(arrived, 0)
+    return last
+
+
+@triton.jit
 def sum_of(first, apart: tl.constexpr, SHARERS: tl.constexpr):
     """Of what stands at `first` and `apart` numbers behind each other; not out of this processor's own cache, which
     knows nothing of what the others have written."""
@@ -142,12 +154,13 @@ def sum_of(first, apart: tl.constexpr, SHARERS: tl.constexpr):
 
 @triton.jit
 def multiply(
-    weight, source, norm, column, columns, row, known, inverse, begin, end,
+    weight, source, norm, inverse, at,
     DEPTH: tl.constexpr, NORMED: tl.constexpr, GATED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """(COLUMNS, ROWS) of the weight's `column` (COLUMNS,) and, where it is GATED, of those `columns` further on, over
     the depth from `begin` to `end`."""
+    row, known, column, columns, begin, end = at
     kind: tl.constexpr = source.dtype.element_ty
     STEP: tl.constexpr = BLOCK // PIECES
     deep = tl.arange(0, PIECES)[:, None] * STEP + tl.arange(0, STEP)[None, :]
@@ -214,23 +227,17 @@ def product_kernel(
     inverse = tl.full((ROWS,), 1.0, tl.float32)
     if NORMED and kind != tl.bfloat16:
         inverse = inverse_of(sums, epsilon, DEPTH)
-    done, second = multiply(
-        weight, source, norm, column, columns, row, known, inverse, begin, end,
-        DEPTH, NORMED, GATED, ROWS, COLUMNS, BLOCK, PIECES,
-    )  # fmt: skip
+    at = (row, known, column, columns, begin, end)
+    done, second = multiply(weight, source, norm, inverse, at, DEPTH, NORMED, GATED, ROWS, COLUMNS, BLOCK, PIECES)
     if NORMED and kind == tl.bfloat16:
         inverse = inverse_of(sums, epsilon, DEPTH)
         done *= inverse[None, :]
         second *= inverse[None, :]
     if SHARERS > 1:
         mine = shares + tile * (SHARERS * COLUMNS * ROWS) + tl.arange(0, COLUMNS)[:, None] * ROWS + row[None, :]
-        tl.store(mine + share * (COLUMNS * ROWS), done)
-        tl.debug_barrier()
-        # Whoever comes last adds up, in their order, so that the sum is the same each time.
-        if tl.atomic_add(arrived + tile, 1) < SHARERS - 1:
+        if not is_last(mine + share * (COLUMNS * ROWS), done, arrived + tile, SHARERS):
             return
         done = sum_of(mine, COLUMNS * ROWS, SHARERS)
-        tl.store(arrived + tile, 0)
     if GATED:
         gate = done.to(kind).to(tl.float32)
         done = (gate * tl.sigmoid(gate)).to(kind).to(tl.float32) * second

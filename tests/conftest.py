@@ -114,7 +114,7 @@ def make_config(tokenizer, hidden: int = 32, tie: bool = True):
 def make_qwen3_vl_processor():
     from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
-    size = {"shortest_edge": 64 * 64, "longest_edge": 320 * 320}
+    size = {"shortest_edge": 56 * 56, "longest_edge": 280 * 280}  # as small_run asks for them
     return Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=size, patch_size=16),
         tokenizer=make_tokenizer(),
@@ -277,14 +277,14 @@ class Tiny:
         return batch
 
 
-def make_qwen3_vl_base(folder: Path) -> Path:
+def make_qwen3_vl_base(folder: Path, dtype=None) -> Path:
     import torch
     from transformers import GenerationConfig, Qwen3VLForConditionalGeneration
 
     processor = make_qwen3_vl_processor()
     processor.save_pretrained(folder)
     torch.manual_seed(0)
-    model = Qwen3VLForConditionalGeneration(make_qwen3_vl_config(processor.tokenizer)).to(torch.bfloat16)
+    model = Qwen3VLForConditionalGeneration(make_qwen3_vl_config(processor.tokenizer)).to(dtype or torch.bfloat16)
     ends = {"eos_token_id": processor.tokenizer.eos_token_id, "pad_token_id": processor.tokenizer.pad_token_id}
     model.generation_config = GenerationConfig(**ends)
     model.save_pretrained(folder)
@@ -445,6 +445,11 @@ def environment_as_it_was():
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
     return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3_vl(tmp_path_factory) -> Path:
+    return make_qwen3_vl_base(tmp_path_factory.mktemp("qwen3_vl"))
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,9 +61,12 @@ class Engine:
         wanted: int | None = None,
         watch: Callable[[], Watch] | None = None,
         drafts: bool = True,
+        meanwhile: Callable[[], None] = lambda: None,
     ):
         """`wanted` answers at most are asked for together; `watch` makes what may end an answer early; `drafts` are
-        guessed where they cost nothing. Raises torch.OutOfMemoryError where not even one slot fits."""
+        guessed where they cost nothing; `meanwhile` is called before each block of steps, and what it raises ends the
+        writing. Raises torch.OutOfMemoryError where not even one slot fits."""
+        self.meanwhile = meanwhile
         self.model, self.processor, self.recipe, self.watch, self.drafts = model, processor, recipe, watch, drafts
         self.stops = set(use.end_tokens(model, processor))
         self.captured = family_of(model.config).captured(model)
@@ -113,10 +116,11 @@ class Engine:
 
     def write(
         self, requests: Iterable[use.Request], shown: Callable[[use.Request, str], None] | None = None
-    ) -> Iterator[tuple[use.Request, use.Written]]:
-        """Answers as they end, in any order. Screenshots are opened when their turn is near; what opening raises is
-        raised here. `shown` gets each answer's text in pieces as it is written. One at a time: raises RuntimeError
-        where another is under way; one that is closed early leaves nothing behind."""
+    ) -> Iterator[tuple[use.Request, use.Written | use.Failed]]:
+        """Answers as they end, in any order. Screenshots are opened when their turn is near, in threads; what opening
+        raises is raised here, but for a `UseError`, which is that request's answer. `shown` gets each answer's text in
+        pieces as it is written. One at a time: raises RuntimeError where another is under way; one that is closed early
+        leaves nothing behind."""
         if any(self.slots):
             raise RuntimeError("this engine is writing already: end or close that first, or make another one")
         # Those that were closed early would move on, out of their slots.
@@ -126,9 +130,11 @@ class Engine:
             waiting = Waiting(requests, pool, make)
             try:
                 while True:
+                    self.meanwhile()
                     ended = None
                     try:
                         self.fill(waiting)
+                        yield from waiting.failures()
                         width = self.width()
                         if not width:
                             return
@@ -309,19 +315,25 @@ class Waiting:
         self, requests: Iterable[use.Request], pool: ThreadPoolExecutor, make: Callable[[use.Request], Question]
     ):
         self.requests, self.pool, self.make = iter(requests), pool, make
-        self.coming: deque = deque()
+        self.coming: deque[tuple[use.Request, Future[Question]]] = deque()
         self.back: deque[Question] = deque()
+        self.failed: list[tuple[use.Request, use.Failed]] = []
 
     def look_ahead(self, count: int) -> None:
         for request in itertools.islice(self.requests, max(0, count - len(self.coming))):
-            self.coming.append(self.pool.submit(self.make, request))
+            self.coming.append((request, self.pool.submit(self.make, request)))
 
     def take(self, most: int, patches: int) -> list[Question]:
         """The next questions, `most` at most and as many as have `patches` together, at least one; [] at the end."""
         taken: list[Question] = []
         self.look_ahead(most + READERS)
         while len(taken) < most and (self.back or self.coming):
-            question = self.back[0] if self.back else self.coming[0].result()
+            try:
+                question = self.back[0] if self.back else self.coming[0][1].result()
+            except use.UseError as error:
+                self.failed.append((self.coming.popleft()[0], use.Failed(error)))
+                self.look_ahead(most + READERS - len(taken))
+                continue
             patches -= len(question.patches)
             if taken and patches < 0:
                 break
@@ -329,6 +341,11 @@ class Waiting:
             taken.append(question)
             self.look_ahead(most + READERS - len(taken))
         return taken
+
+    def failures(self) -> Iterator[tuple[use.Request, use.Failed]]:
+        """The requests whose turn has come, but whose screenshots could not be opened."""
+        while self.failed:
+            yield self.failed.pop(0)
 
     def put_back(self, questions: list[Question]) -> None:
         self.back.extendleft(reversed(questions))

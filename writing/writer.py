@@ -30,23 +30,25 @@ def writer(
     batch: int,
     wanted: int | None = None,
     tell: Callable[[str], None] = use.say,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Any:
     """A writer of `wanted` answers in all, `batch` at once where generate() writes; the engine decides that itself.
-    What cannot be done as it should is told."""
+    What cannot be done as it should is told. `meanwhile` is called every few tokens, and ends the writing by raising.
+    """
     from writing import endings
 
     tokenizer, limit = processor.tokenizer, recipe.max_html_tokens
-    watch, ends = partial(endings.Watch, tokenizer, limit), endings.Endings
+    watch, ends = partial(endings.Watch, tokenizer, limit), partial(endings.Endings, meanwhile=meanwhile)
     if why := endings.obstacle(tokenizer):
         tell(f"pages that do not end are not closed: {why}")
-        watch = ends = None
+        watch, ends = None, partial(ends, watch=endings.Unwatched)
     if why := obstacle(model):
         tell(f"pages are written by generate(), not by the engine: {why}")
         return use.Generating(model, processor, recipe, batch, ends)
     from writing.engine import Engine
 
     try:
-        engine = Engine(model, processor, recipe, wanted, watch)
+        engine = Engine(model, processor, recipe, wanted, watch, meanwhile=meanwhile)
     except Exception as error:
         if not use.is_out_of_memory(error):
             raise

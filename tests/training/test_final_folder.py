@@ -87,21 +87,23 @@ WAYS = {
     "plain, vision frozen": (start_plain, {"freeze_vision": True}, {}),
     "torchrun, 2 ranks": (start_torchrun, {}, {"processes": 2}),
     "ZeRO-3": (start_deepspeed, {}, {}),  # the launcher once; for the rest torchrun, which is much cheaper
-    "ZeRO-3, 2 ranks, LoRA": (start_zero_3, {"lora": True}, {"processes": 2}),
+    "Qwen3-VL, ZeRO-3, 2 ranks, LoRA": (start_zero_3, {"lora": True}, {"processes": 2}),
+    "Qwen3-VL, plain, 4-bit": (start_plain, {"quantize": "4bit"}, {}),
     "ZeRO-3, 2 ranks, vision frozen": (start_zero_3, {"freeze_vision": True}, {"processes": 2}),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_train_leaves_a_folder_that_loads_anywhere(way, tiny_base, pages_folder, tmp_path):
+def test_every_way_to_train_leaves_a_folder_that_loads_anywhere(way, request, pages_folder, tmp_path):
     start, settings, options = WAYS[way]
-    done = start(small_run(tiny_base, pages_folder, **TRAIN, **settings), tmp_path, **options)
+    base = request.getfixturevalue("tiny_qwen3_vl" if "Qwen3-VL" in way else "tiny_base")
+    done = start(small_run(base, pages_folder, **TRAIN, **settings), tmp_path, **options)
     assert done.returncode == 0, output(done)
-    assert_final_is_like(tiny_base, tmp_path)
+    assert_final_is_like(base, tmp_path)
     changed = {
         key
-        for key, value in weights(tiny_base).items()
+        for key, value in weights(base).items()
         if not torch.equal(weights(tmp_path / "holo1_dom_finetune_final")[key], value)
     }
     vision = {key for key in changed if "visual." in key}

@@ -19,6 +19,8 @@ from conftest import ROOT, make_pages, make_qwen3_5_base, make_qwen3_vl_base
 from PIL import Image
 
 import use_model_from_hub as use
+from training import evaluation
+from training.errors import StoppedError
 from training.evaluation import tell_once, write_held_out
 from writing import engine as room
 from writing import writer as writers
@@ -380,6 +382,20 @@ def test_a_screenshot_that_cannot_be_opened_is_raised_where_answers_are_taken(lo
         list(Engine(model, processor, RECIPE, wanted=2).write([*requests_of(shots, [0]), bad]))
 
 
+@pytest.mark.parametrize("good", [[0, 2, 3], []])
+def test_a_screenshot_whose_owner_says_why_it_cannot_be_opened_is_named_and_the_rest_goes_on(loaded, shots, good):
+    def missing():
+        raise use.UseError("no such file")
+
+    model, processor = loaded
+    bad = [use.Request(place, missing) for place in (7, 8, 9)]
+    order = [*requests_of(shots, good[:1]), *bad, *requests_of(shots, good[1:])]
+    found = {it.place: page for it, page in Engine(model, processor, RECIPE, wanted=2).write(order)}
+    assert {*found} == {*good, 7, 8, 9}
+    assert {str(found[place].error) for place in (7, 8, 9)} == {"no such file"}
+    assert all(isinstance(found[place], use.Written) for place in good)
+
+
 def test_what_is_shown_in_pieces_is_the_answer(loaded, shots, alone):
     model, processor = loaded
     pieces = []
@@ -461,6 +477,29 @@ def test_without_memory_for_one_slot_generate_writes_and_the_engine_says_how_man
     monkeypatch.setattr(room, "Cache", full)
     assert isinstance(writers.writer(model, processor, RECIPE, 3, 2, told.append), use.Generating)
     assert told[1:] == ["pages are written by generate(), not by the engine: no memory for one slot of 24 tokens"]
+
+
+@pytest.mark.parametrize("by_engine", [True, False])
+def test_evaluation_stops_within_a_block_of_steps(loaded, tmp_path, monkeypatch, by_engine):
+    """A signal was seen only once a page had ended."""
+    model, processor = loaded
+    folder, steps, asked = make_pages(tmp_path / "pages", 5), [], SimpleNamespace(wanted=False)
+
+    def step(*unused):
+        steps.append(unused)
+        asked.wanted = len(steps) == 2
+
+    run = room.Step.run
+    monkeypatch.setattr(room, "BLOCK", 2)
+    monkeypatch.setattr(room.Step, "run", lambda self, count: (step(), run(self, count)))
+    monkeypatch.setattr(writers, "obstacle", lambda model: "" if by_engine else "none is wanted")
+    monkeypatch.setattr(evaluation, "stop", asked)
+    hook = model.register_forward_pre_hook(step)
+    pages = [{"screenshot": path.read_bytes(), "html": "<p>"} for path in folder.glob("*.png")]
+    with pytest.raises(StoppedError):
+        write_held_out(model, processor, datasets.Dataset.from_list(pages), RECIPE, batch=1)
+    hook.remove()
+    assert len(steps) == 2
 
 
 def test_evaluation_writes_by_the_engine_what_it_writes_by_generate(loaded, tmp_path, monkeypatch):
