@@ -12,8 +12,8 @@ With `--real_lengths` it is one whole evaluation by the training's own code, par
 answer, and what they write is no page. So each answer is ended where its page's own HTML would end, by a `Watch` that
 meanwhile watches that HTML, and what is rendered and scored in its place is that HTML; drafts, which come true in loops
 as they do in no page, are left out. On several GPUs every rank writes the same `--eval_pages` pages, which therefore
-count as many times: twice as many tokens a second on two GPUs are twice the speed. Without a GPU, where no one would,
-the engine writes as well: to try this out.
+count as many times: twice as many tokens a second on two GPUs are twice the speed. Without a GPU the engine writes as
+well, and pages are scored beside that, as nobody would have it there: to try this out.
 
 Without it, each rank writes its share of the held-out pages with the gathered copy, 200 tokens each, and one page with
 the sharded model.
@@ -157,7 +157,7 @@ def measure_real_lengths(judge, trainer) -> dict:
     times, count = {}, training.world_size()
     judge.pages = concatenate_datasets([judge.pages] * count)
     if not torch.cuda.is_available():
-        writer.obstacle = lambda model: ""
+        writer.obstacle, judge.rendering.beside_writing = lambda model: "", True
     known = {"pages": judge.pages, "times": times}
     engine.Engine = type("EngineOfLengths", (OfLengths, engine.Engine), known)
     start = time.monotonic()
