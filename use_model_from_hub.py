@@ -29,6 +29,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import chain, islice, repeat
@@ -126,8 +127,7 @@ def open_screenshot(picture: bytes) -> Image:
     image, turn = _decode(picture)
     # What a PNG says of itself first; a chunk of somebody's own may come before it.
     shown = _in_eight_bits(image, depth=picture[picture.find(b"IHDR") + 12] if image.format == "PNG" else 8)
-    if turn is not None:
-        shown = shown.transpose(turn)
+    shown = shown if turn is None else shown.transpose(turn)
     shown.info = {}  # what the file said of itself: saved again, the picture would turn once more
     return shown
 
@@ -135,7 +135,7 @@ def open_screenshot(picture: bytes) -> Image:
 def picture_size(picture: bytes) -> tuple[int, int]:
     """(width, height) of what `open_screenshot` makes of it, and as strict: whatever it raises is raised here."""
     image, turn = _decode(picture, size_alone=True)
-    return turned_size(image.size, turn)
+    return (image if turn is None else image.transpose(turn)).size
 
 
 def _decode(picture: bytes, size_alone: bool = False) -> tuple[Image, Transpose | None]:
@@ -165,9 +165,7 @@ def _decode(picture: bytes, size_alone: bool = False) -> tuple[Image, Transpose 
         raise PictureError("not a readable PNG, JPEG or WebP picture") from error
     except _DAMAGED as error:
         raise PictureError(f"not a readable PNG, JPEG or WebP picture ({str(error)[:100]})") from error
-    if size_alone:
-        image = Image.new("1", size)
-    return image, turn
+    return (Image.new("1", size) if size_alone else image), turn
 
 
 def upright(image: Image) -> Transpose | None:
@@ -185,12 +183,6 @@ def upright(image: Image) -> Transpose | None:
     turns = {2: way.FLIP_LEFT_RIGHT, 3: way.ROTATE_180, 4: way.FLIP_TOP_BOTTOM, 5: way.TRANSPOSE}
     turns |= {6: way.ROTATE_270, 7: way.TRANSVERSE, 8: way.ROTATE_90}
     return turns.get(orientation) if isinstance(orientation, int) else None
-
-
-def turned_size(size: tuple[int, int], turn: Transpose | None) -> tuple[int, int]:
-    """(width, height) after `turn`, as `upright` gives it."""
-    sideways = turn is not None and turn.name in ("ROTATE_90", "ROTATE_270", "TRANSPOSE", "TRANSVERSE")
-    return size[::-1] if sideways else size
 
 
 def _in_eight_bits(image: Image, depth: int) -> Image:
@@ -253,7 +245,8 @@ def encode_questions(processor: ProcessorMixin, screenshots: list[Image], prompt
 
 @dataclass(frozen=True)
 class Request:
-    """One answer that is wanted: of the screenshot that `open()` gives when its turn comes; `place` is the caller's."""
+    """One answer that is wanted: of the screenshot that `open()` gives when its turn comes, in any thread. A `UseError`
+    from there becomes this request's answer, a `Failed`, and the rest goes on. `place` is the caller's."""
 
     place: int
     open: Callable[[], Image]
@@ -271,6 +264,14 @@ class Written:
     cut_off: bool
     looped: bool = False
     closing_tokens: int = 0
+
+
+@dataclass
+class Failed:
+    """Why a page has no answer, after how many attempts, 0 where `open` raised. Who takes it for a `Written` fails."""
+
+    error: UseError
+    attempts: int = 0
 
 
 def chances(screenshot: Image, recipe: Recipe, sample: int) -> torch.Tensor:
@@ -387,12 +388,21 @@ class Generating:
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, recipe: Recipe, batch: int = 1, endings=None):
         self.asked, self.batch, self.endings = (model, processor, recipe), batch, endings
 
-    def write(self, requests: Iterable[Request], shown: Shown | None = None) -> Iterator[tuple[Request, Written]]:
+    def write(self, requests: Iterable[Request], shown: Shown | None = None) -> Iterator[tuple[Request, Any]]:
         """The answers in order; a page that is written alone is `shown`. Out of memory it raises for a single page."""
         requests = iter(requests)
-        while batch := list(islice(requests, self.batch)):
+        while some := list(islice(requests, self.batch)):
+            batch, screenshots = [], []
+            for request in some:
+                try:
+                    screenshots.append(request.open())
+                    batch.append(request)
+                except UseError as error:
+                    yield request, Failed(error)
+            if not batch:
+                continue
             pieces = partial(shown, batch[0]) if shown and len(batch) == 1 else None
-            screenshots, samples, answers = [it.open() for it in batch], [it.sample for it in batch], None
+            samples, answers = [it.sample for it in batch], None
             model, processor, recipe = self.asked
             try:
                 answers = write_pages(model, processor, screenshots, recipe, samples, pieces, self.endings)
@@ -565,14 +575,18 @@ class Page:
         self.sha256 = hashlib.sha256(picture).hexdigest()
         return picture
 
-    def checked(self) -> bytes:
-        """The same, of what `open_screenshot` opens; raises `UseError`."""
+    def open(self) -> Image:
+        """The screenshot, decoded. Raises `UseError`."""
         try:
-            picture_size(picture := self.read())
+            return open_screenshot(self.read())
         except (OSError, PictureError) as error:
-            code, words = getattr(error, "code", 2), getattr(error, "strerror", None) or error
-            raise UseError(f"--image {self.path}: {words}", code) from error
-        return picture
+            words = getattr(error, "strerror", None) or error
+            raise UseError(f"--image {self.path}: {words}", getattr(error, "code", 2)) from error
+
+    def opens(self) -> bool:
+        with suppress(UseError):
+            return bool(self.open())
+        return False
 
     def beside(self, suffix: str) -> Path:
         return self.html.with_name(self.html.name.removesuffix(".html") + suffix)
@@ -581,7 +595,6 @@ class Page:
 def find_pages(images: Sequence[str], output: str | None) -> tuple[list[Page], bool]:
     """The pages of --image, and whether --output is a folder for them. Folders, to their depths, and patterns mean
     pictures there, but for hidden ones and our previews; anything else means just that, and need not be there.
-
     There they lie as their screenshots do below the folder that all of these share: a/x.html, b/x.html; all with
     their suffix, x.png.html, where x.png and x.jpg lie beside each other. Raises `UseError`."""
     found, bases, single = {}, [], len(images) == 1
@@ -604,7 +617,7 @@ def find_pages(images: Sequence[str], output: str | None) -> tuple[list[Page], b
         if output and not Path(output).absolute().parent.is_dir():
             raise UseError(f"--output {output}: the folder does not exist; create it first")
         pages[0].html = Path(output) if output else None
-        pages[0].checked()
+        pages[0].open()
         return pages, False
     if os.path.isfile(output):
         raise UseError(f"--output {output} is a file, and there may be several pages; give a folder")
@@ -690,14 +703,14 @@ class Shown:
         print(html.removeprefix(self.out), flush=True)
 
 
-def render(html: str, width: int, height: int) -> Image:
-    """The HTML in a window of so many CSS px, without scripts or network, in a browser of its own; the project's keeps
-    to time and memory, too. Raises `UseError`."""
+def render(html: str, width: int, height: int, renderer: Any = None) -> Image:
+    """The HTML in a window of so many CSS px, without scripts or network, in a browser of its own or by `renderer`; the
+    project's keeps to time and memory, too. Raises `UseError`."""
     from PIL import Image
 
     try:
         if renders := room("scoring.renders"):
-            with renders.Renderer(1) as renderer:
+            with nullcontext(renderer) if renderer else renders.Renderer(1) as renderer:
                 done = renderer.render(renders.Job(html, width, height))
             if done.failure:
                 raise RuntimeError(done.failure)
@@ -706,14 +719,10 @@ def render(html: str, width: int, height: int) -> Image:
 
         names = "chromium-headless-shell chromium chromium-browser google-chrome".split()
         found = next(filter(None, map(shutil.which, names)), None)  # None: playwright's own
-        flags = [
-            "--proxy-server=127.0.0.1:1",
-            "--proxy-bypass-list=<-loopback>",
-            "--host-resolver-rules=MAP * ~NOTFOUND",
-        ]
+        flags = ["--proxy-server=127.0.0.1:1", "--proxy-bypass-list=<-loopback>"]
+        flags += ["--host-resolver-rules=MAP * ~NOTFOUND"]
         with sync_playwright() as playwright, playwright.chromium.launch(executable_path=found, args=flags) as browser:
-            size = {"width": width, "height": height}
-            tab = browser.new_page(viewport=size, java_script_enabled=False, offline=True)
+            tab = browser.new_page(viewport={"width": width, "height": height}, java_script_enabled=False, offline=True)
             tab.route("**/*", lambda route: route.abort())
             tab.set_content(html, timeout=15_000)
             return open_screenshot(tab.screenshot(full_page=True, timeout=15_000))
@@ -727,18 +736,20 @@ def draw_previews(pages: Sequence[Page]) -> int:
     from PIL import Image
 
     failed, pages = 0, [page for page in pages if page.html.exists() and not page.beside(PREVIEW).exists()]
-    for page in with_bar("previews", pages, len(pages)):
-        try:
-            left, file = open_screenshot(page.read()), io.BytesIO()
-            right = render(page.html.read_text(encoding="utf-8"), max(160, left.width), min(720, left.height))
-            both = Image.new("RGB", (left.width + 16 + right.width, max(left.height, right.height)))
-            both.paste(left)
-            both.paste(right, (left.width + 16, 0))
-            both.save(file, "PNG")
-            write_whole(page.beside(PREVIEW), file.getvalue())
-        except (OSError, PictureError, UseError) as error:
-            failed += 1
-            say(f"{page.html}: no preview: {error}")
+    renders = room("scoring.renders") if pages else None
+    with renders.Renderer(1) if renders else nullcontext() as renderer:  # starting one takes longer than a page
+        for page in with_bar("previews", pages, len(pages)) if pages else ():
+            try:
+                left, file, html = page.open(), io.BytesIO(), page.html.read_text(encoding="utf-8")
+                right = render(html, max(160, left.width), min(720, left.height), renderer)
+                both = Image.new("RGB", (left.width + 16 + right.width, max(left.height, right.height)), "grey")
+                both.paste(left)
+                both.paste(right, (left.width + 16, 0))
+                both.save(file, "PNG")
+                write_whole(page.beside(PREVIEW), file.getvalue())
+            except (OSError, UseError) as error:
+                failed += 1
+                say(f"{page.html}: no preview: {error}")
     return failed
 
 
@@ -761,7 +772,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     several = 'screenshots, folders, patterns in quotes, "-" for stdin'
     parser.add_argument("--image", required=True, nargs="+", action="extend", help=several)
-    parser.add_argument("--output", help="file for the HTML of one screenshot (default: stdout), folder for several")
+    parser.add_argument("--output", help="file for one screenshot's HTML (default and -: stdout), folder for several")
     parser.add_argument("--model", help=f"folder or Hub repository (beside this file, ./{FINAL_FOLDER}, {HUB_REPO})")
     parser.add_argument("--show_html", action="store_true", help="print the HTML also when it goes to --output")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model repository brings")
@@ -772,6 +783,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, (kind, *_, text) in NUMBERS.items():
         parser.add_argument(f"--{name}", type=kind, help=text)
     args = parser.parse_args(argv)
+    args.output = None if args.output == "-" else args.output
     for name, (_, low, high, _) in NUMBERS.items():
         if (value := getattr(args, name)) is not None and not low <= value <= high:
             parser.error(f"--{name} {value}: give one from {low:,} to {high:,}")
@@ -801,30 +813,19 @@ def find_recipe(args: argparse.Namespace, source: str) -> tuple[Recipe, str]:
 def write_all(args: argparse.Namespace, pages: list[Page], there: int | None, made: dict, opened: Callable) -> int:
     """Write every page by what `opened` gives, into a folder of which `there` are already, None: a single page, whose
     trouble is raised. How many failed; what is interrupted says how far it came."""
-    failed, done, prints = [], [], args.show_html or not args.output
+    failed, done, prints = 0, [], args.show_html or not args.output
     shown = Shown(prints and sys.stdout.isatty()) if there is None and not args.best_of else None
-
-    def fail(error: UseError) -> None:
-        failed.append(error)
-        if there is None:
-            raise error
-        say(str(error))
-
-    def requests() -> Iterator[Request]:
-        for place, page in enumerate(pages):
-            try:
-                yield Request(place, partial(open_screenshot, page.checked()))
-            except UseError as error:
-                fail(error)
-
-    wanted, total = requests(), len(pages) + (there or 0)
-    first = next(wanted, None)  # before torch loads: maybe there is none
-    answers, start = opened().write(chain([first], wanted), shown) if first else (), time.monotonic()
+    requests, total = (Request(place, page.open) for place, page in enumerate(pages)), len(pages) + (there or 0)
+    writes = opened() if any(page.opens() for page in pages) else Generating(None, None, Recipe())  # loads no torch
+    answers, start = writes.write(requests, shown), time.monotonic()
     try:
-        for request, answer in answers if there is None else with_bar("pages", answers, total, there):
+        for request, answer in answers if there is None or not pages else with_bar("pages", answers, total, there):
             page = pages[request.place]
-            if error := getattr(answer, "error", None):  # a server says why it has none
-                fail(UseError(f"--image {page.path}: {error}", error.code))
+            if isinstance(answer, Failed):
+                failed, words = failed + 1, f"--image {page.path}: " * (answer.attempts > 0) + str(answer.error)
+                if there is None:
+                    raise UseError(words, answer.error.code)
+                say(words)
                 continue
             if page.html:
                 keep(page, answer, None if there is None else made)
@@ -835,16 +836,18 @@ def write_all(args: argparse.Namespace, pages: list[Page], there: int | None, ma
             done.append(answer)
     finally:
         tokens, seconds = sum(answer.tokens for answer in done), time.monotonic() - start
-        say(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):,.1f} tokens/s")
+        if done:
+            which = " of the answers that are kept" if args.best_of else ""
+            say(f"{tokens:,} tokens{which} in {seconds:.1f} s, {tokens / max(seconds, 1e-9):,.1f} tokens/s")
         if cut := sum(answer.cut_off for answer in done):
             say(f"{cut:,} of {len(done):,} pages cut off at {made['max_html_tokens']:,} tokens and not complete")
         if looped := sum(answer.looped for answer in done):
             say(f"{looped:,} of {len(done):,} pages began to repeat themselves and were cut there")
         if there is not None:
-            say(f"{args.output}: {there:,} of {total:,} pages were there, {len(done):,} new, {len(failed):,} failed")
+            say(f"{args.output}: {there:,} of {total:,} pages were there, {len(done):,} new, {failed:,} failed")
         elif args.output and done:
             say(f"written to {args.output}")
-    return len(failed)
+    return failed
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,10 +1,22 @@
-"""How many tokens a second evaluation writes: on gathered weights, as the training does it, and on partitioned ones.
+"""How long evaluation takes, and how many tokens a second it writes.
 
+    python benchmarks/evaluation_speed.py --real_lengths --num_gpus 1 --base_model ./holo1_3b_shapes \\
+        --dataset ./pages_like_real --num_samples 16 --eval_pages 32 --out benchmarks/results/h100_3b_eval_write.json
     python benchmarks/evaluation_speed.py --num_gpus 2 --base_model ./holo1_3b_shapes --dataset ./pages_like_real \\
         --num_samples 16 --eval_pages 16 --out benchmarks/results/h200_x2_evaluation.json
 
 Takes the training's own flags. Everything up to the first step is the real run's, under the real launcher and ZeRO-3;
-then each rank writes its share of the held-out pages with the gathered copy, and one page with the sharded model.
+then, instead of the training, comes what is measured.
+
+With `--real_lengths` it is one whole evaluation by the training's own code, part by part. Random weights never end an
+answer, and what they write is no page. So each answer is ended where its page's own HTML would end, by a `Watch` that
+meanwhile watches that HTML, and what is rendered and scored in its place is that HTML; drafts, which come true in loops
+as they do in no page, are left out. On several GPUs every rank writes the same `--eval_pages` pages, which therefore
+count as many times: twice as many tokens a second on two GPUs are twice the speed. Without a GPU, where no one would,
+the engine writes as well: to try this out.
+
+Without it, each rank writes its share of the held-out pages with the gathered copy, 200 tokens each, and one page with
+the sharded model.
 """
 
 from __future__ import annotations
@@ -14,17 +26,21 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 TOKENS, SLOW_TOKENS = 200, 8  # written of each page: random weights never end one
+REAL_LENGTHS = "--real_lengths"
+
+# -----------------------------------------------------------------------------
+# Gathered and sharded
 
 
 def measure(judge, trainer) -> dict:
     """(all ranks) Tokens per second over all ranks, both ways, and what gathering takes."""
-    from dataclasses import replace
-
     import torch
     import torch.distributed as dist
 
@@ -63,11 +79,122 @@ def measure(judge, trainer) -> dict:
     }
 
 
+# -----------------------------------------------------------------------------
+# Real lengths
+
+
+class OwnLength:
+    """Watches an answer as `writing.endings.Watch` does, but for what stands in it: instead of the tokens that come, as
+    many of the page's own `ids` are given to `watch`, and the answer ends where they do."""
+
+    def __init__(self, ids: list[int], watch):
+        self.ids, self.watch, self.count = ids, watch, 0
+
+    def feed(self, ids: Sequence[int]):
+        """More of the answer: an `Ending` once it has as many tokens as the page."""
+        from writing.endings import END, Ending
+
+        start, self.count = self.count, min(len(self.ids), self.count + len(ids))
+        if self.watch:
+            self.watch.feed(self.ids[start : self.count])
+        return Ending(len(self.ids), [], END) if self.count == len(self.ids) else None
+
+
+def settled() -> float:
+    """The time once the GPU has done what it was told."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.monotonic()
+
+
+class OfLengths:
+    """Before `writing.engine.Engine`: answers as long as `pages`, and seconds in `times`: "made" and "last", when it
+    was made and gave its last answer, and the sums "start" (until it could write) and "reading" (screenshots)."""
+
+    pages, times = None, {}
+
+    def __init__(self, *arguments, **options):
+        made = self.times["made"] = time.monotonic()
+        super().__init__(*arguments, **{**options, "drafts": False})
+        self.stops = set()  # one token in 75,000 that are drawn blindly would be one
+        self.times.update(start=settled() - made, reading=0.0, slots=self.count)
+
+    def begin(self, number, question, *more):
+        super().begin(number, question, *more)
+        html = self.pages[question.request.place]["html"]
+        ids = self.processor.tokenizer(html, add_special_tokens=False)["input_ids"]
+        watch = self.slots[number].watch = OwnLength(ids, self.watch and self.watch())
+        watch.feed(question.written)
+
+    def fill(self, *arguments):
+        start, before = time.monotonic(), [*self.slots]
+        super().fill(*arguments)
+        self.times["reading"] += settled() - start if before != self.slots else 0.0
+
+    def step(self, width):
+        start, known = time.monotonic(), width in self.steps
+        step = super().step(width)
+        self.times["start"] += 0.0 if known else settled() - start
+        return step
+
+    def write(self, *arguments):
+        for request, page in super().write(*arguments):
+            self.times["last"] = time.monotonic()
+            own = self.pages[request.place]["html"]
+            yield request, replace(page, html=own, raw=own)
+
+
+def measure_real_lengths(judge, trainer) -> dict:
+    """(all ranks) The seconds of one evaluation, in all and by its parts on this rank, and tokens per second."""
+    import torch
+    from datasets import concatenate_datasets
+
+    import holo1_dom_finetune as training
+    from writing import engine, writer
+
+    times, count = {}, training.world_size()
+    judge.pages = concatenate_datasets([judge.pages] * count)
+    if not torch.cuda.is_available():
+        writer.obstacle = lambda model: ""
+    known = {"pages": judge.pages, "times": times}
+    engine.Engine = type("EngineOfLengths", (OfLengths, engine.Engine), known)
+    start = time.monotonic()
+    result = judge.evaluate("after")
+    end = time.monotonic()
+    writing = times["last"] - times["made"] - times["start"] - times["reading"]
+    tokens = [page["tokens"] for page in result["pages"]]
+    return {
+        "gpus": count,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "pages": len(judge.pages),
+        "slots": times["slots"],
+        "tokens": sum(tokens),
+        "longest_page_tokens": max(tokens),
+        "rendered": judge.rendering.obstacle or "all pages, and scored",
+        "seconds": end - start,
+        "parts_seconds": {
+            "copy of the weights": times["made"] - start,
+            "start: cache, capture": times["start"],
+            "reading screenshots": times["reading"],
+            "writing, with what is done meanwhile": writing,
+            "after the last token: rendering, scoring": end - times["last"],
+        },
+        "tokens_per_second": result["tokens_per_second"],
+    }
+
+
+# -----------------------------------------------------------------------------
+# Main
+
+
 def inside(argv: list[str], out: Path) -> None:
     """(all ranks) The training's main, which ends with the measurement where the first step would begin."""
     import holo1_dom_finetune as training
     from training.processes import rank
 
+    real_lengths = REAL_LENGTHS in os.environ.get("EVALUATION_SPEED", "")
     judges, init = [], training.Evaluator.__init__
 
     def remember(self, *arguments):
@@ -75,7 +202,7 @@ def inside(argv: list[str], out: Path) -> None:
         judges.append(self)
 
     def stop(self, trainer, *unused):
-        result = measure(judges[0], trainer)
+        result = (measure_real_lengths if real_lengths else measure)(judges[0], trainer)
         training.say(json.dumps(result))
         if rank() == 0:
             out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -97,9 +224,13 @@ def main() -> int:
     out = Path(argv[place + 1]).resolve()
     del argv[place : place + 2]
     out.parent.mkdir(parents=True, exist_ok=True)
+    way = REAL_LENGTHS if REAL_LENGTHS in argv else ""
+    argv = [word for word in argv if word != REAL_LENGTHS]
     wrapper = [sys.executable, str(ROOT / "run_deepspeed_training.py"), "--script", __file__, *argv]
-    wrapper += ["--fast", "False", "--save_strategy", "no", "--report_to", "none"]  # the sharded model generates, too
-    return subprocess.run(wrapper, env={**os.environ, "EVALUATION_SPEED_OUT": str(out)}, check=False).returncode
+    wrapper += ["--save_strategy", "no", "--report_to", "none"]
+    wrapper += [] if way else ["--fast", "False"]  # the sharded model generates, too
+    environment = {**os.environ, "EVALUATION_SPEED_OUT": str(out), "EVALUATION_SPEED": way}
+    return subprocess.run(wrapper, env=environment, check=False).returncode
 
 
 if __name__ == "__main__":

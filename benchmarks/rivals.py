@@ -193,7 +193,9 @@ def train_plain(job: Job) -> None:
     args = TrainingArguments(**trainer_arguments(job), remove_unused_columns=False)
     processor, model = load_processor(job), load_model(job)
     question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": job.prompt}]}]
-    question = processor.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    # Where the template knows thoughts, none are wanted; the others take no notice.
+    words = {"add_generation_prompt": True, "enable_thinking": False}
+    question = processor.apply_chat_template(question, tokenize=False, **words)
     processor.tokenizer.padding_side = "right"
 
     def collate(pages: list[dict]) -> dict:

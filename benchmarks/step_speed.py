@@ -4,6 +4,8 @@
         --steps 8 --out benchmarks/results/h200_3b.json --extra_ours='--micro_batch 8'
     python benchmarks/step_speed.py --table benchmarks/results/h200_3b.json
 
+The base may be of any family whose shapes `make_shapes.py` writes.
+
 Ways: `ours` is `run_deepspeed_training.py` as a user starts it; `plain` and `trl` are in rivals.py, each also as
 `plain-nockpt` and `trl-nockpt`, without activation checkpointing. Every way is a process of its own with a time limit,
 ended by SIGKILL once its last step is logged, and its result is written before the next way begins. All seconds are the
@@ -44,8 +46,10 @@ sys.path.insert(0, str(HERE.parent))
 HELD_OUT = 2  # pages that ours writes after training, which is never reached here
 FIRST_MEASURED = 3  # step; before it, kernels are compiled and memory pools grow
 OUTPUT = "holo1_dom_finetune_output"
-PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "trl", "liger_kernel")
+PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "trl", "liger_kernel", "flash-linear-attention")
 MARK = "STEP_SPEED_RUN"  # in the environment of everything that is started here
+PLAN = r"peak: ([\d.]+) GiB measured, ([\d.]+) planned"  # said by ours once all is trained
+PLAN_WAIT_S = 30
 
 # -----------------------------------------------------------------------------
 # Command line
@@ -180,7 +184,8 @@ def read_order(file: Path, names: list[str], pages_per_step: int, steps: int) ->
 
 WAYS = {
     "ours": "run_deepspeed_training.py with ds_z3.json, and the flags under `command`",
-    "plain": "HF Trainer, ZeRO-3, 1 page per micro-batch, SDPA, activation checkpointing",
+    "plain": "HF Trainer, ZeRO-3, 1 page per micro-batch, SDPA, activation checkpointing; linear attention by "
+    "flash-linear-attention where that is installed",
     "plain-nockpt": "plain without activation checkpointing",
     "trl": "TRL's SFTTrainer as documented for vision-language models, same ZeRO-3 JSON, 1 page per micro-batch",
     "trl-nockpt": "trl without activation checkpointing",
@@ -324,6 +329,19 @@ class Way:
                 )
         return found, "all steps"
 
+    def wait_for(self, pattern: str, limit_s: float) -> re.Match | None:
+        """The first line from here on in which `pattern` stands; None where none comes in time."""
+        deadline = time.monotonic() + limit_s
+        while True:
+            try:
+                arrived = self.arrived.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                return None
+            if arrived is None:
+                return None
+            if found := re.search(pattern, arrived[1]):
+                return found
+
     def end(self, grace_s: float) -> None:
         """SIGKILL; after `grace_s`, in which our wrapper's own watchdog clears up, also whatever is left of it."""
         with contextlib.suppress(ProcessLookupError):
@@ -445,18 +463,30 @@ def add_result(results: dict, file: Path, way: str, row: dict) -> None:
 # Main
 
 
-def run_way(way: str, command: list[str], args: argparse.Namespace, env: dict) -> tuple[list[dict], str, str]:
-    """(figures of each step, how it ended, the end of its log where it did not end well)."""
+def run_way(way: str, command: list[str], args: argparse.Namespace, env: dict, gpu: str | None) -> tuple:
+    """(figures of each step, how it ended, more of its row: the end of its log where it did not end well, and how near
+    the plan came to the peak)."""
     print(f"{way}: {shlex.join(command)}", flush=True)
     running = Way(command, args.work / f"{way}.log", args.work, env)
     try:
         steps, ending = running.steps(args.steps, args.limit_s)
+        whole = ending == "all steps"
+        # A CPU has no plan.
+        plan = running.wait_for(PLAN, PLAN_WAIT_S) if whole and gpu and way == "ours" else None
     finally:
         running.end(grace_s=5 if way == "ours" else 0)
-    tail = "" if ending == "all steps" else running.log.read_text(encoding="utf-8")[-3000:]
-    if tail:
+    if not whole:
+        tail = running.log.read_text(encoding="utf-8")[-3000:]
         print(f"  ended by {ending}:\n{tail}", flush=True)
-    return steps, ending, tail
+        return steps, ending, {"log_tail": tail}
+    return steps, ending, planned_beside_measured(plan) if plan else {}
+
+
+def planned_beside_measured(plan: re.Match) -> dict[str, object]:
+    """Of the run's own line: GiB of the heaviest batch as planned, and of the peak; and both in a note."""
+    measured, planned = (float(size) for size in plan.groups())
+    note = f"{planned:.1f} GiB planned for the heaviest batch, {measured:.1f} measured ({planned / measured - 1:+.1%})"
+    return {"planned_gib": planned, "heaviest_gib": measured, "notes": [note]}
 
 
 def main() -> None:
@@ -485,14 +515,14 @@ def main() -> None:
     pages = None
     for way in args.ways:
         command = our_command(args) if way == "ours" else rival_command(way, args, pages or Pages(args))
-        steps, ending, tail = run_way(way, command, args, env)
+        steps, ending, more = run_way(way, command, args, env, gpu)
         pages = pages or Pages(args)
         results |= {"pages": pages.summary(), "first_step_comparable": pages.order_known}
         row = {"what": WAYS[way], "command": shown(command, args)}
         row |= summarise(steps, ending, args.pages_per_step, args.gpus, pages.flops(args.base_model), peak)
         if way.startswith("trl"):
             row["notes"] = [*TRL_NOTES, f"Liger: {liger_obstacle()}"]
-        add_result(results, args.out, way, row | ({"log_tail": tail} if tail else {}))
+        add_result(results, args.out, way, row | more)
     print(f"\n{table(results)}\n\nresults: {args.out}; logs: {args.work}")
 
 

@@ -2,25 +2,36 @@
 
     python benchmarks/write_speed.py --base_model ./holo1_3b_shapes --out benchmarks/results/h100_3b_write.json
     python benchmarks/write_speed.py --base_model ./holo1_3b_shapes --tune             # and kernel by kernel before
+    python benchmarks/write_speed.py --base_model ./holo1_3b_shapes --batches '' --check_pages 0 --endings 8,64
 
 Random weights, so nothing ends, and drafts would come true as they never do in a page: they are left out of the
-figures. Screenshots of 1,280 x 784 pixels, 1,280 tokens each, are noise. The limit is what a step has to read, all
-weights of the language model once and the keys and values of every slot, over `--memory_tb_s`. Needs a GPU.
+figures. Screenshots of 1,280 x 784 pixels, 1,280 tokens each (980 of Qwen3-VL and Qwen3.5), are noise. The limit is
+what a step has to move, all weights of the language model once, the keys and values of every slot and recurrent states
+in and out, over `--memory_tb_s`. Needs a GPU.
 
-Sections: Model, Writing, Truth, Tuning, Main.
+`--endings` writes with what has documents end and without, in turns. What watches is fed pages that are like real ones
+in place of what random weights write, and ends none of them.
+
+Sections: Model, Writing, Endings, Truth, Tuning, Main.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from writing.endings import Watch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -153,12 +164,81 @@ def kernels_of(work: Callable[[], object], times: int) -> dict[str, float]:
 
 
 def bytes_of_step(model, engine) -> float:
-    """What a step reads at least: the language model's weights, and keys and values of what stands in the slots."""
-    weights = sum(part.numel() * part.element_size() for part in model.model.language_model.layers.parameters())
-    weights += model.lm_head.weight.numel() * model.lm_head.weight.element_size()
-    states = engine.cache.states
-    token = states[:, :, 0, :, 0].numel() * states.element_size()
-    return weights + token * float(engine.state.places.sum())
+    """What a step moves at least: the language model's weights once, keys and values of what stands in the slots, and
+    of a recurrent layer the state of each slot, in and out."""
+    weights = sum(part.nbytes for part in model.model.language_model.layers.parameters()) + model.lm_head.weight.nbytes
+    places, slots = float(engine.state.places.sum()), engine.width()
+    moved = 0.0
+    for layer, parts in zip(engine.captured.layers, engine.cache.states):
+        for part in parts:
+            if layer.mixer.takes_back:  # (S, heads, places, D), of which what stands there is read
+                moved += part[0, :, 0].nbytes * places
+            else:
+                moved += 2 * part[0].nbytes * slots
+    return weights + moved
+
+
+# -----------------------------------------------------------------------------
+# Endings
+
+
+class Fed:
+    """A `Watch` in the engine, of a page's own tokens in place of those that are written, begun again where the page
+    ends. It ends no answer, but tells `ended` what it would have ended."""
+
+    def __init__(self, make: Callable[[], Watch], ids: list[int], ended: list[object]):
+        self.make, self.ids, self.told, self.watch, self.place = make, ids, ended, make(), 0
+
+    def feed(self, ids: list[int]) -> None:
+        if self.place + len(ids) > len(self.ids):
+            self.watch, self.place = self.make(), 0
+        if ending := self.watch.feed(self.ids[self.place : self.place + len(ids)]):
+            self.told.append(ending)
+        self.place += len(ids)
+
+    def ended(self) -> None:
+        pass
+
+
+def with_endings(model, processor, recipe, shots, pages: list[list[int]]) -> dict:
+    """Tokens a second of answers to `shots`, all written at once, with a `Fed` each and without, in turns; reading and
+    the first block apart. `pages` are what is watched, as token ids."""
+    import use_model_from_hub as use
+    from writing import engine as room
+    from writing.endings import Watch
+
+    engine = room.Engine(model, processor, recipe, wanted=len(shots), drafts=False)
+    engine.stops = set()  # so that all answers are as long
+    look, looks, ended = engine.look, [], []
+
+    def timed(*given):
+        answers = list(look(*given))
+        looks.append(time.perf_counter())
+        return answers
+
+    engine.look = timed
+    ids, found = itertools.cycle(pages), {"without": [], "with": []}
+    make = functools.partial(Watch, processor.tokenizer, 4_096)
+    for name in ("without", "with") * 3:
+        engine.watch = (lambda: Fed(make, next(ids), ended)) if name == "with" else None
+        looks.clear()
+        list(engine.write(use.Request(place, lambda shot=shot: shot) for place, shot in enumerate(shots)))
+        found[name].append(len(shots) * room.BLOCK * (len(looks) - 1) / (looks[-1] - looks[0]))
+    del engine.look  # which holds the engine, and that its memory
+    share = max(found["with"]) / max(found["without"])
+    return {"tokens_per_second": found, "with_over_without": share, "would_have_ended": len(ended)}
+
+
+def pages_like_real(tokenizer, count: int, tokens: int) -> list[list[int]]:
+    """The token ids of invented pages of so many tokens."""
+    import random
+
+    import make_pages_like_real as pages
+
+    def ids(html: str) -> list[int]:
+        return tokenizer(html)["input_ids"]
+
+    return [ids(pages.make_html(random.Random(seed), tokens, lambda html: len(ids(html)))) for seed in range(count)]
 
 
 # -----------------------------------------------------------------------------
@@ -166,39 +246,27 @@ def bytes_of_step(model, engine) -> float:
 
 
 def hold_against_plain(model, processor, recipe, pages: int, tokens: int, drafts: bool) -> dict:
-    """Teacher-forced: each token that the engine chose, against the logits of the plain model over the same answer.
+    """Teacher-forced: each token that the engine chose, against the logits of the plain model over the same answer, as
+    the recipe's stock processors leave them.
 
     `behind` is by how much the plain model prefers another token, in units of the rounding of its logits' precision.
     """
     import torch
 
     import use_model_from_hub as use
-    from writing import engine as room
 
     shots = [noise(1_000 + number).resize((SIZE[0] - 56 * number % 800, SIZE[1])) for number in range(pages)]
     short = replace(recipe, max_html_tokens=tokens)
-    engine = room.Engine(model, processor, short, wanted=min(pages, 16), drafts=drafts)
-    requests = [use.Request(place, lambda shot=shot: shot) for place, shot in enumerate(shots)]
-    answers = {}
-    for request in requests:
-        answers[request.place] = None
-    kept = room.Engine.extend
-
-    def keep(self, slot, fresh):
-        done = kept(self, slot, fresh)
-        if done:
-            answers[slot.question.request.place] = list(slot.ids)
-        return done
-
-    room.Engine.extend = keep
-    try:
-        list(engine.write(requests))
-    finally:
-        room.Engine.extend = kept
     same = total = 0
     behind = []
-    for place, ids in answers.items():
-        asked = use.encode_questions(processor, [shots[place]], recipe.prompt).to(model.device)
+    answers = tokens_of(model, processor, short, shots, drafts)
+    picture = model.config.image_token_id
+    # Beside the GPU, which takes a page as fast as a core can resize it.
+    every = ThreadPoolExecutor(4).map(lambda shot: use.encode_questions(processor, [shot], recipe.prompt), shots)
+    for asked, ids in zip(every, answers):
+        # The plain model takes that token for a picture wherever it stands; random weights may write it.
+        ids = ids[: ids.index(picture)] if picture in ids else ids
+        asked = asked.to(model.device)
         asked["pixel_values"] = asked["pixel_values"].to(model.dtype)
         length = asked["input_ids"].shape[1]
         more = torch.tensor([ids], device=model.device)
@@ -207,12 +275,50 @@ def hold_against_plain(model, processor, recipe, pages: int, tokens: int, drafts
             filler = torch.full_like(more, 1 if name == "attention_mask" else 0)
             asked[name] = torch.cat([asked[name], filler], dim=1)
         with torch.inference_mode():
-            logits = model(**asked).logits[0, length - 1 : -1].float()
+            # The head alone takes 0.9 GB for 1,500 tokens; of the question's it would be as much again.
+            logits = model(**asked, logits_to_keep=len(ids) + 1).logits[0, :-1].float()
+            logits = processed(logits, asked["input_ids"][0], length, short)
         best, chosen = logits.max(-1).values, logits.gather(1, more[0, :, None])[:, 0]
         same += int((best == chosen).sum())
         total += len(ids)
         behind += ((best - chosen) / (best.abs() * torch.finfo(model.dtype).eps)).tolist()
     return {"pages": pages, "tokens": total, "argmax": same / total, "most_behind_in_roundings": max(behind)}
+
+
+def tokens_of(model, processor, recipe, shots, drafts: bool) -> list[list[int]]:
+    """What the engine writes of each of `shots`, without the end token, and up to a picture's token: the plain model
+    takes that for a picture wherever it stands, and random weights may write it."""
+    import use_model_from_hub as use
+    from writing import engine as room
+
+    engine, answers = room.Engine(model, processor, recipe, wanted=min(len(shots), 16), drafts=drafts), {}
+    extend, picture = engine.extend, model.config.image_token_id
+
+    def keep(slot, fresh):
+        if done := extend(slot, fresh):
+            ids = slot.ids
+            answers[slot.question.request.place] = ids[: ids.index(picture)] if picture in ids else list(ids)
+        return done
+
+    engine.extend = keep
+    list(engine.write(use.Request(place, lambda shot=shot: shot) for place, shot in enumerate(shots)))
+    del engine.extend  # which holds the engine, and that its memory
+    return [answers[place] for place in range(len(shots))]
+
+
+def processed(logits, ids, length: int, recipe):
+    """Logits (T, V) of the answer in `ids` (`length` + T,) as the recipe's stock processors make them, a few hundred
+    rows a call: to each row its own ids so far, filled up with the first one, which a penalty meets already."""
+    import torch
+
+    import use_model_from_hub as use
+
+    for process in use.logits_processors(recipe):
+        for start in range(0, len(logits), 256):
+            rows = torch.arange(start, min(start + 256, len(logits)), device=ids.device)
+            seen = torch.arange(len(ids), device=ids.device)[None] < length + rows[:, None]
+            logits[rows] = process(torch.where(seen, ids, ids[0]), logits[rows])
+    return logits
 
 
 # -----------------------------------------------------------------------------
@@ -256,43 +362,48 @@ def tune(model, rows: int) -> dict:
     import torch
     from torch.nn.functional import linear
 
+    from families import family_of
+    from families.slot_layers import Layer
     from kernels import skinny_products as skinny
     from kernels.early import early
     from kernels.row_kernels import rms_norm, swiglu
-    from writing.reading import Layer
 
-    layers = [Layer(layer) for layer in model.model.language_model.layers]
-    text, head = model.config.get_text_config(), model.lm_head.weight
-    hidden = torch.randn(rows, text.hidden_size, device="cuda", dtype=model.dtype)
-    wide = torch.randn(rows, text.intermediate_size, device="cuda", dtype=model.dtype)
+    captured = family_of(model.config).captured(model)
+    layers, head = captured.layers, model.lm_head.weight
+    # Of one kind of mixer alone, the most frequent one, so that each launch reads as much.
+    kinds = [type(layer.mixer) for layer in layers]
+    layers = [layer for layer in layers if type(layer.mixer) is max(kinds, key=kinds.count)]
+    sizes = (head.shape[1], layers[0].mixer.out.shape[1], layers[0].down.shape[1])
+    hidden, mixed, wide = (torch.randn(rows, size, device="cuda", dtype=model.dtype) for size in sizes)
     squares = torch.rand(rows, 128, device="cuda") + 1
     begins = early(hidden.device)
 
     def by_torch(kind: str, layer: Layer) -> None:
         if kind in ("out", "down"):
-            torch.addmm(hidden, *((hidden, layer.out.T) if kind == "out" else (wide, layer.down.T)))
+            torch.addmm(hidden, *((mixed, layer.mixer.out.T) if kind == "out" else (wide, layer.down.T)))
         elif kind == "gated":
-            swiglu(linear(rms_norm(hidden, *layer.norm(1)), layer.gated))
+            swiglu(linear(rms_norm(hidden, *layer.norms[1]), layer.gated))
         else:
-            weight, bias = (layer.qkv, layer.qkv_bias) if kind == "qkv" else (head, None)
-            linear(rms_norm(hidden, *layer.norm(0)), weight, bias)
+            weight, bias = (layer.mixer.taken, layer.mixer.taken_bias) if kind == "qkv" else (head, None)
+            linear(rms_norm(hidden, *layer.norms[0]), weight, bias)
 
     def by_tile(kind: str, layer: Layer, tile: tuple) -> None:
         if kind in ("out", "down"):
-            source, weight = (hidden, layer.out) if kind == "out" else (wide, layer.down)
+            source, weight = (mixed, layer.mixer.out) if kind == "out" else (wide, layer.down)
             skinny.launch(tile, begins, source, weight, residual=hidden)
         elif kind == "gated":
-            skinny.launch(tile, begins, hidden, layer.gated, None, layer.norm(1), squares, gated=True)
+            skinny.launch(tile, begins, hidden, layer.gated, None, layer.norms[1], squares, gated=True)
         else:
-            weight, bias = (layer.qkv, layer.qkv_bias) if kind == "qkv" else (head, None)
-            skinny.launch(tile, begins, hidden, weight, bias, layer.norm(0), squares)
+            weight, bias = (layer.mixer.taken, layer.mixer.taken_bias) if kind == "qkv" else (head, None)
+            skinny.launch(tile, begins, hidden, weight, bias, layer.norms[0], squares)
 
     found = {}
     for kind in skinny.TILES:
         some = layers[:4] if kind == "head" else layers
-        found[kind] = fastest_first(kind, some, by_torch, by_tile, CANDIDATES, wide if kind == "down" else hidden)
+        source = {"down": wide, "out": mixed}.get(kind, hidden)
+        found[kind] = fastest_first(kind, some, by_torch, by_tile, CANDIDATES, source)
         best = next(iter(found[kind]))
-        skinny.TILES[kind] = None if best == "torch" else tuple(json.loads(best))
+        skinny.TILES[kind][skinny.tile_rows(rows)] = None if best == "torch" else tuple(json.loads(best))
         print(rows, kind, json.dumps(found[kind]), flush=True)
     return found
 
@@ -315,24 +426,54 @@ def tune_attention(model, slots: int, length: int) -> dict:
     """Attention of one token over `slots` answers of `length` tokens, by the parts that its keys are cut into."""
     import torch
 
+    from families import family_of
     from kernels import slot_attention as room
     from writing.slots import Cache
 
-    config = model.config.get_text_config()
-    cache = Cache(model.config, slots, length + 64, model.dtype, "cuda")
-    heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-    qkv = torch.randn(slots, (heads + 2 * config.num_key_value_heads) * width, device="cuda", dtype=model.dtype)
-    cos, sin = torch.rand(2, slots, width, device="cuda", dtype=model.dtype)
+    layers = [layer for layer in family_of(model.config).captured(model).layers if layer.mixer.takes_back]
+    mixer = layers[0].mixer
+    cache = Cache(layers, slots, length + 64, model.dtype, "cuda")
+    qkv = torch.randn(slots, len(mixer.taken), device="cuda", dtype=model.dtype)
+    turns = model.model.language_model.rotary_emb.inv_freq.numel() * 2
+    cos, sin = torch.rand(2, slots, turns, device="cuda", dtype=model.dtype)
     places = torch.full((slots,), length, device="cuda")
-    found = {"limit": cache.states[0, :, :, :, :length].numel() * 2 / 3.35e6}
+    found = {"limit": sum(part[:, :, :length].nbytes for part in cache.states[0]) / 3.35e6}
     for parts in (1, 2, 4, 8, 16, 32):
 
         def run(parts=parts):
-            for number in range(config.num_hidden_layers):
-                room.attend_in_parts(qkv, cos, sin, *cache.layer(number), places, heads, width**-0.5, parts)
+            given = (places, mixer.heads, mixer.scale, parts)
+            for number in range(len(layers)):
+                room.attend_in_parts(qkv, cos, sin, *cache.states[number], *given, extras=mixer.extras)
 
-        found[parts] = replayed_us(run, config.num_hidden_layers)
+        found[parts] = replayed_us(run, len(layers))
     print("attention", slots, length, json.dumps(found), flush=True)
+    return found
+
+
+def tune_delta(model, slots: int) -> dict:
+    """A step of the gated delta rule for `slots` slots, by the warps that hold a state; {} without such layers."""
+    import torch
+
+    from families import family_of
+    from kernels import delta_step as room
+    from kernels.early import early
+    from writing.slots import Cache
+
+    layers = [layer for layer in family_of(model.config).captured(model).layers if not layer.mixer.takes_back]
+    if not layers:
+        return {}
+    cache = Cache(layers, slots, 64, model.dtype, "cuda")
+    wide = torch.randn(slots, len(layers[0].mixer.taken), device="cuda", dtype=model.dtype)
+    places, live = torch.full((2, slots), 9, device="cuda")
+    found = {"limit": 2 * cache.states[0][1].nbytes / 3.35e6}
+    for warps in (4, 8, 16):
+
+        def run(warps=warps):
+            for layer, kept in zip(layers, cache.states):
+                room.step_by_kernel(wide, layer.mixer.mixing, *kept, places, live, early(wide.device), warps)
+
+        found[warps] = replayed_us(run, len(layers))
+    print("delta rule", slots, json.dumps(found), flush=True)
     return found
 
 
@@ -343,9 +484,11 @@ def tune_attention(model, slots: int, length: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base_model", type=Path, required=True, help="folder made by make_shapes.py")
-    parser.add_argument("--batches", default="1,8,32,64")
+    parser.add_argument("--batches", default="1,8,32,64", help="pages at once; '' measures none")
+    parser.add_argument("--endings", default="", help="pages at once, as 8,64: with what has documents end and without")
     parser.add_argument("--generate_tokens", type=int, default=16, help="that generate() writes; 0 leaves it out")
     parser.add_argument("--check_pages", type=int, default=64, help="that are held against the plain model; 0: none")
+    parser.add_argument("--check_tokens", type=int, default=100, help="of each of these pages")
     parser.add_argument("--memory_tb_s", type=float, default=3.35, help="of the GPU's datasheet: H100 3.35, H200 4.8")
     parser.add_argument("--tune", action="store_true", help="measure kernels one by one before, and use the fastest")
     parser.add_argument("--out", type=Path)
@@ -369,11 +512,21 @@ def main() -> None:
     if args.tune:
         for slots in (1, 8, 64):
             keep(f"attention of {slots} slots, us", tune_attention(model, slots, 2_500))
+            keep(f"delta rule of {slots} slots, us", tune_delta(model, slots))
         keep("products of 8 rows, us", tune(model, 8))
     if args.check_pages:
-        keep("check", hold_against_plain(model, processor, recipe, args.check_pages, 100, drafts=False))
-        keep("check_with_drafts", hold_against_plain(model, processor, recipe, 2, 200, drafts=True))
-    for batch in map(int, args.batches.split(",")):
+        check = functools.partial(hold_against_plain, model, processor)
+        punished = replace(recipe, repetition_penalty=1.1)
+        for name, asked in (("check", recipe), ("check_with_penalty", punished)):
+            start = time.perf_counter()
+            found = check(asked, args.check_pages, args.check_tokens, drafts=False)
+            keep(name, found | {"seconds": time.perf_counter() - start})
+        keep("check_with_drafts", check(recipe, 2, 200, drafts=True))
+    for batch in filter(None, args.endings.split(",")):
+        shots = [noise(number) for number in range(int(batch))]
+        pages = pages_like_real(processor.tokenizer, min(len(shots), 16), 1_500)
+        keep(f"endings {batch}", with_endings(model, processor, replace(recipe, max_html_tokens=512), shots, pages))
+    for batch in map(int, filter(None, args.batches.split(","))):
         shots = [noise(number) for number in range(batch)]
         keep(f"engine {batch}", by_engine(model, processor, recipe, shots, args.memory_tb_s))
         if args.generate_tokens:

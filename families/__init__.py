@@ -11,6 +11,8 @@ Rooms from top to bottom; each may import those below it, and none above:
     family          the list of what to write for another one
     fast_parts      layers that take packed pages, which families share
     elementwise     the element-wise parts of layers, fused
+    towers          vision towers without gradients, for reading
+    slot_layers     layers that read pages into slots and write from there
     chunked_loss    the loss on supervised tokens alone, in chunks
     page_costs      how many operations a page costs
 

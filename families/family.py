@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import ProcessorMixin
 
+    from families.slot_layers import Captured
+
 
 class FamilyError(ValueError):
     """An architecture that nobody has written, or whose file does not fit its model."""
@@ -116,8 +118,16 @@ class Family:
         keyword arguments "image_...", and what else the data workers should work out. `packing.pack` has the positions
         of Qwen's models.
 
+    And the engine that writes:
+
+    12. `captured(model)`: what it works with, a `slot_layers.Captured`: layers, whose mixers read and step, and a tower
+        of `towers.py`. None where transformers' generate() writes.
+    13. `activations`: of the MLPs of the language model and of the tower, which these layers compute; models with
+        others are left to generate().
+
     tests/families/test_family.py holds 1 to 9 against the true processor and the true modules of a tiny model,
-    tests/families/test_fast_parts.py the fast path against the model's own; add one there.
+    tests/families/test_fast_parts.py the fast path against the model's own, tests/writing/test_engine.py the engine
+    against generate(); add one there.
     """
 
     model_type: str
@@ -132,6 +142,8 @@ class Family:
     token_types: bool = False
     architecture: Callable[[], Architecture] | None = None
     geometry: Callable[[Any], Callable[[Tensor], dict[str, Any]]] | None = None
+    captured: Callable[[nn.Module], Captured] | None = None
+    activations: tuple[str, str] = ("silu", "silu")
 
     @property
     def fast(self) -> bool:

@@ -15,8 +15,10 @@ from families.page_costs import Shape, Tower
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PretrainedConfig, ProcessorMixin
+
+    from families.slot_layers import Captured
 
 
 def image_tokens(processor: ProcessorMixin, width: int, height: int) -> int:
@@ -108,6 +110,16 @@ def geometry(config: PretrainedConfig) -> Callable[[Tensor], dict[str, Any]]:
     return image_geometry(config)
 
 
+def captured(model: nn.Module) -> Captured:
+    """Grouped-query attention in each layer, and a tower with windows."""
+    from families.slot_layers import Attention, Captured, Layer, plain_norm
+    from families.towers import WindowedTower
+
+    language = model.model.language_model
+    layers = [Layer(layer, Attention(layer.self_attn), plain_norm) for layer in language.layers]
+    return Captured(layers, plain_norm(language.norm), WindowedTower(model.model.visual, geometry(model.config)).see)
+
+
 FAMILY = Family(
     model_type="qwen2_5_vl",
     vision=("model.visual",),  # "visual" alone matches nothing (transformers 5.23)
@@ -121,4 +133,5 @@ FAMILY = Family(
     token_types=True,  # without them positions silently become one-dimensional (transformers 5.23)
     architecture=architecture,
     geometry=geometry,
+    captured=captured,
 )

@@ -16,8 +16,10 @@ from families.page_costs import LinearAttention, Shape, Tower
 from families.qwen2_5_vl import FAMILY as QWEN2_5_VL
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PretrainedConfig
+
+    from families.slot_layers import Captured
 
 
 def shape(config: PretrainedConfig) -> Shape:
@@ -58,6 +60,23 @@ def geometry(config: PretrainedConfig) -> Callable[[Tensor], dict[str, Any]]:
     return interpolated_geometry(config)
 
 
+def captured(model: nn.Module) -> Captured:
+    """Gated delta layers, attention whose heads are normed, turned in part and gated, and a tower without windows."""
+    from families.slot_layers import Attention, Captured, GatedDelta, Layer, centred_norm
+    from families.towers import PlainTower
+    from kernels.slot_attention import Extras
+
+    language, layers = model.model.language_model, []
+    for layer in language.layers:
+        if layer.block_type == "linear_attention":
+            mixer = GatedDelta(layer.linear_attn)
+        else:
+            (query, epsilon), (key, _) = map(centred_norm, (layer.self_attn.q_norm, layer.self_attn.k_norm))
+            mixer = Attention(layer.self_attn, Extras((query, key), epsilon, gated=True))
+        layers.append(Layer(layer, mixer, centred_norm))
+    return Captured(layers, centred_norm(language.norm), PlainTower(model.model.visual, geometry(model.config)).see)
+
+
 FAMILY = replace(
     QWEN2_5_VL,
     model_type="qwen3_5",
@@ -67,4 +86,6 @@ FAMILY = replace(
     shape=shape,
     architecture=architecture,
     geometry=geometry,
+    captured=captured,
+    activations=("silu", "gelu_pytorch_tanh"),
 )

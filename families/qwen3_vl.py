@@ -16,8 +16,10 @@ from families.page_costs import Shape, Tower
 from families.qwen2_5_vl import FAMILY as QWEN2_5_VL
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PretrainedConfig
+
+    from families.slot_layers import Captured
 
 
 def shape(config: PretrainedConfig) -> Shape:
@@ -71,4 +73,25 @@ def geometry(config: PretrainedConfig) -> Callable[[Tensor], dict[str, Any]]:
     return interpolated_geometry(config)
 
 
-FAMILY = replace(QWEN2_5_VL, model_type="qwen3_vl", shape=shape, architecture=architecture, geometry=geometry)
+def captured(model: nn.Module) -> Captured:
+    """Grouped-query attention whose heads are normed, and a tower without windows."""
+    from families.slot_layers import Attention, Captured, Layer, plain_norm
+    from families.towers import PlainTower
+    from kernels.slot_attention import Extras
+
+    language, layers = model.model.language_model, []
+    for layer in language.layers:
+        (query, epsilon), (key, _) = map(plain_norm, (layer.self_attn.q_norm, layer.self_attn.k_norm))
+        layers.append(Layer(layer, Attention(layer.self_attn, Extras((query, key), epsilon)), plain_norm))
+    return Captured(layers, plain_norm(language.norm), PlainTower(model.model.visual, geometry(model.config)).see)
+
+
+FAMILY = replace(
+    QWEN2_5_VL,
+    model_type="qwen3_vl",
+    shape=shape,
+    architecture=architecture,
+    geometry=geometry,
+    captured=captured,
+    activations=("silu", "gelu_pytorch_tanh"),
+)

@@ -10,6 +10,7 @@ time in which no weight moves. (CUDA C++ Programming Guide, section "Programmati
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -49,6 +50,16 @@ def way_that_agrees(
     return NEVER
 
 
+def driver_version() -> int:
+    """The newest CUDA that the GPU's driver knows, 12030 for 12.3; 0 where it cannot be asked."""
+    found = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(found))
+    except (OSError, AttributeError):
+        return 0
+    return found.value
+
+
 @lru_cache
 def early(device: torch.device) -> bool:
     """Whether kernels on `device` may begin early."""
@@ -56,7 +67,7 @@ def early(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     # Graphs hold such launches from the drivers of CUDA 12.3 on; a proof outside of a graph would not show it.
-    return torch.cuda.get_device_capability(device) >= (9, 0) and torch._C._cuda_getDriverVersion() >= 12_030
+    return torch.cuda.get_device_capability(device) >= (9, 0) and driver_version() >= 12_030
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 Networks, Yang et al. 2024), by the fastest way that proves right.
 
     done = gated_delta(mixed, write, decay, conv, rate, bias, shape, bounds)        # (S, C) to (S, value heads, D)
+    done, states = read_pages(given, shape, bounds, lengths)                        # and where each page's state ends
     delta_words(shape, "cuda", torch.bfloat16)                                      # which way that is, in words
 
 flash-linear-attention, which few have and which compiles its kernels as they are used, takes a whole pack at once where
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -23,7 +24,10 @@ from typing import NamedTuple
 
 import torch
 from torch.nn.functional import softplus
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+
+BESIDE = 4  # pages that are read beside each other; torch's functions keep a quarter of a megabyte of each token of 4B
 
 
 class DeltaShape(NamedTuple):
@@ -81,6 +85,13 @@ def apart(mixed: torch.Tensor, shape: DeltaShape) -> list[torch.Tensor]:
 def by_fla(given: DeltaInputs, shape: DeltaShape, bounds: torch.Tensor) -> torch.Tensor:
     """flash-linear-attention's convolution and chunked rule, all pages at once; its kernels make gates and norms, too,
     in fp32."""
+    return fla_with_ends(given, shape, bounds, ends=False)[0]
+
+
+def fla_with_ends(
+    given: DeltaInputs, shape: DeltaShape, bounds: torch.Tensor, ends: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`by_fla`, and where it `ends` the states of all pages (pages, value heads, key width, value width), in fp32."""
     from fla.modules.causal_conv1d import causal_conv1d
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
@@ -88,8 +99,9 @@ def by_fla(given: DeltaInputs, shape: DeltaShape, bounds: torch.Tensor) -> torch
     query, key, value = apart(mixed, shape)
     gates = {"g": given.decay[None], "beta": given.write[None], "A_log": given.rate, "dt_bias": given.bias}
     inside = {f"use_{part}_in_kernel": True for part in ("qk_l2norm", "beta_sigmoid", "gate")}
-    done, _ = chunk_gated_delta_rule(query, key, value, **gates, **inside, cu_seqlens=bounds)
-    return done[0]
+    options = {**gates, **inside, "cu_seqlens": bounds, "output_final_state": ends}
+    done, states = chunk_gated_delta_rule(query, key, value, **options)
+    return done[0], states
 
 
 def page_by_page(given: DeltaInputs, shape: DeltaShape, bounds: torch.Tensor) -> torch.Tensor:
@@ -123,6 +135,56 @@ def one_page(
     gate = -rate.float().exp() * softplus(decay.float() + bias)
     parts = (*apart(mixed, shape), gate[None], write.sigmoid()[None])
     return rule(*parts, use_qk_l2norm_in_kernel=True)[0][0]
+
+
+def padded_with_ends(
+    given: DeltaInputs, shape: DeltaShape, lengths: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """transformers' torch functions without gradients, some pages of `lengths` at once, and the states where they end.
+
+    Beside each other, shorter ones filled up with tokens that change no state: what decays nothing and writes nothing.
+    """
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as own
+
+    convolve, rule = own.causal_conv1d_fn.__wrapped__, own.torch_chunk_gated_delta_rule.__wrapped__
+    gate, write = -given.rate.float().exp() * softplus(given.decay.float() + given.bias), given.write.sigmoid()
+    done, states, begin = [], [], 0
+    for some in (lengths[first : first + BESIDE] for first in range(0, len(lengths), BESIDE)):
+        end = begin + sum(some)
+        mixed, gates, writes = (
+            pad_sequence(part[begin:end].split(list(some)), batch_first=True) for part in (given.mixed, gate, write)
+        )
+        mixed = convolve(mixed.transpose(1, 2), given.conv, activation="silu").transpose(1, 2)
+        parts = (*apart(mixed, shape), gates, writes)
+        values, ends = rule(*parts, output_final_state=True, use_qk_l2norm_in_kernel=True)
+        done += [row[:length] for row, length in zip(values, some)]
+        states.append(ends)
+        begin = end
+    return torch.cat(done), torch.cat(states)
+
+
+def read_pages(
+    given: DeltaInputs, shape: DeltaShape, bounds: torch.Tensor, lengths: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `gated_delta`, without gradients, of pages of `lengths`, and the state that each of them ends with (pages,
+    value heads, key width, value width), in fp32."""
+    if reads_by_fla(shape, given.mixed.dtype, given.mixed.device):
+        return fla_with_ends(given, shape, bounds)
+    return padded_with_ends(given, shape, lengths)
+
+
+@lru_cache
+def reads_by_fla(shape: DeltaShape, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether flash-linear-attention gives values and states as the torch way does; with no gradients to compile."""
+    if obstacle(device.type, dtype.itemsize == 2):
+        return False
+    # It needs triton, as flash-linear-attention does, which a machine that trains on a CPU may lack.
+    from kernels.early import PLAIN, way_that_agrees
+
+    lengths = (300, 1500, 64, 1)
+    given, bounds, _ = trial_of(shape, dtype, device.type, lengths)
+    wanted = padded_with_ends(given, shape, lengths)
+    return bool(way_that_agrees(FLA, {PLAIN: lambda: fla_with_ends(given, shape, bounds)}, wanted))
 
 
 # By the words in which a training says at its start what it uses.

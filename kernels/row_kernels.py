@@ -26,8 +26,8 @@ def norm_kernel(source, weight, target, width, epsilon, WIDTH: tl.constexpr):
     wide = tl.load(source + row * width + place, mask=inside, other=0.0).to(tl.float32)
     wide = wide * tl.rsqrt(tl.sum(wide * wide, 0) / width + epsilon)
     scale = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
-    # Rounded before it meets the weight, as the model's own norm is.
-    normed = wide.to(target.dtype.element_ty).to(tl.float32) * scale
+    # Rounded before it meets the weight, as the model's own norm is; a weight in fp32 is met as it is.
+    normed = wide.to(weight.dtype.element_ty).to(tl.float32) * scale
     tl.store(target + row * width + place, normed.to(target.dtype.element_ty), mask=inside)
 
 
@@ -40,6 +40,25 @@ def swiglu_kernel(source, target, width, BLOCK: tl.constexpr):
     up = tl.load(source + row * 2 * width + width + place, mask=inside, other=0.0).to(tl.float32)
     silu = (gate * tl.sigmoid(gate)).to(target.dtype.element_ty).to(tl.float32)
     tl.store(target + row * width + place, (silu * up).to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def embed_kernel(
+    tokens, places, table, cos, sin, target, squares, cos_rows, sin_rows, width, angles,
+    WIDTH: tl.constexpr, ANGLES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    place, turn = tl.arange(0, WIDTH), tl.arange(0, ANGLES)
+    inside, known = place < width, turn < angles
+    token, position = tl.load(tokens + row).to(tl.int64), tl.load(places + row).to(tl.int64)
+    states = tl.load(table + token * width + place, mask=inside, other=0.0)
+    cosine = tl.load(cos + position * angles + turn, mask=known)
+    sine = tl.load(sin + position * angles + turn, mask=known)
+    wide = states.to(tl.float32)
+    tl.store(target + row * width + place, states, mask=inside)
+    tl.store(squares + row, tl.sum(wide * wide, 0))
+    tl.store(cos_rows + row * angles + turn, cosine, mask=known)
+    tl.store(sin_rows + row * angles + turn, sine, mask=known)
 
 
 def on_triton(states: torch.Tensor) -> bool:
@@ -63,23 +82,26 @@ def swiglu_by_kernel(gate_and_up: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache
-def proved(name: str, width: int, dtype: torch.dtype, device: torch.device) -> str:
-    """Whether the kernel called `name` gives for rows of `width` what torch gives, in fp32, up to rounding."""
+def proved(name: str, width: int, dtype: torch.dtype, device: torch.device, weights: torch.dtype | None = None) -> str:
+    """Whether the kernel called `name` gives for rows of `width` what torch gives, in fp32, up to rounding; with norms
+    whose weights are of another precision."""
     draw = torch.Generator(device).manual_seed(0)
     rows, weight = (torch.randn(shape, generator=draw, device=device).to(dtype) for shape in ((5, width), (width,)))
     if name == "norm":
+        weight = weight.to(weights or dtype)
         wanted = rms_norm(rows.float(), weight.float(), 1e-6)
         return way_that_agrees(name, {PLAIN: lambda: (norm_by_kernel(rows, weight, 1e-6),)}, (wanted,))
     return way_that_agrees(name, {PLAIN: lambda: (swiglu_by_kernel(rows),)}, (swiglu(rows.float()),))
 
 
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """`hidden` (S, H) over its root mean square, times `weight` (H,) (Zhang and Sennrich 2019); (S, H)."""
-    if on_triton(hidden) and proved("norm", hidden.shape[1], hidden.dtype, hidden.device):
+    """`hidden` (S, H) over its root mean square, times `weight` (H,) (Zhang and Sennrich 2019); (S, H). With a
+    weight in fp32 it rounds once, at the end: norms whose weight is kept less one are such (Qwen3.5)."""
+    if on_triton(hidden) and proved("norm", hidden.shape[1], hidden.dtype, hidden.device, weight.dtype):
         return norm_by_kernel(hidden, weight, epsilon)
     wide = hidden.to(torch.float32)
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-    return weight * wide.to(hidden.dtype)
+    return (weight * wide.to(weight.dtype)).to(hidden.dtype)
 
 
 def swiglu(gate_and_up: torch.Tensor) -> torch.Tensor:
@@ -88,3 +110,20 @@ def swiglu(gate_and_up: torch.Tensor) -> torch.Tensor:
         return swiglu_by_kernel(gate_and_up)
     gate, up = gate_and_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
+
+
+def embed(
+    tokens: torch.Tensor, places: torch.Tensor, table: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a step begins with: rows (S, H) of `table` (V, H) by `tokens` (S,), the sums of their squares (S, 1), and
+    rows (S, D) of `cos` and of `sin` (places, D) by `places` (S,). Copies, so there is nothing to prove."""
+    rows, width = len(tokens), table.shape[1]
+    if not on_triton(table):
+        hidden = table.index_select(0, tokens)
+        angles = (part.index_select(0, places) for part in (cos, sin))
+        return hidden, hidden.float().square().sum(-1, keepdim=True), *angles
+    hidden, squares = table.new_empty(rows, width), table.new_empty(rows, 1, dtype=torch.float32)
+    found = cos.new_empty(rows, cos.shape[1]), sin.new_empty(rows, sin.shape[1])
+    sizes = {"WIDTH": triton.next_power_of_2(width), "ANGLES": triton.next_power_of_2(cos.shape[1])}
+    embed_kernel[(rows,)](tokens, places, table, cos, sin, hidden, squares, *found, width, cos.shape[1], **sizes)
+    return hidden, squares, *found

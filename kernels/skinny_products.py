@@ -29,25 +29,27 @@ from kernels.row_kernels import on_triton, rms_norm, swiglu
 MOST_ROWS = 16
 # Numbers of each row of a tile that are asked for early, and in one line of memory, of half precision.
 WARMED, LINE = tl.constexpr(1024), tl.constexpr(64)
-# (columns of a tile, depth of a block, warps, stages) by the product's kind; None where torch is faster. Measured by
-# benchmarks/write_speed.py --tune on an H100.
-Tile = tuple[int, int, int, int]
-TILES: dict[str, Tile | None] = {
-    "qkv": (32, 256, 2, 5),
-    "out": (16, 512, 1, 4),
-    "gated": (32, 256, 2, 5),
-    "down": (16, 256, 1, 6),
-    "head": (16, 256, 2, 6),
+# (columns of a tile, depth of a block, warps, stages, programs that share a tile's depth, pieces of a block) by the
+# product's kind, for up to 8 rows and up to 16; None where torch is faster. Measured on an H100 inside
+# a whole step (benchmarks/write_speed.py --tune).
+Tile = tuple[int, int, int, int, int, int]
+TILES: dict[str, dict[int, Tile | None]] = {
+    "qkv": {8: (16, 256, 2, 8, 1, 2), 16: (16, 256, 2, 6, 1, 2)},
+    "out": {8: (16, 256, 2, 8, 1, 2), 16: (16, 256, 2, 6, 1, 2)},
+    "gated": {8: (16, 512, 2, 3, 1, 2), 16: (16, 256, 2, 4, 1, 1)},
+    "down": {8: (16, 256, 1, 7, 3, 1), 16: (16, 256, 1, 5, 3, 1)},
+    "head": {8: (16, 256, 2, 6, 1, 1), 16: (16, 256, 2, 4, 1, 1)},
 }
 
 
-def tile_of(kind: str, source: torch.Tensor, columns: int) -> tuple[Tile | None, str]:
+def tile_of(kind: str, source: torch.Tensor, columns: int, norm: torch.Tensor | None = None) -> tuple[Tile | None, str]:
     """The tile for `source` (R, K) and a weight of `columns` (N), and how it is launched; None where torch does it:
-    whole tiles only, and what has just given torch's own result."""
-    tile = TILES[kind] if on_triton(source) and len(source) <= MOST_ROWS else None
+    whole tiles only, and what has just given torch's own result, with such a weight of the norm."""
+    tile = TILES[kind][tile_rows(len(source))] if on_triton(source) and len(source) <= MOST_ROWS else None
     if not tile or columns % tile[0] or source.shape[1] % tile[1]:
         return None, NEVER
-    way = way_of(kind, tile, tile_rows(len(source)), source.shape[1], source.dtype, source.device)
+    weights = source.dtype if norm is None else norm.dtype
+    way = way_of(kind, tile, tile_rows(len(source)), source.shape[1], source.dtype, source.device, weights)
     return tile if way else None, way
 
 
@@ -57,15 +59,17 @@ def tile_rows(rows: int) -> int:
 
 
 @lru_cache
-def way_of(kind: str, tile: Tile, rows: int, depth: int, dtype: torch.dtype, device: torch.device) -> str:
-    """How the kernel is launched for weights of `depth`: by proof on some tiles of random ones."""
+def way_of(
+    kind: str, tile: Tile, rows: int, depth: int, dtype: torch.dtype, device: torch.device, norms: torch.dtype
+) -> str:
+    """How the kernel is launched for weights of `depth`, and of norms in `norms`: by proof on some random tiles."""
     draw = torch.Generator(device).manual_seed(0)
     columns = 8 * tile[0]
 
     def some(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=draw, device=device).to(dtype)
 
-    hidden, weight, norm = some(rows, depth), some(2 * columns, depth) / depth**0.5, (some(depth), 1e-6)
+    hidden, weight, norm = some(rows, depth), some(2 * columns, depth) / depth**0.5, (some(depth).to(norms), 1e-6)
     residual, half = some(rows, columns), weight[:columns]
     squares = hidden.float().square().view(rows, 2, -1).sum(-1)
     normed = rms_norm(hidden.float(), norm[0].float(), norm[1])
@@ -87,6 +91,13 @@ def way_of(kind: str, tile: Tile, rows: int, depth: int, dtype: torch.dtype, dev
     return way_that_agrees(f"products ({kind})", ways | {PLAIN: lambda: by(False)}, wanted)
 
 
+@lru_cache
+def arrived(device: torch.device) -> torch.Tensor:
+    """How many of the programs that share a piece of work have ended: zeros, as each kernel leaves them again. Kernels
+    that use it run one after another: one stream a device."""
+    return torch.zeros(1 << 16, dtype=torch.int32, device=device)
+
+
 @dataclass(frozen=True)
 class Rows:
     """A residual stream `hidden` (R, H), and `squares` (R, T), whose sum over T is that of the squares of a row: each
@@ -101,79 +112,137 @@ class Rows:
 
 @triton.jit
 def warm_tile(
-    weight, column, columns, DEPTH: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr
+    weight, column, columns, begin,
+    DEPTH: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """The weights are nobody's to write: their first blocks come while the kernel before this one ends."""
-    many: tl.constexpr = WARMED if DEPTH >= WARMED else BLOCK
-    ahead = weight + column.to(tl.int64)[:, None] * DEPTH + (tl.arange(0, many // LINE) * LINE)[None, :]
+    many: tl.constexpr = WARMED if MANY >= WARMED else BLOCK
+    line = tl.minimum(begin + tl.arange(0, many // LINE) * LINE, DEPTH - LINE)
+    ahead = weight + column.to(tl.int64)[:, None] * DEPTH + line[None, :]
     warm(ahead)
     if GATED:
         warm(ahead + columns.to(tl.int64) * DEPTH)
 
 
 @triton.jit
-def factor_of(squares, row, known, parts, epsilon, DEPTH: tl.constexpr, PARTS: tl.constexpr):
+def inverse_of(sums, epsilon, DEPTH: tl.constexpr):
     """One over the root mean square of each row, from the parts of the sum of its squares."""
-    part = tl.arange(0, PARTS)
-    inside = known[:, None] & (part < parts)[None, :]
-    sums = tl.sum(tl.load(squares + row[:, None] * parts + part[None, :], mask=inside, other=0.0), 1)
-    return tl.rsqrt(sums / DEPTH + epsilon)
+    return tl.rsqrt(tl.sum(sums, 1) / DEPTH + epsilon)
 
 
 @triton.jit
-def product_kernel(
-    source, weight, bias, residual, squares, norm, target, squares_done,
-    rows, columns, parts, epsilon,
-    DEPTH: tl.constexpr, PARTS: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """One tile of COLUMNS columns for all rows; DEPTH is a multiple of BLOCK, `columns` of COLUMNS.
+def is_last(mine, done, arrived, SHARERS: tl.constexpr):
+    """Leaves `done` at `mine` for whoever of the SHARERS comes last: that one adds up, in their order, so that the sum
+    is the same each time. The count `arrived` is zero again then."""
+    tl.store(mine, done)
+    tl.debug_barrier()
+    last = tl.atomic_add(arrived, 1) == SHARERS - 1
+    if last:
+        tl.store(arrived, 0)
+    return last
 
-    The weight is the left matrix and the rows the right one: a tensor core's tile has 16 of the former and 8 of the
-    latter.
-    """
+
+@triton.jit
+def sum_of(first, apart: tl.constexpr, SHARERS: tl.constexpr):
+    """Of what stands at `first` and `apart` numbers behind each other; not out of this processor's own cache, which
+    knows nothing of what the others have written."""
+    done = tl.load(first, cache_modifier=".cg")
+    for other in tl.static_range(1, SHARERS):
+        done += tl.load(first + other * apart, cache_modifier=".cg")
+    return done
+
+
+@triton.jit
+def multiply(
+    weight, source, norm, inverse, at,
+    DEPTH: tl.constexpr, NORMED: tl.constexpr, GATED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """(COLUMNS, ROWS) of the weight's `column` (COLUMNS,) and, where it is GATED, of those `columns` further on, over
+    the depth from `begin` to `end`."""
+    row, known, column, columns, begin, end = at
     kind: tl.constexpr = source.dtype.element_ty
-    row, inner = tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    tile = tl.program_id(0)
-    column = tile * COLUMNS + tl.arange(0, COLUMNS)
-    known = row < rows
+    STEP: tl.constexpr = BLOCK // PIECES
+    deep = tl.arange(0, PIECES)[:, None] * STEP + tl.arange(0, STEP)[None, :]
+    rows_at = source + row[None, None, :] * DEPTH + deep[:, :, None]
     # In 64 bits: the head of a large vocabulary has more numbers than 2**31.
-    places = weight + column.to(tl.int64)[:, None] * DEPTH + inner[None, :]
-    if EARLY:
-        warm_tile(weight, column, columns, DEPTH, BLOCK, GATED)
-    follow(EARLY)
-    inverse = tl.full((ROWS,), 1.0, tl.float32)
-    if NORMED:
-        inverse = factor_of(squares, row, known, parts, epsilon, DEPTH, PARTS)
-    rows_at = source + row[None, :] * DEPTH + inner[:, None]
-    done = tl.zeros((COLUMNS, ROWS), tl.float32)
-    second = tl.zeros((COLUMNS, ROWS), tl.float32)
-    for start in range(0, DEPTH, BLOCK):
+    # (PIECES, COLUMNS, STEP), and the rows are (PIECES, STEP, ROWS).
+    places = weight + column.to(tl.int64)[None, :, None] * DEPTH + deep[:, None, :]
+    done = tl.zeros((PIECES, COLUMNS, ROWS), tl.float32)
+    second = tl.zeros((PIECES, COLUMNS, ROWS), tl.float32)
+    for start in range(begin, end, BLOCK):
         first_weight = tl.load(places + start)
-        states = tl.load(rows_at + start, mask=known[None, :], other=0.0)
+        states = tl.load(rows_at + start, mask=known[None, None, :], other=0.0)
         if NORMED:
-            scale = tl.load(norm + start + inner)[:, None]
+            scale = tl.load(norm + start + deep)[:, :, None]
             if kind == tl.bfloat16:
                 # A row's own factor may come after the product: one multiplication here instead of six operations.
-                states = states * scale
+                states = (states * scale).to(kind)
             else:
                 # fp16 has no room for what is not normed yet.
-                states = (states.to(tl.float32) * inverse[None, :]).to(kind).to(tl.float32) * scale.to(tl.float32)
+                states = (states.to(tl.float32) * inverse[None, None, :]).to(kind).to(tl.float32) * scale.to(tl.float32)
                 states = states.to(kind)
         done = tl.dot(first_weight, states, done)
         if GATED:
             second = tl.dot(tl.load(places + columns.to(tl.int64) * DEPTH + start), states, second)
+    return tl.sum(done, 0), tl.sum(second, 0)
+
+
+@triton.jit
+def product_kernel(
+    source, weight, bias, residual, squares, norm, target, squares_done, shares, arrived,
+    rows, columns, parts, epsilon,
+    DEPTH: tl.constexpr, PARTS: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SHARERS: tl.constexpr,
+    PIECES: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One tile of COLUMNS columns for all rows; DEPTH is a multiple of BLOCK, `columns` of COLUMNS. SHARERS programs
+    take a part of the depth each; PIECES of a block are multiplied by warps of their own, in fewer turns.
+
+    The weight is the left matrix and the rows the right one: a tensor core's tile has 16 of the former and 8 of the
+    latter.
+    """
+    tl.static_assert(SHARERS == 1 or not GATED)
+    kind: tl.constexpr = source.dtype.element_ty
+    row = tl.arange(0, ROWS)
+    tile, share = tl.program_id(0), tl.program_id(1)
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)
+    many: tl.constexpr = (DEPTH // BLOCK + SHARERS - 1) // SHARERS * BLOCK
+    begin = share * many
+    end = tl.minimum(begin + many, DEPTH)
+    known = row < rows
+    if EARLY:
+        warm_tile(weight, column, columns, begin, DEPTH, many, BLOCK, GATED)
+    follow(EARLY)
+    # Whatever comes after the products is asked for before them: a wait for memory less at the end.
+    out = row[None, :] * columns + column[:, None]
+    part = tl.arange(0, PARTS)
+    if NORMED:
+        inside = known[:, None] & (part < parts)[None, :]
+        sums = tl.load(squares + row[:, None] * parts + part[None, :], mask=inside, other=0.0)
+    if BIAS:
+        added = tl.load(bias + column).to(tl.float32)[:, None]
+    if RESIDUAL:
+        added = tl.load(residual + out, mask=known[None, :], other=0.0).to(tl.float32)
+    inverse = tl.full((ROWS,), 1.0, tl.float32)
+    if NORMED and kind != tl.bfloat16:
+        inverse = inverse_of(sums, epsilon, DEPTH)
+    at = (row, known, column, columns, begin, end)
+    done, second = multiply(weight, source, norm, inverse, at, DEPTH, NORMED, GATED, ROWS, COLUMNS, BLOCK, PIECES)
     if NORMED and kind == tl.bfloat16:
+        inverse = inverse_of(sums, epsilon, DEPTH)
         done *= inverse[None, :]
         second *= inverse[None, :]
-    out = row[None, :] * columns + column[:, None]
+    if SHARERS > 1:
+        mine = shares + tile * (SHARERS * COLUMNS * ROWS) + tl.arange(0, COLUMNS)[:, None] * ROWS + row[None, :]
+        if not is_last(mine + share * (COLUMNS * ROWS), done, arrived + tile, SHARERS):
+            return
+        done = sum_of(mine, COLUMNS * ROWS, SHARERS)
     if GATED:
         gate = done.to(kind).to(tl.float32)
         done = (gate * tl.sigmoid(gate)).to(kind).to(tl.float32) * second
-    if BIAS:
-        done += tl.load(bias + column).to(tl.float32)[:, None]
-    if RESIDUAL:
-        done += tl.load(residual + out, mask=known[None, :], other=0.0).to(tl.float32)
+    if BIAS or RESIDUAL:
+        done += added
     rounded = done.to(kind)
     tl.store(target + out, rounded, mask=known[None, :])
     if RESIDUAL:
@@ -195,19 +264,22 @@ def launch(
     """`source` (R, K) times `weight` (N, K), or (2N, K) where it is `gated`; returns (R, N) and the squares of what was
     added to `residual` (R, T), which nobody has written where nothing was added. `squares` of the rows for `norm`;
     `begins` before the kernel that was launched before has ended."""
-    width, block, warps, stages = tile
+    width, block, warps, stages, sharers, pieces = tile
     rows, depth = source.shape
     columns = weight.shape[0] // (2 if gated else 1)
     target = source.new_empty(rows, columns)
     left = source.new_empty(rows, columns // width if residual is not None else 1, dtype=torch.float32)
     parts = squares.shape[1] if norm else 1
-    product_kernel[(columns // width,)](
+    shares = target.new_empty(sharers * columns * tile_rows(rows) if sharers > 1 else 1, dtype=torch.float32)
+    product_kernel[(columns // width, sharers)](
         source, weight, weight if bias is None else bias, source if residual is None else residual,
         squares if norm else left, norm[0] if norm else weight, target, left,
+        shares, arrived(source.device) if sharers > 1 else shares,
         rows, columns, parts, norm[1] if norm else 0.0,
         DEPTH=depth, PARTS=triton.next_power_of_2(parts), NORMED=norm is not None, BIAS=bias is not None,
         RESIDUAL=residual is not None, GATED=gated, ROWS=tile_rows(rows), COLUMNS=width,
-        BLOCK=block, EARLY=begins, num_warps=warps, num_stages=stages, **({"launch_pdl": True} if begins else {}),
+        BLOCK=block, SHARERS=sharers, PIECES=pieces, EARLY=begins, num_warps=warps, num_stages=stages,
+        **({"launch_pdl": True} if begins else {}),
     )  # fmt: skip
     return target, left
 
@@ -217,7 +289,7 @@ def normed_product(
 ) -> torch.Tensor:
     """rms_norm of the rows, by weight (K,) and epsilon in `norm`, times `weight` (N, K) and plus `bias` (N,):
     (R, N)."""
-    tile, way = tile_of(kind, rows.hidden, len(weight))
+    tile, way = tile_of(kind, rows.hidden, len(weight), norm[0])
     if tile is None:
         return functional.linear(rms_norm(rows.hidden, *norm), weight, bias)
     return launch(tile, way == EARLY, rows.hidden, weight, bias, norm, rows.sums())[0]
@@ -225,7 +297,7 @@ def normed_product(
 
 def gated_product(kind: str, rows: Rows, norm: tuple[torch.Tensor, float], weight: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up of the normed rows, of `weight` (2N, K), gate before up; (R, N)."""
-    tile, way = tile_of(kind, rows.hidden, len(weight) // 2)
+    tile, way = tile_of(kind, rows.hidden, len(weight) // 2, norm[0])
     if tile is None:
         return swiglu(functional.linear(rms_norm(rows.hidden, *norm), weight))
     return launch(tile, way == EARLY, rows.hidden, weight, None, norm, rows.sums(), gated=True)[0]

@@ -6,23 +6,38 @@ Each slot holds one answer; its new tokens see all that stands before them and t
 two kernels do it for any lengths (FlashDecoding: Dao, Haziza, Massa, Sizov 2023), which a CUDA graph can hold since
 lengths are read on the GPU; elsewhere torch's SDPA.
 
-Shapes: S slots, each with Q new tokens (R = S x Q rows), C places a slot; D the width of a head.
+Shapes: S slots, each with Q new tokens (R = S x Q rows), C places a slot; D the width of a head, the first of which
+are turned, an even number.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from kernels.early import EARLY, PLAIN, early, follow, warm, way_that_agrees
-from kernels.row_kernels import on_triton
+from kernels.row_kernels import on_triton, rms_norm
 
 BLOCK = 64  # keys that are looked at together
 # Parts of one slot's keys, each by a program of its own; as many as keep an H100 busy (write_speed.py --tune).
 LEAST_PARTS, MOST_PARTS, PROGRAMS = 2, 32, 128
+
+
+class Extras(NamedTuple):
+    """What some architectures do to each head: queries and keys over their root mean square, times the weights (D,) of
+    `norms`, before they are turned; what was attended times the sigmoid of a gate, which then stands behind each
+    query in `qkv` (`gated`)."""
+
+    norms: tuple[torch.Tensor, torch.Tensor] | None = None
+    epsilon: float = 0.0
+    gated: bool = False
+
+
+NO_EXTRAS = Extras()
 
 
 def attend_slots(
@@ -34,31 +49,42 @@ def attend_slots(
     places: torch.Tensor,
     heads: int,
     scale: float,
+    extras: Extras = NO_EXTRAS,
 ) -> torch.Tensor:
-    """`qkv` (R, (heads + 2 x fewer) x D), `cos` and `sin` (R, D), the cache's `keys` and `values` (S, fewer, C, D),
-    which get the new ones at `places` (S,) and the Q - 1 places after. Returns (R, heads x D)."""
-    width = keys.shape[-1]
+    """`qkv` (R, (heads + 2 x fewer) x D), `cos` and `sin` (R, D or what of it is turned), the cache's `keys` and
+    `values` (S, fewer, C, D), which get the new ones at `places` (S,) and the Q - 1 places after. With a gate queries
+    are twice as wide in `qkv`. Returns (R, heads x D)."""
+    width, given = keys.shape[-1], (qkv, cos, sin, keys, values, places, heads, scale)
     if on_triton(qkv) and width in (16, 32, 64, 128, 256):
         new, fewer = len(qkv) // len(keys), keys.shape[1]
-        if way := way_of(len(keys), heads, fewer, width, new, qkv.dtype, qkv.device):
-            return attend_in_parts(qkv, cos, sin, keys, values, places, heads, scale, begins=way == EARLY)
-    return attend_plain(qkv, cos, sin, keys, values, places, heads, scale)
+        norm = extras.norms and extras.norms[0].dtype
+        kinds = (cos.shape[-1], norm, extras.gated, qkv.dtype, qkv.device)
+        if way := way_of(len(keys), heads, fewer, width, new, *kinds):
+            return attend_in_parts(*given, begins=way == EARLY, extras=extras)
+    return attend_plain(*given, extras)
 
 
 @lru_cache
-def way_of(slots: int, heads: int, fewer: int, width: int, new: int, dtype: torch.dtype, device: torch.device) -> str:
-    """How the kernels are launched for these shapes: by proof on random states, whose slots are of all lengths."""
+def way_of(
+    slots: int, heads: int, fewer: int, width: int, new: int,
+    turns: int, norm: torch.dtype | None, gated: bool, dtype: torch.dtype, device: torch.device,
+) -> str:  # fmt: skip
+    """How the kernels are launched for these shapes, of which `turns` of `width` are turned and weights of the heads'
+    norms are `norm`: by proof on random states, whose slots are of all lengths."""
     draw, capacity = torch.Generator(device).manual_seed(0), 1_024
 
     def some(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=draw, device=device).to(dtype)
 
     states = some(2, slots, fewer, capacity, width)
-    qkv, angles = some(slots * new, (heads + 2 * fewer) * width), some(slots * new, width // 2).float()
+    qkv, angles = some(slots * new, (heads * (1 + gated) + 2 * fewer) * width), some(slots * new, turns // 2).float()
     cos, sin = (torch.cat((part, part), -1).to(dtype) for part in (angles.cos(), angles.sin()))
     places = torch.randint(0, capacity - new, (slots,), generator=draw, device=device)
+    norms = norm and tuple(some(width).to(norm) for _ in range(2))
     wide, options = states.float(), {"places": places, "heads": heads, "scale": width**-0.5}
-    wanted = attend_plain(qkv.float(), cos.float(), sin.float(), *wide, **options)
+    options["extras"] = Extras(norms, 1e-6, gated)
+    widely = {**options, "extras": Extras(norms and tuple(part.float() for part in norms), 1e-6, gated)}
+    wanted = attend_plain(qkv.float(), cos.float(), sin.float(), *wide, **widely)
 
     def by(begins: bool) -> tuple[torch.Tensor, ...]:
         mine = states.clone()
@@ -79,13 +105,13 @@ def attend_plain(
     places: torch.Tensor,
     heads: int,
     scale: float,
+    extras: Extras = NO_EXTRAS,
 ) -> torch.Tensor:
     """`attend_slots` by torch's own functions."""
     slots, fewer, _, width = keys.shape
     new = len(qkv) // slots
-    parts = qkv.view(slots, new, -1, width)
-    query, key, value = parts.split((heads, fewer, fewer), dim=2)
-    cos, sin = (part.view(slots, new, 1, width) for part in (cos, sin))
+    query, key, value, gate = split_heads(qkv.view(slots, new, -1), heads, fewer, width, extras)
+    cos, sin = (part.view(slots, new, 1, -1) for part in (cos, sin))
     rows = places[:, None] + torch.arange(new, device=places.device)  # (S, Q)
     slot = torch.arange(slots, device=places.device)[:, None]
     keys[slot, :, rows] = turned(key, cos, sin)
@@ -97,40 +123,75 @@ def attend_plain(
         turned(query, cos, sin).transpose(1, 2), keys[:, :, :length], values[:, :, :length],
         attn_mask=seen, scale=scale, enable_gqa=True,
     )  # fmt: skip
-    return done.transpose(1, 2).reshape(len(qkv), -1)
+    done = done.transpose(1, 2)
+    return (done if gate is None else done * torch.sigmoid(gate)).reshape(len(qkv), -1)
+
+
+def split_heads(
+    qkv: torch.Tensor, heads: int, fewer: int, width: int, extras: Extras
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Queries and keys, normed where they are, values, and the gate or None, each (..., heads or fewer, D)."""
+    across = heads * (1 + extras.gated)
+    query, key, value = qkv.unflatten(-1, (-1, width)).split((across, fewer, fewer), dim=-2)
+    gate = None
+    if extras.gated:
+        query, gate = query.unflatten(-2, (heads, 2)).unbind(-2)
+    if extras.norms:
+        query, key = (
+            rms_norm(part.reshape(-1, width), norm, extras.epsilon).view(part.shape)
+            for part, norm in zip((query, key), extras.norms)
+        )
+    return query, key, value, gate
 
 
 def turned(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions (RoPE, Su et al. 2021): the two halves of the last dimension turned against each other."""
+    """Rotary positions (RoPE, Su et al. 2021): the two halves of the last dimension, or of as much of it as `cos` and
+    `sin` are wide, turned against each other."""
+    states, rest = states.tensor_split((cos.shape[-1],), dim=-1)
     first, second = states.chunk(2, dim=-1)
-    return states * cos + torch.cat((-second, first), dim=-1) * sin
+    done = states * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((done, rest), dim=-1) if rest.shape[-1] else done
 
 
 @triton.jit
-def turned_rows(source, cos, sin, row, known, WIDTH: tl.constexpr):
-    """The states at `source` (rows,), pointers, turned by the angles of each `row`, in fp32 (rows, D)."""
+def turned_rows(
+    source, cos, sin, row, known, norm, epsilon, WIDTH: tl.constexpr, TURNS: tl.constexpr, NORMED: tl.constexpr
+):  # fmt: skip
+    """The states at `source` (rows,), pointers, over their root mean square where they are NORMED, the first TURNS of
+    them turned by the angles of each `row`, in fp32 (rows, D)."""
     wide = tl.arange(0, WIDTH)
-    angles = row[:, None] * WIDTH + wide[None, :]
-    cosine = tl.load(cos + angles, mask=known[:, None], other=0.0).to(tl.float32)
-    sine = tl.load(sin + angles, mask=known[:, None], other=0.0).to(tl.float32)
+    turns = known[:, None] & (wide < TURNS)[None, :]
+    angles = row[:, None] * TURNS + wide[None, :]
+    cosine = tl.load(cos + angles, mask=turns, other=1.0).to(tl.float32)
+    sine = tl.load(sin + angles, mask=turns, other=0.0).to(tl.float32)
     states = tl.load(source[:, None] + wide[None, :], mask=known[:, None], other=0.0).to(tl.float32)
     # The other half of each, the first one negated.
-    other = (wide + WIDTH // 2) % WIDTH
+    other = tl.where(wide < TURNS, (wide + TURNS // 2) % TURNS, wide)
     halves = tl.load(source[:, None] + other[None, :], mask=known[:, None], other=0.0).to(tl.float32)
-    return states * cosine + halves * tl.where(wide < WIDTH // 2, -1.0, 1.0)[None, :] * sine
+    if NORMED:
+        # Rounded as row_kernels.norm_kernel does, before and after it meets the weight.
+        inverse = tl.rsqrt(tl.sum(states * states, 1) / WIDTH + epsilon)[:, None]
+        kind: tl.constexpr = norm.dtype.element_ty
+        states = (states * inverse).to(kind).to(tl.float32) * tl.load(norm + wide)[None, :].to(tl.float32)
+        halves = (halves * inverse).to(kind).to(tl.float32) * tl.load(norm + other)[None, :].to(tl.float32)
+        states = states.to(source.dtype.element_ty).to(tl.float32)
+        halves = halves.to(source.dtype.element_ty).to(tl.float32)
+    return states * cosine + halves * tl.where(wide < TURNS // 2, -1.0, 1.0)[None, :] * sine
 
 
 @triton.jit
 def store_fresh(
-    qkv, cos, sin, keys, values, slot, head, place, begin, end,
+    qkv, cos, sin, keys, values, norm, epsilon, slot, head, place, begin, end,
     HEADS: tl.constexpr, FEWER: tl.constexpr, NEW: tl.constexpr, WIDTH: tl.constexpr, NEW_ROWS: tl.constexpr,
+    TURNS: tl.constexpr, NORMED: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """New keys and values of a slot and head, whose first place is at `keys` and `values`: from `begin` to `end`."""
     fresh, wide = tl.arange(0, NEW_ROWS), tl.arange(0, WIDTH)
     mine = (fresh < NEW) & (place + fresh >= begin) & (place + fresh < end)
     row = slot * NEW + fresh
-    source = qkv + row * ((HEADS + 2 * FEWER) * WIDTH) + (HEADS + head) * WIDTH
-    key = turned_rows(source, cos, sin, row, mine, WIDTH)
+    across: tl.constexpr = HEADS * 2 if GATED else HEADS
+    source = qkv + row * ((across + 2 * FEWER) * WIDTH) + (across + head) * WIDTH
+    key = turned_rows(source, cos, sin, row, mine, norm, epsilon, WIDTH, TURNS, NORMED)
     value = tl.load(source[:, None] + FEWER * WIDTH + wide[None, :], mask=mine[:, None], other=0.0)
     stored = (place + fresh)[:, None] * WIDTH + wide[None, :]
     tl.store(keys + stored, key.to(keys.dtype.element_ty), mask=mine[:, None])
@@ -142,7 +203,9 @@ def store_fresh(
 @triton.jit
 def attend_kernel(
     qkv, cos, sin, keys, values, places, sums, tops, partial, capacity, scale, parts,
+    query_norm, key_norm, epsilon,
     HEADS: tl.constexpr, FEWER: tl.constexpr, NEW: tl.constexpr, WIDTH: tl.constexpr,
+    TURNS: tl.constexpr, NORMED: tl.constexpr, GATED: tl.constexpr,
     ROWS: tl.constexpr, NEW_ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys of one slot and one head of keys, for all NEW x (HEADS / FEWER) queries that share it."""
@@ -164,13 +227,16 @@ def attend_kernel(
             warm(values + cache + old * WIDTH + line)
     follow(EARLY)
     store_fresh(
-        qkv, cos, sin, keys + cache, values + cache, slot, head, place, begin, end, HEADS, FEWER, NEW, WIDTH, NEW_ROWS
-    )
+        qkv, cos, sin, keys + cache, values + cache, key_norm, epsilon, slot, head, place, begin, end,
+        HEADS, FEWER, NEW, WIDTH, NEW_ROWS, TURNS, NORMED, GATED,
+    )  # fmt: skip
     lane = tl.arange(0, ROWS)
     token, of_head = lane // shared, head * shared + lane % shared
     known, row = lane < NEW * shared, slot * NEW + lane // shared
-    source = qkv + row * ((HEADS + 2 * FEWER) * WIDTH) + of_head * WIDTH
-    query = turned_rows(source, cos, sin, row, known, WIDTH).to(qkv.dtype.element_ty)
+    apart: tl.constexpr = 2 if GATED else 1
+    source = qkv + row * ((HEADS * apart + 2 * FEWER) * WIDTH) + of_head * (WIDTH * apart)
+    query = turned_rows(source, cos, sin, row, known, query_norm, epsilon, WIDTH, TURNS, NORMED)
+    query = query.to(qkv.dtype.element_ty)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     weights = tl.zeros((ROWS,), tl.float32)
     done = tl.zeros((ROWS, WIDTH), tl.float32)
@@ -196,7 +262,9 @@ def attend_kernel(
 
 @triton.jit
 def join_kernel(
-    sums, tops, partial, target, parts, PARTS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr
+    sums, tops, partial, target, parts, qkv,
+    PARTS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr,
+    HEADS: tl.constexpr, FEWER: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """One query of one head: its parts, each by the weight of what it has seen."""
     row = tl.program_id(0)
@@ -208,6 +276,12 @@ def join_kernel(
     weight = tl.load(sums + row * parts + part, mask=inside, other=0.0) * fade
     each = tl.load(partial + (row * parts + part)[:, None] * WIDTH + wide[None, :], mask=inside[:, None], other=0.0)
     done = tl.sum(each * fade[:, None], 0) / tl.sum(weight, 0)
+    if GATED:
+        # Each query and its gate, all heads of a row, then the keys and values.
+        at = qkv + (row // HEADS) * ((HEADS * 2 + 2 * FEWER) * WIDTH) + (row % HEADS * 2 + 1) * WIDTH
+        kind: tl.constexpr = target.dtype.element_ty
+        gate = tl.sigmoid(tl.load(at + wide).to(tl.float32)).to(kind).to(tl.float32)
+        done = done.to(kind).to(tl.float32) * gate
     tl.store(target + row * WIDTH + wide, done.to(target.dtype.element_ty))
 
 
@@ -222,6 +296,7 @@ def attend_in_parts(
     scale: float,
     parts: int | None = None,
     begins: bool = False,
+    extras: Extras = NO_EXTRAS,
 ) -> torch.Tensor:
     """`attend_slots` by the kernels above, the first of which `begins` before the one before has ended; the keys of a
     slot in `parts` parts, as many as keep a GPU busy."""
@@ -233,13 +308,17 @@ def attend_in_parts(
     target = qkv.new_empty(rows, heads * width)
     launch = {"launch_pdl": True} if begins else {}
     lanes = max(16, triton.next_power_of_2(new * heads // fewer))
+    # What is not there is not read.
+    query_norm, key_norm = extras.norms or (qkv, qkv)
     attend_kernel[(slots, fewer, parts)](
         qkv, cos, sin, keys, values, places, sums, tops, partial, capacity, scale, parts,
+        query_norm, key_norm, extras.epsilon, TURNS=cos.shape[-1], NORMED=extras.norms is not None, GATED=extras.gated,
         HEADS=heads, FEWER=fewer, NEW=new, WIDTH=width, ROWS=lanes, NEW_ROWS=triton.next_power_of_2(new), BLOCK=BLOCK,
-        EARLY=begins, num_warps=4, num_stages=3, **launch,
+        EARLY=begins, num_warps=4, num_stages=4 if width < 256 else 2, **launch,
     )  # fmt: skip
     join_kernel[(rows * heads,)](
-        sums, tops, partial, target, parts,
-        PARTS=triton.next_power_of_2(parts), WIDTH=width, EARLY=begins, num_warps=2, **launch,
+        sums, tops, partial, target, parts, qkv,
+        PARTS=triton.next_power_of_2(parts), WIDTH=width, EARLY=begins, HEADS=heads, FEWER=fewer, GATED=extras.gated,
+        num_warps=2, **launch,
     )  # fmt: skip
     return target

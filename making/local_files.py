@@ -29,7 +29,7 @@ from making.decoding import decode_sheet
 from making.drops import PageDropped
 from making.style_sheets import grey_declarations, grey_sheet, imports_of, in_style_element, parse_css, write_css
 from scoring.renders import PLACE, Job, Renderer
-from use_model_from_hub import turned_size, upright
+from use_model_from_hub import upright
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -263,6 +263,12 @@ def picture_sides(data: bytes) -> dict[str, str] | None:
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, EOFError, Image.DecompressionBombError):
         return None
     return {"width": str(width), "height": str(height)}
+
+
+def turned_size(size: tuple[int, int], turn: Image.Transpose | None) -> tuple[int, int]:
+    """(width, height) after `turn`, as `upright` gives it."""
+    sideways = turn is not None and turn.name in ("ROTATE_90", "ROTATE_270", "TRANSPOSE", "TRANSVERSE")
+    return size[::-1] if sideways else size
 
 
 def px_of(sides: Mapping[str, str]) -> tuple[float, float] | None:

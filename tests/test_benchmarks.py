@@ -3,17 +3,23 @@
 import importlib.util
 import json
 import random
+import re
 import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, make_base, make_tokenizer, need_browser, output, run_script, weights
 from hidden_texts import GHOST, document
+from transformers import AutoModelForImageTextToText
 
 from training.cleaning import CLEANING_STEPS, clean_html
 from training.page_checks import screenshot_size
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import default_run
+import endings_write
+import evaluation_speed
 import make_pages_like_real
 import make_pages_speed
 import make_shapes
@@ -21,7 +27,9 @@ import other_order
 import random_weights
 import step_speed
 import unseen_text
+import write_speed
 
+import use_model_from_hub as use
 from families import family_of, page_costs
 from scoring.renders import Renderer
 from training.page_order import PageSampler
@@ -129,6 +137,25 @@ def test_pages_per_second_and_mfu_fit_the_published_rows(shape):
     assert costs[0] < rows[1] < costs[1]
 
 
+@pytest.mark.parametrize("name, billions", [("7b", 8.29), ("qwen3-vl-4b", 4.44), ("qwen3.5-4b", 4.54)])
+def test_the_shapes_have_as_many_parameters_as_the_published_models(name, billions):
+    """On no device: nothing is allocated."""
+    tokenizer = make_tokenizer()
+    for tiny in (True, False):
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(make_shapes.make_config(name, tokenizer, tiny))
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.005)
+    template = make_shapes.CHAT_TEMPLATES[make_shapes.SHAPES[name]["family"]]
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+    asked = tokenizer.apply_chat_template(
+        turns, chat_template=template, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    user = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>?<|im_end|>\n<|im_start|>assistant\n"
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    expected = {"7b": system + user, "qwen3-vl-4b": user, "qwen3.5-4b": user + "<think>\n\n</think>\n\n"}
+    assert asked == expected[name]
+
+
 # -----------------------------------------------------------------------------
 # Order
 
@@ -182,6 +209,13 @@ def test_a_rivals_line_is_read_as_it_is():
     assert step_speed.read_step('STEP {"step": 1, "loss": 2.5}\n') == {"step": 1, "loss": 2.5}
 
 
+def test_the_plan_stands_beside_the_measured_peak():
+    told = "peak: 63.2 GiB measured, 65.1 planned for the heaviest batch, +3.0%"
+    row = step_speed.planned_beside_measured(re.search(step_speed.PLAN, told))
+    assert row["planned_gib"] == 65.1 and row["heaviest_gib"] == 63.2
+    assert row["notes"] == ["65.1 GiB planned for the heaviest batch, 63.2 measured (+3.0%)"]
+
+
 def test_the_order_of_ours_is_taken_only_when_it_is_whole(tmp_path):
     file, names = tmp_path / "page_order.jsonl", ["a", "b", "c", "d"]
     assert step_speed.read_order(file, names, 2, 2) is None
@@ -218,6 +252,35 @@ def test_too_few_pages_are_refused_before_anything_runs(tiny_base, pages_folder,
     with pytest.raises(SystemExit):
         step_speed.read_command_line([*flags, "--steps", "3"])
     assert "has 24 pages, 26 are needed" in capsys.readouterr().err
+
+
+# -----------------------------------------------------------------------------
+# A whole run and its evaluation
+
+LOG = [
+    (2.0, "precision: bf16"),
+    (3.0, "1,000 training and 32 held-out pages in 0.9 s; memory 0.9 GiB"),
+    (13.0, "holo1_3b_shapes: 3,754.6 M parameters in 9.9 s; memory 9.0 GiB"),
+    (20.0, "step 1/125  loss 12.3046  lr 0.0e+00  3.81 pages/s"),
+    (22.0, "step 12/125  loss 12.3046  lr 0.0e+00  3.81 pages/s"),
+    (90.0, "step 125/125  loss 9.3046  lr 0.0e+00  3.81 pages/s"),
+    (99.0, "after: 32 held-out pages: exact 0.0 %"),
+]
+
+
+def test_a_part_lasts_from_line_to_line_and_one_without_its_line_is_in_the_next():
+    found = default_run.seconds_of_parts(LOG, 1.0, 101.5)
+    assert [*found.values()] == [1.0, 1.0, 10.0, 7.0, 70.0, 9.0, 2.5]
+    assert {*default_run.PARTS} - {*found} == {"rehearsal", "saving"}
+    assert sum(found.values()) == 100.5
+
+
+def test_an_answer_is_as_long_as_its_page_whose_tokens_are_watched_in_its_place():
+    seen = []
+    watch = evaluation_speed.OwnLength([*range(20)], SimpleNamespace(feed=seen.extend))
+    assert watch.feed([7] * 16) is None and seen == [*range(16)]
+    ending = watch.feed([7] * 16)
+    assert (ending.keep, ending.tokens, ending.reason, seen) == (20, [], "end", [*range(20)])
 
 
 # -----------------------------------------------------------------------------
@@ -270,6 +333,41 @@ def test_make_pages_is_measured_by_its_real_main(tmp_path):
     shown = make_pages_speed.table([run, run], run)
     assert f"| 1 | 3 | {run.seconds:.1f} | {run.pages_per_second:.2f} | 1.00 |" in shown
     assert "MiB each after" in shown and min(run.parent_mib_at.values()) > 20
+
+
+# -----------------------------------------------------------------------------
+# Writing
+
+
+def test_tokens_are_held_against_the_plain_model_as_they_were_chosen(tiny_base, monkeypatch):
+    """In fp32 each is the best one, under a penalty by the logits that have it; watching ends no page, and is timed."""
+    recipe = use.Recipe(prompt="write", max_html_tokens=24, max_pixels=140 * 140)
+    model, processor = use.load_model(str(tiny_base), recipe)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(10)  # as they are made, all answers are the same
+    punished = use.Recipe(**{**vars(recipe), "repetition_penalty": 1.3})
+    for asked in (recipe, punished):
+        found = write_speed.hold_against_plain(model, processor, asked, 2, 24, drafts=False)
+        assert found["argmax"] == 1 and found["tokens"] > 24 and found["most_behind_in_roundings"] == 0
+    monkeypatch.setattr(write_speed, "processed", lambda logits, *unused: logits)
+    assert write_speed.hold_against_plain(model, processor, punished, 2, 24, drafts=False)["argmax"] < 1
+    pages = write_speed.pages_like_real(processor.tokenizer, 2, 300)
+    found = write_speed.with_endings(model, processor, recipe, [write_speed.noise(0)] * 2, pages)
+    assert found["would_have_ended"] == 0 and 0.1 < found["with_over_without"] < 10
+
+
+def test_pages_that_end_by_themselves_are_compared_to_the_byte():
+    whole, cut = "<html><head></head><body>a</body></html>", "<html><body>a"
+    alone = [
+        use.Written(whole, whole, 9, False),
+        use.Written(whole, whole, 9, False),
+        use.Written(cut, "", 9, True),
+    ]
+    helped = [alone[0], use.Written(whole, whole + " ", 9, False), use.Written(whole, whole, 9, True, False, 3)]
+    found = endings_write.compared(alone, helped, [whole, "b", "c"])
+    assert (found["ended_by_themselves"], found["of_these_the_same_to_the_byte"], found["closed"]) == (2, 1, 1)
+    assert (found["whole_without"], found["whole_with"], found["exact"], found["tokens"]) == (2, 3, 1, 27)
 
 
 # -----------------------------------------------------------------------------

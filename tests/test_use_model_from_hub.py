@@ -8,7 +8,10 @@ import signal
 import struct
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from threading import current_thread
+from types import SimpleNamespace
 
 import pytest
 from conftest import (
@@ -388,6 +391,7 @@ def test_pages_lie_as_their_screenshots_do_and_none_meet(here):
     assert (
         named(["shots/a", b], "out") == [*a, (b, "out/b/002.html")] == named(["shots/a", b, "shots/a/000.png"], "out")
     )
+    assert use.parse(["--image", "-", "--output", "-"]).output is None  # stdin to stdout, and no file of that name
     assert named([b], "page.html") == [(b, "page.html")] and named([b], "out/") == [(b, "out/002.html")]
     for name in (".hidden.png", "000.preview.png", "notes.txt", "000.JPG"):
         (here / "shots" / "a" / name).write_bytes(b"x")
@@ -441,6 +445,35 @@ def test_a_folder_is_written_once_and_what_was_made_otherwise_is_not_taken_for_d
     code, said = again("--overwrite", "--max_html_tokens", "5")
     assert code == 0 and "5 new" in said
     assert again("--max_html_tokens", "5")[0] == 0
+
+
+def test_screenshots_are_opened_once_each_by_what_writes_when_their_turn_comes(here, monkeypatch, capsys):
+    """All were decoded twice, and by the main thread, for which a GPU waits. It opens as many as it takes to know that
+    there is something to load a model for."""
+    opened, decode = [], use._decode
+    monkeypatch.setattr(use, "_decode", lambda *given: opened.append(current_thread().name) or decode(*given))
+
+    class Reading:
+        def write(self, requests, shown=None):
+            requests = list(requests)
+            assert len(requests) == 5 and opened == ["MainThread"]
+            with ThreadPoolExecutor(2, "reader") as pool:
+                for request, picture in [(it, pool.submit(it.open)) for it in requests]:
+                    try:
+                        yield request, use.Written(f"<p>{picture.result().size}</p>", "", 1, False)
+                    except use.UseError as error:
+                        yield request, use.Failed(error)
+
+    monkeypatch.setattr(use, "load_model", lambda *unused: (SimpleNamespace(device="cpu"), None))
+    monkeypatch.setattr(use, "writer", lambda *unused: Reading())
+    assert use.main(["--image", "shots", "--model", "./model", "--output", "out"]) == 80
+    said = capsys.readouterr().err
+    assert "--image shots/b/001.png: not a readable PNG" in said and "4 new, 1 failed" in said
+    assert len(opened) == 6 and {name.partition("_")[0] for name in opened[1:]} == {"reader"}
+    monkeypatch.setattr(use, "load_model", lambda *unused: pytest.fail("a model was loaded, though nothing is to do"))
+    assert use.main(["--image", "shots", "--model", "./model", "--output", "out"]) == 80
+    said = capsys.readouterr().err
+    assert "b/001.png: not a readable" in said and "4 of 5 pages were there, 0 new" in said and "tokens/s" not in said
 
 
 def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(monkeypatch):
@@ -613,3 +646,4 @@ def test_a_copy_alone_writes_folders_and_previews(here):
     assert preview.size == (left.width + 16 + max(160, left.width), left.height)
     assert preview.crop((0, 0, *left.size)).tobytes() == left.tobytes()
     assert preview.getpixel((preview.width - 1, 1)) == (255, 0, 0)
+    assert preview.getpixel((left.width + 8, 1)) == (128, 128, 128) and "previews: 1 of 1" in done.stderr

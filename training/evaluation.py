@@ -40,6 +40,7 @@ from training.errors import OUT_OF_MEMORY_CODE, PipelineError, StoppedError, exi
 from training.heartbeat import heart
 from training.processes import gather, in_columns, rank, say, world_size
 from training.stopping import stop
+from writing.writer import writer as make_writer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -76,7 +77,7 @@ def write_held_out(
         if told is not None:
             raise failure_of_another(number, *told)
     if any(stops for *_, stops in shares):
-        raise StoppedError("stopped while held-out pages were written")
+        raise StoppedError("stopped while held-out pages were judged")
     slowest = max(seconds for _, seconds, *_ in shares)
     rows = sorted((row for rows, *_ in shares for row in rows), key=lambda row: row["place"])
     return [{**row, "seconds": slowest} for row in rows]
@@ -102,18 +103,23 @@ def write_share(
 ) -> list[Row]:
     """Write the pages at the indices `mine`, by what use_model_from_hub.py writes with: `batch` at once, fewer where
     memory runs out. A part of them where this rank is asked to stop: `write_held_out` tells the others."""
-    writer = use.writer(model, processor, decoding, batch, len(mine), tell_once)
+    writer = make_writer(model, processor, decoding, batch, len(mine), tell_once, go_on)
     requests = (use.Request(place, partial(screenshot_of, pages, place)) for place in mine)
     rows: list[Row] = []
-    with zero3.plain_linear(), contextlib.closing(writer.write(requests)) as answers:
-        for request, page in answers:
-            heart.mark()
+    answers = contextlib.closing(writer.write(requests))
+    with zero3.plain_linear(), contextlib.suppress(StoppedError), answers as pages_written:
+        for request, page in pages_written:
             rows.append({"place": request.place, **asdict(page)})
             if len(rows) % batch == 0 or len(rows) == len(mine):
                 say(f"  {len(rows)} of {plural(len(mine), 'page')} written")
-            if stop.wanted:
-                break
     return rows
+
+
+def go_on() -> None:
+    """Inside of long work: it goes on. Raises `StoppedError` where this rank is asked to stop."""
+    heart.mark()
+    if stop.wanted:
+        raise StoppedError("stopped while held-out pages were judged")
 
 
 def screenshot_of(pages: Dataset, place: int) -> Image:
@@ -229,11 +235,11 @@ def pairs_of(rows: Sequence[Row], pages: Dataset) -> list[Pair]:
 
 
 class MarkedProgress(Progress):
-    """Each page that is rendered and scored is progress of this rank, too."""
+    """Each page that is rendered and scored is progress of this rank, too, and a place to stop."""
 
     def keep(self, *arguments: Any) -> None:
         super().keep(*arguments)
-        heart.mark()
+        go_on()
 
 
 class Rendering:

@@ -44,7 +44,7 @@ from training.processes import (
 BEAT_S = 1.0
 OTHERS_S = 3.0  # that a rank leaves the others for finding the same hang
 # Seconds without progress after which a rank hangs. Kernels are compiled in the first step; later ones are known by
-# what they have taken. A batch of held-out pages is written until its longest page ends.
+# what they have taken. Held-out pages are progress every few tokens, but a page that is rendered is long on a busy CPU.
 FIRST_STEP_S, LEAST_STEP_S, TIMES_THE_LONGEST, WRITTEN_BATCH_S = 1800.0, 300.0, 10, 1800.0
 # What another rank has failed of comes to this one by itself, as a rule: its own message says more.
 PATIENCE_S = 2.0

@@ -2,17 +2,27 @@
 
 writer = BestOf(writer, 4)                      # itself a writer: one answer for each request
 for request, chosen in writer.write(requests): chosen.html, chosen.sample, chosen.scores
+
+What is rendered and compared is so beside the writing, which goes on meanwhile: a GPU waits for no browser, unless
+browsers fall far behind it.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 from scoring.renders import Renderer
-from use_model_from_hub import Request, Written
+from use_model_from_hub import Failed, Request, UseError, Written
+
+CHOOSERS = 2  # pages that are compared at once: while one is looked at in Python, the next one is rendered
+MOST_BROWSERS = 8  # some 300 MB each
+MOST_BEHIND = 16  # pages that wait to be chosen from; whoever kills the process has these to write again
 
 
 @dataclass
@@ -24,7 +34,7 @@ class Chosen(Written):
 
 
 class BestOf:
-    """Writes `count` answers by another writer, and keeps one; a renderer is open while it writes."""
+    """Writes `count` answers by another writer, and keeps one; browsers are open while it writes."""
 
     def __init__(self, writer: Any, count: int):
         self.writer, self.count = writer, count
@@ -32,24 +42,39 @@ class BestOf:
     def write(
         self, requests: Iterable[Request], shown: Callable[[Request, str], None] | None = None
     ) -> Iterator[tuple[Request, Any]]:
-        """Each request with its `Chosen`, as soon as all its answers are there; where a server has given none, with
-        what it gave for the last one. Nothing is `shown`: which answer it will be is not known before."""
-        choose = importlib.import_module("writing.best_of").choose
+        """Each request with its `Chosen`, in the order in which their last answers came; where none could be had, with
+        the last `Failed`. Nothing is `shown`: which answer it will be is not known before."""
         many = (replace(request, sample=sample) for request in requests for sample in range(self.count))
         waiting: dict[int, dict[int, Any]] = {}
-        with Renderer() as renderer:
-            for request, answer in self.writer.write(many):
-                came = waiting.setdefault(request.place, {})
-                came[request.sample] = answer
-                if len(came) < self.count:
-                    continue
-                del waiting[request.place]
-                pages = {sample: page for sample, page in sorted(came.items()) if isinstance(page, Written)}
-                if not pages:
-                    yield request, answer
-                    continue
-                choice = choose(request.open(), [page.html for page in pages.values()], renderer)
-                scores = dict(zip(pages, choice.scores))
-                sample = list(pages)[choice.index]
-                every = tuple(scores.get(number) for number in range(self.count))
-                yield replace(request, sample=0), Chosen(**vars(pages[sample]), sample=sample, scores=every)
+        choices: deque[Future[tuple[Request, Any]]] = deque()
+        browsers = max(2, min(MOST_BROWSERS, (os.cpu_count() or 1) // 2))
+        with Renderer(browsers) as renderer, ThreadPoolExecutor(CHOOSERS) as pool:
+            try:
+                for request, answer in self.writer.write(many):
+                    came = waiting.setdefault(request.place, {})
+                    came[request.sample] = answer
+                    if len(came) == self.count:
+                        del waiting[request.place]
+                        choices.append(pool.submit(self.chosen, request, came, renderer))
+                    while choices and (choices[0].done() or len(choices) > MOST_BEHIND):
+                        yield choices.popleft().result()
+                while choices:
+                    yield choices.popleft().result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+                renderer.close()  # first: those who wait for a render end then
+
+    def chosen(self, request: Request, came: dict[int, Any], renderer: Renderer) -> tuple[Request, Any]:
+        """(a thread of its own) The request with the best of the answers that `came`, by their samples' numbers."""
+        choose = importlib.import_module("writing.best_of").choose
+        pages = {sample: page for sample, page in sorted(came.items()) if isinstance(page, Written)}
+        if not pages:
+            return request, came[request.sample]
+        try:
+            choice = choose(request.open(), [page.html for page in pages.values()], renderer)
+        except UseError as error:  # of a screenshot that is no more
+            return request, Failed(error)
+        scores = dict(zip(pages, choice.scores))
+        sample = list(pages)[choice.index]
+        every = tuple(scores.get(number) for number in range(self.count))
+        return replace(request, sample=0), Chosen(**vars(pages[sample]), sample=sample, scores=every)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -374,28 +374,51 @@ class CloseDocument(LogitsProcessor):
 
 
 class StopLoops(StoppingCriteria):
-    """Stops each row in which a loop was found."""
+    """Stops each row in which a loop was found, and calls `meanwhile` at each token."""
 
-    def __init__(self, endings: Endings):
-        self.endings = endings
+    def __init__(self, endings: Endings, meanwhile: Callable[[], None]):
+        self.endings, self.meanwhile = endings, meanwhile
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **options: Any) -> torch.Tensor:
+        self.meanwhile()
         looped = [found is not None and found.reason == LOOP for found in self.endings.found]
         return input_ids.new_tensor(looped).bool()
+
+
+class Unwatched:
+    """In place of a `Watch`, where documents cannot be closed in a tokenizer's tokens: nothing is ended."""
+
+    def __init__(self, *unused: Any):
+        pass
+
+    def feed(self, ids: Sequence[int]) -> None:
+        pass
+
+    def ended(self) -> None:
+        pass
 
 
 class Endings:
     """The endings of the rows of one call of generate(), whose answers may have `limit` tokens each and are ended by
     one of `stops`. `found[row]` is the `Ending` of a row that had to be ended; what generate() gives of it is right to
-    `keep`, and all of it where the reason is not a loop."""
+    `keep`, and all of it where the reason is not a loop. `meanwhile` is called at each token, and what it raises ends
+    the writing."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, limit: int, rows: int, stops: Sequence[int]):
-        self.watches = [Watch(tokenizer, limit) for _ in range(rows)]
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        limit: int,
+        rows: int,
+        stops: Sequence[int],
+        watch: Callable[..., Watch | Unwatched] = Watch,
+        meanwhile: Callable[[], None] = lambda: None,
+    ):
+        self.watches = [watch(tokenizer, limit) for _ in range(rows)]
         self.stops = list(stops)
         self.found: list[Ending | None] = [None] * rows
         self.forced: list[list[int]] = [[] for _ in range(rows)]
         self.over = [False] * rows
-        self.closing, self.stopping = CloseDocument(self), StopLoops(self)
+        self.closing, self.stopping = CloseDocument(self), StopLoops(self, meanwhile)
 
     def next_token(self, row: int, token: int) -> int:
         """The token that comes next in a row for which `token` was chosen."""

@@ -14,14 +14,15 @@ import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 import use_model_from_hub as use
-from writing.reading import Layer, Question, Reader, question_of
+from families import family_of
+from writing.reading import Question, Reader, question_of
 from writing.slots import Cache, State, bytes_of_slot
 from writing.step import Chooser, Step
 
@@ -50,7 +51,7 @@ class Slot:
 
 
 class Engine:
-    """Writes with the weights of `model`, whose linear weights become views of larger ones (reading.Layer)."""
+    """Writes with the weights of `model`, whose linear weights become views of larger ones (slot_layers.py)."""
 
     def __init__(
         self,
@@ -60,14 +61,18 @@ class Engine:
         wanted: int | None = None,
         watch: Callable[[], Watch] | None = None,
         drafts: bool = True,
+        meanwhile: Callable[[], None] = lambda: None,
     ):
         """`wanted` answers at most are asked for together; `watch` makes what may end an answer early; `drafts` are
-        guessed where they cost nothing. Raises torch.OutOfMemoryError where not even one slot fits."""
+        guessed where they cost nothing; `meanwhile` is called before each block of steps, and what it raises ends the
+        writing. Raises torch.OutOfMemoryError where not even one slot fits."""
+        self.meanwhile = meanwhile
         self.model, self.processor, self.recipe, self.watch, self.drafts = model, processor, recipe, watch, drafts
         self.stops = set(use.end_tokens(model, processor))
-        self.layers = [Layer(layer) for layer in model.model.language_model.layers]
-        self.reader = Reader(model, self.layers)
+        self.captured = family_of(model.config).captured(model)
+        self.reader = Reader(model, self.captured)
         self.chooser = Chooser(use.logits_processors(recipe), drawn=recipe.temperature > 0)
+        self.chances = recipe.max_html_tokens if self.chooser.drawn else 0  # numbers that are drawn, of each answer
         vision = model.config.vision_config
         picture = recipe.max_pixels // (vision.patch_size * vision.spatial_merge_size) ** 2
         # Padded as questions are: threads that change the tokenizer's padding while others use it break them.
@@ -85,17 +90,18 @@ class Engine:
             return WIDTHS[-1]
         free, _ = torch.cuda.mem_get_info(self.model.device)
         free += torch.cuda.memory_reserved(self.model.device) - torch.cuda.memory_allocated(self.model.device)
-        fit = (free - SPARE_BYTES) // bytes_of_slot(self.model.config, self.capacity, self.model.dtype)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        kept = (self.captured.layers, vocabulary, self.capacity, self.model.dtype, self.chances)
+        fit = (free - SPARE_BYTES) // bytes_of_slot(*kept)
         return max(width for width in WIDTHS if width <= max(1, fit))
 
     def allocate(self, count: int) -> None:
         """Cache and state of `count` slots, one of WIDTHS, or of half as many for as long as they do not fit."""
-        chances = self.recipe.max_html_tokens if self.chooser.drawn else 0
         model = self.model
         while True:
             try:
-                self.cache = Cache(model.config, count, self.capacity, model.dtype, model.device)
-                self.state = State(count, self.capacity, model.device, chances)
+                self.cache = Cache(self.captured.layers, count, self.capacity, model.dtype, model.device)
+                self.state = State(count, self.capacity, model.device, self.chances)
                 break
             except torch.OutOfMemoryError:
                 self.cache = None
@@ -110,10 +116,11 @@ class Engine:
 
     def write(
         self, requests: Iterable[use.Request], shown: Callable[[use.Request, str], None] | None = None
-    ) -> Iterator[tuple[use.Request, use.Written]]:
-        """Answers as they end, in any order. Screenshots are opened when their turn is near; what opening raises is
-        raised here. `shown` gets each answer's text in pieces as it is written. One at a time: raises RuntimeError
-        where another is under way; one that is closed early leaves nothing behind."""
+    ) -> Iterator[tuple[use.Request, use.Written | use.Failed]]:
+        """Answers as they end, in any order. Screenshots are opened when their turn is near, in threads; what opening
+        raises is raised here, but for a `UseError`, which is that request's answer. `shown` gets each answer's text in
+        pieces as it is written. One at a time: raises RuntimeError where another is under way; one that is closed early
+        leaves nothing behind."""
         if any(self.slots):
             raise RuntimeError("this engine is writing already: end or close that first, or make another one")
         # Those that were closed early would move on, out of their slots.
@@ -124,9 +131,11 @@ class Engine:
             waiting = Waiting(requests, pool, make)
             try:
                 while True:
+                    self.meanwhile()
                     ended = None
                     try:
                         self.fill(waiting)
+                        yield from waiting.failures()
                         width = self.width()
                         if not width:
                             return
@@ -194,7 +203,7 @@ class Engine:
 
     def move(self, source: int, target: int) -> None:
         """An answer from one slot to a free one."""
-        self.cache.states[:, :, target] = self.cache.states[:, :, source]
+        self.cache.move(source, target)
         for part in (*self.state.parts(), self.seen):
             part[target] = part[source]
         self.state.stop(source)
@@ -203,12 +212,18 @@ class Engine:
     def step(self, width: int) -> Step:
         """The step over the first `width` slots, captured when it is first needed."""
         if width not in self.steps:
-            new = max(1, min(MOST_NEW, ROWS // width)) if self.drafts and self.chooser.plain else 1
-            step = Step(self.model, self.layers, self.cache, self.state, width, new, self.chooser)
+            new = max(1, min(MOST_NEW, ROWS // width)) if self.drafted() else 1
+            step = Step(self.model, self.captured, self.cache, self.state, width, new, self.chooser)
             if self.model.device.type == "cuda":
                 step.capture(next((other.graph for other in self.steps.values()), None))
             self.steps[width] = step
         return self.steps[width]
+
+    def drafted(self) -> bool:
+        """Whether there are drafts. Not where a layer keeps a state instead of keys and values: a wrong draft has gone
+        into it, and one for each draft would have to be kept to go back to."""
+        takes_back = all(layer.mixer.takes_back for layer in self.captured.layers)
+        return self.drafts and self.chooser.plain and takes_back
 
     # -- what was written
 
@@ -301,19 +316,25 @@ class Waiting:
         self, requests: Iterable[use.Request], pool: ThreadPoolExecutor, make: Callable[[use.Request], Question]
     ):
         self.requests, self.pool, self.make = iter(requests), pool, make
-        self.coming: deque = deque()
+        self.coming: deque[tuple[use.Request, Future[Question]]] = deque()
         self.back: deque[Question] = deque()
+        self.failed: list[tuple[use.Request, use.Failed]] = []
 
     def look_ahead(self, count: int) -> None:
         for request in itertools.islice(self.requests, max(0, count - len(self.coming))):
-            self.coming.append(self.pool.submit(self.make, request))
+            self.coming.append((request, self.pool.submit(self.make, request)))
 
     def take(self, most: int, patches: int) -> list[Question]:
         """The next questions, `most` at most and as many as have `patches` together, at least one; [] at the end."""
         taken: list[Question] = []
         self.look_ahead(most + READERS)
         while len(taken) < most and (self.back or self.coming):
-            question = self.back[0] if self.back else self.coming[0].result()
+            try:
+                question = self.back[0] if self.back else self.coming[0][1].result()
+            except use.UseError as error:
+                self.failed.append((self.coming.popleft()[0], use.Failed(error)))
+                self.look_ahead(most + READERS - len(taken))
+                continue
             patches -= len(question.patches)
             if taken and patches < 0:
                 break
@@ -321,6 +342,11 @@ class Waiting:
             taken.append(question)
             self.look_ahead(most + READERS - len(taken))
         return taken
+
+    def failures(self) -> Iterator[tuple[use.Request, use.Failed]]:
+        """The requests whose turn has come, but whose screenshots could not be opened."""
+        while self.failed:
+            yield self.failed.pop(0)
 
     def put_back(self, questions: list[Question]) -> None:
         self.back.extendleft(reversed(questions))

@@ -26,12 +26,11 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from use_model_from_hub import Recipe, Request, UseError, Written, extract_html, say
+from use_model_from_hub import Failed, Recipe, Request, UseError, Written, extract_html, say
 
 try:  # huggingface_hub 2 brings the first of them, 1 the second
     import httpx2 as httpx
@@ -153,14 +152,6 @@ class Refused(Exception):
 
 class Stopped(Exception):
     """Nobody waits for the answer any more."""
-
-
-@dataclass
-class Failed:
-    """A page without an answer: why, and after how many attempts. Not a `Written`: who does not look, fails loudly."""
-
-    error: UseError
-    attempts: int
 
 
 class Answer:
@@ -539,8 +530,10 @@ class Server:
         try:
             with self.opening:
                 body, picture_tokens = self._body(request)
+        except UseError as error:  # of whoever opens it
+            return Failed(error)
         except (OSError, ValueError) as error:
-            return Failed(UseError(f"the screenshot cannot be read: {error}", code=80), attempts=0)
+            return Failed(UseError(f"the screenshot cannot be read: {error}", code=80))
         attempts = own = 0
         while True:
             attempts += 1

@@ -1,6 +1,6 @@
 """Slots of a static cache: each holds one answer that is being written, and is filled again as soon as that ends.
 
-    cache = Cache(model.config, slots=8, capacity=5_504, dtype=torch.bfloat16, device="cuda")
+    cache = Cache(layers, slots=8, capacity=5_504, dtype=torch.bfloat16, device="cuda")
     state = State(slots=8, capacity=5_504, device="cuda", chances=0)
 
 Everything has a fixed place in memory, as a captured step needs it. Shapes: S slots, C places of one, V the vocabulary.
@@ -8,37 +8,47 @@ Everything has a fixed place in memory, as a captured step needs it. Shapes: S s
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from families.slot_layers import Layer
 
 
-def bytes_of_slot(config: PretrainedConfig, capacity: int, dtype: torch.dtype) -> int:
-    """Of keys and values of `capacity` tokens, and of what a step works out for one row: logits in both precisions."""
-    text = config.get_text_config()
-    width = text.hidden_size // text.num_attention_heads
-    kept = 2 * text.num_hidden_layers * text.num_key_value_heads * width * capacity * dtype.itemsize
-    return kept + 3 * text.vocab_size * 4
+def bytes_of_slot(layers: Sequence[Layer], vocabulary: int, capacity: int, dtype: torch.dtype, chances: int) -> int:
+    """Of what the layers keep of `capacity` tokens, of what a step knows of a slot and what it works out for its row:
+    logits in both precisions."""
+    kept = [part for layer in layers for part in layer.mixer.keeps(capacity, dtype)]
+    cache = sum(math.prod(shape) * precision.itemsize for shape, precision in kept)
+    return cache + 8 * capacity + 4 * chances + 3 * vocabulary * 4
 
 
 class Cache:
-    """Keys and values (layers, 2, S, heads of keys, C, D)."""
+    """What the layers keep of S slots: of each layer in `states` the parts that its mixer names, (S, ...) each."""
 
     def __init__(
-        self, config: PretrainedConfig, slots: int, capacity: int, dtype: torch.dtype, device: torch.device | str
+        self, layers: Sequence[Layer], slots: int, capacity: int, dtype: torch.dtype, device: torch.device | str
     ):
-        text = config.get_text_config()
-        width = text.hidden_size // text.num_attention_heads
-        shape = (text.num_hidden_layers, 2, slots, text.num_key_value_heads, capacity, width)
-        self.states = torch.zeros(shape, dtype=dtype, device=device)
+        self.states = [
+            tuple(
+                torch.zeros(slots, *shape, dtype=kind, device=device)
+                for shape, kind in layer.mixer.keeps(capacity, dtype)
+            )
+            for layer in layers
+        ]
 
-    def layer(self, number: int, slots: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer, (S, heads of keys, C, D) each; of the first `slots` alone."""
-        keys, values = self.states[number, :, :slots]
-        return keys, values
+    def layer(self, number: int, slots: int) -> tuple[torch.Tensor, ...]:
+        """The parts of a layer, of the first `slots` alone."""
+        return tuple(part[:slots] for part in self.states[number])
+
+    def move(self, source: int, target: int) -> None:
+        """All that is kept of a slot to another one."""
+        for parts in self.states:
+            for part in parts:
+                part[target] = part[source]
 
 
 class State:

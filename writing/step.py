@@ -1,6 +1,6 @@
 """One step of writing: the next token of every slot, or several where drafts come true; captured as a CUDA graph.
 
-    step = Step(model, layers, cache, state, slots=8, new=1, chooser=Chooser([], drawn=False))
+    step = Step(model, captured, cache, state, slots=8, new=1, chooser=Chooser([], drawn=False))
     step.run(16)                                    # sixteen steps, for which nobody waits
 
 A GPU that is told each kernel by Python is idle for 98 % of such a step; a graph starts all of them at once. Up to 16
@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING
 import torch
 
 import use_model_from_hub as use
+from families.slot_layers import Captured, Moment
+from kernels.row_kernels import embed
 from kernels.skinny_products import Rows, add_product, gated_product, normed_product
-from kernels.slot_attention import attend_slots
 from writing.drafts import drafts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from writing.reading import Layer
     from writing.slots import Cache, State
 
 
@@ -61,16 +61,22 @@ class Step:
     def __init__(
         self,
         model: PreTrainedModel,
-        layers: Sequence[Layer],
+        captured: Captured,
         cache: Cache,
         state: State,
         slots: int,
         new: int,
         chooser: Chooser,
     ):
-        self.core, self.head, self.layers, self.cache, self.state = model.model, model.lm_head, layers, cache, state
+        self.core, self.head, self.captured, self.cache, self.state = model.model, model.lm_head, captured, cache, state
         self.slots, self.new, self.chooser = slots, new, chooser
-        self.heads = self.core.config.get_text_config().num_attention_heads
+        self.following = torch.arange(new, device=state.places.device)
+        # Of all places, as text has them; what mRoPE adds to a place is never more than zero.
+        everywhere = torch.arange(state.history.shape[1] + new, device=state.places.device)
+        angles = self.core.language_model.rotary_emb(
+            self.head.weight[:1, None], everywhere.view(1, 1, -1).expand(3, -1, -1)
+        )
+        self.angles = [part[0] for part in angles]
         self.graph: torch.cuda.CUDAGraph | None = None
 
     # -- what the graph holds
@@ -84,7 +90,7 @@ class Step:
         tokens = history.gather(1, places[:, None])
         if self.new > 1:
             tokens = torch.cat([tokens, drafts(history, places, state.starts[:count], self.new - 1)], dim=1)
-        logits = self.forward(tokens, places, state.shifts[:count])
+        logits = self.forward(tokens, places, state.shifts[:count], live)
         if self.new == 1:
             chosen, kept = self.chooser.choose(logits, state, count)[:, None], live
         else:
@@ -93,32 +99,37 @@ class Step:
             right = (chosen[:, :-1] == tokens[:, 1:]).long().cumprod(-1).sum(-1)
             kept = (right + 1) * live
         # Those after the last right one are written, too, and written over by the next step.
-        after = places[:, None] + 1 + torch.arange(self.new, device=places.device)
-        history.scatter_(1, after.clamp_(max=history.shape[1] - 1), chosen)
+        after = places[:, None] + 1
+        if self.new > 1:
+            after = (after + self.following).clamp_(max=history.shape[1] - 1)
+        history.scatter_(1, after, chosen)
         places += kept
 
-    def forward(self, tokens: torch.Tensor, places: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, tokens: torch.Tensor, places: torch.Tensor, shifts: torch.Tensor, live: torch.Tensor
+    ) -> torch.Tensor:
         """Logits (R, V) after each of `tokens` (S, Q), the first of which stands at `places` (S,)."""
-        hidden = self.core.get_input_embeddings()(tokens.flatten())
-        positions = (places + shifts)[:, None] + torch.arange(self.new, device=places.device)
-        angles = self.core.language_model.rotary_emb(hidden[None], positions.view(1, 1, -1).expand(3, -1, -1))
-        angles = [part[0] for part in angles]
-        rows, final = Rows(hidden), self.core.language_model.norm
-        for number, layer in enumerate(self.layers):
-            qkv = normed_product("qkv", rows, layer.norm(0), layer.qkv, layer.qkv_bias)
-            keys, values = self.cache.layer(number, self.slots)
-            done = attend_slots(qkv, *angles, keys, values, places, self.heads, layer.scale)
-            rows = add_product("out", rows, done, layer.out)
-            inner = gated_product("gated", rows, layer.norm(1), layer.gated)
+        positions = (places + shifts)[:, None] + self.following if self.new > 1 else places + shifts
+        table = self.core.get_input_embeddings().weight
+        hidden, squares, *angles = embed(tokens.flatten(), positions.flatten(), table, *self.angles)
+        moment, rows = Moment(angles, places, live), Rows(hidden, squares)
+        for number, layer in enumerate(self.captured.layers):
+            mixer = layer.mixer
+            wide = normed_product("qkv", rows, layer.norms[0], mixer.taken, mixer.taken_bias)
+            done = mixer.step(wide, moment, self.cache.layer(number, self.slots))
+            rows = add_product("out", rows, done, mixer.out)
+            inner = gated_product("gated", rows, layer.norms[1], layer.gated)
             rows = add_product("down", rows, inner, layer.down)
-        return normed_product("head", rows, (final.weight, final.variance_epsilon), self.head.weight)
+        return normed_product("head", rows, self.captured.norm, self.head.weight)
 
     # -- capture and replay
 
     def warm(self) -> None:
         """A step that compiles and proves kernels, and leaves the state as it was: a token that it left in the history
-        would be one that a repetition penalty punishes."""
+        would be one that a repetition penalty punishes. Slots stand still meanwhile, or what recurrent layers keep of
+        them would go on."""
         kept = [part.clone() for part in self.state.parts()]
+        self.state.live.zero_()
         self.advance()
         for part, before in zip(self.state.parts(), kept):
             part.copy_(before)

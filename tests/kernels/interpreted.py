@@ -43,9 +43,12 @@ def test_rows_are_normed_and_gated_as_by_torch(kernels, kind):
     torch.manual_seed(0)
     hidden, weight = torch.randn(5, 80, device=DEVICE).to(kind) * 3, torch.randn(80, device=DEVICE).to(kind)
     close(rows.rms_norm(hidden, weight, 1e-6), rows.rms_norm(hidden.float(), weight.float(), 1e-6), kind)
+    kept = weight.float()  # as of norms whose weight is kept less one
+    close(rows.rms_norm(hidden, kept, 1e-6), rows.rms_norm(hidden.float(), kept, 1e-6), kind)
     both = torch.randn(5, 2 * 72, device=DEVICE).to(kind)
     close(rows.swiglu(both), rows.swiglu(both.float()), kind)
-    assert rows.proved("norm", 80, kind, hidden.device) and rows.proved("swiglu", 144, kind, hidden.device)
+    assert all(rows.proved("norm", 80, kind, hidden.device, weights) for weights in (kind, torch.float32))
+    assert rows.proved("swiglu", 144, kind, hidden.device)
 
 
 def test_a_wrong_norm_is_not_used_and_that_is_said(kernels, monkeypatch):
@@ -88,10 +91,15 @@ def test_products_of_few_rows_equal_torchs(kernels, count, kind):
         skinny.gated_product("gated", wide, wide_norm, gated.float()),
         kind,
     )
+    close(
+        skinny.normed_product("qkv", rows, wide_norm, weight, bias),
+        skinny.normed_product("qkv", wide, wide_norm, weight.float(), bias.float()),
+        kind,
+    )
     added = skinny.add_product("down", rows, inner, down)
     close(added.hidden, skinny.add_product("down", wide, inner.float(), down.float()).hidden, kind)
     assert torch.allclose(added.sums().sum(-1), added.hidden.float().pow(2).sum(-1), rtol=1e-5)
-    assert added.squares.shape == (count, 512 // skinny.TILES["down"][0])
+    assert added.squares.shape == (count, 512 // skinny.TILES["down"][8][0])
 
 
 def test_a_row_comes_out_the_same_whatever_stands_beside_it(kernels):
@@ -126,7 +134,7 @@ def test_a_kernel_that_is_wrong_or_fails_is_not_used_and_that_is_said(kernels, m
         keys[0, 0] = before
         return done
 
-    shapes = (2, 4, 2, 32, 1, torch.float16, hidden.device)
+    shapes = (2, 4, 2, 32, 1, 32, None, False, torch.float16, hidden.device)
     assert room.way_of(*shapes)
     room.way_of.cache_clear()
     monkeypatch.setattr(room, "attend_in_parts", forgets_a_key)
@@ -136,6 +144,55 @@ def test_a_kernel_that_is_wrong_or_fails_is_not_used_and_that_is_said(kernels, m
     monkeypatch.setattr(room, "attend_in_parts", lambda *unused, **options: 1 / 0)
     with pytest.warns(UserWarning, match="fails: division by zero"):
         assert not room.way_of(*shapes)
+
+
+@pytest.mark.parametrize(("turns", "norm", "gated"), [(32, "half", False), (8, "whole", True), (16, None, True)])
+def test_heads_that_are_normed_gated_and_turned_in_part_equal_torchs(kernels, turns, norm, gated):
+    room = kernels("slot_attention")
+    torch.manual_seed(4)
+    slots, heads, fewer, width, new, kind = 2, 4, 2, 32, 3, torch.float16
+    places = torch.tensor([0, 70], device=DEVICE)
+    qkv = torch.randn(slots * new, (heads * (1 + gated) + 2 * fewer) * width, device=DEVICE).to(kind)
+    angles = torch.randn(slots * new, turns // 2, device=DEVICE)
+    cos, sin = (torch.cat((part, part), -1).to(kind) for part in (angles.cos(), angles.sin()))
+    norms = norm and tuple(torch.randn(2, width, device=DEVICE).to(kind if norm == "half" else torch.float32))
+    keys, values = torch.randn(2, slots, fewer, 96, width, device=DEVICE).to(kind)
+    wanted_cache = [part.float() for part in (keys, values)]
+    options = {"places": places, "heads": heads, "scale": width**-0.5}
+    wide = room.Extras(norms and tuple(part.float() for part in norms), 1e-6, gated)
+    wanted = room.attend_plain(qkv.float(), cos.float(), sin.float(), *wanted_cache, **options, extras=wide)
+    found = room.attend_slots(qkv, cos, sin, keys, values, **options, extras=room.Extras(norms, 1e-6, gated))
+    assert room.way_of.cache_info().currsize == 1
+    close(found, wanted, kind)
+    for cache, want in zip((keys, values), wanted_cache):
+        close(cache, want, kind)
+
+
+@pytest.mark.parametrize("kind", HALF, ids=str)
+def test_steps_of_the_delta_rule_equal_torchs(kernels, kind):
+    """Four in a row, from the first token on: the convolution goes round. A slot that stands still keeps all."""
+    room = kernels("delta_step")
+    torch.manual_seed(5)
+    slots, heads, fewer, key, value, taps = 3, 4, 2, 16, 32, 4
+    mixed = 2 * fewer * key + heads * value
+
+    def draw(*shape):
+        return torch.randn(*shape, device=DEVICE)
+
+    mixing = room.Mixing(draw(mixed, taps).to(kind), draw(heads), draw(heads), draw(value).to(kind), 1e-6, heads, fewer)
+    wide = room.Mixing(*(part.float() for part in mixing[:4]), *mixing[4:])
+    recent, states = torch.zeros(slots, taps, mixed, device=DEVICE).to(kind), torch.zeros(slots, heads, key, value)
+    states = states.to(DEVICE)
+    mine = recent.float(), states.clone()
+    places, live = torch.tensor([[0, 5, 9], [1, 0, 1]], device=DEVICE)
+    for number in range(4):
+        token = draw(slots, mixed + heads * value + 2 * heads).to(kind)
+        wanted = room.step_plain(token.float(), wide, *mine, places + number, live)
+        found = room.delta_step(token, mixing, recent, states, places + number, live)
+        close(found, wanted, kind)
+        assert torch.equal(recent.float(), mine[0])
+        assert (states - mine[1]).norm() < 4 * torch.finfo(kind).eps * mine[1].norm()
+    assert room.way_of.cache_info().currsize == 1 and not states[1].any() and not recent[1].any()
 
 
 @pytest.mark.parametrize("kind", MULTIPLIED, ids=str)

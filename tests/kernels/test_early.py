@@ -31,5 +31,11 @@ def test_memory_that_runs_out_says_nothing_about_a_kernel():
 def test_kernels_begin_early_on_nvidia_alone_and_where_graphs_can_hold_it(monkeypatch, hip, driver, begins):
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    monkeypatch.setattr(early, "driver_version", lambda: driver)
     assert early.early.__wrapped__(torch.device("cuda", 0)) is begins
+
+
+def test_the_driver_itself_is_asked_for_its_version():
+    """12030 for CUDA 12.3; where there is no driver nothing may begin early, and nothing fails."""
+    found = early.driver_version()
+    assert found >= 11_000 if torch.cuda.is_available() else found >= 0

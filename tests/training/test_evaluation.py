@@ -1,15 +1,18 @@
 """Evaluation: the model is judged by the weights that are saved, through the functions that users run."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_pages
 
 import use_model_from_hub as use
+from scoring.many_pages import Progress
 from scoring.metrics import CHOOSING
+from training import evaluation
 from training.base_model import base_tensors
-from training.errors import DataError, exit_code
+from training.errors import DataError, StoppedError, exit_code
 from training.evaluation import Parts, failure_of_another, keep_outputs, parts_of, score_held_out, write_held_out
 from training.final_folder import save_final, whole_copy
 from training.results import compare_results
@@ -104,6 +107,18 @@ def test_generation_halves_its_batch_when_memory_runs_out(loaded, tmp_path, monk
     rows = write_held_out(model, processor, datasets.Dataset.from_list(pages), recipe, batch=4)
     assert [row["place"] for row in rows] == [0, 1, 2, 3, 4]
     assert sizes == [4, 2, 1, 1, 1, 1, 1]
+
+
+def test_a_page_that_was_rendered_is_a_place_to_stop(monkeypatch):
+    kept = []
+    monkeypatch.setattr(Progress, "keep", lambda self, *given: kept.append(given))
+    progress, asked = evaluation.MarkedProgress(None, pictures=False), SimpleNamespace(wanted=False)
+    monkeypatch.setattr(evaluation, "stop", asked)
+    progress.keep("one")
+    asked.wanted = True
+    with pytest.raises(StoppedError):
+        progress.keep("two")
+    assert kept == [("one",), ("two",)]
 
 
 def test_the_pages_that_choose_the_weights_do_not_compare_them():

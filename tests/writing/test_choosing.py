@@ -1,9 +1,13 @@
 """Several answers to each screenshot, of which the best one is kept."""
 
+import contextlib
+from threading import Event
+
 import pytest
 from conftest import need_browser
 
 import use_model_from_hub as use
+from writing import best_of, choosing
 from writing.choosing import BestOf, Chosen
 
 
@@ -44,3 +48,71 @@ def test_the_answer_that_looks_most_like_the_screenshot_is_kept():
     assert isinstance(best, Chosen) and best.html == page.format("red") and best.sample == 1
     assert (best.raw, best.tokens, best.closing_tokens) == ("raw", 7, 2) and best.scores[1] > best.scores[0]
     assert found[1].sample == 1 and found[1].scores[0] is None and found[2] == "failed"
+
+
+class Played(contextlib.nullcontext):
+    """In place of browsers: `choose` is played, too."""
+
+    def __enter__(self):
+        return self
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def chosen_slowly(monkeypatch):
+    """Pages that are chosen from only once the event of their place is set."""
+    free = [Event() for _ in range(6)]
+
+    def choose(screenshot, htmls, renderer):
+        assert free[screenshot].wait(20), "nobody wrote on while this page was rendered"
+        return best_of.Choice(len(htmls) - 1, tuple(range(len(htmls))))
+
+    monkeypatch.setattr(best_of, "choose", choose)
+    monkeypatch.setattr(choosing, "Renderer", Played)
+    return free
+
+
+def wanted(count: int) -> list[use.Request]:
+    return [use.Request(place, lambda place=place: place) for place in range(count)]
+
+
+def test_the_next_pages_are_written_while_one_is_rendered_and_the_order_stays(chosen_slowly):
+    """A GPU waited for the browser after each page."""
+    last = []
+
+    class Writing:
+        def write(self, requests, shown=None):
+            for request in requests:
+                last.append(request.place)
+                if request.place == 3:  # the pages before are still being rendered
+                    for event in reversed(chosen_slowly):
+                        event.set()
+                yield request, use.Written(f"{request.place} {request.sample}", "", 1, False)
+
+    found = list(BestOf(Writing(), 2).write(wanted(6)))
+    assert [(request.place, page.html, page.scores) for request, page in found] == [
+        (place, f"{place} 1", (0, 1)) for place in range(6)
+    ]
+
+
+def test_what_is_far_behind_is_waited_for_and_what_has_gone_is_named(chosen_slowly, monkeypatch):
+    monkeypatch.setattr(choosing, "MOST_BEHIND", 2)
+    for event in chosen_slowly:
+        event.set()
+    most, came, requests = [0], [], wanted(6)
+
+    def gone():
+        raise use.UseError("no such file")
+
+    class Writing:
+        def write(self, wanted, shown=None):
+            for request in wanted:
+                most[0] = max(most[0], request.place - len(came))
+                yield request, use.Written("", "", 1, False)
+
+    requests[4] = use.Request(4, gone)
+    for request, page in BestOf(Writing(), 1).write(requests):
+        came.append((request.place, isinstance(page, Chosen)))
+    assert came == [(place, place != 4) for place in range(6)] and most[0] <= 3

@@ -246,9 +246,10 @@ def test_a_page_that_cannot_be_had_is_named_and_the_others_go_on(fake, fault, at
         raise found[1].error
 
 
-def test_a_screenshot_that_cannot_be_opened_is_named(fake):
+@pytest.mark.parametrize("kind", [use.PictureError, lambda words: use.UseError(words, 80)])
+def test_a_screenshot_that_cannot_be_opened_is_named(fake, kind):
     def damaged() -> Image.Image:
-        raise use.PictureError("not a readable PNG, JPEG or WebP picture")
+        raise kind("not a readable PNG, JPEG or WebP picture")
 
     (first, bad), (second, good) = sorted(
         server(fake).write([use.Request(0, damaged), *requests(1)]), key=lambda pair: pair[0].place
