@@ -133,7 +133,7 @@ def by_engine(model, processor, recipe, shots, limit_tb_s: float) -> dict:
     result["read_s"] = seconds(read)
     patches = [question.patches for question in packs[0]]
     grids = torch.stack([question.grid for question in packs[0]])
-    result["see_s_a_page"] = seconds(lambda: engine.reader.see(patches, grids)) / len(packs[0])
+    result["see_s_a_page"] = seconds(lambda: engine.captured.see(patches, grids)) / len(packs[0])
     result["read_kernels_us"] = kernels_of(lambda: engine.reader.read(packs[0], engine.cache, range(len(packs[0]))), 1)
     result["screenshots_per_second"] = count / result["read_s"]
     step = engine.step(engine.width())
@@ -300,12 +300,9 @@ def hold_against_plain(model, processor, recipe, pages: int, tokens: int, drafts
     same = total = 0
     behind = []
     answers = tokens_of(model, processor, short, shots, drafts)
-    picture = model.config.image_token_id
     # Beside the GPU, which takes a page as fast as a core can resize it.
     every = ThreadPoolExecutor(4).map(lambda shot: use.encode_questions(processor, [shot], recipe.prompt), shots)
     for asked, ids in zip(every, answers):
-        # The plain model takes that token for a picture wherever it stands; random weights may write it.
-        ids = ids[: ids.index(picture)] if picture in ids else ids
         asked = asked.to(model.device)
         asked["pixel_values"] = asked["pixel_values"].to(model.dtype)
         length = asked["input_ids"].shape[1]
