@@ -112,8 +112,9 @@ class PlainTower:
         geometry = self.geometry(grids)
         places, taps, shares = (
             geometry[f"image_{name}"].to(device, non_blocking=True)
-            for name in ("position_ids", "interp_indices", "interp_weights")
+            for name in ("position_ids", "interp_indices", "interp_bits")
         )
+        shares = shares.view(torch.float32)
         bounds, longest = geometry["image_cu_seqlens"].to(device, torch.int32), geometry["image_max_seqlen"]
         patches = torch.cat([patches.to(device, tower.dtype, non_blocking=True) for patches in pictures])
         embed = tower.patch_embed.proj

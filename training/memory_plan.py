@@ -79,7 +79,8 @@ def estimate(shape: Shape, load: Load, way: Way, bucket: int = 0) -> MemoryPlan:
     Within a tenth of what was measured (benchmarks/README.md).
     """
     parts = state(shape, way)
-    parts["buckets"] = 2 * BUCKETS * bucket * way.sharded
+    # One process sends no gradients, and is given no bucket for them (zero3.tune_zero).
+    parts["buckets"] = 2 * BUCKETS * bucket * way.sharded * (way.processes > 1 or way.offload)
     parts["activations"] = activations(shape, load, way)
     parts["head"] = head(shape, load, way)
     return MemoryPlan(way, {name: size / GIB for name, size in parts.items()})
@@ -114,17 +115,21 @@ def activations(shape: Shape, load: Load, way: Way) -> float:
     """Bytes that all layers keep, of those that are recomputed only their inputs and one layer at a time."""
     text, vision = shape.language, shape.vision
 
-    def kept(tower: Tower, count: int) -> float:
+    def kept(tower: Tower, count: int) -> tuple[float, float]:
+        """What waits, and the one layer that is made again."""
         again = math.floor(tower.layers * way.recomputed)
         kinds = {False: tower.attending, True: tower.linear.layers}
         sizes = {kind: layer_bytes(tower, way.adapters, kind) for kind, number in kinds.items() if number}
         # Those that are recomputed are spread over both kinds, and one of the larger kind is made again at a time.
         each = sum(sizes[kind] * kinds[kind] for kind in sizes) / tower.layers
-        return count * ((tower.layers - again) * each + again * 2 * tower.hidden + max(sizes.values()) * (again > 0))
+        waiting = (tower.layers - again) * each + again * 2 * tower.hidden
+        return count * waiting, count * max(sizes.values()) * (again > 0)
 
-    needed = kept(text, load.tokens)
+    learning = [(text, load.tokens)]
     if not (way.frozen_vision or way.adapters):
-        needed += kept(vision, load.patches)
+        learning.append((vision, load.patches))
+    waiting, made_again = zip(*(kept(*each) for each in learning))
+    needed = sum(waiting) + max(made_again)  # the language model is done when the tower begins
     # Of each merger two products' inputs as wide as its patches, of those deep down what was normed, too; and what
     # those have made of the image tokens, which waits for the language model.
     deep = shape.mergers - 1
@@ -136,7 +141,9 @@ def head(shape: Shape, load: Load, way: Way) -> float:
     """Bytes of the logits that exist at once, of the head's gradients, and of the states that they are made of."""
     rows = min(load.supervised, LOSS_ROWS)
     logits = rows * shape.vocabulary * (4 if way.fused else 16)
-    gradients = 0 if way.adapters else 2 * 2 * shape.vocabulary * shape.language.hidden  # the head's, the embedding's
+    # The head's, in half precision. The embedding's comes when layers keep nothing any more, so it needs no room of its
+    # own; but with the optimizer on the CPU the plan was too low already, and keeps it.
+    gradients = 0 if way.adapters else 2 * (1 + way.offload) * shape.vocabulary * shape.language.hidden
     return logits + gradients + load.supervised * 4 * shape.language.hidden
 
 

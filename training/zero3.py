@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 THRESHOLD = "stage3_param_persistence_threshold"
 # Weights in one reduction, 0.4 GB: transformers' own choice, 4 M for 3B, sends each gradient by itself.
 REDUCED_AT_ONCE = 200_000_000
+UNUSED = 1_000_000
 
 
 def bucket_size(deepspeed: dict | None) -> int:
@@ -60,7 +61,9 @@ def tune_zero(zero: dict, way: memory_plan.Way) -> None:
 
     What the user has typed stays. Has to be done before the Trainer makes DeepSpeed's engine.
     """
-    wanted = {"reduce_bucket_size": REDUCED_AT_ONCE}
+    # One process reduces nothing (`keep_gradient`), but DeepSpeed would allocate the bucket.
+    unused = way.processes == 1 and not way.offload
+    wanted = {"reduce_bucket_size": UNUSED if unused else REDUCED_AT_ONCE}
     if way.whole:
         # More than any model has: everything stays gathered, and `lean_steps` says when.
         wanted |= {THRESHOLD: 10**11, "stage3_max_live_parameters": 10**11}
