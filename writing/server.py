@@ -118,6 +118,8 @@ def decoding(recipe: Recipe, owner: str, seed: int) -> dict[str, Any]:
         asked[PENALTIES.get(owner, "repetition_penalty")] = recipe.repetition_penalty
     if owner == "llamacpp" and recipe.repetition_penalty != 1:
         asked["repeat_last_n"] = -1  # the whole answer, not the last 64 tokens
+    if known:  # as `use_model_from_hub.ask` asks: some models think first unless told not to, by either name
+        asked["chat_template_kwargs"] = {"enable_thinking": False, "thinking": False}
     if recipe.temperature > 0:
         asked["seed"] = seed
         if known or recipe.top_p < 1:  # TGI refuses a top_p of 1

@@ -72,6 +72,7 @@ def test_the_question_is_the_one_that_is_asked_here(fake, capsys):
         "max_tokens": 4096,
         "temperature": 0.0,
         "repetition_penalty": 1.0,  # vLLM would take the 1.05 of Qwen2.5-VL's generation_config.json
+        "chat_template_kwargs": {"enable_thinking": False, "thinking": False},
         "stream": True,
         "stream_options": {"include_usage": True},
     }
