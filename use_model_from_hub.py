@@ -222,7 +222,7 @@ def limit_pixels(processor: ProcessorMixin, min_pixels: int, max_pixels: int) ->
 def ask(processor: ProcessorMixin, prompt: str) -> str:
     """The question in the model's own chat template, image first, thinking off, ending where the answer begins."""
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
-    # Some models think before they answer unless told not to; a template without that word would complain of it.
+    # Some models think first unless told not to; a template without that word would complain of it.
     thinking = {"enable_thinking": False} if "enable_thinking" in str(processor.chat_template) else {}
     return processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **thinking)
 
@@ -348,8 +348,7 @@ def write_pages(
         processors.append(ends.closing)  # behind the drawing: it looks at what was drawn
         criteria.append(ends.stopping)
         found = ends.found
-    # transformers would have the ranks of any ZeRO-3 run wait for each other at every token, and for ever where one has
-    # nothing to write. Only weights that ZeRO-3 has sharded need that.
+    # transformers would have the ranks of any ZeRO-3 run wait for each other at every token: sharded weights need that.
     sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     options = {"streamer": streamer if shown else None, "synced_gpus": sharded, "stopping_criteria": criteria}
     # What `config` leaves open generate() takes from the base's own: it may sample, or punish repetition, which HTML is

@@ -9,11 +9,10 @@ Takes the training's own flags. Everything up to the first step is the real run'
 then, instead of the training, comes what is measured.
 
 With `--real_lengths` it is one whole evaluation by the training's own code, part by part. Random weights never end an
-answer, and what they write is no page. So each answer is ended where its page's own HTML would end, by a `Watch` that
-meanwhile watches that HTML, and what is rendered and scored in its place is that HTML; drafts, which come true in loops
-as they do in no page, are left out. On several GPUs every rank writes the same `--eval_pages` pages, which therefore
-count as many times: twice as many tokens a second on two GPUs are twice the speed. Without a GPU, where no one would,
-the engine writes as well: to try this out.
+answer, and what they write is no page: so the pages' own HTML is dictated (dictation.py), with all the work of writing
+it, its drafts and its end, and that is rendered and scored. On several GPUs every rank writes the same `--eval_pages`
+pages, which therefore count as many times: twice as many tokens a second on two GPUs are twice the speed. Without a
+GPU, where no one would, the engine writes as well: to try this out.
 
 Without it, each rank writes its share of the held-out pages with the gathered copy, 200 tokens each, and one page with
 the sharded model.
@@ -26,7 +25,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,23 +81,6 @@ def measure(judge, trainer) -> dict:
 # Real lengths
 
 
-class OwnLength:
-    """Watches an answer as `writing.endings.Watch` does, but for what stands in it: instead of the tokens that come, as
-    many of the page's own `ids` are given to `watch`, and the answer ends where they do."""
-
-    def __init__(self, ids: list[int], watch):
-        self.ids, self.watch, self.count = ids, watch, 0
-
-    def feed(self, ids: Sequence[int]):
-        """More of the answer: an `Ending` once it has as many tokens as the page."""
-        from writing.endings import END, Ending
-
-        start, self.count = self.count, min(len(self.ids), self.count + len(ids))
-        if self.watch:
-            self.watch.feed(self.ids[start : self.count])
-        return Ending(len(self.ids), [], END) if self.count == len(self.ids) else None
-
-
 def settled() -> float:
     """The time once the GPU has done what it was told."""
     import torch
@@ -109,24 +90,16 @@ def settled() -> float:
     return time.monotonic()
 
 
-class OfLengths:
-    """Before `writing.engine.Engine`: answers as long as `pages`, and seconds in `times`: "made" and "last", when it
-    was made and gave its last answer, and the sums "start" (until it could write) and "reading" (screenshots)."""
+class Timed:
+    """Before `writing.engine.Engine`: seconds in `times`: "made" and "last", when it was made and gave its last answer,
+    and the sums "start" (until it could write) and "reading" (screenshots)."""
 
-    pages, times = None, {}
+    times: dict[str, float]  # of the class that is made of this one
 
     def __init__(self, *arguments, **options):
         made = self.times["made"] = time.monotonic()
-        super().__init__(*arguments, **{**options, "drafts": False})
-        self.stops = set()  # one token in 75,000 that are drawn blindly would be one
+        super().__init__(*arguments, **options)
         self.times.update(start=settled() - made, reading=0.0, slots=self.count)
-
-    def begin(self, number, question, *more):
-        super().begin(number, question, *more)
-        html = self.pages[question.request.place]["html"]
-        ids = self.processor.tokenizer(html, add_special_tokens=False)["input_ids"]
-        watch = self.slots[number].watch = OwnLength(ids, self.watch and self.watch())
-        watch.feed(question.written)
 
     def fill(self, *arguments):
         start, before = time.monotonic(), [*self.slots]
@@ -140,16 +113,16 @@ class OfLengths:
         return step
 
     def write(self, *arguments):
-        for request, page in super().write(*arguments):
+        for written in super().write(*arguments):
             self.times["last"] = time.monotonic()
-            own = self.pages[request.place]["html"]
-            yield request, replace(page, html=own, raw=own)
+            yield written
 
 
 def measure_real_lengths(judge, trainer) -> dict:
     """(all ranks) The seconds of one evaluation, in all and by its parts on this rank, and tokens per second."""
     import torch
     from datasets import concatenate_datasets
+    from dictation import dictating
 
     import holo1_dom_finetune as training
     from writing import engine, writer
@@ -158,8 +131,11 @@ def measure_real_lengths(judge, trainer) -> dict:
     judge.pages = concatenate_datasets([judge.pages] * count)
     if not torch.cuda.is_available():
         writer.obstacle = lambda model: ""
-    known = {"pages": judge.pages, "times": times}
-    engine.Engine = type("EngineOfLengths", (OfLengths, engine.Engine), known)
+
+    def ids_of(request) -> list[int]:
+        return judge.processor.tokenizer(judge.pages[request.place]["html"], add_special_tokens=False)["input_ids"]
+
+    engine.Engine = dictating(type("TimedEngine", (Timed, engine.Engine), {"times": times}), ids_of)
     start = time.monotonic()
     result = judge.evaluate("after")
     end = time.monotonic()

@@ -133,7 +133,7 @@ def by_engine(model, processor, recipe, shots, limit_tb_s: float) -> dict:
     result["read_s"] = seconds(read)
     patches = [question.patches for question in packs[0]]
     grids = torch.stack([question.grid for question in packs[0]])
-    result["see_s_a_page"] = seconds(lambda: engine.reader.see(patches, grids)) / len(packs[0])
+    result["see_s_a_page"] = seconds(lambda: engine.captured.see(patches, grids)) / len(packs[0])
     result["read_kernels_us"] = kernels_of(lambda: engine.reader.read(packs[0], engine.cache, range(len(packs[0]))), 1)
     result["screenshots_per_second"] = count / result["read_s"]
     step = engine.step(engine.width())
@@ -229,6 +229,37 @@ def with_endings(model, processor, recipe, shots, pages: list[list[int]]) -> dic
     return {"tokens_per_second": found, "with_over_without": share, "would_have_ended": len(ended)}
 
 
+def with_drafts(model, processor, recipe, shots, pages: list[list[int]]) -> dict:
+    """Decoding while the pages in `pages`, as token ids, are dictated (dictation.py): tokens a second and a step until
+    the first one ends, with drafts and without."""
+    from dictation import dictating
+
+    import use_model_from_hub as use
+    from writing import engine as room
+
+    found = {}
+    for drafts in (False, True):
+        kind = dictating(room.Engine, lambda request: pages[request.place % len(pages)])
+        engine = kind(model, processor, recipe, wanted=len(shots), drafts=drafts)
+        look, times, counts = engine.look, [], []
+
+        def timed(*given, look=look, times=times, counts=counts, engine=engine):
+            answers = list(look(*given))
+            times.append(time.perf_counter())
+            counts.append(sum(len(slot.ids) for slot in engine.slots if slot))
+            return answers
+
+        engine.look = timed
+        writes = engine.write(use.Request(place, lambda shot=shot: shot) for place, shot in enumerate(shots))
+        next(writes)  # the first one has ended, in the last look, which counts it no more
+        writes.close()
+        tokens, seconds = counts[-2] - counts[0], times[-2] - times[0]
+        a_step = tokens / len(shots) / (room.BLOCK * (len(counts) - 2))
+        found["drafts" if drafts else "plain"] = {"tokens_per_second": tokens / seconds, "tokens_per_step": a_step}
+        del engine.look
+    return found
+
+
 def pages_like_real(tokenizer, count: int, tokens: int) -> list[list[int]]:
     """The token ids of invented pages of so many tokens."""
     import random
@@ -239,6 +270,15 @@ def pages_like_real(tokenizer, count: int, tokens: int) -> list[list[int]]:
         return tokenizer(html)["input_ids"]
 
     return [ids(pages.make_html(random.Random(seed), tokens, lambda html: len(ids(html)))) for seed in range(count)]
+
+
+def real_pages(tokenizer, folder: Path, least: int = 512) -> list[list[int]]:
+    """The token ids of the HTML files below `folder` that have `least` to 4,096, in an order by chance, of a seed."""
+    import random
+
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in sorted(folder.rglob("*.html"))]
+    random.Random(0).shuffle(texts)
+    return [ids for text in texts if least <= len(ids := tokenizer(text)["input_ids"]) <= 4_096]
 
 
 # -----------------------------------------------------------------------------
@@ -260,12 +300,9 @@ def hold_against_plain(model, processor, recipe, pages: int, tokens: int, drafts
     same = total = 0
     behind = []
     answers = tokens_of(model, processor, short, shots, drafts)
-    picture = model.config.image_token_id
     # Beside the GPU, which takes a page as fast as a core can resize it.
     every = ThreadPoolExecutor(4).map(lambda shot: use.encode_questions(processor, [shot], recipe.prompt), shots)
     for asked, ids in zip(every, answers):
-        # The plain model takes that token for a picture wherever it stands; random weights may write it.
-        ids = ids[: ids.index(picture)] if picture in ids else ids
         asked = asked.to(model.device)
         asked["pixel_values"] = asked["pixel_values"].to(model.dtype)
         length = asked["input_ids"].shape[1]
@@ -489,6 +526,10 @@ def main() -> None:
     parser.add_argument("--generate_tokens", type=int, default=16, help="that generate() writes; 0 leaves it out")
     parser.add_argument("--check_pages", type=int, default=64, help="that are held against the plain model; 0: none")
     parser.add_argument("--check_tokens", type=int, default=100, help="of each of these pages")
+    parser.add_argument(
+        "--dictate", default="", help="batches for which real text is dictated, with drafts and without"
+    )
+    parser.add_argument("--pages", type=Path, help="folder of HTML files that are dictated (default: invented pages)")
     parser.add_argument("--memory_tb_s", type=float, default=3.35, help="of the GPU's datasheet: H100 3.35, H200 4.8")
     parser.add_argument("--tune", action="store_true", help="measure kernels one by one before, and use the fastest")
     parser.add_argument("--out", type=Path)
@@ -522,6 +563,11 @@ def main() -> None:
             found = check(asked, args.check_pages, args.check_tokens, drafts=False)
             keep(name, found | {"seconds": time.perf_counter() - start})
         keep("check_with_drafts", check(recipe, 2, 200, drafts=True))
+    for batch in filter(None, args.dictate.split(",")):
+        shots = [noise(number) for number in range(int(batch))]
+        pages = real_pages(processor.tokenizer, args.pages) if args.pages else None
+        pages = pages or pages_like_real(processor.tokenizer, 16, 1_500)
+        keep(f"dictated {batch}", with_drafts(model, processor, recipe, shots, pages))
     for batch in filter(None, args.endings.split(",")):
         shots = [noise(number) for number in range(int(batch))]
         pages = pages_like_real(processor.tokenizer, min(len(shots), 16), 1_500)

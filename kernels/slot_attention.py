@@ -23,6 +23,7 @@ from kernels.early import EARLY, PLAIN, early, follow, warm, way_that_agrees
 from kernels.row_kernels import on_triton, rms_norm
 
 BLOCK = 64  # keys that are looked at together
+PROOF_PLACES = 1_024  # of each slot on which the kernels are tried
 # Parts of one slot's keys, each by a program of its own; as many as keep an H100 busy (write_speed.py --tune).
 LEAST_PARTS, MOST_PARTS, PROGRAMS = 2, 32, 128
 
@@ -71,7 +72,7 @@ def way_of(
 ) -> str:  # fmt: skip
     """How the kernels are launched for these shapes, of which `turns` of `width` are turned and weights of the heads'
     norms are `norm`: by proof on random states, whose slots are of all lengths."""
-    draw, capacity = torch.Generator(device).manual_seed(0), 1_024
+    draw, capacity = torch.Generator(device).manual_seed(0), PROOF_PLACES
 
     def some(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=draw, device=device).to(dtype)

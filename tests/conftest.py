@@ -453,6 +453,20 @@ def tiny_qwen3_vl(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_qwen3_5(tmp_path_factory) -> Path:
+    return make_qwen3_5_base(tmp_path_factory.mktemp("qwen3_5"))
+
+
+@pytest.fixture
+def base_of(request):
+    """A function from words that name a family, or none, to its tiny base."""
+    fixtures = {"Qwen3-VL": "tiny_qwen3_vl", "Qwen3.5": "tiny_qwen3_5"}
+    return lambda words: request.getfixturevalue(
+        next((fixture for name, fixture in fixtures.items() if name in words), "tiny_base")
+    )
+
+
+@pytest.fixture(scope="session")
 def exact_base(tmp_path_factory) -> Path:
     """A base in fp32, so that saving rounds nothing away."""
     import torch

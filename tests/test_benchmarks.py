@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, make_base, make_tokenizer, need_browser, output, run_script, weights
 from hidden_texts import GHOST, document
+from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from training.cleaning import CLEANING_STEPS, clean_html
@@ -18,8 +19,8 @@ from training.page_checks import screenshot_size
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import default_run
+import dictation
 import endings_write
-import evaluation_speed
 import make_pages_like_real
 import make_pages_speed
 import make_shapes
@@ -30,6 +31,7 @@ import unseen_text
 import write_speed
 
 import use_model_from_hub as use
+import writing.engine
 from families import family_of, page_costs
 from scoring.renders import Renderer
 from training.page_order import PageSampler
@@ -275,12 +277,21 @@ def test_a_part_lasts_from_line_to_line_and_one_without_its_line_is_in_the_next(
     assert sum(found.values()) == 100.5
 
 
-def test_an_answer_is_as_long_as_its_page_whose_tokens_are_watched_in_its_place():
-    seen = []
-    watch = evaluation_speed.OwnLength([*range(20)], SimpleNamespace(feed=seen.extend))
-    assert watch.feed([7] * 16) is None and seen == [*range(16)]
-    ending = watch.feed([7] * 16)
-    assert (ending.keep, ending.tokens, ending.reason, seen) == (20, [], "end", [*range(20)])
+@pytest.mark.parametrize("drafts", [True, False])
+def test_what_is_dictated_is_written_to_its_end_whatever_the_weights_prefer(tiny_base, monkeypatch, drafts):
+    """More pages than slots: some are moved and some slots filled again."""
+    recipe = use.Recipe(max_html_tokens=60)
+    model, processor = use.load_model(str(tiny_base), recipe)
+    pages = [[65 + place] * 5 + [*range(70, 80 + 9 * place)] for place in range(5)]
+    monkeypatch.setattr(writing.engine, "Step", writing.engine.Step)  # dictating puts its own there
+    kind = dictation.dictating(writing.engine.Engine, lambda request: pages[request.place])
+    engine = kind(model, processor, recipe, wanted=2, drafts=drafts)
+    shot = Image.new("RGB", (56, 56), "white")
+    written = dict(engine.write(use.Request(place, lambda: shot) for place in range(5)))
+    assert {request.place: page.raw for request, page in written.items()} == {
+        place: processor.tokenizer.decode(ids, skip_special_tokens=True) for place, ids in enumerate(pages)
+    }
+    assert not any(page.cut_off for page in written.values())
 
 
 # -----------------------------------------------------------------------------

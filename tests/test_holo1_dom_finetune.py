@@ -37,6 +37,7 @@ from conftest import (
     make_config,
     make_pages,
     make_processor,
+    make_qwen3_5_base,
     make_qwen3_vl_base,
     need_browser,
     output,
@@ -216,16 +217,17 @@ def test_plainest_json_clips_as_asked_and_ends_loadable(exact_base, pages_folder
 
 
 @pytest.mark.slow
-def test_the_fast_path_learns_what_the_plain_one_learns(pages_folder, tmp_path):
+@pytest.mark.parametrize(("make", "ranks"), [(make_qwen3_vl_base, 1), (make_qwen3_5_base, 2)])
+def test_the_fast_path_learns_what_the_plain_one_learns(make, ranks, pages_folder, tmp_path):
     """Three epochs of AdamW under ZeRO-3 with layers as leaves, and the plain way: the same losses and weights. Of
-    Qwen3-VL; of Qwen2.5-VL the gradients are compared above."""
-    base = make_qwen3_vl_base(tmp_path / "base", torch.float32)
-    rate = {"learning_rate": 1e-3, "max_steps": 6, "num_train_epochs": 3, "gradient_accumulation_steps": 4}
+    Qwen2.5-VL the gradients are compared above."""
+    base = make(tmp_path / "base", torch.float32)
+    rate = {"learning_rate": 1e-3, "max_steps": 6, "num_train_epochs": 3, "gradient_accumulation_steps": 4 // ranks}
     losses, finals = {}, {}
     for name, way in {"fast": {}, "plain": {"fast": False}}.items():
         cwd = tmp_path / name
         cwd.mkdir()
-        done = start_zero_3(small_run(base, pages_folder, **rate, **way), cwd)
+        done = start_zero_3(small_run(base, pages_folder, **rate, **way), cwd, ranks)
         assert done.returncode == 0, output(done)
         assert ("fast path:" in done.stdout) == (name == "fast")
         steps = [line for line in done.stdout.splitlines() if line.startswith("step ")]
@@ -347,11 +349,12 @@ def test_a_request_saves_the_step_and_resume_goes_on_from_it(asked, tiny_base, p
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "way", ["plain", "plain, LoRA", "ZeRO-3, gathered", "ZeRO-3, 2 ranks", "Qwen3-VL, ZeRO-3, gathered, 2 ranks"]
+    "way",
+    ["plain", "plain, LoRA", "ZeRO-3, gathered", "Qwen3.5, ZeRO-3, 2 ranks", "Qwen3-VL, ZeRO-3, gathered, 2 ranks"],
 )
-def test_a_resumed_run_ends_in_the_same_weights(way, request, pages_folder, tmp_path):
+def test_a_resumed_run_ends_in_the_same_weights(way, base_of, pages_folder, tmp_path):
     """The base's vision MLP is 60 wide, trained as 64 and saved as 60."""
-    base = request.getfixturevalue("tiny_qwen3_vl" if "Qwen3-VL" in way else "tiny_base")
+    base = base_of(way)
     start, options = (start_zero_3, {"processes": 1 + ("2 ranks" in way)}) if "ZeRO" in way else (start_plain, {})
     if "gathered" in way:
         options["config"] = GATHERED

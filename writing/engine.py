@@ -124,8 +124,7 @@ class Engine:
         if any(self.slots):
             raise RuntimeError("this engine is writing already: end or close that first, or make another one")
         # Those that were closed early would move on, out of their slots.
-        self.state.live.zero_()
-        self.state.places.zero_()
+        self.state.stop(slice(None))
         with ThreadPoolExecutor(READERS) as pool:
             make = functools.partial(question_of, self.processor, self.recipe, dtype=self.model.dtype)
             waiting = Waiting(requests, pool, make)

@@ -78,7 +78,8 @@ class State:
         if chances is not None:
             self.chances[slot] = chances.to(self.chances.device, non_blocking=True)
 
-    def stop(self, slot: int) -> None:
-        """A slot that stands still looks at one place and writes over it."""
-        self.live[slot] = 0
-        self.places[slot] = 0
+    def stop(self, slot: int | slice) -> None:
+        """A slot that stands still looks at one place and writes over it; at its first position, since what mRoPE takes
+        off a place would lead before that."""
+        for part in (self.live, self.places, self.shifts):
+            part[slot] = 0

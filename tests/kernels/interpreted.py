@@ -135,6 +135,8 @@ def test_a_kernel_that_is_wrong_or_fails_is_not_used_and_that_is_said(kernels, m
         return done
 
     shapes = (2, 4, 2, 32, 1, 32, None, False, torch.float16, hidden.device)
+    monkeypatch.setattr(room, "PROOF_PLACES", 192)
+    monkeypatch.setattr(room, "MOST_PARTS", 4)
     assert room.way_of(*shapes)
     room.way_of.cache_clear()
     monkeypatch.setattr(room, "attend_in_parts", forgets_a_key)
@@ -147,8 +149,10 @@ def test_a_kernel_that_is_wrong_or_fails_is_not_used_and_that_is_said(kernels, m
 
 
 @pytest.mark.parametrize(("turns", "norm", "gated"), [(32, "half", False), (8, "whole", True), (16, None, True)])
-def test_heads_that_are_normed_gated_and_turned_in_part_equal_torchs(kernels, turns, norm, gated):
+def test_heads_that_are_normed_gated_and_turned_in_part_equal_torchs(kernels, monkeypatch, turns, norm, gated):
     room = kernels("slot_attention")
+    monkeypatch.setattr(room, "PROOF_PLACES", 96)
+    monkeypatch.setattr(room, "MOST_PARTS", 2)
     torch.manual_seed(4)
     slots, heads, fewer, width, new, kind = 2, 4, 2, 32, 3, torch.float16
     places = torch.tensor([0, 70], device=DEVICE)

@@ -1,6 +1,7 @@
 """Model and saving: what training leaves behind loads anywhere, with the base's own keys, shapes and dtypes."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -89,15 +90,16 @@ WAYS = {
     "ZeRO-3": (start_deepspeed, {}, {}),  # the launcher once; for the rest torchrun, which is much cheaper
     "Qwen3-VL, ZeRO-3, 2 ranks, LoRA": (start_zero_3, {"lora": True}, {"processes": 2}),
     "Qwen3-VL, plain, 4-bit": (start_plain, {"quantize": "4bit"}, {}),
-    "ZeRO-3, 2 ranks, vision frozen": (start_zero_3, {"freeze_vision": True}, {"processes": 2}),
+    "Qwen3.5, ZeRO-3, 2 ranks, vision frozen": (start_zero_3, {"freeze_vision": True}, {"processes": 2}),
+    "Qwen3.5, plain, 4-bit": (start_plain, {"quantize": "4bit"}, {}),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_train_leaves_a_folder_that_loads_anywhere(way, request, pages_folder, tmp_path):
+def test_every_way_to_train_leaves_a_folder_that_loads_anywhere(way, base_of, pages_folder, tmp_path):
     start, settings, options = WAYS[way]
-    base = request.getfixturevalue("tiny_qwen3_vl" if "Qwen3-VL" in way else "tiny_base")
+    base = base_of(way)
     done = start(small_run(base, pages_folder, **TRAIN, **settings), tmp_path, **options)
     assert done.returncode == 0, output(done)
     assert_final_is_like(base, tmp_path)
@@ -109,7 +111,8 @@ def test_every_way_to_train_leaves_a_folder_that_loads_anywhere(way, request, pa
     vision = {key for key in changed if "visual." in key}
     assert bool(vision) == (not settings), "the vision tower changes in full fine-tuning and only there"
     if "lora" in settings or "quantize" in settings:
-        assert all("_proj.weight" in key for key in changed), changed
+        assert all(re.search(r"_proj(_qkv|_z)?\.weight", key) for key in changed), changed
+    assert not any(key.startswith("mtp.") for key in changed), "what transformers does not load is the base's own"
 
 
 @pytest.mark.slow
