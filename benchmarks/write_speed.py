@@ -21,6 +21,7 @@ import argparse
 import functools
 import itertools
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -89,15 +90,31 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def by_generate(model, processor, recipe, shots, tokens: int) -> dict:
-    """Seconds of reading and of a step, from answers of 1 and of `tokens` tokens."""
+    """Seconds of reading, up to the first token's logits, and of a step: the middle one of `tokens` tokens."""
+    import torch
+
     import use_model_from_hub as use
 
-    def write(count: int) -> float:
-        return seconds(lambda: use.write_pages(model, processor, shots, replace(recipe, max_html_tokens=count)))
+    stamps, made = [], use.logits_processors
 
-    write(2)
-    reading = write(1)
-    step = (write(tokens) - reading) / (tokens - 1)
+    def stamp(ids, scores):
+        torch.cuda.synchronize()
+        stamps.append(time.perf_counter())
+        return scores
+
+    def write(count: int) -> float:
+        stamps.clear()
+        start = time.perf_counter()
+        use.write_pages(model, processor, shots, replace(recipe, max_html_tokens=count))
+        return stamps[0] - start
+
+    use.logits_processors = lambda asked: [*made(asked), stamp]
+    try:
+        write(2)
+        reading = write(tokens)
+    finally:
+        use.logits_processors = made
+    step = statistics.median(after - before for before, after in itertools.pairwise(stamps))
     return {"read_s": reading, "step_ms": 1_000 * step, "tokens_per_second": len(shots) / step}
 
 

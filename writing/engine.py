@@ -127,22 +127,28 @@ class Engine:
         self.state.stop(slice(None))
         with ThreadPoolExecutor(READERS) as pool:
             make = functools.partial(question_of, self.processor, self.recipe, dtype=self.model.dtype)
-            waiting = Waiting(requests, pool, make)
+            waiting, under_way, ended = Waiting(requests, pool, make), False, []
             try:
                 while True:
                     self.meanwhile()
-                    ended = None
                     try:
-                        self.fill(waiting)
-                        yield from waiting.failures()
-                        width = self.width()
-                        if not width:
-                            return
-                        self.step(width).run(BLOCK)
-                        ended = list(self.look(width, shown))
+                        if not under_way:
+                            self.fill(waiting)
+                            yield from waiting.failures()
+                            width = self.width()
+                            if not width:
+                                return
+                            self.step(width).run(BLOCK)
+                        found = self.fetch(width)
+                        # Slots that an ending has left free are filled first; else the GPU goes on meanwhile.
+                        under_way = not ended and self.all_go_on(found)
+                        if under_way:
+                            self.step(width).run(BLOCK)
+                        ended = list(self.look(found, shown))
                     except Exception as error:
                         if not ran_out(error):
                             raise
+                        under_way, ended = False, None
                     if ended is None:  # out of the except block, which keeps alive what the error's frames hold
                         self.shrink(waiting)
                     else:
@@ -226,10 +232,8 @@ class Engine:
 
     # -- what was written
 
-    def look(
-        self, width: int, shown: Callable[[use.Request, str], None] | None
-    ) -> Iterator[tuple[use.Request, use.Written]]:
-        """Take what the last block has written of the first `width` slots, and end what has ended."""
+    def fetch(self, width: int) -> list[list[int]]:
+        """What the last block has written of each of the first `width` slots: how many tokens, and the tokens."""
         most = BLOCK * self.steps[width].new
         places = self.state.places[:width]
         index = self.seen[:width, None] + 1 + torch.arange(most, device=places.device)
@@ -237,6 +241,20 @@ class Engine:
         # One copy for all: this is where Python waits for the GPU.
         found = torch.cat([(places - self.seen[:width])[:, None], fresh], dim=1).tolist()
         self.seen[:width] = places
+        return found
+
+    def all_go_on(self, found: list[list[int]]) -> bool:
+        """Whether no answer has ended by itself or at its limit; what watches endings may still find one."""
+        most = self.recipe.max_html_tokens
+        return not any(
+            slot and (len(slot.ids) + count >= most or not self.stops.isdisjoint(tokens[:count]))
+            for slot, (count, *tokens) in zip(self.slots, found)
+        )
+
+    def look(
+        self, found: list[list[int]], shown: Callable[[use.Request, str], None] | None
+    ) -> Iterator[tuple[use.Request, use.Written]]:
+        """Take what was `found` of each slot, and end what has ended; a block that the GPU is at meanwhile is lost."""
         for number, (count, *tokens) in enumerate(found):
             slot = self.slots[number]
             if slot is None:
