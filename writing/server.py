@@ -559,6 +559,8 @@ class Server:
         content += [{"type": "text", "text": self.recipe.prompt}]
         asked = decoding(self.recipe, self.owner, seed)
         asked |= {"model": self.model, "messages": [{"role": "user", "content": content}]}
+        if self.owner in PENALTIES:  # these know the word; it was trained with its thoughts off, where it has any
+            asked["chat_template_kwargs"] = {"enable_thinking": False}
         # Streamed even where nobody looks: a long silence and a lost answer are told apart from a long page.
         asked |= {"stream": True, "stream_options": {"include_usage": True}}
         area = picture.width * picture.height
