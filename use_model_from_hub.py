@@ -222,9 +222,9 @@ def limit_pixels(processor: ProcessorMixin, min_pixels: int, max_pixels: int) ->
 def ask(processor: ProcessorMixin, prompt: str) -> str:
     """The question in the model's own chat template, image first, thinking off, ending where the answer begins."""
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
-    # Some models think first unless told not to; a template without that word would complain of it.
-    thinking = {"enable_thinking": False} if "enable_thinking" in str(processor.chat_template) else {}
-    return processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **thinking)
+    # Some models think first unless told not to: Qwen3.5 by the first word, Holo2 by the other. Others complain.
+    off = dict.fromkeys({"enable_thinking", "thinking"} & {*re.findall(r"\w+", str(processor.chat_template))}, False)
+    return processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **off)
 
 
 def encode_questions(processor: ProcessorMixin, screenshots: list[Image], prompt: str) -> BatchFeature:

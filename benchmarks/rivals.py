@@ -194,7 +194,7 @@ def train_plain(job: Job) -> None:
     processor, model = load_processor(job), load_model(job)
     question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": job.prompt}]}]
     # Where the template knows thoughts, none are wanted; the others take no notice.
-    words = {"add_generation_prompt": True, "enable_thinking": False}
+    words = {"add_generation_prompt": True, "enable_thinking": False, "thinking": False}
     question = processor.apply_chat_template(question, tokenize=False, **words)
     processor.tokenizer.padding_side = "right"
 

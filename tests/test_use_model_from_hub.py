@@ -647,3 +647,11 @@ def test_a_copy_alone_writes_folders_and_previews(here):
     assert preview.crop((0, 0, *left.size)).tobytes() == left.tobytes()
     assert preview.getpixel((preview.width - 1, 1)) == (255, 0, 0)
     assert preview.getpixel((left.width + 8, 1)) == (128, 128, 128) and "previews: 1 of 1" in done.stderr
+
+
+@pytest.mark.parametrize("word", ["enable_thinking", "thinking", ""])
+def test_thoughts_are_off_by_the_name_that_the_template_knows(word):
+    template = f"{{% if {word} %}}<think>{{% endif %}}"
+    processor = SimpleNamespace(chat_template=template, apply_chat_template=lambda turns, **given: given)
+    given = use.ask(processor, "write")
+    assert {name: value for name, value in given.items() if "thinking" in name} == ({word: False} if word else {})
