@@ -1,4 +1,4 @@
-"""Teach Holo1, or any Qwen2.5-VL or Qwen3-VL model, to write the HTML of the web page in a screenshot.
+"""Teach Holo1, or any Qwen2.5-VL, Qwen3-VL or Qwen3.5 model, to write the HTML of the web page in a screenshot.
 
     python holo1_dom_finetune.py --demo                                           # no GPU, no network: minutes
     python holo1_dom_finetune.py --dataset ./my_pages --show_supervision          # what the loss sees

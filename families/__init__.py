@@ -52,7 +52,8 @@ def family_of(model: object) -> Family:
             f"({dense})"
         )
     if model_type not in FAMILIES:
-        known = " or ".join(f"{title} ({name})" for name, title in FAMILIES.items())
+        *others, last = (f"{title} ({name})" for name, title in FAMILIES.items())
+        known = f"{', '.join(others)} or {last}"
         raise FamilyError(
             f"a {model_type}; {known} can be trained. Give one of these, or write families/{model_type}.py as "
             "families/family.py says"

@@ -10,7 +10,7 @@ residual stream, I of the MLP, D of a head; (S, heads, D), `page_bounds` and `cu
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -131,6 +131,7 @@ def language_block(
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     page_bounds: torch.Tensor,
     longest_page: int,
+    again: bool = False,
     **unused,
 ) -> torch.Tensor:
     """A layer of the language model, (1, T, H) to (1, T, H)."""
@@ -140,7 +141,7 @@ def language_block(
     )
     done = language_heads(attention, parts, position_embeddings, page_bounds, longest_page)
     rows = add_product(hidden_states[0], done, attention.o_proj)
-    return add_mlp(rows, self.post_attention_layernorm, mlp)[None]
+    return add_mlp(rows, self.post_attention_layernorm, mlp, again)[None]
 
 
 def vision_block(
@@ -149,13 +150,14 @@ def vision_block(
     cu_seqlens: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     max_seqlen: int,
+    again: bool = False,
     **unused,
 ) -> torch.Tensor:
     """A layer of the vision tower, (P, H) to (P, H)."""
     # The tower's weights hold query, key and value together, so they come out of one product.
     (together,) = normed_products(hidden_states, self.norm1, self.attn.qkv)
     done = vision_heads(self.attn, together, cu_seqlens, position_embeddings, max_seqlen)
-    return add_mlp(add_product(hidden_states, done, self.attn.proj), self.norm2, self.mlp)
+    return add_mlp(add_product(hidden_states, done, self.attn.proj), self.norm2, self.mlp, again)
 
 
 def vision_gelu_block(
@@ -164,6 +166,7 @@ def vision_gelu_block(
     cu_seqlens: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     max_seqlen: int,
+    again: bool = False,
     **unused,
 ) -> torch.Tensor:
     """A layer of a vision tower with LayerNorm and an MLP of two products around `gelu`, (P, H) to (P, H)."""
@@ -171,7 +174,7 @@ def vision_gelu_block(
     done = vision_heads(self.attn, together, cu_seqlens, position_embeddings, max_seqlen)
     rows, mlp = add_product(hidden_states, done, self.attn.proj), self.mlp
     parts = (self.norm2.weight, self.norm2.bias, *_flat((mlp.linear_fc1, mlp.linear_fc2)))
-    return AddGeluMlp.apply(rows, self.norm2, *parts)
+    return AddGeluMlp.apply(rows, self.norm2, again, *parts)
 
 
 def layer_forward(self, hidden_states: torch.Tensor, *positional, **options) -> torch.Tensor:
@@ -183,8 +186,21 @@ def layer_forward(self, hidden_states: torch.Tensor, *positional, **options) -> 
     # As transformers' GradientCheckpointingLayer does around a layer's own forward (5.23), with the same function, so
     # that whatever `gradient_checkpointing_enable` was told holds here, too.
     if self.gradient_checkpointing and self.training:
-        return self._gradient_checkpointing_func(block, hidden_states)
+        return self._gradient_checkpointing_func(Recomputed(block), hidden_states)
     return block(hidden_states)
+
+
+class Recomputed:
+    """A block that torch runs once more in the backward pass, for what it keeps: of its last product, a quarter of the
+    layer's, nothing is kept, so that is left out then, and what comes back has no values."""
+
+    def __init__(self, block: Callable[..., torch.Tensor]):
+        self.block, self.again = block, False
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The block of `hidden`; from the second time on only what it keeps."""
+        again, self.again = self.again, True
+        return self.block(hidden, again=again)
 
 
 def parts_of(layer: torch.nn.Module) -> list[type]:
@@ -213,10 +229,10 @@ def add_product(residual: torch.Tensor, hidden: torch.Tensor, linear: torch.nn.L
     return AddProduct.apply(residual, hidden, linear.weight, linear.bias)
 
 
-def add_mlp(hidden: torch.Tensor, norm: torch.nn.Module, mlp: torch.nn.Module) -> torch.Tensor:
+def add_mlp(hidden: torch.Tensor, norm: torch.nn.Module, mlp: torch.nn.Module, again: bool = False) -> torch.Tensor:
     """`hidden` + mlp(rms_norm(`hidden`)), (S, H); what was normed and the gated product are recomputed in the backward
-    pass, gate and up (S, I) are kept."""
-    return AddMlp.apply(hidden, norm, norm.weight, *_flat((mlp.gate_proj, mlp.up_proj, mlp.down_proj)))
+    pass, gate and up (S, I) are kept. With `again` nothing but what is kept is made (`Recomputed`)."""
+    return AddMlp.apply(hidden, norm, again, norm.weight, *_flat((mlp.gate_proj, mlp.up_proj, mlp.down_proj)))
 
 
 def _flat(linears: Sequence[torch.nn.Linear]) -> list[torch.Tensor | None]:
@@ -350,6 +366,7 @@ class AddMlp(torch.autograd.Function):
         ctx,
         hidden: torch.Tensor,
         norm: torch.nn.Module,
+        again: bool,
         norm_weight: torch.Tensor,
         gate_weight: torch.Tensor,
         gate_bias: torch.Tensor | None,
@@ -362,20 +379,24 @@ class AddMlp(torch.autograd.Function):
         gate, up = _linear(normed, gate_weight, gate_bias), _linear(normed, up_weight, up_bias)
         ctx.save_for_backward(hidden, gate, up, norm_weight, gate_weight, up_weight, down_weight)
         ctx.norm = norm
-        return add_linear(hidden, norm.fused.swiglu(gate, up), down_weight, down_bias)
+        return (
+            torch.empty_like(hidden)
+            if again
+            else add_linear(hidden, norm.fused.swiglu(gate, up), down_weight, down_bias)
+        )
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple:
         hidden, gate, up, norm_weight, gate_weight, up_weight, down_weight = ctx.saved_tensors
         fused, epsilon = ctx.norm.fused, epsilon_of(ctx.norm)
         for_gate, for_up, product = fused.swiglu_backward(gate, up, gradient @ down_weight)
-        for_down = weight_gradients(ctx, 7, gradient, product)
+        for_down = weight_gradients(ctx, 8, gradient, product)
         del product  # before what was normed is recomputed: the two need not stand in memory together
         normed = fused.rms_norm(hidden, norm_weight, epsilon)
-        found = weight_gradients(ctx, 3, for_gate, normed) + weight_gradients(ctx, 5, for_up, normed)
+        found = weight_gradients(ctx, 4, for_gate, normed) + weight_gradients(ctx, 6, for_up, normed)
         inner = (for_gate @ gate_weight).addmm_(for_up, up_weight)
         outer, for_norm = fused.rms_norm_backward(hidden, norm_weight, epsilon, inner, gradient)
-        return outer, None, for_norm, *found, *for_down
+        return outer, None, None, for_norm, *found, *for_down
 
 
 class AddGeluMlp(torch.autograd.Function):
@@ -386,6 +407,7 @@ class AddGeluMlp(torch.autograd.Function):
         ctx,
         hidden: torch.Tensor,
         norm: torch.nn.Module,
+        again: bool,
         norm_weight: torch.Tensor,
         norm_bias: torch.Tensor,
         first_weight: torch.Tensor,
@@ -396,17 +418,21 @@ class AddGeluMlp(torch.autograd.Function):
         inner = _linear(_norm(norm, hidden, norm_weight, norm_bias), first_weight, first_bias)
         ctx.save_for_backward(hidden, inner, norm_weight, norm_bias, first_weight, second_weight)
         ctx.norm = norm
-        return add_linear(hidden, norm.fused.gelu(inner), second_weight, second_bias)
+        return (
+            torch.empty_like(hidden)
+            if again
+            else add_linear(hidden, norm.fused.gelu(inner), second_weight, second_bias)
+        )
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple:
         hidden, inner, norm_weight, norm_bias, first_weight, second_weight = ctx.saved_tensors
         for_inner, product = ctx.norm.fused.gelu_backward(inner, gradient @ second_weight)
-        for_second = weight_gradients(ctx, 6, gradient, product)
+        for_second = weight_gradients(ctx, 7, gradient, product)
         del product  # as in `AddMlp`
-        found = weight_gradients(ctx, 4, for_inner, _norm(ctx.norm, hidden, norm_weight, norm_bias))
+        found = weight_gradients(ctx, 5, for_inner, _norm(ctx.norm, hidden, norm_weight, norm_bias))
         outer, *for_norm = _norm_gradients(ctx.norm, hidden, norm_weight, for_inner @ first_weight, gradient)
-        return outer, None, *for_norm, *found, *for_second
+        return outer, None, None, *for_norm, *found, *for_second
 
 
 # -----------------------------------------------------------------------------

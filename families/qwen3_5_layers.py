@@ -288,6 +288,7 @@ def language_block(
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     page_bounds: torch.Tensor,
     longest_page: int,
+    again: bool = False,
     **unused,
 ) -> torch.Tensor:
     """A layer of the language model, of either kind, (1, T, H) to (1, T, H)."""
@@ -303,7 +304,7 @@ def language_block(
         parts = fast.normed_products(rows, norm, inner.q_proj, inner.k_proj, inner.v_proj)
         done, gate = attention_heads(inner, parts, position_embeddings, page_bounds, longest_page)
         rows = AddOpened.apply(inner.fused, rows, done, gate, inner.o_proj.weight, inner.o_proj.bias)
-    return fast.add_mlp(rows, self.post_attention_layernorm, self.mlp)[None]
+    return fast.add_mlp(rows, self.post_attention_layernorm, self.mlp, again)[None]
 
 
 def shape_of_layer(layer: torch.nn.Module) -> DeltaShape:

@@ -225,7 +225,7 @@ def delta_words(shape: DeltaShape, device: str, dtype: torch.dtype) -> str:
     if delta_way(shape, device, dtype) == FLA:
         return FLA
     missing = obstacle(device, dtype.itemsize == 2) or "it did not prove right"
-    return f"{PAGES}, in fp32 and many times slower ({FLA}: {missing})"
+    return f"{PAGES}, in fp32 and much slower ({FLA}: {missing})"
 
 
 @lru_cache

@@ -188,7 +188,7 @@ def multiply(
     return tl.sum(done, 0), tl.sum(second, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # one row would be compiled anew, after the proof with eight
 def product_kernel(
     source, weight, bias, residual, squares, norm, target, squares_done, shares, arrived,
     rows, columns, parts, epsilon,

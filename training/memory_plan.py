@@ -156,7 +156,8 @@ RECOMPUTED_SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 # Of a core, for each micro-batch, in DeepSpeed's and torch's Python; a GPU that needs less waits. 0.5 was measured; a
 # fifth is added, by which hosts differ: where two ways are about equal, more pages at once are safer.
 HOOK_SECONDS = 0.6
-RECOMPUTING = 0.3  # more time when all layers are recomputed
+# More time when all layers are recomputed; measured before they left out their last product then (fast_parts).
+RECOMPUTING = 0.3
 HOOKS = 0.05  # more time when one GPU goes through DeepSpeed's hooks and buckets (43.3 instead of 45.5 % MFU)
 FETCH_SECONDS = 5e-11  # for each weight and micro-batch, by layers: 3B on two H200s took 0.19 s more than on one
 GATHER_SECONDS = 2e-11  # for each weight and step, all at once: 2 bytes at 100 GB/s; not measured on several GPUs yet

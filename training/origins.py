@@ -24,6 +24,7 @@ from training.dataset import KNOWN_DATASETS, known_dataset
 KNOWN_BASES = [f"Hcompany/Holo1-{size}" for size in ("3B", "7B")]
 KNOWN_BASES += [f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B", "32B", "72B")]
 KNOWN_BASES += [f"Qwen/Qwen3-VL-{size}-Instruct" for size in ("2B", "4B", "8B", "32B")]
+KNOWN_BASES += [f"Qwen/Qwen3.5-{size}" for size in ("0.8B", "2B", "4B", "9B", "27B")]
 
 
 def reads_as_hub_id(name: object) -> bool:

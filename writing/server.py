@@ -118,8 +118,6 @@ def decoding(recipe: Recipe, owner: str, seed: int) -> dict[str, Any]:
         asked[PENALTIES.get(owner, "repetition_penalty")] = recipe.repetition_penalty
     if owner == "llamacpp" and recipe.repetition_penalty != 1:
         asked["repeat_last_n"] = -1  # the whole answer, not the last 64 tokens
-    if known:  # as `use_model_from_hub.ask` asks: some models think first unless told not to, by either name
-        asked["chat_template_kwargs"] = {"enable_thinking": False, "thinking": False}
     if recipe.temperature > 0:
         asked["seed"] = seed
         if known or recipe.top_p < 1:  # TGI refuses a top_p of 1
@@ -561,6 +559,8 @@ class Server:
         content += [{"type": "text", "text": self.recipe.prompt}]
         asked = decoding(self.recipe, self.owner, seed)
         asked |= {"model": self.model, "messages": [{"role": "user", "content": content}]}
+        if self.owner in PENALTIES:  # these know the word; it was trained with its thoughts off, where it has any
+            asked["chat_template_kwargs"] = {"enable_thinking": False, "thinking": False}
         # Streamed even where nobody looks: a long silence and a lost answer are told apart from a long page.
         asked |= {"stream": True, "stream_options": {"include_usage": True}}
         area = picture.width * picture.height

@@ -170,6 +170,7 @@ def test_another_family_is_trained_saved_and_loaded_again(make_base, pages_folde
     done = start_plain(small_run(base, pages_folder, gradient_accumulation_steps=2, **rates), tmp_path)
     assert done.returncode == 0, output(done)
     assert "fast path: pages packed" in done.stdout
+    assert ("linear attention by" in done.stdout) == (make_base is make_qwen3_5_base)
     losses = [float(line.split("loss ")[1].split()[0]) for line in done.stdout.splitlines() if line.startswith("step ")]
     assert losses[-1] < losses[0] - 0.1, losses
     final = tmp_path / "holo1_dom_finetune_final"

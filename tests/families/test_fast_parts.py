@@ -137,6 +137,18 @@ def test_a_layer_keeps_what_the_memory_plan_counts(tiny, model, part, monkeypatc
     assert sum(kept.values()) / rows == pytest.approx(planned, rel=0.02)
 
 
+def test_layers_that_are_recomputed_learn_the_same_without_their_last_product(tiny, model):
+    """What is run again makes what the backward pass needs, and no gated product, of which nothing is kept."""
+    batch, twin, calls = tiny.collate(tiny.pages(2), packed=True), fast_twin(model).train(), []
+    wanted = gradients(twin, batch)
+    twin.gradient_checkpointing_enable()
+    fused = twin.lm_head.fused
+    fused.swiglu = lambda *parts, real=fused.swiglu: calls.append(1) or real(*parts)
+    found = gradients(twin, batch)
+    assert len(calls) == len(twin.model.language_model.layers)
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
 def test_a_page_of_a_pack_changes_no_other_pages_states(tiny, model):
     twin, made = fast_twin(model), tiny.pages(4)
     states = []

@@ -66,5 +66,5 @@ def test_what_does_not_prove_right_is_not_used_and_that_is_said(way, said, monke
 
 def test_the_price_of_the_slow_way_is_said():
     words = gated_delta.delta_words(SHAPE, "cpu", torch.float32)
-    assert words == f"{PAGES}, in fp32 and many times slower (flash-linear-attention: no GPU)"
+    assert words == f"{PAGES}, in fp32 and much slower (flash-linear-attention: no GPU)"
     assert gated_delta.obstacle("cuda", half=False) == "it takes half precision"

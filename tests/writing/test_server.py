@@ -52,6 +52,9 @@ def outcomes(fake: FakeOpenAI, *numbers: int, **options) -> list[use.Written | F
     return [found[number] for number in numbers]
 
 
+THOUGHTLESS = {"chat_template_kwargs": {"enable_thinking": False, "thinking": False}}
+
+
 def is_page(outcome: use.Written | Failed, number: int) -> bool:
     return isinstance(outcome, use.Written) and outcome.raw == outcome.html == HTML.format(number)
 
@@ -72,7 +75,7 @@ def test_the_question_is_the_one_that_is_asked_here(fake, capsys):
         "max_tokens": 4096,
         "temperature": 0.0,
         "repetition_penalty": 1.0,  # vLLM would take the 1.05 of Qwen2.5-VL's generation_config.json
-        "chat_template_kwargs": {"enable_thinking": False, "thinking": False},
+        **THOUGHTLESS,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
@@ -83,8 +86,11 @@ def test_the_question_is_the_one_that_is_asked_here(fake, capsys):
 @pytest.mark.parametrize(
     ("owner", "wanted"),
     [
-        ("vllm", {"repetition_penalty": 1.1, "top_p": 0.9, "top_k": -1, "min_p": 0.0}),
-        ("llamacpp", {"repeat_penalty": 1.1, "repeat_last_n": -1, "top_p": 0.9, "top_k": -1, "min_p": 0.0}),
+        ("vllm", {"repetition_penalty": 1.1, "top_p": 0.9, "top_k": -1, "min_p": 0.0, **THOUGHTLESS}),
+        (
+            "llamacpp",
+            {"repeat_penalty": 1.1, "repeat_last_n": -1, "top_p": 0.9, "top_k": -1, "min_p": 0.0, **THOUGHTLESS},
+        ),
         ("somebody", {"repetition_penalty": 1.1, "top_p": 0.9}),
     ],
 )
