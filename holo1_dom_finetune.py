@@ -633,7 +633,7 @@ class Evaluator:
     def evaluate(self, label: str) -> dict:
         """(all ranks) Write every held-out page with the weights as they are now; main process: render and score."""
         copy = self.copy()
-        rows = self.write(label, copy, self.decoding)
+        rows = self.write(copy, self.decoding)
         result = on_main_alone(lambda: self.judge(label, rows))
         self.results.add(label, result, rows)
         if self.settings.compare_base and (label in ("before", "after") or self.best.leads(result)):
@@ -647,10 +647,9 @@ class Evaluator:
         release_memory()
         return result
 
-    def write(self, label: str, copy: PreTrainedModel, decoding: use.Recipe) -> list[dict]:
+    def write(self, copy: PreTrainedModel, decoding: use.Recipe) -> list[dict]:
         """(all ranks) Every held-out page; the rows of evaluation.py."""
-        ahead = self.rendering.ahead(f"{label} {decoding.repetition_penalty}", self.pages)
-        return write_held_out(copy, self.processor, self.pages, decoding, self.args.per_device_eval_batch_size, ahead)
+        return write_held_out(copy, self.processor, self.pages, decoding, self.args.per_device_eval_batch_size)
 
     def judge(self, label: str, rows: list[dict]) -> dict:
         """(main process only) Score, say, and keep what was written."""
@@ -669,7 +668,7 @@ class Evaluator:
     def try_penalty(self, penalty: float, copy: PreTrainedModel, label: str) -> float:
         """(all ranks) What chooses, under another repetition penalty; the exact share where nothing is rendered."""
         say(f"{label}, once more with a repetition penalty of {penalty} (--penalty_grid):")
-        rows = self.write(label, copy, decoding := replace(self.decoding, repetition_penalty=penalty))
+        rows = self.write(copy, decoding := replace(self.decoding, repetition_penalty=penalty))
         result = on_main_alone(lambda: self.score(label, rows, decoding))
         return result.get(metrics.CHOOSING, result["exact"])
 

@@ -12,7 +12,7 @@ With `--real_lengths` it is one whole evaluation by the training's own code, par
 answer, and what they write is no page: so the pages' own HTML is dictated (dictation.py), with all the work of writing
 it, its drafts and its end, and that is rendered and scored. On several GPUs every rank writes the same `--eval_pages`
 pages, which therefore count as many times: twice as many tokens a second on two GPUs are twice the speed. Without a
-GPU the engine writes as well, and pages are scored beside that, as nobody would have it there: to try this out.
+GPU, where no one would, the engine writes as well: to try this out.
 
 Without it, each rank writes its share of the held-out pages with the gathered copy, 200 tokens each, and one page with
 the sharded model.
@@ -130,7 +130,7 @@ def measure_real_lengths(judge, trainer) -> dict:
     times, count = {}, training.world_size()
     judge.pages = concatenate_datasets([judge.pages] * count)
     if not torch.cuda.is_available():
-        writer.obstacle, judge.rendering.beside_writing = lambda model: "", True
+        writer.obstacle = lambda model: ""
 
     def ids_of(request) -> list[int]:
         return judge.processor.tokenizer(judge.pages[request.place]["html"], add_special_tokens=False)["input_ids"]

@@ -2,7 +2,6 @@
 
 Rooms from top to bottom; each may import those below it, and none above:
 
-    ahead            scores pairs in a process of its own while others are being written
     many_pages       pairs out of folders, scored in order, kept on disk on the way, shown in one report
     report           one file that shows every page, what was wanted and what was written
     report_summary   its numbers over many pages, and its curves

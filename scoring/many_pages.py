@@ -163,11 +163,6 @@ def run_pairs(
         for pair, score, *images in score_pairs(left, renderer, clip):
             progress.keep(pair.key, score, images)
             bar.update()
-    return scores_of(pairs, progress)
-
-
-def scores_of(pairs: Sequence[Pair], progress: Progress) -> list[dict[str, Any]]:
-    """What is kept of all pairs, in order, each with its `page`."""
     return [{"page": pair.name, **score_of(progress.rows[pair.key]).as_json()} for pair in pairs]
 
 

@@ -17,7 +17,7 @@ import contextlib
 import functools
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,9 +28,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 import use_model_from_hub as use
 from scoring import metrics
-from scoring.ahead import Ahead
 from scoring.clip import Clip, find_clip
-from scoring.many_pages import Pair, Progress, browser_facts, run_pairs, scores_of, window_of, write_pages_report
+from scoring.many_pages import Pair, Progress, browser_facts, run_pairs, window_of, write_pages_report
 from scoring.proof import ScorerError, prove
 from scoring.renders import BrowserMissing, Renderer
 from scoring.report_values import plural
@@ -39,7 +38,7 @@ from scoring.validity import looping, same_html, validity
 from training import zero3
 from training.errors import OUT_OF_MEMORY_CODE, PipelineError, StoppedError, exit_code
 from training.heartbeat import heart
-from training.processes import gather, in_columns, is_main, rank, say, world_size
+from training.processes import gather, in_columns, rank, say, world_size
 from training.stopping import stop
 from writing.writer import writer as make_writer
 
@@ -53,30 +52,20 @@ Row = dict[str, Any]
 # Writing
 
 
-def nothing(row: Row) -> None:
-    """What is done with a page that is written, where it is done later."""
-
-
 def write_held_out(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    pages: Dataset,
-    decoding: use.Recipe,
-    batch: int,
-    written: Callable[[Row], None] = nothing,
+    model: PreTrainedModel, processor: ProcessorMixin, pages: Dataset, decoding: use.Recipe, batch: int
 ) -> list[Row]:
     """(all ranks) Each rank writes its share of the held-out pages; every rank gets all of them, in order.
 
-    `batch` pages at once, fewer where memory runs out; `written` gets each page of this rank as soon as it is there.
-    Raises what writing raised, on every rank, also where only another rank's pages failed: a rank that went on alone
-    would wait for it for ever. Raises `StoppedError` everywhere where any rank was asked to stop while a training waits
-    for this.
+    `batch` pages at once, fewer where memory runs out. Raises what writing raised, on every rank, also where only
+    another rank's pages failed: a rank that went on alone would wait for it for ever. Raises `StoppedError` everywhere
+    where any rank was asked to stop while a training waits for this.
     """
     # Pages of like length together: a batch is written until its longest page ends.
     order = sorted(range(len(pages)), key=lambda place: -len(pages[place]["html"]))
     start, failure, rows = time.monotonic(), None, []
     try:
-        rows = write_share(model, processor, pages, decoding, batch, order[rank() :: world_size()], written)
+        rows = write_share(model, processor, pages, decoding, batch, order[rank() :: world_size()])
     except Exception as error:  # told to the others first, and raised below
         failure = error
     told = None if failure is None else (exit_code(failure), f"{type(failure).__name__}: {failure}")
@@ -111,7 +100,6 @@ def write_share(
     decoding: use.Recipe,
     batch: int,
     mine: Sequence[int],
-    written: Callable[[Row], None],
 ) -> list[Row]:
     """Write the pages at the indices `mine`, by what use_model_from_hub.py writes with: `batch` at once, fewer where
     memory runs out. A part of them where this rank is asked to stop: `write_held_out` tells the others."""
@@ -122,7 +110,6 @@ def write_share(
     with zero3.plain_linear(), contextlib.suppress(StoppedError), answers as pages_written:
         for request, page in pages_written:
             rows.append({"place": request.place, **asdict(page)})
-            written(rows[-1])
             if len(rows) % batch == 0 or len(rows) == len(mine):
                 say(f"  {len(rows)} of {plural(len(mine), 'page')} written")
     return rows
@@ -238,15 +225,13 @@ def summary(
 # Rendering
 
 
-def pair_of(row: Row, page: Mapping[str, Any]) -> Pair:
-    """A page beside what was written of it, in a window for its screenshot."""
-    size = use.picture_size(page["screenshot"])
-    return Pair(page["name"], page["html"], row["html"], *window_of(*size))
-
-
 def pairs_of(rows: Sequence[Row], pages: Dataset) -> list[Pair]:
-    """Each page beside what was written of it."""
-    return [pair_of(row, page) for row, page in zip(rows, pages)]
+    """Each page beside what was written of it, in a window for its screenshot."""
+    pairs = []
+    for row, page in zip(rows, pages):
+        size = use.open_screenshot(page["screenshot"]).size
+        pairs.append(Pair(page["name"], page["html"], row["html"], *window_of(*size)))
+    return pairs
 
 
 class MarkedProgress(Progress):
@@ -263,8 +248,6 @@ class Rendering:
     def __init__(self, folder: Path):
         self.folder, self.obstacle = folder, ""  # why pages cannot be rendered here
         self.facts: dict[str, str] = {}  # of the browser, once it has rendered
-        self.under_way: Ahead | None = None  # scores what was written already
-        self.beside_writing = torch.cuda.is_available()  # else both would want the same cores
 
     @cached_property
     def clip(self) -> tuple[Clip | None, str]:
@@ -274,51 +257,19 @@ class Rendering:
     def progress(self, label: str) -> Progress:
         """What is kept on disk, until `forget`, of the pages rendered under `label`."""
         clip, _ = self.clip
-        return MarkedProgress(self.place(label), pictures=True, clip=clip and clip.name)
-
-    def place(self, label: str) -> Path:
-        """Where `progress` keeps what it keeps."""
-        return self.folder / f"rendered_{label.replace(' ', '_')}"
-
-    def ahead(self, label: str, pages: Dataset) -> Callable[[Row], None]:
-        """(all ranks) What `write_held_out` gives pages to, so that they are scored while others are written."""
-        self.let_go()
-        if not is_main() or self.obstacle or not self.beside_writing:
-            return nothing
-        self.under_way = under_way = Ahead(self.place(label))
-        return lambda row: under_way.add(pair_of(row, pages[row["place"]]))
-
-    def let_go(self) -> None:
-        """Ends what is still being scored ahead; of a writing that has failed, say."""
-        if self.under_way:
-            self.under_way.close()
-        self.under_way = None
-
-    def scored_ahead(self, label: str, pairs: Sequence[Pair]) -> list[dict[str, Any]] | None:
-        """The scores of all pairs, where those of this rank were scored ahead and the rest could be behind them."""
-        if self.under_way is None:
-            return None
-        under_way, self.under_way = self.under_way, None
-        for pair in pairs:  # also those of other ranks; what is known already is not rendered again
-            under_way.add(pair)
-        facts, progress = under_way.finish(go_on), self.progress(label)
-        if not facts or any(pair.key not in progress.rows for pair in pairs):
-            return None
-        self.facts = facts
-        return scores_of(pairs, progress)
+        return MarkedProgress(
+            self.folder / f"rendered_{label.replace(' ', '_')}", pictures=True, clip=clip and clip.name
+        )
 
     def score(self, label: str, rows: Sequence[Row], pages: Dataset) -> list[dict[str, Any]] | None:
         """The scores of each page; None where nothing can be rendered."""
         if self.obstacle:
             return None
-        pairs = pairs_of(rows, pages)
-        if scores := self.scored_ahead(label, pairs):
-            return scores
         try:
             with Renderer() as renderer:
                 clip, why_not = self.clip
                 prove(renderer, clip=clip)
-                scores = run_pairs(pairs, renderer, self.progress(label), clip)
+                scores = run_pairs(pairs_of(rows, pages), renderer, self.progress(label), clip)
                 self.facts = browser_facts(renderer, clip, why_not)
         except (BrowserMissing, ScorerError, OSError) as error:
             self.obstacle = str(error)

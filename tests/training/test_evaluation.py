@@ -1,18 +1,15 @@
 """Evaluation: the model is judged by the weights that are saved, through the functions that users run."""
 
-import io
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_pages
-from PIL import Image
 
 import use_model_from_hub as use
-from scoring.blocks import Page
 from scoring.many_pages import Progress
-from scoring.metrics import CHOOSING, compare
+from scoring.metrics import CHOOSING
 from training import evaluation
 from training.base_model import base_tensors
 from training.errors import DataError, StoppedError, exit_code
@@ -71,12 +68,16 @@ def test_evaluation_uses_the_very_weights_that_saving_writes(tiny_base, tmp_path
     reloaded, _ = use.load_model(str(folder), use.Recipe())
     for (name, first), second in zip(copy.state_dict().items(), reloaded.state_dict().values()):
         assert torch.equal(first, second), name
+    from PIL import Image
+
     inputs = use.encode_questions(processor, [Image.new("RGB", (112, 84), "gold")], "write")
     with torch.no_grad():
         assert torch.equal(copy(**inputs).logits, reloaded(**inputs).logits)
 
 
 def test_pages_written_together_equal_pages_written_alone(loaded):
+    from PIL import Image
+
     model, processor = loaded
     recipe = use.Recipe(prompt="write", max_html_tokens=12)
     shots = [Image.new("RGB", size, "pink") for size in ((84, 84), (140, 84), (84, 196))]
@@ -177,29 +178,3 @@ def test_without_a_browser_nothing_chooses_and_every_page_compares():
 def test_another_ranks_failure_keeps_its_exit_code(failure, code):
     error = failure_of_another(3, exit_code(failure), str(failure))
     assert exit_code(error) == code and "rank 3" in str(error) and str(failure) in str(error)
-
-
-def test_pages_that_were_scored_ahead_are_not_rendered_again(tmp_path, monkeypatch):
-    """Those of other ranks, too; where that came to nothing the rest is done as ever."""
-    rows, pages = rows_and_pages([PAGE.format("river")] * 2, [PAGE.format("river"), PAGE.format("stone")])
-    Image.new("RGB", (320, 240)).save(shot := io.BytesIO(), "PNG")
-    pages = [{**page, "screenshot": shot.getvalue()} for page in pages]
-    rendering, added = evaluation.Rendering(tmp_path), []
-
-    def finished(scored):
-        for pair in added:
-            failed = Page(None, failure="on purpose", html=pair.reference)
-            score = compare(failed, failed)
-            rendering.progress("after 1.0").keep(pair.key, score, (None, None))
-        return {"browser": "one"}
-
-    process = SimpleNamespace(add=added.append, finish=finished, close=lambda: None)
-    monkeypatch.setattr(evaluation, "Ahead", lambda folder: process)
-    monkeypatch.setattr(evaluation, "Renderer", None)  # not called
-    rendering.beside_writing = True
-    rendering.ahead("after 1.0", pages)(rows[0])
-    scores = rendering.score("after 1.0", rows, pages)
-    assert [score["page"] for score in scores] == ["0.png", "1.png"] and rendering.facts == {"browser": "one"}
-    process.finish = lambda scored: None
-    rendering.ahead("after 1.1", pages)
-    assert rendering.scored_ahead("after 1.1", []) is None
