@@ -17,6 +17,7 @@ Rooms from top to bottom; each may import those below it, and none above:
     generated        texts that CSS generates, as the browser has laid them out
     renders          draws hostile pages in Chromium, safely; of ours it needs the clock and use_model_from_hub.py alone
     clock            how long a page has taken by its own work
+    machine          how many browsers this machine bears
     bar              how far a long piece of work has come
 
 Everything here is started as a module (`python -m scoring.renders`): started as a file, this folder would come first on
