@@ -3,6 +3,7 @@
 Rooms from top to bottom; each may import those below it, and none above:
 
     many_pages       pairs out of folders, scored in order, kept on disk on the way, shown in one report
+    scorers          pairs of pages scored by processes of their own, beside whatever this one does
     report           one file that shows every page, what was wanted and what was written
     report_summary   its numbers over many pages, and its curves
     report_pictures  its pictures, their boxes, where two differ
