@@ -135,8 +135,7 @@ def run_pairs(
             others.give(pair, progress.folder if progress.pictures else None)
         for key, score in others.scored() if others else ():
             progress.keep(key, score, ())
-            left.pop(key, None)
-            bar.update()
+            bar.update(left.pop(key, None) is not None)
         for pair, (score, *images) in score_pairs(left.values(), renderer, clip):
             progress.keep(pair.key, score, images)
             bar.update()

@@ -168,8 +168,9 @@ def be_a_scorer(number: int, seconds_per_page: float, chromium: str | None) -> N
     renderer = Renderer(BROWSERS, seconds_per_page, chromium)
     for _ in range(BROWSERS):  # which start while the first page is still written
         renderer.begin(Job(""))
-    pipe.send(None)
     threading.Thread(target=listen, args=(pipe, orders, renderer), daemon=True).start()
+    with contextlib.suppress(BrokenPipeError):  # the parent has gone, which the thread sees, too
+        pipe.send(None)
     while True:
         order, begun = orders.get()
         try:
@@ -181,7 +182,7 @@ def be_a_scorer(number: int, seconds_per_page: float, chromium: str | None) -> N
                 pickle.loads(pickle.dumps(error))
             except Exception:
                 answer = RuntimeError(f"a process that scores has failed: {error!r}\n{traceback.format_exc()}")
-        with contextlib.suppress(BrokenPipeError):  # the parent has gone, which the thread sees, too
+        with contextlib.suppress(BrokenPipeError):
             pipe.send((order.key, answer, renderer.version))
 
 
@@ -201,7 +202,7 @@ class Scorer:
     process: subprocess.Popen
     pipe: Connection
     mark: str  # NAME=value in the environment of everything that it starts
-    tasks: dict[str, tuple[Order, int]] = field(default_factory=dict)
+    tasks: dict[str, tuple[Order, int]] = field(default_factory=dict)  # by the key
     started: bool = False  # it has told that it can work
 
     @property
@@ -336,8 +337,8 @@ class Scorers:
         scorer.pipe.close()
         code = self.end(scorer, time.monotonic() + 5)
         for order, deaths in scorer.tasks.values():
-            if not deaths:
-                self.waiting.appendleft((order, 1))
+            if not deaths or not scorer.started:  # else it is not the page's fault
+                self.waiting.appendleft((order, deaths + scorer.started))
             elif order.pair is None:
                 self.proof = ScorerError(f"the proof of the scorer: {DIED_TWICE}")
             else:
