@@ -633,7 +633,7 @@ class Evaluator:
     def evaluate(self, label: str) -> dict:
         """(all ranks) Write every held-out page with the weights as they are now; main process: render and score."""
         copy = self.copy()
-        rows = self.write(copy, self.decoding)
+        rows = self.write(copy, self.decoding, label)
         result = on_main_alone(lambda: self.judge(label, rows))
         self.results.add(label, result, rows)
         if self.settings.compare_base and (label in ("before", "after") or self.best.leads(result)):
@@ -647,9 +647,10 @@ class Evaluator:
         release_memory()
         return result
 
-    def write(self, copy: PreTrainedModel, decoding: use.Recipe) -> list[dict]:
-        """(all ranks) Every held-out page; the rows of evaluation.py."""
-        return write_held_out(copy, self.processor, self.pages, decoding, self.args.per_device_eval_batch_size)
+    def write(self, copy: PreTrainedModel, recipe: use.Recipe, label: str) -> list[dict]:
+        """(all ranks) Every held-out page, which is scored beside the writing; the rows of evaluation.py."""
+        with self.rendering.beside(f"{label} {recipe.repetition_penalty}", self.pages) as done:
+            return write_held_out(copy, self.processor, self.pages, recipe, self.args.per_device_eval_batch_size, done)
 
     def judge(self, label: str, rows: list[dict]) -> dict:
         """(main process only) Score, say, and keep what was written."""
@@ -668,7 +669,7 @@ class Evaluator:
     def try_penalty(self, penalty: float, copy: PreTrainedModel, label: str) -> float:
         """(all ranks) What chooses, under another repetition penalty; the exact share where nothing is rendered."""
         say(f"{label}, once more with a repetition penalty of {penalty} (--penalty_grid):")
-        rows = self.write(copy, decoding := replace(self.decoding, repetition_penalty=penalty))
+        rows = self.write(copy, decoding := replace(self.decoding, repetition_penalty=penalty), label)
         result = on_main_alone(lambda: self.score(label, rows, decoding))
         return result.get(metrics.CHOOSING, result["exact"])
 

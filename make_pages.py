@@ -31,7 +31,8 @@ from types import ModuleType
 from making.folder import Folder, write_pages
 from making.page_settings import Settings, check_settings
 from making.sources import count_pages, find_pages
-from making.workers import PageMaker, Workers, most_at_once
+from making.workers import PageMaker, Workers
+from scoring.machine import most_at_once
 from scoring.renders import BrowserMissing, facts_of_browser, find_chromium
 from training.dataset import known_dataset
 from training.errors import SettingsError, UploadError, is_disk_full, refuse_other_systems

@@ -10,12 +10,11 @@ What was scored is kept on the way, so that an interrupted run goes on where it 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,51 +22,13 @@ import numpy as np
 from PIL import Image
 
 from scoring.bar import progress_bar
-from scoring.blocks import Block, Page, job_for, page_of
+from scoring.blocks import Block, Page
 from scoring.clip import Clip
-from scoring.metrics import Compared, PageScore, compare, likeness, names
-from scoring.renders import Job, Renderer
+from scoring.metrics import Compared, PageScore, likeness, names
+from scoring.renders import Renderer
 from scoring.report import write_report
 from scoring.report_values import Before, Box, PageResult
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A page's name, its reference, what was written (None: nothing was), and the browser's window in CSS pixels."""
-
-    name: str
-    reference: str
-    prediction: str | None
-    width: int = 1280
-    height: int = 720
-
-    @property
-    def key(self) -> str:
-        """By what is rendered and not by the name: equal pages are scored once, and a changed one again."""
-        content = json.dumps([self.reference, self.prediction, self.width, self.height])
-        return hashlib.sha256(content.encode("utf-8", "replace")).hexdigest()
-
-
-def score_pairs(
-    pairs: Iterable[Pair], renderer: Renderer, clip: Clip | None = None
-) -> Iterator[tuple[Pair, PageScore, np.ndarray | None, np.ndarray | None]]:
-    """Of each pair, in order: its score, and the pictures (H, W, 3) uint8 of reference and prediction, None where there
-    is none. Holds a few pages at a time, and no more."""
-    waiting: deque[Pair] = deque()
-
-    def jobs() -> Iterator[Job]:  # read ahead of the renders that come back
-        for pair in pairs:
-            waiting.append(pair)
-            yield job_for(pair.reference, pair.width, pair.height)
-            yield job_for(pair.prediction or "", pair.width, pair.height)
-
-    renders = renderer.map(jobs())
-    for render in renders:
-        pair = waiting.popleft()
-        wanted, written = page_of(render, pair.reference), page_of(next(renders), pair.prediction or "")
-        if pair.prediction is None:
-            written = Page(None, failure="there is none")
-        yield pair, compare(wanted, written, clip), wanted.image, written.image
+from scoring.scorers import Pair, Scorers, keep_pictures, score_pairs, scorers_for
 
 
 def window_of(width: int, height: int) -> tuple[int, int]:
@@ -130,15 +91,12 @@ class Progress:
                 self.rows[row["key"]] = row["score"]
 
     def keep(self, key: str, score: PageScore, images: Sequence[np.ndarray | None]) -> None:
-        """`images` are those of the reference and of what was written."""
+        """`images` are those of the reference and of what was written; () where they are kept already."""
         self.rows[key] = asdict(score)
         if self.folder is None:
             return
-        for name, image in zip(("reference", "written"), images):
-            if self.pictures and image is not None:
-                picture = Image.fromarray(image)
-                picture = picture.reduce(2) if picture.width > 1280 else picture  # as wide as the report shows
-                picture.save(self.folder / f"{key}-{name}.png", compress_level=1)
+        if self.pictures:
+            keep_pictures(self.folder, key, images)
         with (self.folder / "scores.jsonl").open("a", encoding="utf-8") as file:
             asked = {"pictures": self.pictures, "clip": self.clip, "metrics": names()}
             file.write(json.dumps({"key": key, **asked, "score": self.rows[key]}) + "\n")
@@ -155,14 +113,34 @@ class Progress:
 
 
 def run_pairs(
-    pairs: Sequence[Pair], renderer: Renderer, progress: Progress, clip: Clip | None = None
+    pairs: Sequence[Pair],
+    renderer: Renderer,
+    progress: Progress,
+    clip: Clip | None = None,
+    scorers: Scorers | None = None,
 ) -> list[dict[str, Any]]:
-    """Scores of all pairs, in order, each with its `page`; a bar on a terminal, lines elsewhere."""
-    left = [pair for pair in pairs if pair.key not in progress.rows]
-    with progress_bar("pages scored", len(pairs), len(pairs) - len(left)) as bar:
-        for pair, score, *images in score_pairs(left, renderer, clip):
+    """Scores of all pairs, in order, each with its `page`; a bar on a terminal, lines elsewhere.
+
+    Of many pages by several processes where there are cores for them, or by these `scorers`, which may have begun; but
+    not with a `clip`, which each would have to load. Kept as they come.
+    """
+    left = {pair.key: pair for pair in pairs if pair.key not in progress.rows}
+    count = 0 if clip or scorers else scorers_for(len(left))
+    with (
+        progress_bar("pages scored", len(pairs), len(pairs) - len(left)) as bar,
+        # A single one would do what this process does.
+        Scorers(count, renderer.seconds_per_page, renderer.chromium) if count > 1 else nullcontext(scorers) as others,
+    ):
+        for pair in left.values() if others else ():
+            others.give(pair, progress.folder if progress.pictures else None)
+        for key, score in others.scored() if others else ():
+            progress.keep(key, score, ())
+            bar.update(left.pop(key, None) is not None)
+        for pair, (score, *images) in score_pairs(left.values(), renderer, clip):
             progress.keep(pair.key, score, images)
             bar.update()
+        if others:
+            renderer.version = renderer.version or others.version
     return [{"page": pair.name, **score_of(progress.rows[pair.key]).as_json()} for pair in pairs]
 
 

@@ -455,15 +455,19 @@ class Renderer:
             if worker is not None:
                 worker.kill()
 
+    def begin(self, job: Job) -> Future[Render]:
+        """The render to come, whose pictures wait as PNG until they are `decoded`."""
+        return self.pool.submit(self._render, job)
+
     def render(self, job: Job | str) -> Render:
         """A failure is in the answer, and is not raised."""
-        return decoded(self.pool.submit(self._render, Job(job) if isinstance(job, str) else job).result())
+        return decoded(self.begin(Job(job) if isinstance(job, str) else job).result())
 
     def map(self, jobs: Iterable[Job]) -> Iterator[Render]:
         """Renders in the order of `jobs`, which are read a little ahead, so that no browser waits for the caller."""
         waiting: deque[Future[Render]] = deque()
         for job in jobs:
-            waiting.append(self.pool.submit(self._render, job))
+            waiting.append(self.begin(job))
             if len(waiting) > 4 * self.pages_at_once:
                 yield decoded(waiting.popleft().result())
         while waiting:

@@ -1,6 +1,7 @@
 """Held-out pages: written by the model, rendered, scored, kept, and told in a line.
 
-    rows = write_held_out(model, processor, pages, decoding, batch=8)         # (all ranks)
+    with rendering.beside("after", pages) as finished:                      # scored while others are written
+        rows = write_held_out(model, processor, pages, decoding, 8, finished)  # (all ranks)
     scores = rendering.score("after", rows, pages)                          # None where there is no browser
     result = score_held_out(rows, pages, scores, parts_of(len(pages), weights_are_chosen=False))
     say(announce("after", result))
@@ -17,7 +18,7 @@ import contextlib
 import functools
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -33,12 +34,13 @@ from scoring.many_pages import Pair, Progress, browser_facts, run_pairs, window_
 from scoring.proof import ScorerError, prove
 from scoring.renders import BrowserMissing, Renderer
 from scoring.report_values import plural
+from scoring.scorers import Scorers, scorers_for
 from scoring.statistics import left_out_words, means, scores_line, summarise
 from scoring.validity import looping, same_html, validity
 from training import zero3
 from training.errors import OUT_OF_MEMORY_CODE, PipelineError, StoppedError, exit_code
 from training.heartbeat import heart
-from training.processes import gather, in_columns, rank, say, world_size
+from training.processes import gather, in_columns, is_main, rank, say, world_size
 from training.stopping import stop
 from writing.writer import writer as make_writer
 
@@ -52,10 +54,20 @@ Row = dict[str, Any]
 # Writing
 
 
+def nothing(row: Row) -> None:
+    """What is done with a page that is written, where nobody waits for it."""
+
+
 def write_held_out(
-    model: PreTrainedModel, processor: ProcessorMixin, pages: Dataset, decoding: use.Recipe, batch: int
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    pages: Dataset,
+    decoding: use.Recipe,
+    batch: int,
+    finished: Callable[[Row], None] = nothing,
 ) -> list[Row]:
-    """(all ranks) Each rank writes its share of the held-out pages; every rank gets all of them, in order.
+    """(all ranks) Each rank writes its share of the held-out pages, and calls `finished` with each that is written;
+    every rank gets all of them, in order.
 
     `batch` pages at once, fewer where memory runs out. Raises what writing raised, on every rank, also where only
     another rank's pages failed: a rank that went on alone would wait for it for ever. Raises `StoppedError` everywhere
@@ -65,7 +77,7 @@ def write_held_out(
     order = sorted(range(len(pages)), key=lambda place: -len(pages[place]["html"]))
     start, failure, rows = time.monotonic(), None, []
     try:
-        rows = write_share(model, processor, pages, decoding, batch, order[rank() :: world_size()])
+        rows = write_share(model, processor, pages, decoding, batch, order[rank() :: world_size()], finished)
     except Exception as error:  # told to the others first, and raised below
         failure = error
     told = None if failure is None else (exit_code(failure), f"{type(failure).__name__}: {failure}")
@@ -100,6 +112,7 @@ def write_share(
     decoding: use.Recipe,
     batch: int,
     mine: Sequence[int],
+    finished: Callable[[Row], None],
 ) -> list[Row]:
     """Write the pages at the indices `mine`, by what use_model_from_hub.py writes with: `batch` at once, fewer where
     memory runs out. A part of them where this rank is asked to stop: `write_held_out` tells the others."""
@@ -110,6 +123,7 @@ def write_share(
     with zero3.plain_linear(), contextlib.suppress(StoppedError), answers as pages_written:
         for request, page in pages_written:
             rows.append({"place": request.place, **asdict(page)})
+            finished(rows[-1])
             if len(rows) % batch == 0 or len(rows) == len(mine):
                 say(f"  {len(rows)} of {plural(len(mine), 'page')} written")
     return rows
@@ -226,12 +240,13 @@ def summary(
 
 
 def pairs_of(rows: Sequence[Row], pages: Dataset) -> list[Pair]:
-    """Each page beside what was written of it, in a window for its screenshot."""
-    pairs = []
-    for row, page in zip(rows, pages):
-        size = use.open_screenshot(page["screenshot"]).size
-        pairs.append(Pair(page["name"], page["html"], row["html"], *window_of(*size)))
-    return pairs
+    """Each page beside what was written of it."""
+    return [pair_of(row, page) for row, page in zip(rows, pages)]
+
+
+def pair_of(row: Row, page: Mapping[str, Any]) -> Pair:
+    """In a window for its screenshot, whose size is known: to decode it would hold up the writing."""
+    return Pair(page["name"], page["html"], row["html"], *window_of(page["width"], page["height"]))
 
 
 class MarkedProgress(Progress):
@@ -248,6 +263,8 @@ class Rendering:
     def __init__(self, folder: Path):
         self.folder, self.obstacle = folder, ""  # why pages cannot be rendered here
         self.facts: dict[str, str] = {}  # of the browser, once it has rendered
+        self.proved = False  # by the scorer, of itself, in this run
+        self.scorers: Scorers | None = None  # at work since the writing began
 
     @cached_property
     def clip(self) -> tuple[Clip | None, str]:
@@ -261,19 +278,62 @@ class Rendering:
             self.folder / f"rendered_{label.replace(' ', '_')}", pictures=True, clip=clip and clip.name
         )
 
+    @contextlib.contextmanager
+    def beside(self, label: str, pages: Dataset) -> Iterator[Callable[[Row], None]]:
+        """(all ranks) What takes the pages that are written inside, one by one: they are rendered and scored by
+        processes beside the writing, and `score` has only the last ones to wait for.
+
+        Does nothing on other ranks, for a few pages, and with CLIP, which each process would have to load.
+        """
+        self.close()
+        finished = nothing
+        with contextlib.ExitStack() as unless_written:
+            unless_written.callback(self.close)
+            if is_main() and not self.obstacle and (count := scorers_for(len(pages))) and self.clip[0] is None:
+                try:
+                    self.scorers = Scorers(count)
+                    finished = partial(self.give, self.progress(label), pages)
+                    if not self.proved:
+                        self.scorers.prove()
+                except (BrowserMissing, OSError) as error:
+                    self.give_up(error)
+            yield finished
+            unless_written.pop_all()
+
+    def give(self, progress: Progress, pages: Dataset, row: Row) -> None:
+        """A page that is written, unless an interrupted run has scored it."""
+        pair = pair_of(row, pages[row["place"]])
+        if pair.key not in progress.rows:
+            self.scorers.give(pair, progress.folder)
+
+    def give_up(self, error: Exception) -> None:
+        """Nothing can be rendered here, in this run."""
+        self.close()
+        self.obstacle = str(error)
+        say(f"pages are not rendered, so there are no scores of how they look: {error}")
+
+    def close(self) -> None:
+        """Ends the processes that score."""
+        if self.scorers is not None:
+            self.scorers.close()
+            self.scorers = None
+
     def score(self, label: str, rows: Sequence[Row], pages: Dataset) -> list[dict[str, Any]] | None:
         """The scores of each page; None where nothing can be rendered."""
         if self.obstacle:
             return None
         try:
-            with Renderer() as renderer:
+            with contextlib.closing(self), Renderer() as renderer:
                 clip, why_not = self.clip
-                prove(renderer, clip=clip)
-                scores = run_pairs(pairs_of(rows, pages), renderer, self.progress(label), clip)
-                self.facts = browser_facts(renderer, clip, why_not)
+                # Once a run, before its first score. Nothing is kept of what was scored meanwhile until it holds.
+                if not self.proved and not (self.scorers and self.scorers.proved()):
+                    prove(renderer, clip=clip)
+                self.proved = True
+                scores = run_pairs(pairs_of(rows, pages), renderer, self.progress(label), clip, self.scorers)
+                if renderer.version or not self.facts:  # else all had been scored by an interrupted run
+                    self.facts = browser_facts(renderer, clip, why_not)
         except (BrowserMissing, ScorerError, OSError) as error:
-            self.obstacle = str(error)
-            say(f"pages are not rendered, so there are no scores of how they look: {error}")
+            self.give_up(error)
             return None
         return scores
 

@@ -13,7 +13,7 @@ WHITE = "<!DOCTYPE html>\n<html><head><title>t</title></head><body>{}</body></ht
 def test_pages_are_scored_in_order_and_a_failure_does_not_stop_the_others(renderer):
     wide = WHITE.format("<p>Hello</p>")
     pairs = [Pair("same", wide, wide), Pair("none", wide, None), Pair("other", wide, WHITE.format("<p>Bye</p>"))]
-    found = [(pair.name, score) for pair, score, *_ in score_pairs(pairs, renderer)]
+    found = [(pair.name, score) for pair, (score, *_) in score_pairs(pairs, renderer)]
     assert [name for name, _ in found] == ["same", "none", "other"]
     assert found[0][1]["overall"] == 1
     assert found[1][1].failure == "the written page: there is none" and found[1][1]["overall"] == 0

@@ -8,12 +8,21 @@ import torch
 from conftest import make_pages
 
 import use_model_from_hub as use
-from scoring.many_pages import Progress
+from scoring.many_pages import Progress, run_pairs
 from scoring.metrics import CHOOSING
+from scoring.renders import marked
 from training import evaluation
 from training.base_model import base_tensors
 from training.errors import DataError, StoppedError, exit_code
-from training.evaluation import Parts, failure_of_another, keep_outputs, parts_of, score_held_out, write_held_out
+from training.evaluation import (
+    Parts,
+    Rendering,
+    failure_of_another,
+    keep_outputs,
+    parts_of,
+    score_held_out,
+    write_held_out,
+)
 from training.final_folder import save_final, whole_copy
 from training.results import compare_results
 from training.settings import PageSettings
@@ -178,3 +187,41 @@ def test_without_a_browser_nothing_chooses_and_every_page_compares():
 def test_another_ranks_failure_keeps_its_exit_code(failure, code):
     error = failure_of_another(3, exit_code(failure), str(failure))
     assert exit_code(error) == code and "rank 3" in str(error) and str(failure) in str(error)
+
+
+@pytest.mark.slow
+def test_pages_are_scored_beside_the_writing(loaded, renderer, tmp_path, monkeypatch):
+    """The last page is not written before the first one has been scored."""
+    import datasets
+
+    model, processor = loaded
+    folder = make_pages(tmp_path / "pages", 3)
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    pages = [
+        {"name": row["file_name"], "screenshot": (folder / row["file_name"]).read_bytes(), "html": row["text"]}
+        | {"width": 640, "height": 480, "html_tokens": 9}
+        for row in rows
+    ]
+    pages, rendering, shown = datasets.Dataset.from_list(pages), Rendering(tmp_path), []
+    rendering.proved, open_screenshot = True, use.open_screenshot
+
+    def open_slowly(screenshot):
+        shown.append(screenshot)
+        while len(shown) == len(pages) and not rendering.scorers.done:
+            rendering.scorers.look()
+        return open_screenshot(screenshot)
+
+    monkeypatch.setattr(use, "open_screenshot", open_slowly)
+    monkeypatch.setattr(evaluation, "scorers_for", lambda count: 1)
+    with rendering.beside("after 1", pages) as finished:
+        rows = write_held_out(model, processor, pages, use.Recipe(max_html_tokens=4), 1, finished)
+        scorer, first = rendering.scorers.scorers[0], rendering.scorers.done[0]
+    assert first[0] == evaluation.pair_of(rows[0], pages[0]).key and len(shown) == 3
+    scores = rendering.score("after 1", rows, pages)
+    assert rendering.scorers is None and not marked(scorer.mark)
+    assert scores == run_pairs(evaluation.pairs_of(rows, pages), renderer, Progress(None, pictures=False))
+    assert rendering.facts["browser"].startswith(renderer.version)
+    with pytest.raises(StoppedError), rendering.beside("after 2", pages):
+        scorer = rendering.scorers.scorers[0]
+        raise StoppedError("asked to")
+    assert rendering.scorers is None and scorer.process.returncode == 0

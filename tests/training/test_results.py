@@ -26,7 +26,8 @@ def test_the_report_leaves_out_the_pages_that_chose_the_weights_as_the_results_d
     is needed."""
     Image.new("RGB", (64, 64)).save(tmp_path / "screenshot.png")
     screenshot = (tmp_path / "screenshot.png").read_bytes()
-    pages = [{"name": f"page {n}", "screenshot": screenshot, "html": f"<p>{n}</p>", "html_tokens": 9} for n in range(4)]
+    shown = {"screenshot": screenshot, "width": 64, "height": 64, "html_tokens": 9}
+    pages = [{"name": f"page {n}", "html": f"<p>{n}</p>", **shown} for n in range(4)]
     rows = [
         {"place": n, "html": f"<p>{n}", "raw": f"<p>{n}", "tokens": 8, "cut_off": False, "seconds": 1.0}
         for n in range(4)
@@ -51,7 +52,8 @@ def test_the_report_shows_what_the_base_wrote_and_how_the_training_went(tmp_path
     """The scores are given, so that no browser is needed."""
     Image.new("RGB", (64, 64)).save(tmp_path / "screenshot.png")
     screenshot = (tmp_path / "screenshot.png").read_bytes()
-    pages = [{"name": f"page {n}", "screenshot": screenshot, "html": f"<p>{n}</p>", "html_tokens": 9} for n in range(2)]
+    shown = {"screenshot": screenshot, "width": 64, "height": 64, "html_tokens": 9}
+    pages = [{"name": f"page {n}", "html": f"<p>{n}</p>", **shown} for n in range(2)]
     rendering, recipe = Rendering(tmp_path), use.Recipe()
     results = Results(tmp_path, recipe, pages, rendering)
     for label, likeness in (("before", 0.25), ("after", 0.75)):

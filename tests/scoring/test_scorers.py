@@ -1,0 +1,67 @@
+"""Processes that score pairs: as one process does, whoever dies, and nobody is left behind."""
+
+import os
+import signal
+import sys
+
+import psutil
+import pytest
+
+from scoring.many_pages import Progress, run_pairs
+from scoring.renders import marked
+from scoring.scorers import DIED_TWICE, Pair, Scorers
+
+WHITE = "<!DOCTYPE html>\n<html><head><title>t</title></head><body>{}</body></html>\n"
+
+
+def small_pairs(count: int) -> list[Pair]:
+    """Copies, pages of other words, one that was not written, and the first once more under another name."""
+    pages = [WHITE.format(f"<h1>Page {n}</h1><p>{'word ' * n}</p>") for n in range(count)]
+    pairs = [Pair(f"page {n}", page, pages[n - n % 2], 640, 480) for n, page in enumerate(pages)]
+    return [*pairs, Pair("not written", pages[0], None), Pair("page 0 again", pages[0], pages[0], 640, 480)]
+
+
+def kill_holder(scorers: Scorers, pair: Pair) -> str:
+    """Kills the process that was given the pair, once it has started; the mark of all that it had started."""
+    while not (holders := [scorer for scorer in scorers.scorers if pair.key in scorer.tasks and scorer.started]):
+        scorers.look()
+    os.kill(holders[0].process.pid, signal.SIGKILL)
+    while holders[0] in scorers.scorers:
+        scorers.look()
+    return holders[0].mark
+
+
+@pytest.mark.slow
+def test_several_processes_score_as_one_does_whoever_dies(renderer, tmp_path):
+    pairs = small_pairs(2)
+    alone = run_pairs(pairs, renderer, one := Progress(tmp_path / "one", pictures=True))
+    unlucky, several = Pair("unlucky", WHITE.format("a"), WHITE.format("b")), Progress(tmp_path / "several", True)
+    with Scorers(2) as scorers:
+        scorers.give(pairs[0], several.folder)
+        scorers.give(unlucky)
+        marks = [kill_holder(scorers, pair) for pair in (pairs[0], unlucky, unlucky)]
+        together = run_pairs(pairs, renderer, several, None, scorers)
+        marks += [scorer.mark for scorer in scorers.scorers]
+    assert together == alone and [row["page"] for row in together] == [pair.name for pair in pairs]
+    assert len({*marks}) == 5, "those who died were replaced"
+    assert not [mark for mark in marks if marked(mark)]
+    assert several.rows[unlucky.key]["failure"] == f"the written page: {DIED_TWICE}"
+    assert {*Progress(tmp_path / "several", True).rows} == {*one.rows, unlucky.key}, "on disk"
+    for pair in pairs:
+        for name in ("reference", "written"):
+            first, second = (progress.picture(pair.key, name) for progress in (one, several))
+            assert first.read_bytes() == second.read_bytes() if first else pair.name == "not written" and not second
+
+
+def test_where_processes_cannot_start_this_one_scores(renderer, monkeypatch, capsys):
+    children = {child.pid for child in psutil.Process().children()}
+    pairs = small_pairs(1)[:1]
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with Scorers(2) as scorers:
+        scorers.prove()
+        assert not scorers.proved()
+        found = run_pairs(pairs, renderer, Progress(None, pictures=False), None, scorers)
+    assert [row["likeness"] for row in found] == [1]
+    assert "processes that score pages cannot start (the last one ended with 1)" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert {child.pid for child in psutil.Process().children()} <= children
