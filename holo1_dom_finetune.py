@@ -219,8 +219,8 @@ class PageCollator:
         rows = [self.encoder.encode(page["html"], picture.ids) for page, picture in zip(kept, pictures)]
         batch = self.encoder.family.join(pictures)
         if self.config is not None:
-            sizes = zip(rows, (picture.patches for picture in pictures))
-            batch["flops"] = sum(self.flops(labels, patches) for (_, labels), patches in sizes)
+            counts = (len(picture.ids) for picture in pictures)
+            batch["flops"] = sum(self.flops(labels, image) for (_, labels), image in zip(rows, counts))
             batch["pages"] = [page["name"] for page in kept]
         if not self.packed:
             return batch | self.pad(rows)
@@ -232,10 +232,10 @@ class PageCollator:
         batch |= pack(rows, sizes, len(self.encoder.before), IGNORED)
         return batch | self.encoder.family.geometry(self.config)(grids)
 
-    def flops(self, labels: list[int], patches: int) -> float:
-        """Operations of one page, for the MFU of the step's line."""
-        shape = self.encoder.family.shape(self.config)
-        return page_costs.page_flops(shape, len(labels), len(labels) - labels.count(IGNORED), patches)
+    def flops(self, labels: list[int], image: int) -> float:
+        """Operations of one page with `image` image tokens, for the MFU of the step's line."""
+        shape, supervised = self.encoder.family.shape(self.config), len(labels) - labels.count(IGNORED)
+        return page_costs.page_flops(shape, len(labels), supervised, image * shape.per_token)
 
     def pad(self, rows: list[tuple[list[int], list[int]]]) -> dict:
         """`input_ids`, `labels`, `attention_mask` and, where the family needs them, `mm_token_type_ids`, all (B, T)."""

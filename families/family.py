@@ -32,17 +32,17 @@ class Picture:
     """One screenshot as a model takes it.
 
     `ids` stand where the chat template has its one image token (with the tokens of rows and columns, where a model
-    marks those), `inputs` are this picture's tensors by the names of the model's forward, `patches` is the number of
-    patches that the vision tower reads.
+    marks those): `Shape.per_token` patches each. `inputs` are its tensors by the names of the model's forward.
     """
 
     ids: list[int]
     inputs: dict[str, Tensor]
-    patches: int
 
 
 def repeated_image_ids(processor: ProcessorMixin, features: dict, index: int) -> list[int]:
-    """The ids of picture `index`, by what the processor itself puts into a question (transformers 5.23)."""
+    """The ids of picture `index`, by what the processor itself puts into a question (transformers 5.23). `features` are
+    its image processor's, asked for all that the processor asks for (its class's `images_kwargs`): SmolVLM's for rows
+    and columns of tiles."""
     text = processor.replace_image_token(features, index)
     return processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -125,9 +125,9 @@ class Family:
     13. `activations`: of the MLPs of the language model and of the tower, which these layers compute; models with
         others are left to generate().
 
-    tests/families/test_family.py holds 1 to 9 against the true processor and the true modules of a tiny model,
-    tests/families/test_fast_parts.py the fast path against the model's own, tests/writing/test_engine.py the engine
-    against generate(); add one there.
+    Give `TINY` in tests/conftest.py a tiny model of it: tests/families/test_family.py then holds 1 to 9 against its
+    true processor and its true modules, tests/families/test_fast_parts.py the fast path against the model's own,
+    tests/writing/test_engine.py the engine against generate().
     """
 
     model_type: str

@@ -40,7 +40,7 @@ def pictures(processor: ProcessorMixin, screenshots: list[Image]) -> list[Pictur
     sizes = grids.prod(dim=1).tolist()
     merged, token = processor.image_processor.merge_size**2, processor.image_token_id
     return [
-        Picture([token] * (size // merged), {"pixel_values": pixels, "image_grid_thw": grid}, size)
+        Picture([token] * (size // merged), {"pixel_values": pixels, "image_grid_thw": grid})
         for size, pixels, grid in zip(sizes, features["pixel_values"].split(sizes), grids)
     ]
 
