@@ -47,6 +47,7 @@ HUB_REPO = "holo1_ui2dom"
 # -----------------------------------------------------------------------------
 # Recipe: what the model was asked while it was trained
 
+THOUGHTS = r"\b(?:enable_)?thinking\b"  # by which Qwen3.5's and Holo2's templates let a model think before it answers
 RECIPE_FILE = "dom_recipe.json"
 
 
@@ -222,8 +223,7 @@ def limit_pixels(processor: ProcessorMixin, min_pixels: int, max_pixels: int) ->
 def ask(processor: ProcessorMixin, prompt: str) -> str:
     """The question in the model's own chat template, image first, thinking off, ending where the answer begins."""
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
-    # Some models think first unless told not to: Qwen3.5 by the first word, Holo2 by the other. Others complain.
-    off = dict.fromkeys({"enable_thinking", "thinking"} & {*re.findall(r"\w+", str(processor.chat_template))}, False)
+    off = dict.fromkeys(re.findall(THOUGHTS, str(processor.chat_template)), False)  # other templates complain
     return processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **off)
 
 

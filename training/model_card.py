@@ -100,7 +100,9 @@ def citation(title: str, about: str, repo_id: str | None, date: object) -> str:
 HUB_LICENCES = "apache-2.0 mit bsd-3-clause cc0-1.0 cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 gemma".split()
 QWEN_RESEARCH = ("other", "qwen-research", "https://huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct/blob/main/LICENSE")
 BASE_LICENCES = dict.fromkeys(("Hcompany/Holo1-3B", "Qwen/Qwen2.5-VL-3B-Instruct"), QWEN_RESEARCH)
-BASE_LICENCES |= dict.fromkeys(("Hcompany/Holo1-7B", "Qwen/Qwen2.5-VL-7B-Instruct"), ("apache-2.0", None, None))
+APACHE = "Hcompany/Holo1-7B Hcompany/Holo1.5-7B Hcompany/Holo2-4B Qwen/Qwen2.5-VL-7B-Instruct".split()
+APACHE += [f"Hcompany/Holo-3.1-{size}" for size in ("0.8B", "4B", "9B")]
+BASE_LICENCES |= dict.fromkeys(APACHE, ("apache-2.0", None, None))
 
 
 def derived_licence(
@@ -209,6 +211,7 @@ def write_model_card(final_folder: Path, facts: Mapping[str, Any]) -> str:
         spelt=json.dumps(where),
         trusted=" --trust_remote_code" if recipe.get("trust_remote_code") is True else "",
         loaded_in=" and ".join(LOADED_IN),
+        off=thinking_words(final_folder),
         base=base,
         **results_of(facts.get("results_before") or {}, facts.get("results") or {}),
         facts=told(facts),
@@ -221,6 +224,13 @@ def write_model_card(final_folder: Path, facts: Mapping[str, Any]) -> str:
     )
     (final_folder / "README.md").write_text(text, encoding="utf-8")
     return text
+
+
+def thinking_words(final_folder: Path) -> str:
+    """What the model's chat template has to be told so that it answers at once; "" where it never thinks first."""
+    template = final_folder / "chat_template.jinja"
+    found = re.findall(use.THOUGHTS, template.read_text(encoding="utf-8")) if template.is_file() else []
+    return ", ".join(f"`{name}=False`" for name in dict.fromkeys(found))
 
 
 def front_of(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,6 +49,7 @@ FACTS: dict[str, Any] = {
         ("Qwen/Qwen2.5-VL-3B-Instruct", "mit", ("other", "qwen-research")),
         ("Hcompany/Holo1-7B", None, ("apache-2.0", None)),
         ("Qwen/Qwen2.5-VL-7B-Instruct", None, ("apache-2.0", None)),
+        ("Hcompany/Holo-3.1-4B", None, ("apache-2.0", None)),
         ("someone/model", "MIT", ("mit", None)),
         ("someone/model", "My Own Terms\n---\nlicense: mit", ("other", "my-own-terms-license-mit")),
     ],
@@ -244,6 +245,13 @@ def test_the_head_names_what_is_known_and_nothing_else(facts: dict, bases: objec
     head = front_matter(text)
     assert (head.get("base_model"), head.get("datasets")) == (bases, data)
     assert ("base_model_relation" in head) == (bases is not None) and not problems_of_card(text, "model")
+
+
+@pytest.mark.parametrize(("template", "told"), [("{% if enable_thinking %}", True), ("{{ messages }}", False)])
+def test_other_programs_are_told_to_turn_thinking_off_where_the_template_can(tmp_path: Path, template, told) -> None:
+    (tmp_path / "chat_template.jinja").write_text(template)
+    text = write_model_card(tmp_path, FACTS)
+    assert ("chat template, with `enable_thinking=False`, or it would think first." in text) == told
 
 
 def test_a_licence_link_that_the_hub_would_refuse_is_left_out(tmp_path: Path) -> None:
