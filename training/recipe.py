@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import os
 import subprocess
 import sys
@@ -23,13 +24,15 @@ import torch
 from transformers import TrainingArguments
 
 import use_model_from_hub as use
+from families import FAMILIES
 from training.dataset import dataset_revision
 from training.mixture import AskedDataset, asked_datasets
 from training.origins import licence_of_origin, name_in_cache, origin_of_base, origin_of_dataset
 from training.processes import world_size
 from training.settings import PROJECT, PageSettings
 
-PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "peft", "bitsandbytes")
+# The last one is optional: Qwen3.5's linear attention runs through it.
+PACKAGES = "torch transformers deepspeed accelerate datasets peft bitsandbytes flash-linear-attention".split()
 
 
 def gather_facts(settings: PageSettings, args: TrainingArguments, base: Path) -> dict[str, Any]:
@@ -45,8 +48,10 @@ def gather_facts(settings: PageSettings, args: TrainingArguments, base: Path) ->
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
     snapshot = base.name if base.parent.name == "snapshots" else settings.base_revision  # the Hub cache names commits
     asked, origin = asked_datasets(settings), origin_of_base(settings.base_model)
+    model_type = json.loads((base / "config.json").read_text(encoding="utf-8"))["model_type"]
     return {
         "base_model": public_name(settings.base_model),
+        "base_built_on": FAMILIES[model_type],
         **({"base_model_from": origin} if origin else {}),
         "base_revision": snapshot,
         **({"random_weights": True} if settings.random_weights else {}),

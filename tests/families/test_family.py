@@ -1,5 +1,6 @@
 """Families: what each says of its architecture is what the true processor and the true modules do."""
 
+import json
 import re
 import subprocess
 import sys
@@ -174,6 +175,8 @@ def test_another_family_is_trained_saved_and_loaded_again(make_base, pages_folde
     losses = [float(line.split("loss ")[1].split()[0]) for line in done.stdout.splitlines() if line.startswith("step ")]
     assert losses[-1] < losses[0] - 0.1, losses
     final = tmp_path / "holo1_dom_finetune_final"
+    built_on = {make_qwen3_vl_base: "Qwen3-VL", make_qwen3_5_base: "Qwen3.5"}[make_base]
+    assert json.loads((final / "dom_recipe.json").read_text())["base_built_on"] == built_on
     before, after = weights(base), weights(final)
     assert {key: (value.shape, value.dtype) for key, value in after.items()} == {
         key: (value.shape, value.dtype) for key, value in before.items()
