@@ -30,8 +30,8 @@ MOST_ROWS = 32
 # Numbers of each row of a tile that are asked for early, and in one line of memory, of half precision.
 WARMED, LINE = tl.constexpr(1024), tl.constexpr(64)
 # (columns of a tile, depth of a block, warps, stages, programs that share a tile's depth, pieces of a block) by the
-# product's kind, for up to 8 rows, 16 and 32; None where torch is faster or nobody has looked. Measured on an H100 inside
-# a whole step (benchmarks/write_speed.py --tune).
+# product's kind, for up to 8 rows, 16 and 32; None where torch is faster or nobody has looked. Measured on an H100
+# inside a whole step (benchmarks/write_speed.py --tune).
 Tile = tuple[int, int, int, int, int, int]
 TILES: dict[str, dict[int, Tile | None]] = {
     "qkv": {8: (16, 256, 2, 8, 1, 2), 16: (16, 256, 2, 6, 1, 2), 32: None},
