@@ -304,8 +304,8 @@ def gated_product(kind: str, rows: Rows, norm: tuple[torch.Tensor, float], weigh
 
 
 def add_product(kind: str, rows: Rows, inner: torch.Tensor, weight: torch.Tensor) -> Rows:
-    """`rows` plus `inner` (R, K) times `weight` (N, K)."""
+    """`rows` plus `inner` (R, K) times `weight` (N, K); what was in `rows` may be written over."""
     tile, way = tile_of(kind, inner, len(weight))
     if tile is None:
-        return Rows(torch.addmm(rows.hidden, inner, weight.T))
+        return Rows(rows.hidden.addmm_(inner, weight.T))
     return Rows(*launch(tile, way == EARLY, inner, weight, residual=rows.hidden))
