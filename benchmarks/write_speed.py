@@ -378,19 +378,25 @@ def processed(logits, ids, length: int, recipe):
 # -----------------------------------------------------------------------------
 # Tuning
 
-# (columns of a tile, depth of a block, warps, stages)
+# (columns of a tile, depth of a block, warps, stages, programs that share a tile's depth, pieces of a block)
 CANDIDATES = [
-    (16, 256, 1, 6),
-    (16, 256, 2, 3),
-    (16, 256, 2, 6),
-    (16, 512, 1, 4),
-    (16, 512, 2, 4),
-    (32, 256, 2, 3),
-    (32, 256, 2, 5),
-    (32, 128, 2, 6),
-    (64, 128, 4, 3),
-    (64, 128, 4, 5),
-    (64, 256, 4, 3),
+    None,
+    (16, 256, 1, 5, 1, 1),
+    (16, 256, 1, 8, 1, 1),
+    (16, 256, 2, 4, 1, 1),
+    (16, 256, 2, 4, 1, 2),
+    (16, 256, 2, 6, 1, 2),
+    (16, 256, 2, 8, 1, 2),
+    (16, 256, 4, 4, 1, 4),
+    (16, 512, 2, 3, 1, 2),
+    (16, 512, 4, 3, 1, 4),
+    (16, 256, 1, 5, 3, 1),
+    (16, 256, 1, 7, 3, 1),
+    (16, 256, 2, 4, 2, 2),
+    (32, 256, 2, 3, 1, 1),
+    (32, 256, 4, 3, 1, 2),
+    (32, 128, 2, 5, 1, 1),
+    (64, 128, 4, 3, 1, 1),
 ]
 
 
@@ -410,70 +416,39 @@ def replayed_us(work: Callable[[], object], times: int) -> float:
     return 1e6 * min(seconds(graph.replay) for _ in range(5)) / times
 
 
-def tune(model, rows: int) -> dict:
-    """Microseconds of each product of a step for `rows` rows, by torch and by each tile, over all layers in turn: none
-    comes out of a cache. The fastest is what the engine uses from here on."""
-    import torch
-    from torch.nn.functional import linear
-
-    from families import family_of
-    from families.slot_layers import Layer
+def tune(model, processor, recipe, slots: int) -> dict:
+    """Milliseconds of a step of `slots` slots by each tile of each product in turn, None for torch. The fastest is what
+    the engine uses from here on: beside the kernels before and after it, of which it begins before the one ends, a
+    product takes another time than alone."""
     from kernels import skinny_products as skinny
-    from kernels.early import early
-    from kernels.row_kernels import rms_norm, swiglu
+    from writing import engine as room
 
-    captured = family_of(model.config).captured(model)
-    layers, head = captured.layers, model.lm_head.weight
-    # Of one kind of mixer alone, the most frequent one, so that each launch reads as much.
-    kinds = [type(layer.mixer) for layer in layers]
-    layers = [layer for layer in layers if type(layer.mixer) is max(kinds, key=kinds.count)]
-    sizes = (head.shape[1], layers[0].mixer.out.shape[1], layers[0].down.shape[1])
-    hidden, mixed, wide = (torch.randn(rows, size, device="cuda", dtype=model.dtype) for size in sizes)
-    squares = torch.rand(rows, 128, device="cuda") + 1
-    begins = early(hidden.device)
+    engine = room.Engine(model, processor, recipe, wanted=slots, drafts=False)
 
-    def by_torch(kind: str, layer: Layer) -> None:
-        if kind in ("out", "down"):
-            torch.addmm(hidden, *((mixed, layer.mixer.out.T) if kind == "out" else (wide, layer.down.T)))
-        elif kind == "gated":
-            swiglu(linear(rms_norm(hidden, *layer.norms[1]), layer.gated))
-        else:
-            weight, bias = (layer.mixer.taken, layer.mixer.taken_bias) if kind == "qkv" else (head, None)
-            linear(rms_norm(hidden, *layer.norms[0]), weight, bias)
+    def step_ms() -> float:
+        skinny.way_of.cache_clear()
+        engine.steps.clear()
+        engine.state.places.fill_(engine.capacity // 2)
+        step = engine.step(slots)
+        step.run(room.BLOCK)
+        return min(1_000 * seconds(lambda: step.run(room.BLOCK)) / room.BLOCK for _ in range(3))
 
-    def by_tile(kind: str, layer: Layer, tile: tuple) -> None:
-        if kind in ("out", "down"):
-            source, weight = (mixed, layer.mixer.out) if kind == "out" else (wide, layer.down)
-            skinny.launch(tile, begins, source, weight, residual=hidden)
-        elif kind == "gated":
-            skinny.launch(tile, begins, hidden, layer.gated, None, layer.norms[1], squares, gated=True)
-        else:
-            weight, bias = (layer.mixer.taken, layer.mixer.taken_bias) if kind == "qkv" else (head, None)
-            skinny.launch(tile, begins, hidden, weight, bias, layer.norms[0], squares)
-
-    found = {}
-    for kind in skinny.TILES:
-        some = layers[:4] if kind == "head" else layers
-        source = {"down": wide, "out": mixed}.get(kind, hidden)
-        found[kind] = fastest_first(kind, some, by_torch, by_tile, CANDIDATES, source)
-        best = next(iter(found[kind]))
-        skinny.TILES[kind][skinny.tile_rows(rows)] = None if best == "torch" else tuple(json.loads(best))
-        print(rows, kind, json.dumps(found[kind]), flush=True)
+    rows, found = skinny.tile_rows(slots), {}
+    for kind, tiles in skinny.TILES.items():
+        before, times = tiles[rows], {}
+        for tile in dict.fromkeys([before, *CANDIDATES]):
+            if kind == "gated" and tile and tile[4] > 1:  # its two sums are not shared
+                continue
+            tiles[rows] = tile
+            try:
+                times[json.dumps(tile)] = step_ms()
+            except Exception as error:  # too much shared memory, say: that tile is out of the question
+                print(kind, tile, str(error)[:200], flush=True)
+        found[kind] = dict(sorted(times.items(), key=lambda item: item[1]))
+        best = json.loads(next(iter(found[kind])))
+        tiles[rows] = best and tuple(best)
+        print(slots, kind, json.dumps(found[kind]), flush=True)
     return found
-
-
-def fastest_first(kind: str, layers, by_torch: Callable, by_tile: Callable, tiles: list, source) -> dict[str, float]:
-    """Microseconds a launch by each way."""
-    found = {"torch": replayed_us(lambda: [by_torch(kind, layer) for layer in layers], len(layers))}
-    for tile in tiles:
-        if source.shape[1] % tile[1]:
-            continue
-        try:
-            work = functools.partial(lambda tile: [by_tile(kind, layer, tile) for layer in layers], tile)
-            found[json.dumps(tile)] = replayed_us(work, len(layers))
-        except Exception as error:  # too much shared memory, say: that tile is out of the question
-            print(kind, tile, str(error)[:200], flush=True)
-    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def tune_attention(model, slots: int, length: int) -> dict:
@@ -571,7 +546,8 @@ def main() -> None:
         for slots in (1, 8, 64):
             keep(f"attention of {slots} slots, us", tune_attention(model, slots, 2_500))
             keep(f"delta rule of {slots} slots, us", tune_delta(model, slots))
-        keep("products of 8 rows, us", tune(model, 8))
+        for slots in (8, 16, 32):
+            keep(f"a step of {slots} slots by tiles, ms", tune(model, processor, recipe, slots))
     if args.check_pages:
         check = functools.partial(hold_against_plain, model, processor)
         punished = replace(recipe, repetition_penalty=1.1)

@@ -201,8 +201,9 @@ def side_by_side(*linears: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor 
 def add_linear(
     hidden: torch.Tensor, inner: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`hidden` (S, N) plus `inner` (S, K) times `weight` (N, K), in one call where there is no bias."""
-    return torch.addmm(hidden, inner, weight.T) if bias is None else functional.linear(inner, weight, bias).add_(hidden)
+    """`hidden` (S, N) plus `inner` (S, K) times `weight` (N, K). Where there is no bias that is one call, which writes
+    into `hidden`: nobody looks at a residual stream of before, and a copy of it would take as long as a norm."""
+    return hidden.addmm_(inner, weight.T) if bias is None else functional.linear(inner, weight, bias).add_(hidden)
 
 
 def read_layer(layer: Layer, hidden: torch.Tensor, pages: Pages, kept: Kept) -> torch.Tensor:

@@ -7,7 +7,7 @@
 
 A decoding step reads every weight once for a few rows, so only the bytes count, and what starts a kernel: norm, bias,
 activation and residual are part of the product that they stand beside. A row comes out the same to the bit whatever the
-others hold, of one to eight rows and of nine to sixteen.
+others hold, of one to eight rows, of nine to sixteen, and of more.
 
 Where no tile was measured to be faster (TILES), in full precision and on a CPU torch's products and the kernels of
 row_kernels.py do it. Shapes: R rows, K in, N out, T tiles of COLUMNS columns.
@@ -26,19 +26,19 @@ from torch.nn import functional
 from kernels.early import EARLY, NEVER, PLAIN, early, follow, warm, way_that_agrees
 from kernels.row_kernels import on_triton, rms_norm, swiglu
 
-MOST_ROWS = 16
+MOST_ROWS = 32
 # Numbers of each row of a tile that are asked for early, and in one line of memory, of half precision.
 WARMED, LINE = tl.constexpr(1024), tl.constexpr(64)
 # (columns of a tile, depth of a block, warps, stages, programs that share a tile's depth, pieces of a block) by the
-# product's kind, for up to 8 rows and up to 16; None where torch is faster. Measured on an H100 inside
-# a whole step (benchmarks/write_speed.py --tune).
+# product's kind, for up to 8 rows, 16 and 32; None where torch is faster or nobody has looked. Measured on an H100
+# inside a whole step (benchmarks/write_speed.py --tune).
 Tile = tuple[int, int, int, int, int, int]
 TILES: dict[str, dict[int, Tile | None]] = {
-    "qkv": {8: (16, 256, 2, 8, 1, 2), 16: (16, 256, 2, 6, 1, 2)},
-    "out": {8: (16, 256, 2, 8, 1, 2), 16: (16, 256, 2, 6, 1, 2)},
-    "gated": {8: (16, 512, 2, 3, 1, 2), 16: (16, 256, 2, 4, 1, 1)},
-    "down": {8: (16, 256, 1, 7, 3, 1), 16: (16, 256, 1, 5, 3, 1)},
-    "head": {8: (16, 256, 2, 6, 1, 1), 16: (16, 256, 2, 4, 1, 1)},
+    "qkv": {8: (16, 256, 2, 8, 1, 2), 16: (16, 256, 2, 6, 1, 2), 32: None},
+    "out": {8: (16, 256, 2, 8, 1, 2), 16: (16, 256, 2, 6, 1, 2), 32: None},
+    "gated": {8: (16, 512, 2, 3, 1, 2), 16: (16, 256, 2, 4, 1, 1), 32: None},
+    "down": {8: (16, 256, 1, 7, 3, 1), 16: (16, 256, 1, 5, 3, 1), 32: None},
+    "head": {8: (16, 256, 2, 6, 1, 1), 16: (16, 256, 2, 4, 1, 1), 32: None},
 }
 
 
@@ -55,7 +55,7 @@ def tile_of(kind: str, source: torch.Tensor, columns: int, norm: torch.Tensor | 
 
 def tile_rows(rows: int) -> int:
     """Rows of a tile that holds `rows`: a tensor core takes eight at least."""
-    return 8 if rows <= 8 else MOST_ROWS
+    return next(count for count in (8, 16, MOST_ROWS) if rows <= count)
 
 
 @lru_cache
@@ -304,8 +304,8 @@ def gated_product(kind: str, rows: Rows, norm: tuple[torch.Tensor, float], weigh
 
 
 def add_product(kind: str, rows: Rows, inner: torch.Tensor, weight: torch.Tensor) -> Rows:
-    """`rows` plus `inner` (R, K) times `weight` (N, K)."""
+    """`rows` plus `inner` (R, K) times `weight` (N, K); what was in `rows` may be written over."""
     tile, way = tile_of(kind, inner, len(weight))
     if tile is None:
-        return Rows(torch.addmm(rows.hidden, inner, weight.T))
+        return Rows(rows.hidden.addmm_(inner, weight.T))
     return Rows(*launch(tile, way == EARLY, inner, weight, residual=rows.hidden))

@@ -3,10 +3,12 @@
 import os
 import signal
 import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from scoring import scorers as scorers_room
 from scoring.many_pages import Progress, run_pairs
 from scoring.renders import marked
 from scoring.scorers import DIED_TWICE, Pair, Scorers
@@ -54,9 +56,11 @@ def test_several_processes_score_as_one_does_whoever_dies(renderer, tmp_path):
 
 
 def test_where_processes_cannot_start_this_one_scores(renderer, monkeypatch, capsys):
-    children = {child.pid for child in psutil.Process().children()}
     pairs = small_pairs(1)[:1]
-    monkeypatch.setattr(sys, "executable", "/bin/false")
+    list(renderer.map(pairs[0].jobs))  # so that its own processes are there
+    children = {child.pid for child in psutil.Process().children()}
+    # There alone: the renderer starts its own processes.
+    monkeypatch.setattr(scorers_room, "sys", SimpleNamespace(**{**vars(sys), "executable": "/bin/false"}))
     with Scorers(2) as scorers:
         scorers.prove()
         assert not scorers.proved()
