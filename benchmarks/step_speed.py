@@ -8,9 +8,10 @@ The base may be of any family whose shapes `make_shapes.py` writes.
 
 Ways: `ours` is `run_deepspeed_training.py` as a user starts it; `plain` and `trl` are in rivals.py, each also as
 `plain-nockpt` and `trl-nockpt`, without activation checkpointing. Every way is a process of its own with a time limit,
-ended by SIGKILL once its last step is logged, and its result is written before the next way begins. All seconds are the
-clock of this process, from one step's line to the next; ours goes first, since the others take its cleaned pages and
-its order.
+ended by SIGKILL once its last step is logged, and its result is written before the next way begins; with `--total_s`
+the ways share what is left of it. SIGTERM, SIGINT and SIGHUP end the way that runs, too, and what it has measured is
+written. All seconds are the clock of this process, from one step's line to the next; ours goes first, since the others
+take its cleaned pages and its order.
 
 Sections: Command line, Pages, Ways, Reading, Results, Main.
 """
@@ -22,7 +23,6 @@ import contextlib
 import functools
 import importlib.metadata
 import json
-import math
 import multiprocessing
 import os
 import queue
@@ -50,6 +50,9 @@ PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "trl", "liger_ke
 MARK = "STEP_SPEED_RUN"  # in the environment of everything that is started here
 PLAN = r"peak: ([\d.]+) GiB measured, ([\d.]+) planned"  # said by ours once all is trained
 PLAN_WAIT_S = 30
+BETWEEN_S = 40  # kept back of --total_s for each way: it waits for the plan, is ended, and the pages' costs are counted
+LEAST_S = 30  # less than that is not worth the start of a way
+ENDED_BY = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 # -----------------------------------------------------------------------------
 # Command line
@@ -72,6 +75,9 @@ def read_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_pixels", type=int, help="of every way; default: the training's own")
     parser.add_argument("--max_html_tokens", type=int, default=4096)
     parser.add_argument("--limit_s", type=float, default=300, help="time limit of each way, start-up included")
+    parser.add_argument(
+        "--total_s", type=float, help="time limit of all ways and what lies between them; default: none"
+    )
     parser.add_argument(
         "--work",
         type=Path,
@@ -290,6 +296,16 @@ def read_step(line: str) -> dict[str, float] | None:
     return figures | {"step": int(figures["step"])}
 
 
+class Ended(BaseException):
+    """A signal has come that asks this process to end. No Exception: nothing that goes on after one is to catch it."""
+
+
+def end_by_signal(number: int, frame: object) -> None:
+    for other in ENDED_BY:  # what is cleared up is not broken off by a second one
+        signal.signal(other, signal.SIG_IGN)
+    raise Ended(signal.Signals(number).name)
+
+
 class Way:
     """One process tree: started, read line by line, and ended."""
 
@@ -310,14 +326,22 @@ class Way:
 
     def steps(self, wanted: int, limit_s: float) -> tuple[list[dict], str]:
         """Figures of each step, and how it ended. The seconds between two lines are measured here."""
-        deadline, found, before = time.monotonic() + limit_s, [], None
+        found = []
+        try:
+            return found, self.read_steps(found, wanted, time.monotonic() + limit_s) or f"time limit of {limit_s:.0f} s"
+        except Ended as ended:
+            return found, str(ended)
+
+    def read_steps(self, found: list[dict], wanted: int, deadline: float) -> str | None:
+        """Adds each step's figures to `found`; how it ended, None where `deadline` (monotonic) came first."""
+        before = None
         while len(found) < wanted:
             try:
                 arrived = self.arrived.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                return found, f"time limit of {limit_s:.0f} s"
+                return None
             if arrived is None:
-                return found, f"exit code {self.process.wait()}"
+                return f"exit code {self.process.wait()}"
             if figures := read_step(arrived[1]):
                 if before is not None:
                     figures["seconds"] = arrived[0] - before
@@ -327,7 +351,7 @@ class Way:
                     f"  step {figures['step']}: loss {figures['loss']:.4f}, {figures.get('seconds', 0):.2f} s",
                     flush=True,
                 )
-        return found, "all steps"
+        return "all steps"
 
     def wait_for(self, pattern: str, limit_s: float) -> re.Match | None:
         """The first line from here on in which `pattern` stands; None where none comes in time."""
@@ -373,21 +397,21 @@ def summarise(steps: list[dict], ending: str, pages_per_step: int, gpus: int, fl
     if not steps:
         return row
     first = min(FIRST_MEASURED, len(steps))
-    measured = [step for step in steps if step["step"] >= first]
-    seconds = sum(step.get("seconds", math.nan) for step in measured)
+    measured = [step for step in steps if step["step"] >= first and "seconds" in step]  # the first line has none
+    seconds = sum(step["seconds"] for step in measured)
     row |= {
         "first_step_loss": steps[0]["loss"],
         "last_step_loss": steps[-1]["loss"],
         "measured_steps": [first, steps[-1]["step"]],
-        "pages_per_second": len(measured) * pages_per_step / seconds,
-        "seconds_per_step": seconds / len(measured),
+        "pages_per_second": len(measured) * pages_per_step / seconds if measured else None,
+        "seconds_per_step": seconds / len(measured) if measured else None,
         "mfu": None,
         "peak_gib": max((step["peak_gib"] for step in steps if "peak_gib" in step), default=None),
         "data_wait_share": None,
     }
-    if peak and max(step["step"] for step in measured) <= len(flops):
+    if peak and measured and max(step["step"] for step in measured) <= len(flops):
         row["mfu"] = sum(flops[step["step"] - 1] for step in measured) / seconds / gpus / peak / 1e12
-    if all("data_wait_share" in step for step in measured):
+    if measured and all("data_wait_share" in step for step in measured):
         row["data_wait_share"] = sum(step["data_wait_share"] * step["seconds"] for step in measured) / seconds
     return row | {"seconds": [round(step.get("seconds", 0.0), 4) for step in steps], "steps": steps}
 
@@ -463,13 +487,24 @@ def add_result(results: dict, file: Path, way: str, row: dict) -> None:
 # Main
 
 
-def run_way(way: str, command: list[str], args: argparse.Namespace, env: dict, gpu: str | None) -> tuple:
+def limit_of(way: str, args: argparse.Namespace, started: float) -> float:
+    """Seconds that `way` may take: --limit_s, or its share of what is left of --total_s since `started`."""
+    if args.total_s is None:
+        return args.limit_s
+    to_come = len(args.ways) - args.ways.index(way)
+    left = args.total_s - (time.monotonic() - started)
+    return min(args.limit_s, left / to_come - BETWEEN_S)
+
+
+def run_way(
+    way: str, command: list[str], args: argparse.Namespace, env: dict, gpu: str | None, limit_s: float
+) -> tuple:
     """(figures of each step, how it ended, more of its row: the end of its log where it did not end well, and how near
     the plan came to the peak)."""
     print(f"{way}: {shlex.join(command)}", flush=True)
     running = Way(command, args.work / f"{way}.log", args.work, env)
     try:
-        steps, ending = running.steps(args.steps, args.limit_s)
+        steps, ending = running.steps(args.steps, limit_s)
         whole = ending == "all steps"
         # A CPU has no plan.
         plan = running.wait_for(PLAN, PLAN_WAIT_S) if whole and gpu and way == "ours" else None
@@ -490,11 +525,15 @@ def planned_beside_measured(plan: re.Match) -> dict[str, object]:
 
 
 def main() -> None:
-    args = read_command_line()
+    args, started = read_command_line(), time.monotonic()
     if args.table:
         return print("\n\n".join(table(json.loads(file.read_text(encoding="utf-8"))) for file in args.table))
+    for number in ENDED_BY:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup's
+            signal.signal(number, end_by_signal)
     if args.weights and not list(args.base_model.glob("*.safetensors")):
-        subprocess.run([sys.executable, str(HERE / "random_weights.py"), str(args.base_model)], check=True)
+        command = [sys.executable, str(HERE / "random_weights.py"), str(args.base_model)]
+        subprocess.run(command, check=True, timeout=args.total_s)
 
     from families import page_costs
 
@@ -515,7 +554,10 @@ def main() -> None:
     pages = None
     for way in args.ways:
         command = our_command(args) if way == "ours" else rival_command(way, args, pages or Pages(args))
-        steps, ending, more = run_way(way, command, args, env, gpu)
+        if (limit_s := limit_of(way, args, started)) < LEAST_S and args.total_s is not None:
+            add_result(results, args.out, way, {"ended": f"not begun: {args.total_s:.0f} s of all ways are spent"})
+            continue
+        steps, ending, more = run_way(way, command, args, env, gpu, limit_s)
         pages = pages or Pages(args)
         results |= {"pages": pages.summary(), "first_step_comparable": pages.order_known}
         row = {"what": WAYS[way], "command": shown(command, args)}
@@ -523,6 +565,8 @@ def main() -> None:
         if way.startswith("trl"):
             row["notes"] = [*TRL_NOTES, f"Liger: {liger_obstacle()}"]
         add_result(results, args.out, way, row | more)
+        if ending in signal.Signals.__members__:
+            raise SystemExit(f"ended by {ending}; what was measured: {args.out}")
     print(f"\n{table(results)}\n\nresults: {args.out}; logs: {args.work}")
 
 

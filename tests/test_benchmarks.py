@@ -1,10 +1,15 @@
 """benchmarks/: pages of the wanted size, the same weights for all, figures read off log lines, and one small run."""
 
+import argparse
 import importlib.util
 import json
+import os
 import random
 import re
+import signal
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -228,6 +233,37 @@ def test_the_order_of_ours_is_taken_only_when_it_is_whole(tmp_path):
     assert step_speed.read_order(file, names[:3], 2, 2) is None
 
 
+@pytest.mark.parametrize(("ending", "limit_s"), [("SIGTERM", 60.0), ("time limit of 1 s", 1.0)])
+def test_a_way_that_is_ended_leaves_no_process_and_keeps_its_steps(monkeypatch, tmp_path, ending, limit_s):
+    kept, ways = [signal.getsignal(number) for number in step_speed.ENDED_BY], []
+    way = step_speed.Way
+    monkeypatch.setattr(step_speed, "Way", lambda *options: ways.append(way(*options)) or ways[0])
+    monkeypatch.setattr(step_speed, "read_step", lambda line: read_and_end(line, ending))
+    signal.signal(signal.SIGTERM, step_speed.end_by_signal)
+    args = argparse.Namespace(work=tmp_path, steps=3)
+    command = [sys.executable, "-S", str(ROOT / "tests" / "programs" / "logs_two_steps.py")]
+    try:
+        steps, ended, more = step_speed.run_way("plain", command, args, dict(os.environ), None, limit_s)
+    finally:
+        for number, handler in zip(step_speed.ENDED_BY, kept):
+            signal.signal(number, handler)
+    assert (ended, [step["loss"] for step in steps]) == (ending, [2.5, 2.25]) and "STEP" in more["log_tail"]
+    assert ways[0].members() == []  # nor the child that has a session of its own
+
+
+def read_and_end(line: str, ending: str, read=step_speed.read_step):
+    """Of one line; where the signal is to come, it comes while the process waits for the line after the second."""
+    if "2.25" in line and ending == "SIGTERM":
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    return read(line)
+
+
+@pytest.mark.parametrize(("way", "spent_s", "limit_s"), [("ours", 0, 230), ("ours", 100, 180), ("plain", 400, 100)])
+def test_the_ways_share_what_is_left_of_their_time(way, spent_s, limit_s):
+    args = argparse.Namespace(ways=["ours", "plain"], total_s=540.0, limit_s=300.0)
+    assert step_speed.limit_of(way, args, time.monotonic() - spent_s) == pytest.approx(limit_s, abs=1)
+
+
 # -----------------------------------------------------------------------------
 # Results
 
@@ -239,6 +275,12 @@ def test_rates_are_means_over_steps_three_to_the_last():
     assert row["mfu"] == pytest.approx(9e15 / 6 / 2 / 1e15)
     assert (row["first_step_loss"], row["last_step_loss"], row["peak_gib"]) == (8.0, 5.0, 14.0)
     assert row["measured_steps"] == [3, 4] and row["seconds"] == [60, 9, 2, 4] and row["data_wait_share"] is None
+
+
+def test_a_way_that_was_ended_after_its_first_step_has_no_rate():
+    steps = [{"step": 1, "loss": 8.0, "data_wait_share": 0.1}]  # and no seconds, which are from line to line
+    row = step_speed.summarise(steps, "time limit of 270 s", 8, 1, [1e15], 1000.0)
+    assert row["first_step_loss"] == 8.0 and row["pages_per_second"] is row["seconds_per_step"] is row["mfu"] is None
 
 
 def test_a_way_that_never_came_to_a_step_has_a_row_without_figures():
