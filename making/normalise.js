@@ -9,7 +9,9 @@ async ({scripts, grey, most_tried, most_svg_characters}) => {
   gone.forEach((node) => node.remove());
   if (scripts) {
     const written = all("style").filter((style) => !style.textContent.trim()).map((style) => [style, style.sheet]);
-    for (const [element, sheet] of [...written, ...[...document.adoptedStyleSheets].map((sheet) => [null, sheet])]) {
+    // settle.js' are none of the page's
+    const adopted = [...document.adoptedStyleSheets].filter((sheet) => !globalThis.stillSheets?.has(sheet));
+    for (const [element, sheet] of [...written, ...adopted.map((sheet) => [null, sheet])]) {
       const css = [...(sheet?.cssRules ?? [])].map((rule) => rule.cssText).join("\n");
       (element ?? first("head").appendChild(document.createElement("style"))).textContent = css;
     }

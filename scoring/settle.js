@@ -35,6 +35,23 @@ async ({pictures}, dom) => {
   for (const moving of Document.prototype.getAnimations.call(document)) {
     try { moving.finish(); } catch { moving.cancel(); }  // an endless one has no end to go to
   }
+  // A screenshot past the window narrows the window for a moment, and other media queries hold: what changes then must
+  // not slide back in the picture. In a layer, whose !important wins over the page's, but for those of a layer of its
+  // own or of a style attribute. After the rest, since scripts may wait for a transition's end.
+  globalThis.stillSheets = new Set();  // ours, for who writes down the page's own
+  const still = (root, owner) => {
+    const sheet = new (dom.get(Document, "defaultView").call(owner).CSSStyleSheet)();  // a frame refuses another's
+    sheet.replaceSync(`@layer still { *, ::before, ::after, ::marker, ::placeholder, ::file-selector-button {
+      transition: none !important } }`);
+    root.adoptedStyleSheets = [...root.adoptedStyleSheets, sheet];
+    globalThis.stillSheets.add(sheet);
+    for (const node of (root === owner ? Document : DocumentFragment).prototype.querySelectorAll.call(root, "*")) {
+      const shadow = dom.get(Element, "shadowRoot").call(node), inner = dom.frameOf(node);
+      if (shadow) still(shadow, owner);
+      if (inner) still(dom.parentOf(inner), dom.parentOf(inner));
+    }
+  };
+  still(document, document);
   for (const node of dom.all("svg")) {
     SVGSVGElement.prototype.pauseAnimations.call(node);
     SVGSVGElement.prototype.setCurrentTime.call(node, 3600);  // s: past the end of those that have one

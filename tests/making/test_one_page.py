@@ -9,6 +9,7 @@ from conftest import need_browser, need_shared
 from hidden_texts import KINDS, SEEN, document
 from small_site import write_site
 
+from making.browser_steps import step
 from making.drops import PageDropped
 from making.local_files import LocalFiles, inline_files
 from making.one_page import make_page, shortest
@@ -143,6 +144,14 @@ def test_scripts_run_once_and_are_removed(site, renderer):
     assert "written by a script" in record["text"] and "Heading and more" in record["text"]
     assert "no scripts here" not in record["text"] and "<script" not in record["text"]
     assert np.array_equal(rerendered(record, renderer), image)
+
+
+def test_what_scripts_adopt_is_written_down_and_what_stills_the_page_is_not(renderer):
+    adopt = "const a = new CSSStyleSheet(); a.replaceSync('p { color: red }'); document.adoptedStyleSheets = [a]"
+    options = {"scripts": True, "grey": "none", "most_tried": 0, "most_svg_characters": 0}
+    steps = (step("normalise", **options), "() => [...document.querySelectorAll('style')].map((s) => s.textContent)")
+    render = renderer.render(renders.Job(f"<p>x</p><script>{adopt}</script>", steps=steps, scripts=True))
+    assert render.values[1] == ["p { color: red; }"]
 
 
 def test_a_long_page_is_cut_between_its_elements(site, renderer):

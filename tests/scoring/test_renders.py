@@ -66,6 +66,27 @@ def test_steps_come_back_in_their_order_and_layout_is_the_windows(renderer):
     assert (render.values[1][:320] == (0, 255, 0)).all(axis=2).sum() == 300 * (400 - 16), "100vh is the window's height"
 
 
+def test_nothing_slides_while_a_picture_is_taken(renderer):
+    """A screenshot past the window narrows the window for a moment; by its delay each slide would be half-way at once,
+    as a short one is on a busy machine."""
+    rules = (
+        "{margin:0;height:50px;background:#f0f;transition:margin 100s -50s%s}@media(max-width:767px){%s{margin:50px}}"
+    )
+    inside = f"<style>p{rules % ('', 'p')}</style><p></p>"
+    slides = [
+        f"<style>p{rules % ('', 'p')}b{rules % ('!important', 'b')}b{{display:block}}</style><p></p>",
+        "<b></b>",
+        "<p style='margin:10vw'></p>",
+        f"<div><template shadowrootmode=open>{inside}</template></div>",
+        f'<iframe srcdoc="{inside}" style="width:100%;height:100px"></iframe>',
+    ]
+    tall = PAGE.format("".join(f"<div style='height:300px;overflow:hidden'>{slide}</div>" for slide in slides))
+    moving, at_rest = (renderer.render(page).image for page in (tall, tall.replace("transition", "unknown")))
+    places = range(0, 1500, 300)
+    assert all((at_rest[y : y + 300] == MAGENTA).all(axis=2).any() for y in places)
+    assert [np.array_equal(moving[y : y + 300], at_rest[y : y + 300]) for y in places] == [True] * len(slides)
+
+
 def test_renders_come_in_order_and_a_failure_stops_nobody(renderer):
     jobs = [Job(PAGE.format(f"<p>{n}</p>"), steps=("() => document.body.textContent",)) for n in range(6)]
     jobs[2] = Job(PAGE.format("x"), steps=("() => { throw new Error('on purpose'); }",))
