@@ -318,7 +318,8 @@ def words(config: PretrainedConfig, device: str, dtype: torch.dtype) -> str:
     text = config.get_text_config()
     heads = (text.linear_num_key_heads, text.linear_num_value_heads)
     widths = (text.linear_key_head_dim, text.linear_value_head_dim)
-    return f"linear attention by {delta_words(DeltaShape(*heads, *widths, text.linear_conv_kernel_dim), device, dtype)}"
+    shape, layers = DeltaShape(*heads, *widths, text.linear_conv_kernel_dim), text.layer_types.count("linear_attention")
+    return f"linear attention by {delta_words(shape, device, dtype, layers)}"
 
 
 def architecture() -> Architecture:

@@ -14,10 +14,12 @@ head. Pages follow each other without gaps: page g holds the places `bounds[g]` 
 
 from __future__ import annotations
 
+import functools
 import importlib
+import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -27,6 +29,10 @@ from torch.nn.functional import softplus
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
+# Tokens of a page that transformers' function takes at once, a multiple of its chunks, which changes no more than how
+# gradients are rounded: for each chunk its backward pass makes zeros as long as all that it was given, and twice the
+# tokens took five times as long.
+STRETCH = 1_024
 BESIDE = 4  # pages that are read beside each other; torch's functions keep a quarter of a megabyte of each token of 4B
 
 
@@ -112,7 +118,9 @@ def page_by_page(given: DeltaInputs, shape: DeltaShape, bounds: torch.Tensor) ->
     for start, end in pairwise(bounds.tolist()):
         rows = (part[start:end] for part in (given.mixed, given.write, given.decay))
         parts = (*rows, given.conv, given.rate, given.bias, shape)
-        done.append(checkpoint(one_page, *parts, use_reentrant=False) if torch.is_grad_enabled() else one_page(*parts))
+        # Nothing is drawn there: to keep the state of the random numbers, a GPU would be waited for.
+        kept = functools.partial(checkpoint, one_page, use_reentrant=False, preserve_rng_state=False)
+        done.append(kept(*parts) if torch.is_grad_enabled() else one_page(*parts))
     return torch.cat(done)
 
 
@@ -133,8 +141,12 @@ def one_page(
     convolve, rule = own.causal_conv1d_fn.__wrapped__, own.torch_chunk_gated_delta_rule.__wrapped__
     mixed = convolve(mixed.T[None], conv, activation="silu").transpose(1, 2)  # (1, S, C)
     gate = -rate.float().exp() * softplus(decay.float() + bias)
-    parts = (*apart(mixed, shape), gate[None], write.sigmoid()[None])
-    return rule(*parts, use_qk_l2norm_in_kernel=True)[0][0]
+    parts = (part.split(STRETCH, dim=1) for part in (*apart(mixed, shape), gate[None], write.sigmoid()[None]))
+    done, state = [], None
+    for some in zip(*parts):
+        values, state = rule(*some, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True)
+        done.append(values[0])
+    return torch.cat(done)
 
 
 def padded_with_ends(
@@ -183,6 +195,10 @@ def reads_by_fla(shape: DeltaShape, dtype: torch.dtype, device: torch.device) ->
 
     lengths = (300, 1500, 64, 1)
     given, bounds, _ = trial_of(shape, dtype, device.type, lengths)
+    # As reading gives them, columns of one product: kernels may take rows that lie apart for others.
+    columns = (given.mixed, given.write, given.decay)
+    views = torch.cat(columns, dim=1).split([part.shape[1] for part in columns], dim=1)
+    given = replace(given, **dict(zip(("mixed", "write", "decay"), views)))
     wanted = padded_with_ends(given, shape, lengths)
     return bool(way_that_agrees(FLA, {PLAIN: lambda: fla_with_ends(given, shape, bounds)}, wanted))
 
@@ -194,68 +210,97 @@ WAYS: dict[str, Callable] = {FLA: by_fla, PAGES: page_by_page}
 # -----------------------------------------------------------------------------
 # Choice and proof
 
+INSTALL = "`pip install flash-linear-attention==0.6.0`"  # as in requirements.txt
+PRICED = 2_800  # tokens of a page, most of them its HTML
+# Kernels keep tensors of a proof for their gradients, which torch forbids for those of inference mode; and a layer that
+# is checkpointed around a proof must not take them for its own.
+OWN_TENSORS = functools.partial(
+    torch.autograd.graph.saved_tensors_hooks, lambda tensor: tensor.detach(), lambda tensor: tensor
+)
+
 
 def obstacle(device: str, half: bool) -> str:
     """Why flash-linear-attention cannot be tried; empty where it can."""
     if device != "cuda":
         return "no GPU"
-    if not half:
-        return "it takes half precision"
-    return "" if importable() else "not installed, or broken"
+    return missing() if half else "it takes half precision"
 
 
 @lru_cache
-def importable() -> bool:
-    """Whether flash-linear-attention has what is used of it; built for another triton, it may fail in any way."""
+def missing() -> str:
+    """Why what is used of flash-linear-attention cannot be imported; built for another triton, it may fail in any way.
+    Empty where it can."""
+    parts = ("fla.modules.causal_conv1d", "causal_conv1d"), ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule")
     # A broken package must cost speed, not the training: it is said which way is used (`delta_words`).
     try:
-        parts = ("fla.modules.causal_conv1d", "causal_conv1d"), ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule")
-        return all(hasattr(importlib.import_module(module), name) for module, name in parts)
-    except Exception:
-        return False
+        for module, name in parts:
+            getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        return f"not installed; {INSTALL}" if error.name == "fla" else f"broken: {error}"
+    except Exception as error:
+        return f"broken: {error}"
+    return ""
 
 
 def delta_way(shape: DeltaShape, device: str, dtype: torch.dtype) -> str:
     """Which of WAYS takes layers of `shape`."""
-    return FLA if not obstacle(device, dtype.itemsize == 2) and proved(shape, dtype) else PAGES
+    return PAGES if obstacle(device, dtype.itemsize == 2) or flaw(shape, dtype) else FLA
 
 
-def delta_words(shape: DeltaShape, device: str, dtype: torch.dtype) -> str:
-    """What takes the linear attention of a model, and the price where it is the slow way; the proof happens here."""
+def delta_words(shape: DeltaShape, device: str, dtype: torch.dtype, layers: int) -> str:
+    """What takes the linear attention of a model of so many `layers` of it; where it is the slow way, why, and what
+    that costs on a GPU, by a measurement; the proof happens here."""
     if delta_way(shape, device, dtype) == FLA:
         return FLA
-    missing = obstacle(device, dtype.itemsize == 2) or "it did not prove right"
-    return f"{PAGES}, in fp32 and much slower ({FLA}: {missing})"
+    why, price = obstacle(device, dtype.itemsize == 2) or flaw(shape, dtype), ""
+    if device == "cuda":
+        seconds = layers * seconds_of_page(shape, dtype, device)
+        price = f": at least {seconds:.1f} s for a page of {PRICED:,} tokens, in {layers} layers of it alone"
+    return f"{PAGES}, in fp32 and much slower{price} ({FLA}: {why})"
+
+
+def seconds_of_page(shape: DeltaShape, dtype: torch.dtype, device: str) -> float:
+    """What one layer of `shape` takes by torch for a page of PRICED tokens, forward and backward, measured."""
+    with torch.inference_mode(False), torch.enable_grad(), OWN_TENSORS():
+        trial = trial_of(shape, dtype, device, (PRICED,))
+        for _ in range(2):  # the first one loads what it needs
+            start = time.monotonic()
+            outcome(PAGES, shape, *trial)["values"].sum().item()  # which waits for the GPU
+    return time.monotonic() - start
 
 
 @lru_cache
-def proved(shape: DeltaShape, dtype: torch.dtype, device: str = "cuda") -> bool:
-    """Whether flash-linear-attention gives what the torch way gives, gradients included, for `shape`.
+def flaw(shape: DeltaShape, dtype: torch.dtype, device: str = "cuda") -> str:
+    """How flash-linear-attention fails for `shape`, or differs from what the torch way gives, gradients included, with
+    a warning; empty where it gives that.
 
-    False, with a warning that names the difference, where it fails or differs. Raises torch.OutOfMemoryError, which
-    says nothing about the kernels.
+    Raises torch.OutOfMemoryError, which says nothing about the kernels.
     """
-    # Kernels keep these for their gradients, which torch forbids for tensors of inference mode; and a layer that is
-    # checkpointed around this must not take these tensors for its own.
-    apart = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
-    with torch.inference_mode(False), torch.enable_grad(), apart:
+    with torch.inference_mode(False), torch.enable_grad(), OWN_TENSORS():
         trial = trial_of(shape, dtype, device)
         wanted = outcome(PAGES, shape, *trial)
         try:
             found = outcome(FLA, shape, *trial)
         except torch.OutOfMemoryError:
             raise
-        # Compiled as they are used, its kernels may raise anything; the training goes on without them.
+        # Compiled as they are used, its kernels may raise anything; the training goes on without them. It names the
+        # remedy itself where it knows one: on Hopper it refuses triton 3.4 to 3.7.0 without tilelang (0.6.0).
         except Exception as error:
-            warnings.warn(f"{FLA} fails for {shape}, {PAGES} is used there: {error}", stacklevel=2)
-            return False
+            told = f"fails: {error}"
+        else:
+            told = difference(wanted, found)
+    if told:
+        warnings.warn(f"{FLA}, for {shape}, {told}; {PAGES} is used there", stacklevel=2)
+    return told
+
+
+def difference(wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> str:
+    """Of two `outcome`s, each part's by its norm, in words; empty where all are within rounding."""
     errors = {name: ((found[name] - part).norm() / part.norm()).item() for name, part in wanted.items()}
     # What is no number is not below the limit either.
     if all(error < LIMITS.get(name, 0.02) for name, error in errors.items()):
-        return True
-    shown = ", ".join(f"{name} {error:.2g}" for name, error in errors.items())
-    warnings.warn(f"{FLA} differs from {PAGES} for {shape}, which is used there: {shown}", stacklevel=2)
-    return False
+        return ""
+    return f"differs from {PAGES}: " + ", ".join(f"{name} {error:.2g}" for name, error in errors.items())
 
 
 # Sums over all tokens, much of which cancels: there rounding alone is more.

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen3_5
 
 from kernels import gated_delta
 from kernels.gated_delta import FLA, PAGES, DeltaInputs, DeltaShape
@@ -50,21 +51,79 @@ def fails(*unused):
             r"differs from .*torch function.*values 0\.1, mixed 0\.1",
         ),
         (lambda *given: gated_delta.page_by_page(*given) * float("nan"), "differs from .*values nan"),
-        (fails, "fails for .*built for another triton"),
+        (fails, "fails: built for another triton"),
     ],
 )
 def test_what_does_not_prove_right_is_not_used_and_that_is_said(way, said, monkeypatch):
     monkeypatch.setitem(gated_delta.WAYS, FLA, way)
-    gated_delta.proved.cache_clear()
+    gated_delta.flaw.cache_clear()
     with pytest.warns(UserWarning, match=said):
-        assert not gated_delta.proved(SHAPE, torch.float32, "cpu")
+        assert gated_delta.flaw(SHAPE, torch.float32, "cpu")
     monkeypatch.setitem(gated_delta.WAYS, FLA, gated_delta.page_by_page)
-    gated_delta.proved.cache_clear()
-    assert gated_delta.proved(SHAPE, torch.float32, "cpu")
-    gated_delta.proved.cache_clear()
+    gated_delta.flaw.cache_clear()
+    assert gated_delta.flaw(SHAPE, torch.float32, "cpu") == ""
+    gated_delta.flaw.cache_clear()
 
 
-def test_the_price_of_the_slow_way_is_said():
-    words = gated_delta.delta_words(SHAPE, "cpu", torch.float32)
+def test_the_price_of_the_slow_way_is_said_and_measured_where_it_counts(monkeypatch):
+    """With the reason, which names a remedy."""
+    words = gated_delta.delta_words(SHAPE, "cpu", torch.float32, 24)
     assert words == f"{PAGES}, in fp32 and much slower (flash-linear-attention: no GPU)"
     assert gated_delta.obstacle("cuda", half=False) == "it takes half precision"
+    asked, measure = [], gated_delta.seconds_of_page
+    assert 0 < measure(SHAPE, torch.float32, "cpu") < 60
+    monkeypatch.setattr(gated_delta, "seconds_of_page", lambda *given: asked.append(given) or 0.125)
+    monkeypatch.setattr(gated_delta, "missing", lambda: "")
+    monkeypatch.setattr(gated_delta, "flaw", lambda *unused: "fails: upgrade Triton to >= 3.7.1")
+    assert gated_delta.delta_words(SHAPE, "cuda", torch.bfloat16, 24) == (
+        f"{PAGES}, in fp32 and much slower: at least 3.0 s for a page of 2,800 tokens, in 24 layers of it alone "
+        "(flash-linear-attention: fails: upgrade Triton to >= 3.7.1)"
+    )
+    assert asked == [(SHAPE, torch.bfloat16, "cuda")]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ModuleNotFoundError("No module named 'fla'", name="fla"), "not installed; `pip install flash-linear"),
+        (ModuleNotFoundError("No module named 'einops'", name="einops"), "broken: No module named 'einops'"),
+        (RuntimeError("another triton"), "broken: another triton"),
+    ],
+)
+def test_what_is_missing_is_told_from_what_is_broken(monkeypatch, error, said):
+    monkeypatch.setattr(gated_delta.importlib, "import_module", lambda name: (_ for _ in ()).throw(error))
+    assert gated_delta.missing.__wrapped__().startswith(said)
+
+
+def test_a_page_in_stretches_is_what_it_is_at_once(monkeypatch):
+    trial = gated_delta.trial_of(SHAPE, torch.float32, "cpu", (300, 64, 1))
+    whole = gated_delta.outcome(PAGES, SHAPE, *trial)
+    rule, lengths = qwen3_5.torch_chunk_gated_delta_rule.__wrapped__, []
+
+    def noted(query, *rest, **options):
+        lengths.append(query.shape[1])
+        return rule(query, *rest, **options)
+
+    monkeypatch.setattr(gated_delta, "STRETCH", 128)
+    monkeypatch.setattr(qwen3_5.torch_chunk_gated_delta_rule, "__wrapped__", noted)
+    found = gated_delta.outcome(PAGES, SHAPE, *trial)
+    assert lengths[:5] == [128, 128, 44, 64, 1]
+    assert torch.equal(found["values"], whole["values"])
+    assert all(
+        torch.allclose(found[name], part, rtol=1e-5, atol=1e-6 * part.abs().max()) for name, part in whole.items()
+    )
+
+
+def test_kernels_that_read_pages_are_proved_on_rows_that_lie_apart(monkeypatch):
+    """As reading gives them; one that takes them for dense reads other tokens."""
+    way, trial_of = pytest.importorskip("kernels.early", reason="triton is not installed"), gated_delta.trial_of
+    monkeypatch.setattr(gated_delta, "obstacle", lambda *unused: "")
+    monkeypatch.setattr(gated_delta, "trial_of", lambda *given: trial_of(*given[:3], (70, 5)))
+    monkeypatch.setattr(gated_delta, "padded_with_ends", lambda given, *unused: (given.mixed, given.write))
+
+    def as_if_dense(given, *unused):
+        return given.mixed.as_strided(given.mixed.shape, (given.mixed.shape[1], 1)), given.write
+
+    monkeypatch.setattr(gated_delta, "fla_with_ends", as_if_dense)
+    with pytest.warns(UserWarning, match="differs by"):
+        assert way.NEVER == "" and not gated_delta.reads_by_fla.__wrapped__(SHAPE, torch.float32, torch.device("cpu"))
