@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import default_run
 import dictation
 import endings_write
+import linear_attention
 import make_pages_like_real
 import make_pages_speed
 import make_shapes
@@ -38,6 +39,7 @@ import write_speed
 import use_model_from_hub as use
 import writing.engine
 from families import family_of, page_costs
+from kernels import gated_delta
 from scoring.renders import Renderer
 from training.page_order import PageSampler
 
@@ -421,6 +423,22 @@ def test_pages_that_end_by_themselves_are_compared_to_the_byte():
     found = endings_write.compared(alone, helped, [whole, "b", "c"])
     assert (found["ended_by_themselves"], found["of_these_the_same_to_the_byte"], found["closed"]) == (2, 1, 1)
     assert (found["whole_without"], found["whole_with"], found["exact"], found["tokens"]) == (2, 3, 1, 27)
+
+
+def test_linear_attention_that_fails_is_told_and_the_torch_way_is_measured_alone(monkeypatch):
+    def refuses(*unused):
+        raise RuntimeError("upgrade Triton to >= 3.7.1")
+
+    monkeypatch.setattr(linear_attention, "timed", lambda run: (len(run()), 0.5))
+    torch_way = {gated_delta.PAGES: {"ms": 7, "gib": 0.5}}
+    assert linear_attention.measure(16, (5, 3), "cpu") == {"failed": f"{gated_delta.FLA}: no GPU", **torch_way}
+    monkeypatch.setattr(gated_delta, "obstacle", lambda *unused, **also: "")
+    monkeypatch.setitem(gated_delta.WAYS, gated_delta.FLA, refuses)
+    failed = f"{gated_delta.FLA}: upgrade Triton to >= 3.7.1"
+    assert linear_attention.measure(16, (5, 3), "cpu") == {"failed": failed, **torch_way}
+    monkeypatch.setitem(gated_delta.WAYS, gated_delta.FLA, gated_delta.page_by_page)
+    found = linear_attention.measure(16, (5, 3), "cpu")
+    assert found["agrees"] and {*found} == {"errors", "agrees", gated_delta.FLA, gated_delta.PAGES}
 
 
 # -----------------------------------------------------------------------------
