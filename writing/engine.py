@@ -134,6 +134,7 @@ class Engine:
                     try:
                         if not under_way:
                             self.fill(waiting)
+                            ended = []  # those slots are filled, so the next block need not wait for them
                             yield from waiting.failures()
                             width = self.width()
                             if not width:

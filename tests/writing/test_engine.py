@@ -222,6 +222,21 @@ def test_one_long_page_holds_nobody(loaded, shots, monkeypatch):
     assert begun == [(0, 0), (1, 1), (1, 2), (1, 3), (1, 4)] and order == [1, 2, 3, 4, 0]
 
 
+def test_the_next_block_begins_before_endings_are_looked_for_also_behind_a_slot_that_was_filled(
+    loaded, shots, monkeypatch
+):
+    model, processor = loaded
+    monkeypatch.setattr(room, "BLOCK", 9)
+    engine = Engine(model, processor, RECIPE, wanted=1, drafts=False)
+    order, run, fill, look = [], room.Step.run, engine.fill, engine.look
+    monkeypatch.setattr(room.Step, "run", lambda self, steps: (order.append("run"), run(self, steps)))
+    engine.fill = lambda waiting: (order.append("fill"), fill(waiting))
+    engine.look = lambda *given: (order.append("look"), look(*given))[1]
+    assert len(list(engine.write(requests_of(shots, [0, 1])))) == 2
+    # 24 tokens in three blocks; the last one is known to end the answer before it is looked at.
+    assert order == [*["fill", "run", "run", "look", "run", "look", "look"] * 2, "fill"]
+
+
 def test_memory_that_runs_out_loses_nothing_that_was_written(loaded, shots, alone, monkeypatch, capsys):
     """While reading, and in the middle of writing: half the slots go on, and what was written is read again."""
     model, processor = loaded
