@@ -52,6 +52,19 @@ def rows_of(text: str) -> list[list[str]]:
     return [line.split() for line in text.splitlines() if line.strip()[:1].isdigit() and "does not fit" not in line]
 
 
+def test_layers_are_recomputed_of_each_kind_of_attention_in_its_share():
+    """As the plan counts them: Qwen3.5's fourth, eighth, ... layers alone would keep less than it says."""
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as own
+
+    config = conftest.make_qwen3_5_config(conftest.make_tokenizer()).text_config
+    config.layer_types = [*["linear_attention"] * 3, "full_attention"] * 8
+    layers = torch.nn.ModuleList(own.Qwen3_5DecoderLayer(config, number) for number in range(32))
+    for share in (0.125, 0.25, 0.5, 1.0):
+        memory_fit.recompute_some_layers(layers, share)
+        again = [layer.block_type for layer in layers if layer.gradient_checkpointing]
+        assert [again.count("linear_attention"), again.count("full_attention")] == [24 * share, 8 * share]
+
+
 @pytest.mark.slow
 def test_the_plan_obeys_a_typed_batch_size(base):
     assert {row[2] for row in rows_of(plan_of(base, *ZERO_3))} != {"2"}
