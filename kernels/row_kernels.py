@@ -116,12 +116,34 @@ def embed(
     tokens: torch.Tensor, places: torch.Tensor, table: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """What a step begins with: rows (S, H) of `table` (V, H) by `tokens` (S,), the sums of their squares (S, 1), and
-    rows (S, D) of `cos` and of `sin` (places, D) by `places` (S,). Copies, so there is nothing to prove."""
+    rows (S, D) of `cos` and of `sin` (places, D) by `places` (S,)."""
+    kinds = (table.shape[1], cos.shape[1], table.dtype, cos.dtype, table.device)
+    way = embed_by_kernel if on_triton(table) and embed_proved(*kinds) else embed_by_torch
+    return way(tokens, places, table, cos, sin)
+
+
+@lru_cache
+def embed_proved(width: int, turns: int, dtype: torch.dtype, angles: torch.dtype, device: torch.device) -> str:
+    """Whether the kernel gives for rows of `width`, and `turns` angles, what torch gives."""
+    draw = torch.Generator(device).manual_seed(0)
+    table = torch.randn(7, width, generator=draw, device=device).to(dtype)
+    cos, sin = torch.randn(2, 9, turns, generator=draw, device=device).to(angles)
+    asked = torch.tensor([6, 0, 3], device=device), torch.tensor([8, 2, 0], device=device), table, cos, sin
+    return way_that_agrees("embedding", {PLAIN: lambda: embed_by_kernel(*asked)}, embed_by_torch(*asked))
+
+
+def embed_by_torch(
+    tokens: torch.Tensor, places: torch.Tensor, table: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden = table.index_select(0, tokens)
+    angles = (part.index_select(0, places) for part in (cos, sin))
+    return hidden, hidden.float().square().sum(-1, keepdim=True), *angles
+
+
+def embed_by_kernel(
+    tokens: torch.Tensor, places: torch.Tensor, table: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, width = len(tokens), table.shape[1]
-    if not on_triton(table):
-        hidden = table.index_select(0, tokens)
-        angles = (part.index_select(0, places) for part in (cos, sin))
-        return hidden, hidden.float().square().sum(-1, keepdim=True), *angles
     hidden, squares = table.new_empty(rows, width), table.new_empty(rows, 1, dtype=torch.float32)
     found = cos.new_empty(rows, cos.shape[1]), sin.new_empty(rows, sin.shape[1])
     sizes = {"WIDTH": triton.next_power_of_2(width), "ANGLES": triton.next_power_of_2(cos.shape[1])}

@@ -51,6 +51,25 @@ def test_rows_are_normed_and_gated_as_by_torch(kernels, kind):
     assert rows.proved("swiglu", 144, kind, hidden.device)
 
 
+@pytest.mark.parametrize("kind", HALF, ids=str)
+def test_a_step_begins_with_the_rows_of_its_tokens_and_places(kernels, monkeypatch, kind):
+    rows = kernels("row_kernels")
+    torch.manual_seed(1)
+    table, (cos, sin) = torch.randn(11, 80, device=DEVICE).to(kind), torch.randn(2, 7, 24, device=DEVICE).to(kind)
+    tokens, places = torch.tensor([10, 3, 3], device=DEVICE), torch.tensor([6, 0, 5], device=DEVICE)
+    found, real = rows.embed(tokens, places, table, cos, sin), rows.embed_by_kernel
+    assert torch.equal(found[0], table[tokens])
+    assert torch.allclose(found[1][:, 0], table[tokens].float().square().sum(-1))
+    assert torch.equal(found[2], cos[places]) and torch.equal(found[3], sin[places])
+    assert rows.embed_proved(80, 24, kind, kind, table.device)
+    # Squares of one token alone: the first norm of every step would be wrong, and nobody would be told.
+    monkeypatch.setattr(rows, "embed_by_kernel", lambda *given: [part[:1].expand_as(part) for part in real(*given)])
+    rows.embed_proved.cache_clear()
+    with pytest.warns(UserWarning, match="the kernel of embedding, launched plain, differs by"):
+        again = rows.embed(tokens, places, table, cos, sin)
+    assert all(torch.equal(one, other) for one, other in zip(found[::2], again[::2]))
+
+
 def test_a_wrong_norm_is_not_used_and_that_is_said(kernels, monkeypatch):
     rows = kernels("row_kernels")
     hidden, weight = torch.randn(5, 80, device=DEVICE).half(), torch.randn(80, device=DEVICE).half()
