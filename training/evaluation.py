@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -74,7 +75,7 @@ def write_held_out(
     where any rank was asked to stop while a training waits for this.
     """
     # Pages of like length together: a batch is written until its longest page ends.
-    order = sorted(range(len(pages)), key=lambda place: -len(pages[place]["html"]))
+    order = longest_first(pages)
     start, failure, rows = time.monotonic(), None, []
     try:
         rows = write_share(model, processor, pages, decoding, batch, order[rank() :: world_size()], finished)
@@ -93,6 +94,11 @@ def write_held_out(
     slowest = max(seconds for _, seconds, *_ in shares)
     rows = sorted((row for rows, *_ in shares for row in rows), key=lambda row: row["place"])
     return [{**row, "seconds": slowest} for row in rows]
+
+
+def longest_first(pages: Dataset) -> list[int]:
+    """The indices of the pages by the length of their HTML."""
+    return sorted(range(len(pages)), key=lambda place: -len(pages[place]["html"]))
 
 
 def failure_of_another(number: int, code: int, words: str) -> Exception:
@@ -265,6 +271,7 @@ class Rendering:
         self.facts: dict[str, str] = {}  # of the browser, once it has rendered
         self.proved = False  # by the scorer, of itself, in this run
         self.scorers: Scorers | None = None  # at work since the writing began
+        self.ending: threading.Thread | None = None  # those of before
 
     @cached_property
     def clip(self) -> tuple[Clip | None, str]:
@@ -286,6 +293,8 @@ class Rendering:
         Does nothing on other ranks, for a few pages, and with CLIP, which each process would have to load.
         """
         self.close()
+        if self.ending is not None:
+            self.ending.join()
         finished = nothing
         with contextlib.ExitStack() as unless_written:
             unless_written.callback(self.close)
@@ -295,6 +304,9 @@ class Rendering:
                     finished = partial(self.give, self.progress(label), pages)
                     if not self.proved:
                         self.scorers.prove()
+                    # The longest are written to the end, after which nobody should wait for more than they need.
+                    for place in longest_first(pages):
+                        self.scorers.expect(pair_of({"html": None}, pages[place]))
                 except (BrowserMissing, OSError) as error:
                     self.give_up(error)
             yield finished
@@ -313,9 +325,10 @@ class Rendering:
         say(f"pages are not rendered, so there are no scores of how they look: {error}")
 
     def close(self) -> None:
-        """Ends the processes that score."""
+        """Ends the processes that score, which takes some tenths of a second: nobody waits for that."""
         if self.scorers is not None:
-            self.scorers.close()
+            self.ending = threading.Thread(target=self.scorers.close)
+            self.ending.start()
             self.scorers = None
 
     def score(self, label: str, rows: Sequence[Row], pages: Dataset) -> list[dict[str, Any]] | None:
