@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import pickle
@@ -212,6 +213,8 @@ def be_a_scorer(number: int, seconds_per_page: float, chromium: str | None) -> N
     threading.Thread(target=listen, args=(pipe, orders, renderer, references), daemon=True).start()
     with contextlib.suppress(BrokenPipeError):  # the parent has gone, which the thread sees, too
         pipe.send(None)
+    for slow in ("scipy.optimize", "skimage.color", "skimage.metrics"):  # half a second, of some page's else
+        importlib.import_module(slow)
     while True:
         order, begun = orders.get()
         try:

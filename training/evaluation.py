@@ -2,8 +2,8 @@
 
     with rendering.beside("after", pages) as finished:                      # scored while others are written
         rows = write_held_out(model, processor, pages, decoding, 8, finished)  # (all ranks)
-    scores = rendering.score("after", rows, pages)                          # None where there is no browser
-    result = score_held_out(rows, pages, scores, parts_of(len(pages), weights_are_chosen=False))
+    parts = parts_of(len(pages), weights_are_chosen=False)
+    result = render_and_score(rendering, "after", rows, pages, parts)       # without a browser by the texts alone
     say(announce("after", result))
 
 A row is what was written of one page: {"place", "html", "raw", "tokens", "cut_off", "seconds"}, a page what was wanted:
@@ -187,12 +187,14 @@ def score_held_out(
     pages: Sequence[Mapping[str, Any]],
     scores: Sequence[Mapping[str, Any]] | None = None,
     parts: Parts | None = None,
+    texts: Sequence[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Shares and means over the pages that compare, each page's own outcome under "pages", and under "choosing" the
-    metric that chooses the best weights, over the pages that do. `scores` are those of `Rendering.score`."""
+    metric that chooses the best weights, over the pages that do. `scores` are those of `Rendering.score`, `texts` those
+    of `text_scores` where they are known."""
     # Where nothing is rendered nothing chooses, and every page compares.
     parts = parts if parts and scores is not None else parts_of(len(rows), weights_are_chosen=False)
-    scored = [text_scores(row, page) for row, page in zip(rows, pages)]
+    scored = texts or [text_scores(row, page) for row, page in zip(rows, pages)]
     for page, score in zip(scored, scores or ()):
         page |= {name: value for name, value in score.items() if name not in ("page", "valid")}
     for place in parts.choosing if parts.apart else ():
@@ -380,6 +382,15 @@ class Rendering:
         """Removes what every `progress` has kept, once the results are written."""
         for folder in self.folder.glob("rendered_*"):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def render_and_score(
+    rendering: Rendering, label: str, rows: Sequence[Row], pages: Dataset, parts: Parts
+) -> dict[str, Any]:
+    """(main process only) What `score_held_out` returns, with the scores of a rendering."""
+    pages_known = list(pages)
+    texts = [text_scores(row, page) for row, page in zip(rows, pages_known)]  # while others render the last ones
+    return score_held_out(rows, pages_known, rendering.score(label, rows, pages), parts, texts)
 
 
 # -----------------------------------------------------------------------------
