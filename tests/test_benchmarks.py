@@ -304,7 +304,7 @@ def test_too_few_pages_are_refused_before_anything_runs(tiny_base, pages_folder,
 # A whole run and its evaluation
 
 LOG = [
-    (2.0, "precision: bf16"),
+    (2.0, "quantisation: none (DeepSpeed shards full-precision weights)"),
     (3.0, "1,000 training and 32 held-out pages in 0.9 s; memory 0.9 GiB"),
     (13.0, "holo1_3b_shapes: 3,754.6 M parameters in 9.9 s; memory 9.0 GiB"),
     (20.0, "step 1/125  loss 12.3046  lr 0.0e+00  3.81 pages/s"),
