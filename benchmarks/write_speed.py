@@ -334,6 +334,21 @@ def hold_against_plain(model, processor, recipe, pages: int, tokens: int, drafts
     return {"pages": pages, "tokens": total, "argmax": same / total, "most_behind_in_roundings": max(behind)}
 
 
+def checks(model, processor, recipe, pages: int, tokens: int, keep: Callable[[str, object], None]) -> None:
+    """Hands to `keep`, by name, what holds the engine's tokens and logits against the plain model's, over `pages`."""
+    import torch
+
+    check = functools.partial(hold_against_plain, model, processor)
+    punished = replace(recipe, repetition_penalty=1.1)
+    for name, asked in (("check", recipe), ("check_with_penalty", punished)):
+        start = time.perf_counter()
+        found = check(asked, pages, tokens, drafts=False)
+        keep(name, found | {"seconds": time.perf_counter() - start})
+    keep("check_with_drafts", check(recipe, 2, 200, drafts=True))
+    keep("both_to_fp32", hold_against_fp32(model, processor, recipe, min(pages, 16), tokens))
+    torch.cuda.empty_cache()  # of the copy in fp32
+
+
 def answered(asked, ids: list[int], model):
     """What the processor made of one question, the answer `ids` after it, where `model` is and in its precision."""
     import torch
@@ -401,6 +416,7 @@ def hold_against_fp32(model, processor, recipe, pages: int, tokens: int) -> dict
 
     import use_model_from_hub as use
 
+    torch.cuda.empty_cache()  # of engines before
     wide_bytes = 4 * sum(part.numel() for part in model.parameters())
     if model.device.type == "cuda" and torch.cuda.mem_get_info()[0] < wide_bytes + 16 * 2**30:
         return {"skipped": f"no room for {wide_bytes / 1e9:.0f} GB of weights in fp32"}
@@ -652,16 +668,7 @@ def main() -> None:
         for slots in (8, 16, 32):
             keep(f"a step of {slots} slots by tiles, ms", tune(model, processor, recipe, slots))
     if args.check_pages:
-        check = functools.partial(hold_against_plain, model, processor)
-        punished = replace(recipe, repetition_penalty=1.1)
-        for name, asked in (("check", recipe), ("check_with_penalty", punished)):
-            start = time.perf_counter()
-            found = check(asked, args.check_pages, args.check_tokens, drafts=False)
-            keep(name, found | {"seconds": time.perf_counter() - start})
-        keep("check_with_drafts", check(recipe, 2, 200, drafts=True))
-        some = (min(args.check_pages, 16), args.check_tokens)
-        keep("both_to_fp32", hold_against_fp32(model, processor, recipe, *some))
-        torch.cuda.empty_cache()  # of the copy in fp32
+        checks(model, processor, recipe, args.check_pages, args.check_tokens, keep)
     for batch in filter(None, args.dictate.split(",")):
         shots = [noise(number) for number in range(int(batch))]
         pages = real_pages(processor.tokenizer, args.pages) if args.pages else None
