@@ -26,6 +26,7 @@ Rooms from top to bottom; each may import those below it, and none above:
     page_order      which pages are trained on when
     packing         pages as one row
     fast_layers     the fast path put into a model, and vision MLPs as wide as tensor cores like
+    activation_offload  activations that wait in the CPU's memory until the backward pass asks for them
     loss            the loss by the model's own way
     progress        what a run tells of itself: rates, waits, memory, the loss as a picture
     stopping        how a run is asked to stop, and when it does
