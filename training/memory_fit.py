@@ -64,6 +64,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, Trainer, TrainingArguments
 
 GIB = 2**30
+# In the environment of a training that has restarted itself with the same pages: their number was not typed by a user.
+SAME_PAGES = "HOLO1_SAME_PAGES"
 PINNED_SHARE = 0.5  # of the CPU's free memory, that activations may wait in: all processes of a machine together
 FINISHED_S = 120.0  # in which a checkpoint that was saved is put into its place
 
@@ -279,11 +281,12 @@ class Fit:
         self.plan, self.plain_loss, self.settings = plan, plain_loss, settings
         share = 1.0 if settings.checkpoint_share is None else settings.checkpoint_share
         away = getattr(settings, "offload_share", None) or 0.0
+        self.ours = os.environ.pop(SAME_PAGES, None) is not None  # read once: a later training is a new one
         self.way = plan.way if plan else Way(recomputed=share, recomputed_vision=share, offloaded=away)
 
     def __call__(self, trainer: Trainer, collate: Callable[[list], dict], pages: Dataset, held_out: Dataset) -> None:
         """(all ranks) Raises OutOfMemoryError where a batch does not fit whose size was typed, or which is a page
-        alone; restarts with half as many pages, or fewer, where auto chose them."""
+        alone; restarts with more layers recomputed, then with fewer pages, where auto chose them."""
         treat_layers(trainer.model, self.way, trainer.args.activation_checkpointing)
         if collate.packed and zero3.is_on():
             zero3.lean_steps(trainer.model_wrapped)
@@ -340,28 +343,34 @@ class Fit:
         say_memory(f"the longest possible batch of {size} fits, {peak:.1f} GiB,", start)
 
     def restart(self, pages: int, failure: Exception | None) -> None:
-        """(all ranks) In the same processes, with at most half as many pages at once of the `pages` per step and GPU:
-        DeepSpeed cannot go on after this.
+        """(all ranks) In the same processes: DeepSpeed cannot go on after this. First with all layers recomputed, where
+        the plan that has erred let some be kept; then with at most half as many of a step's `pages` at once.
 
-        Only where auto has chosen them. Whoever typed a number, in whatever spelling and by whichever of the two flags,
-        meant it and gets the error; so does the restarted run, whose number is typed here. All layers are recomputed
-        then, since the plan that chose fewer has erred; a share that the user typed stays.
+        Only what auto has chosen. Whoever typed a number, in whatever spelling and by whichever of the two flags, meant
+        it and gets the error; so does a run that has restarted with fewer pages, whose number is typed here. A share
+        that the user typed stays.
         """
-        size = self.plan.way.micro_batch
-        if size == 1 or self.settings.micro_batch != "auto":
+        way, settings = self.plan.way, self.settings
+        size, auto = way.micro_batch, settings.micro_batch == "auto" or self.ours
+        kept = way.recomputed + way.offloaded < 1 or (way.vision_learns and way.recomputed_vision < 1)
+        if kept and settings.checkpoint_share is None:
+            os.environ |= {SAME_PAGES: "1"} if auto else {}
+        elif auto and size > 1:
+            size = max(fewer for fewer in sizes_of(pages) if fewer <= size // 2)
+        else:
             raise failure or torch.OutOfMemoryError("out of memory on another GPU")
-        smaller = max(fewer for fewer in sizes_of(pages) if fewer <= size // 2)
-        say(f"the plan was too bold: restarting with --micro_batch {smaller}")
+        again = ["--micro_batch", str(size)]
+        # What is on its way to the CPU's memory and back takes memory, too, of a plan that has erred.
+        for name, value in {"checkpoint_share": "1", "offload_share": "0"}.items():
+            again += [f"--{name}", value] if getattr(settings, name, 0.0) is None else []
+        say(f"the plan was too bold: restarting with {' '.join(again)}")
         sys.stdout.flush()
         if world_size() > 1:  # at a place of our own: torchrun's still holds the keys of this attempt
             os.environ["MASTER_PORT"] = str(agreed_port())
             os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-        again = [*sys.orig_argv[1:], "--micro_batch", str(smaller)]
-        if self.settings.checkpoint_share is None:
-            again += ["--checkpoint_share", "1"]
         os.environ[RESTARTED] = "1"  # its own evaluation before training is no earlier run's
         heart.falls_silent()
-        os.execv(sys.executable, [sys.executable, *again])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *again])
 
 
 def note_smaller(args: TrainingArguments) -> None:

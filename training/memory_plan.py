@@ -123,7 +123,6 @@ BUCKETS = 3  # reduce_bucket_size in flight: two to overlap, one being copied
 FP8_BYTES = 1  # for each weight of the language model's layers whose e4m3 stays for a step
 ADAPTER_SHARE = 0.01  # of the weights; rank 16 on 3B is 0.8 %
 MEMORY_SHARE = 0.95  # of a GPU that is planned for: the rest is the driver's, NCCL's, and the allocator's gaps
-IN_FLIGHT = 2  # layers' activations on the GPU that are on their way to the CPU's memory, or back
 
 
 def estimate(shape: Shape, load: Load, way: Way, bucket: int = 0) -> MemoryPlan:
@@ -179,14 +178,15 @@ def layer_sizes(tower: Tower, adapters: bool) -> tuple[float, float]:
 
 def tower_bytes(tower: Tower, adapters: bool, again: int, away: int = 0) -> tuple[float, float]:
     """Bytes per token that wait when the forward pass of a tower is done, and the most that there are at once until its
-    backward pass is: `again` layers have only their inputs, `away` wait in the CPU's memory.
+    backward pass is: `again` layers have only their inputs, `away` wait in the CPU's memory, of which one at a time is
+    on its way back.
 
-    Layers that are kept are the last, and done with before the first is made again (`layer_ways`).
+    Layers that are kept are the last, and done with before the first is made again or has come back (`layer_ways`).
     """
     mean, largest = layer_sizes(tower, adapters)
-    inputs, travelling = again * 2 * tower.hidden, min(IN_FLIGHT, away) * mean
+    inputs, coming = again * 2 * tower.hidden, mean * (away > 0)
     kept = (tower.layers - again - away) * mean
-    return inputs + travelling + kept, inputs + travelling + max(kept, largest * (again > 0))
+    return inputs + coming + kept, inputs + coming + max(kept, coming, largest * (again > 0))
 
 
 def activations(shape: Shape, load: Load, way: Way) -> float:

@@ -194,9 +194,9 @@ def test_weights_are_gathered_once_per_step_where_they_fit(share, threshold, who
 # Restart
 
 
-def fit_of(*argv: str, size: int = 4) -> memory_fit.Fit:
+def fit_of(*argv: str, size: int = 4, **shares: float) -> memory_fit.Fit:
     """As resolve() leaves the settings; --plan keeps it from taking `auto` away where there is no GPU."""
-    return memory_fit.Fit(MemoryPlan(Way(micro_batch=size), {}), None, resolve(["--plan", *argv]).settings)
+    return memory_fit.Fit(MemoryPlan(Way(micro_batch=size, **shares), {}), None, resolve(["--plan", *argv]).settings)
 
 
 @pytest.mark.parametrize(
@@ -210,13 +210,13 @@ def test_a_typed_batch_size_that_does_not_fit_ends_the_run(argv, monkeypatch):
     assert raised.value is full
 
 
-def restarted(monkeypatch, argv: list[str], size: int, pages: int) -> list[str]:
+def restarted(monkeypatch, argv: list[str], size: int, pages: int, **shares: float) -> list[str]:
     """The command line that takes over; the test's process stays what it is."""
     monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", *argv])
-    monkeypatch.setenv(RESTARTED, "")  # and taken away again when the test ends
+    monkeypatch.setattr(os, "environ", {**os.environ})  # what it leaves there goes when the test ends
     started = []
     monkeypatch.setattr("os.execv", lambda program, command: started.append(command[1:]))
-    fit_of(*argv, size=size).restart(pages, None)
+    fit_of(*argv, size=size, **shares).restart(pages, None)
     ((script, *again),) = started
     assert script == "train.py" and again[: len(argv)] == argv and os.environ[RESTARTED] == "1"
     return again
@@ -228,6 +228,25 @@ def test_a_batch_that_auto_chose_is_halved_whatever_the_command_line_looks_like(
     assert again == ["--micro_batch", "auto", "--micro_batch", "2", "--checkpoint_share", "1"]
     with pytest.raises(torch.OutOfMemoryError, match="on another GPU"):
         memory_fit.Fit(MemoryPlan(Way(micro_batch=1), {}), None, PageSettings()).restart(8, None)
+
+
+@pytest.mark.parametrize(
+    ("typed", "size", "shares", "then"),
+    [
+        ([], 4, {"recomputed": 0.5}, "2"),
+        ([], 1, {"recomputed_vision": 0.0}, None),
+        (["--micro_batch", "4"], 4, {"recomputed": 0.5}, None),
+    ],
+)
+def test_a_plan_that_kept_some_layers_is_first_tried_with_all_recomputed(typed, size, shares, then, monkeypatch):
+    """The same pages; then, unless their number was typed by the user or is one, half as many."""
+    again = restarted(monkeypatch, typed, size, 8, **shares)
+    assert again[: len(typed) + 4] == [*typed, "--micro_batch", str(size), "--checkpoint_share", "1"]
+    if then is None:
+        with pytest.raises(torch.OutOfMemoryError, match="on another GPU"):
+            fit_of(*again, size=size).restart(8, None)
+    else:
+        assert restarted(monkeypatch, again, size, 8)[len(again) :] == ["--micro_batch", then]
 
 
 def test_a_restart_is_importing_to_the_wrapper_and_not_silent(monkeypatch, tmp_path):
