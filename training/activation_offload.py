@@ -38,7 +38,7 @@ GIB = 2**30
 SMALLEST_BYTES = 2**20  # on a GPU; what is smaller costs more in calls than it takes of the memory
 CHUNK_BYTES = 2**28  # pinned at once, in some 0.1 s; torch would round other sizes up to a power of two
 ALIGNED_BYTES = 512  # where a tensor begins, as on a GPU
-PINNED_SHARE = 0.6  # of the CPU's free memory: the rest is for data workers, checkpoints and what is kept of files
+PINNED_SHARE = 0.5  # of the CPU's free memory: the rest is for data workers, checkpoints and what is kept of files
 STILL_LEAVING = 1  # layers that are done with, but whose copies may not be
 AHEAD = 3  # layers' backward passes, at least, in which a copy comes back
 

@@ -21,15 +21,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from families import Family, family_of, page_costs, trains_fast
 from scoring.report_values import plural
 from training import zero3
+from training.activation_offload import Offload, link_rate, pinnable_gib
 from training.checkpoints import RESTARTED, STAGING, checkpoints_in
-from training.errors import PipelineError, is_out_of_memory
+from training.errors import PipelineError, SettingsError, is_out_of_memory
 from training.heartbeat import heart
 from training.memory_plan import (
     MEMORY_SHARE,
@@ -50,7 +50,6 @@ from training.processes import (
     in_columns,
     least,
     leave_note,
-    local_world_size,
     say,
     together,
     world_size,
@@ -64,9 +63,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, Trainer, TrainingArguments
 
 GIB = 2**30
+CPU = torch.device("cpu")
 # In the environment of a training that has restarted itself with the same pages: their number was not typed by a user.
 SAME_PAGES = "HOLO1_SAME_PAGES"
-PINNED_SHARE = 0.5  # of the CPU's free memory, that activations may wait in: all processes of a machine together
 FINISHED_S = 120.0  # in which a checkpoint that was saved is put into its place
 
 # -----------------------------------------------------------------------------
@@ -132,7 +131,7 @@ def scope_of(
         pages=pages,
         sizes=tuple(sizes),
         recomputed=share,
-        offloaded=getattr(settings, "offload_share", None),
+        offloaded=settings.offload_share,
         whole=zero3.may_be_whole(deepspeed, config),
         bucket=zero3.bucket_size(deepspeed),
     )
@@ -169,7 +168,10 @@ def choose_micro_batch(
 
     Sets them in `args` and in DeepSpeed's configuration; pages per step stay the same. `Fit` proves the choice.
     """
-    if args.device.type != "cuda" or not trains_fast(config, settings):
+    fast = trains_fast(config, settings)
+    if settings.offload_share and not fast:
+        raise SettingsError(f"--offload_share {settings.offload_share}: this model has no fast path; leave it out")
+    if args.device.type != "cuda" or not fast:
         return None
     deepspeed = args.hf_deepspeed_config.config if args.deepspeed else None
     scope = scope_of(settings, vars(args), deepspeed, config)
@@ -200,14 +202,17 @@ def choose_micro_batch(
 def hardware_of(device: torch.device, scope: Scope) -> Hardware:
     """(all ranks) What all of them have; ranks that chose differently would wait for ever."""
     tflops = page_costs.peak_tflops(torch.cuda.get_device_name(device)) or 0.0
-    pinned = PINNED_SHARE * psutil.virtual_memory().available / GIB / local_world_size()
-    limit, tflops, link, pinned = least([memory_limit(device), tflops, link_of(device, scope), pinned])
+    link = link_of(device, scope)
+    limit, tflops, link, pinned = least([memory_limit(device), tflops, link, pinnable_gib()])
     return Hardware(limit, tflops or None, link, pinned)
 
 
 def link_of(device: torch.device, scope: Scope) -> float:
-    """(all ranks) GB/s of the link to the CPU while all ranks use it; 0 where it has something else to do."""
-    return 0.0
+    """(all ranks) GB/s of the link to the CPU while all ranks use it; 0 where it has nothing or something else to do."""
+    if scope.way.offload or scope.offloaded == 0:
+        return 0.0
+    together(False)  # waits for the others: ranks of a machine may share the link
+    return link_rate(device)
 
 
 def whole_words(way: Way) -> str:
@@ -279,15 +284,16 @@ class Fit:
 
     def __init__(self, plan: MemoryPlan | None, plain_loss: float | None, settings: PageSettings):
         self.plan, self.plain_loss, self.settings = plan, plain_loss, settings
-        share = 1.0 if settings.checkpoint_share is None else settings.checkpoint_share
-        away = getattr(settings, "offload_share", None) or 0.0
+        away = settings.offload_share or 0.0
+        share = 1.0 - away if settings.checkpoint_share is None else settings.checkpoint_share
         self.ours = os.environ.pop(SAME_PAGES, None) is not None  # read once: a later training is a new one
         self.way = plan.way if plan else Way(recomputed=share, recomputed_vision=share, offloaded=away)
 
     def __call__(self, trainer: Trainer, collate: Callable[[list], dict], pages: Dataset, held_out: Dataset) -> None:
         """(all ranks) Raises OutOfMemoryError where a batch does not fit whose size was typed, or which is a page
         alone; restarts with more layers recomputed, then with fewer pages, where auto chose them."""
-        treat_layers(trainer.model, self.way, trainer.args.activation_checkpointing)
+        args = trainer.args
+        offload = treat_layers(trainer.model, self.way, args.activation_checkpointing, args.device)
         if collate.packed and zero3.is_on():
             zero3.lean_steps(trainer.model_wrapped)
         if self.plain_loss is not None:
@@ -302,6 +308,8 @@ class Fit:
                 )
         if self.plan:
             self.prove(trainer, collate, pages)
+            if offload:
+                say(f"of the CPU's memory, {offload.pinned_gib:.1f} GiB are pinned for activations that wait there")
 
     def forward(self, trainer: Trainer, batch: dict) -> torch.Tensor:
         """(all ranks) The loss of a batch, a scalar, through the model as it trains; `batch` loses what is no input."""
@@ -361,8 +369,8 @@ class Fit:
             raise failure or torch.OutOfMemoryError("out of memory on another GPU")
         again = ["--micro_batch", str(size)]
         # What is on its way to the CPU's memory and back takes memory, too, of a plan that has erred.
-        for name, value in {"checkpoint_share": "1", "offload_share": "0"}.items():
-            again += [f"--{name}", value] if getattr(settings, name, 0.0) is None else []
+        for name, value in {"checkpoint_share": 1 - (settings.offload_share or 0), "offload_share": 0}.items():
+            again += [f"--{name}", f"{value:g}"] if getattr(settings, name) is None else []
         say(f"the plan was too bold: restarting with {' '.join(again)}")
         sys.stdout.flush()
         if world_size() > 1:  # at a place of our own: torchrun's still holds the keys of this attempt
@@ -391,14 +399,23 @@ def note_smaller(args: TrainingArguments) -> None:
 # Layers
 
 
-def treat_layers(model: torch.nn.Module, way: Way, recomputes: bool = True) -> None:
-    """Let each layer of both towers keep its activations, or make them again, as `way` has it; without `recomputes`,
-    which is what the Trainer was told, none makes them again."""
+def treat_layers(
+    model: torch.nn.Module, way: Way, recomputes: bool = True, device: torch.device = CPU
+) -> Offload | None:
+    """Let each layer of both towers keep its activations, make them again, or have them wait in the CPU's memory, as
+    `way` has it; without `recomputes`, which is what the Trainer was told, none makes them again. Returns what moves
+    those that wait, if any do."""
+    offload = None
     for vision in (False, True):
         layers = layers_of(model, vision)
-        again = math.floor(len(layers) * (way.recomputed_vision if vision else way.recomputed) + 1e-6)
-        for layer, treated in zip(layers, layer_ways(len(layers), again * recomputes, 0)):
+        shares = (way.recomputed_vision, 0.0) if vision else (way.recomputed, way.offloaded)
+        again, away = (math.floor(len(layers) * share + 1e-6) for share in shares)
+        ways = layer_ways(len(layers), again * recomputes, away)
+        for layer, treated in zip(layers, ways):
             layer.gradient_checkpointing = treated == "recomputed"
+        if away:
+            offload = Offload(layers, [treated == "offloaded" for treated in ways], device)
+    return offload
 
 
 def layers_of(model: torch.nn.Module, vision: bool) -> list[torch.nn.Module]:
