@@ -208,7 +208,7 @@ def hardware_of(device: torch.device, scope: Scope) -> Hardware:
 
 
 def link_of(device: torch.device, scope: Scope) -> float:
-    """(all ranks) GB/s of the link to the CPU while all ranks use it; 0 where it has nothing or something else to do."""
+    """(all ranks) GB/s of the link to the CPU while all ranks use it; 0 where it has nothing, or else, to do."""
     if scope.way.offload or scope.offloaded == 0:
         return 0.0
     together(False)  # waits for the others: ranks of a machine may share the link
@@ -308,8 +308,11 @@ class Fit:
                 )
         if self.plan:
             self.prove(trainer, collate, pages)
-            if offload:
-                say(f"of the CPU's memory, {offload.pinned_gib:.1f} GiB are pinned for activations that wait there")
+        if offload:
+            pinned = f", {offload.pinned_gib:.1f} GiB of it, pinned" if self.plan else ""  # else by the first step
+            say(
+                f"activations of {sum(offload.chosen)} of {len(offload.layers)} layers wait in the CPU's memory{pinned}"
+            )
 
     def forward(self, trainer: Trainer, batch: dict) -> torch.Tensor:
         """(all ranks) The loss of a batch, a scalar, through the model as it trains; `batch` loses what is no input."""
