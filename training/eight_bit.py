@@ -23,6 +23,7 @@ BLOCKWISE = (*NAMES, "ademamix_8bit", "lion_8bit", "rmsprop_bnb_8bit")  # what b
 BLOCK = 256  # numbers of one scale (bitsandbytes 0.50)
 # Of both moments of a number: a byte each, and a scale in fp32 for each block; fp32 moments take 8.
 MOMENT_BYTES = 2 * (1 + 4 / BLOCK)
+SHORTEST = 4096  # numbers of a tensor; the moments of shorter ones stay in fp32 there
 # bitsandbytes 0.50 gives the length of a tensor to its CUDA kernels in 32 bits, and does not look whether it fits.
 MOST_NUMBERS = 2**31
 
@@ -70,13 +71,17 @@ def begin(optim: Any, device: torch.device, tensors: Sequence[tuple[Sequence[tor
     longest = max(tensor.numel() for _, tensor in tensors)
     if longest >= MOST_NUMBERS:
         raise SettingsError(
-            f"--optim {name}: DeepSpeed gives it {longest:,} numbers in one tensor, and bitsandbytes counts to "
+            f"--optim {name}: one tensor has {longest:,} numbers, and bitsandbytes takes fewer than "
             f"{MOST_NUMBERS:,}; give zero_optimization.stage 3 with a sub_group_size of at most 1e9, or more GPUs"
         )
+    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
     small = [tensor for parameters, tensor in tensors if all(dimensions(p) == 1 for p in parameters)]
-    bitsandbytes.optim.GlobalOptimManager.get_instance().override_config(small, "optim_bits", 32)
-    few, numbers = (sum(tensor.numel() for tensor in some) for some in (small, [tensor for _, tensor in tensors]))
-    say(f"optimizer: moments in 8 bits for {numbers - few:,} numbers here, in 32 bits for {few:,} of norms and biases")
+    manager.override_config(small, "optim_bits", 32)
+    # transformers 5.23 keeps those of embeddings in fp32, too, where they are no part of a longer tensor.
+    kept = {id(tensor) for tensor in small} | {id(getattr(*which[:2])) for which in manager.module_weight_config_triple}
+    numbers = [(tensor.numel(), tensor.numel() >= SHORTEST and id(tensor) not in kept) for _, tensor in tensors]
+    eight, all_ = sum(count for count, narrow in numbers if narrow), sum(count for count, _ in numbers)
+    say(f"optimizer: moments in 8 bits for {eight:,} of {all_:,} numbers in each process, in 32 bits for the others")
 
 
 def dimensions(parameter: torch.Tensor) -> int:
@@ -89,7 +94,7 @@ def try_step(name: str, device: torch.device) -> None:
     import bitsandbytes
     import torch
 
-    weights = torch.nn.Parameter(torch.ones(2 * 4096, device=device))
+    weights = torch.nn.Parameter(torch.ones(2 * SHORTEST, device=device))
     weights.grad = torch.ones_like(weights)
     try:
         optimizer = bitsandbytes.optim.AdamW([weights], lr=0.5, weight_decay=0.0, optim_bits=8)
