@@ -208,11 +208,15 @@ def hardware_of(device: torch.device, scope: Scope) -> Hardware:
 
 
 def link_of(device: torch.device, scope: Scope) -> float:
-    """(all ranks) GB/s of the link to the CPU while all ranks use it; 0 where it has nothing, or else, to do."""
+    """(all ranks) GB/s of the link to the CPU while all ranks use it; 0 where it is not to carry activations."""
     if scope.way.offload or scope.offloaded == 0:
         return 0.0
     together(False)  # waits for the others: ranks of a machine may share the link
-    return link_rate(device)
+    try:
+        return link_rate(device)
+    except RuntimeError as error:  # a container may allow little memory to be pinned, or none
+        say(f"no activations wait in the CPU's memory: none of it could be pinned ({error})")
+        return 0.0
 
 
 def whole_words(way: Way) -> str:

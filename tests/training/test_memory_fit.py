@@ -124,6 +124,8 @@ def on_gpus(monkeypatch, gib: float, processes: int, name: str = "NVIDIA H100", 
     for function, answer in (cuda | {"get_per_process_memory_fraction": share}).items():
         monkeypatch.setattr(torch.cuda, function, lambda device, answer=answer: answer)
     monkeypatch.setattr(memory_fit, "world_size", lambda: processes)
+    monkeypatch.setattr(memory_fit, "link_rate", lambda device: memory_fit.LINK_GB_S)
+    monkeypatch.setattr(memory_fit, "pinnable_gib", lambda: math.inf)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 8])
@@ -146,7 +148,8 @@ def test_training_chooses_what_the_plan_prints(flags, gib, processes, shapes_of_
     args.device, args.hf_deepspeed_config = torch.device("cuda"), config
     scope = memory_fit.scope_of(settings, resolved.training, resolved.deepspeed, shapes_of_3b)
     page = memory_fit.longest_page(family, shapes_of_3b, image, html + 1)
-    planned = memory_fit.decide(scope, page.times, page, processes, Hardware(MEMORY_SHARE * gib))
+    hardware = Hardware(MEMORY_SHARE * gib, link_gb_s=memory_fit.LINK_GB_S)
+    planned = memory_fit.decide(scope, page.times, page, processes, hardware)
     chosen = memory_fit.choose_micro_batch(args, settings, shapes_of_3b, pages, encoder)
     assert chosen == (planned.chosen or planned.smallest)
     assert ("trying all the same" in capsys.readouterr().out) == (planned.chosen is None)
@@ -225,7 +228,7 @@ def restarted(monkeypatch, argv: list[str], size: int, pages: int, **shares: flo
 def test_a_batch_that_auto_chose_is_halved_whatever_the_command_line_looks_like(monkeypatch):
     """`--micro_batch auto` is typed, too, and is no number."""
     again = restarted(monkeypatch, ["--micro_batch", "auto"], size=4, pages=8)
-    assert again == ["--micro_batch", "auto", "--micro_batch", "2", "--checkpoint_share", "1"]
+    assert again == ["--micro_batch", "auto", "--micro_batch", "2", "--checkpoint_share", "1", "--offload_share", "0"]
     with pytest.raises(torch.OutOfMemoryError, match="on another GPU"):
         memory_fit.Fit(MemoryPlan(Way(micro_batch=1), {}), None, PageSettings()).restart(8, None)
 
@@ -241,7 +244,8 @@ def test_a_batch_that_auto_chose_is_halved_whatever_the_command_line_looks_like(
 def test_a_plan_that_kept_some_layers_is_first_tried_with_all_recomputed(typed, size, shares, then, monkeypatch):
     """The same pages; then, unless their number was typed by the user or is one, half as many."""
     again = restarted(monkeypatch, typed, size, 8, **shares)
-    assert again[: len(typed) + 4] == [*typed, "--micro_batch", str(size), "--checkpoint_share", "1"]
+    shares = ["--checkpoint_share", "1", "--offload_share", "0"]
+    assert again == [*typed, "--micro_batch", str(size), *shares]
     if then is None:
         with pytest.raises(torch.OutOfMemoryError, match="on another GPU"):
             fit_of(*again, size=size).restart(8, None)
