@@ -26,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from families import Family, family_of, page_costs, trains_fast
 from scoring.report_values import plural
-from training import zero3
+from training import eight_bit, zero3
 from training.activation_offload import Offload, link_rate, pinnable_gib
 from training.checkpoints import RESTARTED, STAGING, checkpoints_in
 from training.errors import PipelineError, SettingsError, is_out_of_memory
@@ -119,7 +119,7 @@ def scope_of(
         four_bit=settings.quantize == "4bit",
         frozen_vision=settings.freeze_vision,
         fused=settings.fuse != "no",
-        eight_bit="8bit" in str(training.get("optim", "")),
+        eight_bit=eight_bit.is_asked(training.get("optim")),
         fp8=getattr(settings, "fp8", False),
     )
     # resolve() has put a number here wherever one was typed, for this or for --per_device_train_batch_size
