@@ -312,8 +312,11 @@ class Fit:
                 )
         if self.plan:
             self.prove(trainer, collate, pages)
-            if offload:
-                say(f"of the CPU's memory, {offload.pinned_gib:.1f} GiB are pinned for activations that wait there")
+        if offload:
+            pinned = f", {offload.pinned_gib:.1f} GiB of it, pinned" if self.plan else ""  # else by the first step
+            say(
+                f"activations of {sum(offload.chosen)} of {len(offload.layers)} layers wait in the CPU's memory{pinned}"
+            )
 
     def forward(self, trainer: Trainer, batch: dict) -> torch.Tensor:
         """(all ranks) The loss of a batch, a scalar, through the model as it trains; `batch` loses what is no input."""
