@@ -137,6 +137,39 @@ def test_flash_attn_4_takes_long_segments_that_it_has_proved(monkeypatch, longes
     assert proofs == ([wanted] if longest > 128 else [])
 
 
+@pytest.mark.parametrize("usual", ["FLASH_4", "VARLEN", "SEGMENTS"])
+@pytest.mark.parametrize(
+    ("longest", "fewer", "width", "causal", "agreeing"),
+    [
+        (64, 4, 80, False, True),
+        (64, 4, 80, False, False),
+        (65, 4, 80, False, True),
+        (64, 2, 80, False, True),
+        (64, 4, 160, False, True),
+        (64, 4, 80, True, True),
+    ],
+    ids=["windows", "unlike torch's", "longer", "fewer keys", "wider", "causal"],
+)
+def test_our_own_kernel_takes_windows_that_it_has_proved(monkeypatch, usual, longest, fewer, width, causal, agreeing):
+    """The kernel itself: tests/kernels/interpreted.py."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    asked, proofs = [], []
+    kernels = {name: lambda *given, name=name: asked.append(name) for name in attention.KERNELS}
+    monkeypatch.setattr(attention, "KERNELS", kernels)
+    monkeypatch.setattr(attention, "attention_kernel", lambda device, half: getattr(attention, usual))
+    monkeypatch.setattr(attention, "agrees", lambda *given, lengths: proofs.append((given, lengths)) or agreeing)
+    attention.windows_agree.cache_clear()
+    query, (key, value) = torch.zeros(64, 4, width), torch.zeros(2, 64, fewer, width)
+    for _ in range(2):
+        attention.attend(query, key, value, torch.tensor([0, 64]), longest, 0.3, causal)
+    attention.windows_agree.cache_clear()
+    proved = usual != "SEGMENTS" and (longest, fewer, width, causal) == (64, 4, 80, False)
+    shapes = (attention.WINDOWS, attention.VARLEN, (4, 4, 80), torch.float32, False)
+    assert proofs == [(shapes, attention.WINDOWED)] * proved
+    other = attention.VARLEN if usual == "FLASH_4" else getattr(attention, usual)
+    assert asked == [attention.WINDOWS if proved and agreeing else other] * 2
+
+
 @pytest.mark.parametrize("pair", [True, False], ids=["with sums", "alone"])
 @pytest.mark.parametrize("width", [80, 96])
 def test_heads_of_odd_widths_are_filled_up_for_flash_attn_4(monkeypatch, width, pair):
