@@ -1,7 +1,7 @@
 """Kernels of attention beside each other, at the shapes of a step: ms, errors against fp32, and the proof's verdict.
 
-    pip install flash-attn-4==4.0.0b36 nvidia-cutlass-dsl[cu13]==4.8.1      # measured where it is installed
-    pip install dew-flash-attn-cu13==0.3.6 "jax[cuda13]"                    # flash-attention 3, prebuilt, for JAX alone
+    pip install "flash-attn-4[cu13]==4.0.0b36"                  # measured where it is installed
+    pip install dew-flash-attn-cu13==0.3.6 "jax[cuda13]"        # flash-attention 3, prebuilt, for JAX alone
     python benchmarks/attention_speed.py --out benchmarks/results/h100_attention.json
 
 Needs a GPU and bf16. What kernels/attention.py may choose from takes one micro-batch of four pages: the language

@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -168,6 +168,35 @@ def test_our_own_kernel_takes_windows_that_it_has_proved(monkeypatch, usual, lon
     assert proofs == [(shapes, attention.WINDOWED)] * proved
     other = attention.VARLEN if usual == "FLASH_4" else getattr(attention, usual)
     assert asked == [attention.WINDOWS if proved and agreeing else other] * 2
+
+
+@pytest.mark.parametrize(
+    ("usual", "window", "agreeing", "words"),
+    [
+        ("FLASH_4", 112, True, "{FLASH_4} for the language model, {VARLEN} for the rest, {WINDOWS} for windows"),
+        ("VARLEN", 112, True, "{VARLEN}, {WINDOWS} for windows"),
+        ("VARLEN", 112, False, "{VARLEN}"),
+        ("VARLEN", 224, True, "{VARLEN}"),
+        ("VARLEN", None, True, "{VARLEN}"),
+        ("SEGMENTS", 112, True, "{SEGMENTS}"),
+    ],
+)
+def test_a_training_says_which_kernels_it_has_proved(monkeypatch, usual, window, agreeing, words):
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setattr(attention, "attention_kernel", lambda device, half: getattr(attention, usual))
+
+    def agrees(kernel, other, shapes, dtype, causal, lengths=attention.PAGES):
+        assert shapes == ((16, 2, 128) if causal else (16, 16, 80)) and dtype == torch.bfloat16
+        return agreeing if kernel == attention.WINDOWS else causal
+
+    monkeypatch.setattr(attention, "agrees", agrees)
+    attention.windows_agree.cache_clear()
+    text = SimpleNamespace(num_attention_heads=16, num_key_value_heads=2, hidden_size=2048)
+    vision = SimpleNamespace(num_heads=16, hidden_size=1280, patch_size=14, window_size=window)
+    config = SimpleNamespace(get_text_config=lambda: text, vision_config=vision)
+    found = attention.attention_words(config, "cuda", torch.bfloat16)
+    attention.windows_agree.cache_clear()
+    assert found == words.format(**vars(attention))
 
 
 @pytest.mark.parametrize("pair", [True, False], ids=["with sums", "alone"])
