@@ -23,6 +23,7 @@ from training.cleaning import CLEANING_STEPS, clean_html
 from training.page_checks import screenshot_size
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import attention_speed
 import default_run
 import dictation
 import endings_write
@@ -39,7 +40,7 @@ import write_speed
 import use_model_from_hub as use
 import writing.engine
 from families import family_of, page_costs
-from kernels import gated_delta
+from kernels import attention, gated_delta
 from scoring.renders import Renderer
 from training.page_order import PageSampler
 
@@ -445,6 +446,40 @@ def test_linear_attention_that_fails_is_told_and_the_torch_way_is_measured_alone
     monkeypatch.setitem(gated_delta.WAYS, gated_delta.FLA, gated_delta.page_by_page)
     found = linear_attention.measure(16, (5, 3), "cpu")
     assert found["agrees"] and {*found} == {"errors", "agrees", gated_delta.FLA, gated_delta.PAGES}
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 16, True, (9, 9)), (2, 2, 16, False, (4, 4, 1))], ids=["pages", "windows"])
+def test_kernels_of_attention_are_measured_and_what_fails_is_told(monkeypatch, shape):
+    """A GPU's kernels are played by SDPA, their times by what was run."""
+
+    def refuses(*unused):
+        raise RuntimeError("no wgmma here")
+
+    def wrong(query, *rest):  # as flash-attn 4 beta 36 for heads of 80
+        return attention.segment_by_segment(0 * query + query.detach(), *rest)
+
+    plays = {attention.VARLEN: attention.segment_by_segment, attention.FLASH: wrong, attention.FLASH_4: refuses}
+    for name, kernel in (plays | {attention.WINDOWS: attention.segment_by_segment}).items():
+        monkeypatch.setitem(attention.KERNELS, name, kernel)
+    monkeypatch.setattr(attention_speed, "timed", lambda run: 4.0 if isinstance(run(), list) else 1.0)
+    attention.agrees.cache_clear()
+    shape = attention_speed.Shape(*shape)
+    with pytest.warns(UserWarning, match="flash-attn differs from torch's"):
+        found = {name: attention_speed.measure(name, shape, "cpu") for name in [*plays, attention.WINDOWS]}
+    attention.agrees.cache_clear()
+    right, bad = found[attention.VARLEN], found[attention.FLASH]
+    assert (right["forward_ms"], right["both_ms"]) == (1, 4) and "agrees" not in right
+    assert all(0 < error < 0.01 for error in right["errors"].values())
+    assert bad["errors"]["values"] < 0.01 and bad["errors"]["to queries"] == 1 and bad["agrees"] is False
+    assert found[attention.FLASH_4] == {"failed": "RuntimeError: no wgmma here"}
+    windows = found[attention.WINDOWS]
+    assert windows == {} if shape.causal else windows["agrees"] and windows["errors"] == right["errors"]
+
+
+def test_operations_of_attention_are_those_of_its_two_products():
+    shape = attention_speed.Shape(3, 1, 16, False, (5, 2))
+    assert shape.operations() == sum(2 * 2 * length * length * 16 * 3 for length in (5, 2))
+    assert shape._replace(causal=True).operations() * 2 == shape.operations()
 
 
 # -----------------------------------------------------------------------------
