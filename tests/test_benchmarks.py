@@ -196,7 +196,7 @@ def test_curves_that_are_there_are_compared_and_not_run_again(tmp_path, monkeypa
     apart = json.loads(out.with_suffix(".json").read_text())["beside"]["ours"]["ours-8bit"]
     assert apart == pytest.approx({"worst": 0.5, "mean": 0.7 / 12, "end": -0.1})
     assert "a step differs by at most 0.5000, the end by -0.1000" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="holds curves of other settings"):
+    with pytest.raises(SystemExit, match=r"other settings \(learning_rate 1e-5, here 1e-4"):
         same_curve.main([*argv, "--learning_rate", "1e-4"])
     # One that cannot be had is said, and the others stay.
     monkeypatch.setattr(same_curve, "losses", lambda *unused: ([], "played: no such flag"))
