@@ -40,6 +40,7 @@ WAYS: dict[str, tuple[str, list[str]]] = {
     "plain-order2": (f"plain, {ORDER2}", ["--fast", "False"]),
 }
 LAST = 6  # the end of a curve: the mean of its last sixth
+NONE = 5e-5  # where a logarithmic scale shows no difference at all
 START_S = 30  # a way that has less left is not begun
 
 
@@ -140,10 +141,11 @@ def draw(curves: dict[str, list[float]], first: str, path: Path) -> None:
         if way != first:
             apart = [abs(one - other) for one, other in zip(values, curves[first])]
             faint = 0.4 if "seed2" in way else 1.0  # other pages in each step: its single steps are not comparable
-            below.plot(steps, [max(one, 1e-4) for one in apart], linewidth=1.5, alpha=faint, **style)
+            below.plot(steps, [max(one, NONE) for one in apart], linewidth=1.5, alpha=faint, **style)
     above.set(ylabel="loss per supervised token", title="The same weights and pages")
     above.legend(frameon=False)
-    below.set(xlabel="optimizer step", ylabel=f"difference to {WAYS[first][0]} (0.0001: none)", yscale="log")
+    below.set(xlabel="optimizer step", ylabel="difference", yscale="log")
+    below.set_title(f"beside {WAYS[first][0]} ({NONE:.5f}: all printed digits agree)", fontsize="medium")
     figure.savefig(path)
     pyplot.close(figure)
 
