@@ -33,6 +33,7 @@ import make_pages_speed
 import make_shapes
 import other_order
 import random_weights
+import same_curve
 import step_speed
 import unseen_text
 import write_speed
@@ -182,6 +183,27 @@ def test_another_order_trains_each_step_on_the_same_pages(monkeypatch):
 # Reading
 
 LINE = "step 3/8  loss 12.3400  lr 1.0e-05  3.41 pages/s  MFU 30 %  wait 3 %  71.9 GiB  0:12 min left\n"
+
+
+def test_curves_that_are_there_are_compared_and_not_run_again(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "curves"
+    argv = ["--base_model", "base", "--pages", "pages", "--out", str(out), "--steps", "12", "--ways", "ours,ours-8bit"]
+    monkeypatch.setattr(same_curve, "losses", lambda *unused: pytest.fail("a way was run again"))
+    earlier = {"settings": same_curve.settings_of(same_curve.parse(argv)), "seconds": {}}
+    curve = [12.0 - step for step in range(12)]
+    earlier["losses"] = {"ours": curve, "ours-8bit": [*curve[:4], curve[4] + 0.5, *curve[5:11], curve[11] - 0.2]}
+    out.with_suffix(".json").write_text(json.dumps(earlier))
+    assert same_curve.main(argv) == 0 and out.with_suffix(".png").stat().st_size > 10_000
+    apart = json.loads(out.with_suffix(".json").read_text())["beside"]["ours"]["ours-8bit"]
+    assert apart == pytest.approx({"worst": 0.5, "mean": 0.7 / 12, "end": -0.1})
+    assert "a step differs by at most 0.5000, the end by -0.1000" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"other settings \(learning_rate 1e-5, here 1e-4"):
+        same_curve.main([*argv, "--learning_rate", "1e-4"])
+    # One that cannot be had is said, and the others stay.
+    monkeypatch.setattr(same_curve, "losses", lambda *unused: ([], "played: no such flag"))
+    assert same_curve.main([*argv[:-1], "ours,ours-8bit,ours-fp8"]) == 1
+    assert "missing: ours-fp8" in capsys.readouterr().out
+    assert json.loads(out.with_suffix(".json").read_text())["losses"] == earlier["losses"]
 
 
 def test_the_figures_of_our_line_are_read():
