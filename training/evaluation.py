@@ -273,6 +273,7 @@ class Rendering:
         self.facts: dict[str, str] = {}  # of the browser, once it has rendered
         self.proved = False  # by the scorer, of itself, in this run
         self.scorers: Scorers | None = None  # at work since the writing began
+        self.expected: Dataset | None = None  # whose references nobody has asked for yet
         self.ending: threading.Thread | None = None  # those of before
 
     @cached_property
@@ -306,9 +307,7 @@ class Rendering:
                     finished = partial(self.give, self.progress(label), pages)
                     if not self.proved:
                         self.scorers.prove()
-                    # The longest are written to the end, after which nobody should wait for more than they need.
-                    for place in longest_first(pages):
-                        self.scorers.expect(pair_of({"html": None}, pages[place]))
+                    self.expected = pages
                 except (BrowserMissing, OSError) as error:
                     self.give_up(error)
             yield finished
@@ -316,6 +315,12 @@ class Rendering:
 
     def give(self, progress: Progress, pages: Dataset, row: Row) -> None:
         """A page that is written, unless an interrupted run has scored it."""
+        if self.expected is not None:
+            # Not before the first answer: until then cores open screenshots. The longest are written to the end, after
+            # which nobody should wait for more than they need.
+            for place in longest_first(self.expected):
+                self.scorers.expect(pair_of({"html": None}, self.expected[place]))
+            self.expected = None
         pair = pair_of(row, pages[row["place"]])
         if pair.key not in progress.rows:
             self.scorers.give(pair, progress.folder)
