@@ -62,7 +62,7 @@ from training.best_weights import BestWeights
 from training.checkpoints import Checkpoints
 from training.disk_space import check_space
 from training.errors import DataError, NotFiniteError, PipelineError, SettingsError, StoppedError, is_out_of_memory
-from training.evaluation import Rendering, announce, keep_outputs, parts_of, score_held_out, write_held_out
+from training.evaluation import Rendering, announce, keep_outputs, parts_of, render_and_score, write_held_out
 from training.final_folder import copy_base_files, load_weights, save_final, whole_copy
 from training.heartbeat import heart, on_main_alone
 from training.loss import plain_loss
@@ -663,8 +663,8 @@ class Evaluator:
 
     def score(self, label: str, rows: list[dict], decoding: use.Recipe) -> dict:
         """(main process only) The result of evaluation.score_held_out, rendered where there is a browser."""
-        scores = self.rendering.score(f"{label} {decoding.repetition_penalty}", rows, self.pages)
-        return score_held_out(rows, list(self.pages), scores, self.parts)
+        label = f"{label} {decoding.repetition_penalty}"
+        return render_and_score(self.rendering, label, rows, self.pages, self.parts)
 
     def try_penalty(self, penalty: float, copy: PreTrainedModel, label: str) -> float:
         """(all ranks) What chooses, under another repetition penalty; the exact share where nothing is rendered."""

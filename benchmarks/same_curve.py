@@ -7,8 +7,8 @@
 The first of `--ways` is the one beside which the others are held. What it differs by from itself where the pages of
 each step come in another order (`-order2`) is what rounding alone does. With another seed (`-seed2`) all pages come in
 another order, so a single step says nothing, but the end of both curves does: what changes arithmetic on purpose has to
-end as near. Writes OUT.json after each way, and OUT.png; ways that stand there are not run again, so a call that
---total_s has ended goes on where it was. The base needs weights (benchmarks/random_weights.py makes some).
+end as near. Writes OUT.json after each way, and OUT.png; what stands there is not run again (--again: it is), so a call
+that --total_s has ended goes on where it was. The base needs weights (benchmarks/random_weights.py makes some).
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ WAYS: dict[str, tuple[str, list[str]]] = {
     "plain-order2": (f"plain, {ORDER2}", ["--fast", "False"]),
 }
 LAST = 6  # the end of a curve: the mean of its last sixth
+NONE = 5e-5  # where a logarithmic scale shows no difference at all
 START_S = 30  # a way that has less left is not begun
 
 
@@ -57,6 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_html_tokens", type=int, default=4096, help="longer pages are left out")
     parser.add_argument("--total_s", type=float, default=36_000, help="seconds for all ways together")
     parser.add_argument("--extra", default="", help="more flags of the training, for every way")
+    parser.add_argument("--again", action="store_true", help="run also what stands in OUT.json")
     args = parser.parse_args(argv)
     args.ways = args.ways.split(",")
     if unknown := [way for way in args.ways if way not in WAYS]:
@@ -69,7 +71,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """What all curves of a file have in common."""
     names = ("steps", "pages_per_step", "learning_rate", "max_html_tokens", "extra")
-    return {"base_model": args.base_model.name, "pages": args.pages.name} | {name: vars(args)[name] for name in names}
+    common = {"base_model": args.base_model.name, "pages": args.pages.name, "gpu": gpu_name() or "CPU"}
+    return common | {name: vars(args)[name] for name in names} | {"versions": versions()}
 
 
 def command_of(way: str, args: argparse.Namespace, number: int, place: Path) -> list[str]:
@@ -131,36 +134,42 @@ def draw(curves: dict[str, list[float]], first: str, path: Path) -> None:
     figure, (above, below) = pyplot.subplots(2, figsize=(8, 7), dpi=120, layout="constrained", height_ratios=(2, 1))
     for number, (way, values) in enumerate(curves.items()):
         steps, label = range(1, len(values) + 1), WAYS[way][0]
-        # Later ones are thinner and broken, so that those beneath are seen where all lie on each other.
-        style = {"color": f"C{number}", "linestyle": ("-", "--", ":", "-.")[number % 4], "label": label}
-        above.plot(steps, values, linewidth=max(1.2, 3 - 0.5 * number), **style)
+        # The first is broad and pale, and the others are broken, so that all are seen where they lie on each other.
+        colour = "0.8" if way == first else f"C{number - 1}"
+        style = {"color": colour, "linestyle": ("-", "--", ":", "-.")[number % 4], "label": label}
+        above.plot(steps, values, linewidth=7 if way == first else 1.8, **style)
         if way != first:
             apart = [abs(one - other) for one, other in zip(values, curves[first])]
             faint = 0.4 if "seed2" in way else 1.0  # other pages in each step: its single steps are not comparable
-            below.plot(steps, [max(one, 1e-4) for one in apart], linewidth=1.5, alpha=faint, **style)
+            below.plot(steps, [max(one, NONE) for one in apart], linewidth=1.5, alpha=faint, **style)
     above.set(ylabel="loss per supervised token", title="The same weights and pages")
     above.legend(frameon=False)
-    below.set(xlabel="optimizer step", ylabel=f"difference to {WAYS[first][0]}", yscale="log")
+    below.set(xlabel="optimizer step", ylabel="difference", yscale="log")
+    below.set_title(f"beside {WAYS[first][0]} ({NONE:.5f}: all printed digits agree)", fontsize="medium")
     figure.savefig(path)
     pyplot.close(figure)
 
 
-def read_earlier(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier call has written; raises SystemExit where its curves are of other settings."""
-    if not path.exists():
+def read_earlier(path: Path, settings: dict[str, Any], again: bool) -> dict[str, Any]:
+    """What an earlier call has written, to be gone on with; raises SystemExit where that was with other settings."""
+    if again or not path.exists():
         return {"settings": settings, "losses": {}, "seconds": {}}
     earlier = json.loads(path.read_text(encoding="utf-8"))
-    if (held := earlier.get("settings")) != settings:
-        raise SystemExit(f"{path} holds curves of other settings ({held}, here {settings}): give another --out")
+    held = earlier.get("settings", {})
+    if differ := [name for name in settings if held.get(name) != settings[name]]:
+        words = ", ".join(f"{name} {held.get(name)}, here {settings[name]}" for name in differ)
+        raise SystemExit(f"{path} holds curves of other settings ({words}): give another --out, or --again")
     return earlier
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     file = args.out.with_name(args.out.name + ".json")
-    facts = read_earlier(file, settings_of(args)) | {"gpu": gpu_name() or "CPU", "versions": versions()}
+    facts = read_earlier(file, settings_of(args), args.again)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     to_do = [way for way in args.ways if way not in facts["losses"]]
+    if done := [way for way in args.ways if way in facts["losses"]]:
+        print(f"there already, and not run again: {', '.join(done)}", flush=True)
     place, wrong = Path(tempfile.mkdtemp(prefix="same_curve-")), {}
     deadline = time.monotonic() + args.total_s
 

@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from families import Family, family_of, page_costs, trains_fast
 from scoring.report_values import plural
-from training import zero3
+from training import eight_bit, zero3
 from training.activation_offload import Offload, link_rate, pinnable_gib
 from training.checkpoints import RESTARTED, STAGING, checkpoints_in
 from training.errors import PipelineError, SettingsError, is_out_of_memory
@@ -119,7 +120,7 @@ def scope_of(
         four_bit=settings.quantize == "4bit",
         frozen_vision=settings.freeze_vision,
         fused=settings.fuse != "no",
-        eight_bit="8bit" in str(training.get("optim", "")),
+        eight_bit=eight_bit.is_asked(training.get("optim")),
         fp8=getattr(settings, "fp8", False),
     )
     # resolve() has put a number here wherever one was typed, for this or for --per_device_train_batch_size
@@ -177,7 +178,11 @@ def choose_micro_batch(
     scope = scope_of(settings, vars(args), deepspeed, config)
     loads, mean = longest_loads(pages, encoder, scope), mean_load(pages, encoder, scope)
     hardware = hardware_of(args.device, scope)
-    decision = decide(scope, lambda size: loads[size - 1], mean, world_size(), hardware)
+
+    def longest(size: int) -> Load:
+        return loads[size - 1]
+
+    decision = decide(scope, longest, mean, world_size(), hardware)
     plan, limit = decision.chosen, hardware.gpu_gib
     if plan is None:  # the plan may err: tried, with a warning, rather than refused
         plan = decision.smallest
@@ -196,6 +201,9 @@ def choose_micro_batch(
         f"{plan.total_gib:.1f} GiB planned of {limit:.1f} ({parts})"
     )
     say(in_columns(told))
+    roomy = decide(scope, longest, mean, world_size(), replace(hardware, pinned_gib=math.inf)).chosen
+    if words := link_words(plan, roomy, hardware):
+        say(in_columns(words))
     return plan
 
 
@@ -217,6 +225,18 @@ def link_of(device: torch.device, scope: Scope) -> float:
     except RuntimeError as error:  # a container may allow little memory to be pinned, or none
         say(f"no activations wait in the CPU's memory: none of it could be pinned ({error})")
         return 0.0
+
+
+def link_words(plan: MemoryPlan, roomy: MemoryPlan | None, hardware: Hardware) -> str:
+    """What the link to the CPU carries, and whether the CPU's memory is what keeps more from waiting there, as it would
+    by `roomy`, the plan for any amount of it; empty where nothing would."""
+    if roomy is not None and roomy.pinned_gib > hardware.pinned_gib and plan.way != roomy.way:
+        return (
+            f"offload: no more than {hardware.pinned_gib:.1f} GiB of the CPU's memory may be pinned for each process; "
+            f"with {roomy.pinned_gib:.1f} the plan would be: {plural(roomy.way.micro_batch, 'page')} at once, "
+            f"{way_words(roomy)}"
+        )
+    return f"offload: the link to the CPU carries {hardware.link_gb_s:.0f} GB/s each way" if plan.way.offloaded else ""
 
 
 def whole_words(way: Way) -> str:
@@ -422,7 +442,17 @@ def treat_layers(
             layer.gradient_checkpointing = treated == "recomputed"
         if away:
             offload = Offload(layers, [treated == "offloaded" for treated in ways], device)
+        if vision and not any(parameter.requires_grad for layer in layers for parameter in layer.parameters()):
+            spare_frozen_tower(model)
     return offload
+
+
+def spare_frozen_tower(model: torch.nn.Module) -> None:
+    """Take from a tower that learns nothing the backward pass that transformers 5.23 gives it: with activation
+    checkpointing the output of every embedding, of patches too, is made to need a gradient."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and getattr(module, "_require_grads_hooks", None):
+            module.disable_input_require_grads()  # adapters have a hook of their own (add_adapters)
 
 
 def layers_of(model: torch.nn.Module, vision: bool) -> list[torch.nn.Module]:
@@ -475,7 +505,12 @@ def fast_table(scope: Scope, page: Load) -> str:
         for size in SIZES_GIB:
             decision = decide(scope, page.times, page, processes, Hardware(MEMORY_SHARE * size, link_gb_s=LINK_GB_S))
             rows.append((processes, size, decision.chosen))
-    return table(rows, scope.way)
+    told = table(rows, scope.way)
+    if any(plan and plan.way.offloaded for _, _, plan in rows):
+        told += (
+            f"\noffloaded: planned for a link to the CPU of {LINK_GB_S:.0f} GB/s each way, and for as much memory there"
+        )
+    return told
 
 
 def plain_words(scope: Scope, settings: PageSettings) -> str:

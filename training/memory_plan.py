@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from families.page_costs import LOSS_ROWS, Shape, Tower, page_operations, page_seconds, weights_of
+from training.eight_bit import MOMENT_BYTES
 
 GIB = 2**30
 
@@ -146,10 +147,9 @@ def state(shape: Shape, way: Way) -> dict[str, float]:
     learning = ADAPTER_SHARE * total if way.adapters else total - (vision if way.frozen_vision else 0)
     if not way.sharded:  # fp32 weights and their half-precision copies, which autocast keeps for the backward pass
         stored = (0.55 * language + 2 * (vision + embedding)) if way.four_bit else (2 if way.adapters else 6) * total
-        moments = (2 if way.eight_bit else 8) * learning
+        moments = (MOMENT_BYTES if way.eight_bit else 8) * learning
         return {"weights": stored, "gradients": 4 * learning, "optimizer": moments, "gathered": 0.0}
-    # An fp32 copy, and two moments, of fp32 or of a byte each.
-    optimizer = (6 if way.eight_bit else 12) * learning
+    optimizer = (4 + (MOMENT_BYTES if way.eight_bit else 8)) * learning  # an fp32 copy, and two moments
     live = total if way.whole else min(total, LIVE_WEIGHTS)
     parts = {"weights": 2 * total / shared, "gradients": 2 * learning / shared, "optimizer": optimizer / shared}
     parts["gathered"] = 2 * live * (shared > 1 or way.offload)  # one process: DeepSpeed gathers without a copy

@@ -68,6 +68,22 @@ def test_the_layers_of_each_tower_are_treated_as_the_plan_has_it():
         assert sum(block.gradient_checkpointing for block in blocks) == int(len(blocks) * share_of_vision)
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_tower_that_learns_nothing_has_no_backward_pass(learns):
+    """With activation checkpointing transformers would give it one, which kept what adapters were not planned for."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    model = Qwen2_5_VLForConditionalGeneration(conftest.make_config(conftest.make_tokenizer()))
+    model.model.visual.requires_grad_(learns)
+    if not learns:
+        model = pipeline.add_adapters(model, PageSettings(lora=True), seed=0)
+    model.activation_checkpointing_enable()
+    memory_fit.treat_layers(model, Way())
+    patches = next(part for name, part in model.named_modules() if name.endswith("visual.patch_embed"))
+    embedded = model.get_input_embeddings()(torch.tensor([1]))
+    assert embedded.requires_grad and patches(torch.randn(4, patches.proj.weight[0].numel())).requires_grad == learns
+
+
 @pytest.mark.slow
 def test_the_plan_obeys_a_typed_batch_size(base):
     assert {row[2] for row in rows_of(plan_of(base, *ZERO_3))} != {"2"}
@@ -191,6 +207,16 @@ def test_weights_are_gathered_once_per_step_where_they_fit(share, threshold, who
     assert plan.total_gib <= MEMORY_SHARE * share * 140
     assert plan.parts_gib["gathered"] == pytest.approx(7.0 if whole else 1.86, rel=0.02)
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 8
+
+
+@pytest.mark.parametrize(("pinned", "words"), [(math.inf, "carries 50 GB/s"), (1.0, "no more than 1.0 GiB")])
+def test_the_console_says_whether_the_link_or_the_cpus_memory_binds(pinned, words, shapes_of_3b):
+    resolved = resolve(["--plan", *ZERO_3])
+    scope = memory_fit.scope_of(resolved.settings, resolved.training, resolved.deepspeed, shapes_of_3b)
+    load = Load(3_500, 5_000, 1_500)
+    hardware = Hardware(75, link_gb_s=50, pinned_gib=pinned)
+    plans = [memory_fit.decide(scope, load.times, load, 1, Hardware(75, None, 50, most)) for most in (pinned, math.inf)]
+    assert words in memory_fit.link_words(plans[0].chosen, plans[1].chosen, hardware)
 
 
 # -----------------------------------------------------------------------------
