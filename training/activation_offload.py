@@ -164,12 +164,14 @@ class HostMemory:
             )
         self.chunks.append(torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=self.pinned))
 
-    def begin_again(self) -> bool:
-        """From the bottom, unless somebody still waits for what lies there; whether that is so. Whoever writes there
-        has to wait for copies that come back from there."""
-        if free := not len(self.living):
+    def begin_again(self) -> None:
+        """From the bottom, unless somebody still waits for what lies there.
+
+        No copy comes back from there any more then: the stream that computes was told to wait for each before what it
+        belongs to was let go of, and what is sent from now on waits for that stream.
+        """
+        if not len(self.living):
             self.used = 0
-        return free
 
 
 # -----------------------------------------------------------------------------
@@ -225,11 +227,6 @@ class Link:
         if stored.ready is not None:
             self.wait(stored.ready)
             stored.ready = None
-
-    def turn_round(self) -> None:
-        """What is sent from now on may lie where copies came from until now."""
-        if self.leaving is not None:
-            self.leaving.wait_stream(self.coming)
 
 
 def _parts(buffer: torch.Tensor, pieces: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -321,8 +318,7 @@ class Offload:
     def begin(self) -> None:
         """Another forward pass; whatever an earlier one has left, by an error or without a backward pass, goes."""
         self.let_go(0)
-        if self.memory.begin_again():
-            self.link.turn_round()
+        self.memory.begin_again()
         self.current = Pass()
 
     def run(self, this: Pass, number: int, inputs: tuple, options: dict) -> Any:

@@ -75,13 +75,13 @@ def test_so_they_do_with_fused_functions(monkeypatch):
 @pytest.mark.slow
 def test_the_fused_functions_need_few_graphs(tiny, model, monkeypatch):
     """torch leaves a function as it is, and slow, that would need more than eight. They are counted, and nothing is
-    compiled: some layers are recomputed, lengths change, gradients are followed or not."""
+    compiled: some layers are recomputed, others offloaded, lengths change, gradients are followed or not."""
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: compiled(function, backend="eager"))
     torch._dynamo.reset()
     twin = fast_twin(model, fuse=True).train()
     twin.gradient_checkpointing_enable({"use_reentrant": False})
-    memory_fit.treat_layers(twin, memory_plan.Way(recomputed=0.5, recomputed_vision=0.5))
+    memory_fit.treat_layers(twin, memory_plan.Way(recomputed=0.5, recomputed_vision=0.5, offloaded=0.5))
     with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
         for count in (3, 2, 4):
             batch = tiny.collate(tiny.pages(count, seed=count), packed=True)
