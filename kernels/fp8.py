@@ -1,7 +1,7 @@
 """Products in fp8: rows cast with a scale each, their transposes, and the activation of an MLP cast as it is made.
 
     rows = cast(hidden)                                     # (S, K) to fp8, a scale for each row
-    weights = Weights([gate.weight, up.weight])             # cast, and transposed when the first gradient asks for it
+    weights = Weights([gate.weight, up.weight])             # cast
     gate, up = weights.forward(rows, [None, None])          # hidden @ weight.T, in bf16
     inner = weights.for_input(cast(gradient))               # gradient @ weight
     both = for_weight(cast(gradient), rows)                 # gradient.T @ hidden
@@ -275,15 +275,15 @@ def product(
 
 
 class Weights:
-    """Weights (N, K) that take the same rows, one below the other in fp8; their transpose is made when it is asked for.
+    """Weights (N, K) that take the same rows, one below the other in fp8, with a scale for each row.
 
-    Each has a scale a row; transposed they have one in all.
+    Transposed, with one scale in all, they are made each time that they are asked for, which a layer's tokens outweigh
+    by far; kept they would be a second byte of each weight.
     """
 
     def __init__(self, weights: Sequence[torch.Tensor]):
         self.sizes = [len(weight) for weight in weights]
         self.rows = empty_rows(weights[0], sum(self.sizes), weights[0].shape[1], E4M3)
-        self.back: tuple[torch.Tensor, torch.Tensor] | None = None
         for weight, *into in zip(weights, *(part.split(self.sizes) for part in self.rows)):
             cast(weight, into=Rows(*into))
 
@@ -296,12 +296,11 @@ class Weights:
 
     def for_input(self, gradient: Rows, quick: bool = True) -> torch.Tensor:
         """`gradient` (S, N of all) times the weights, (S, K): the sum over all of them in one product."""
-        if self.back is None:
-            most = self.rows.scales.amax()
-            # A scale for each row again: torch takes both sides' by row or neither's.
-            scales = most.expand(1, self.rows.values.shape[1]).contiguous()
-            self.back = transposed(self.rows.values, [self.rows.scales], most), scales
-        return product(gradient.values, self.back[0], gradient.scales, self.back[1], quick=quick)
+        most = self.rows.scales.amax()
+        across = transposed(self.rows.values, [self.rows.scales], most)
+        # A scale for each row again: torch takes both sides' by row or neither's.
+        scales = most.expand(1, len(across)).contiguous()
+        return product(gradient.values, across, gradient.scales, scales, quick=quick)
 
 
 def for_weight(gradient: Rows, rows: Rows, quick: bool = True) -> torch.Tensor:
