@@ -304,7 +304,7 @@ def test_too_few_pages_are_refused_before_anything_runs(tiny_base, pages_folder,
 # A whole run and its evaluation
 
 LOG = [
-    (2.0, "precision: bf16"),
+    (2.0, "quantisation: none (DeepSpeed shards full-precision weights)"),
     (3.0, "1,000 training and 32 held-out pages in 0.9 s; memory 0.9 GiB"),
     (13.0, "holo1_3b_shapes: 3,754.6 M parameters in 9.9 s; memory 9.0 GiB"),
     (20.0, "step 1/125  loss 12.3046  lr 0.0e+00  3.81 pages/s"),
@@ -405,6 +405,12 @@ def test_tokens_are_held_against_the_plain_model_as_they_were_chosen(tiny_base, 
     for asked in (recipe, punished):
         found = write_speed.hold_against_plain(model, processor, asked, 2, 24, drafts=False)
         assert found["argmax"] == 1 and found["tokens"] > 24 and found["most_behind_in_roundings"] == 0
+    found, real = write_speed.hold_against_fp32(model, processor, recipe, 3, 24), write_speed.dictated_logits
+    assert found["engine_argmax_of_fp32"] == found["plain_argmax_of_fp32"] == 1 and found["tokens"] > 24
+    assert found["plain_to_fp32"] == 0 and found["engine_to_fp32"] == found["engine_to_plain"] < 1e-5
+    worse = lambda *given: [1.25 * logits for logits in real(*given)]  # noqa: E731
+    monkeypatch.setattr(write_speed, "dictated_logits", worse)
+    assert write_speed.hold_against_fp32(model, processor, recipe, 1, 24)["engine_to_fp32"] == pytest.approx(0.25, 1e-3)
     monkeypatch.setattr(write_speed, "processed", lambda logits, *unused: logits)
     assert write_speed.hold_against_plain(model, processor, punished, 2, 24, drafts=False)["argmax"] < 1
     pages = write_speed.pages_like_real(processor.tokenizer, 2, 300)
