@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -213,9 +213,31 @@ def is_plain(layer: torch.nn.Module) -> bool:
     return all(type(part) is torch.nn.Linear for part in layer.modules() if isinstance(part, torch.nn.Linear))
 
 
+class Products(Protocol):
+    """Another way to the three functions below, an attribute `products` of the linear layers that go it."""
+
+    def normed_products(
+        self, hidden: torch.Tensor, norm: torch.nn.Module, *linears: torch.nn.Linear
+    ) -> tuple[torch.Tensor, ...]: ...
+
+    def add_product(self, residual: torch.Tensor, hidden: torch.Tensor, linear: torch.nn.Linear) -> torch.Tensor: ...
+
+    def add_mlp(
+        self, hidden: torch.Tensor, norm: torch.nn.Module, *linears: torch.nn.Linear, again: bool
+    ) -> torch.Tensor: ...
+
+
+def products_of(*linears: torch.nn.Linear) -> Products | None:
+    """The other way of `linears`, which belong together; None where one of them has none, as almost always."""
+    ways = [getattr(linear, "products", None) for linear in linears]
+    return ways[0] if all(ways) else None
+
+
 def normed_products(hidden: torch.Tensor, norm: torch.nn.Module, *linears: torch.nn.Linear) -> tuple[torch.Tensor, ...]:
     """norm(`hidden`) (S, H) times the weights of each of `linears`, (S, out) each; what was normed is recomputed in the
     backward pass."""
+    if way := products_of(*linears):
+        return way.normed_products(hidden, norm, *linears)
     return NormedProducts.apply(hidden, norm, len(linears), norm.weight, bias_of(norm), *_flat(linears))
 
 
@@ -226,13 +248,18 @@ def normed_heads(states: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
 
 def add_product(residual: torch.Tensor, hidden: torch.Tensor, linear: torch.nn.Linear) -> torch.Tensor:
     """`residual` (S, H) + `linear`(`hidden`) (S, in); returns (S, H)."""
+    if way := products_of(linear):
+        return way.add_product(residual, hidden, linear)
     return AddProduct.apply(residual, hidden, linear.weight, linear.bias)
 
 
 def add_mlp(hidden: torch.Tensor, norm: torch.nn.Module, mlp: torch.nn.Module, again: bool = False) -> torch.Tensor:
     """`hidden` + mlp(rms_norm(`hidden`)), (S, H); what was normed and the gated product are recomputed in the backward
     pass, gate and up (S, I) are kept. With `again` nothing but what is kept is made (`Recomputed`)."""
-    return AddMlp.apply(hidden, norm, again, norm.weight, *_flat((mlp.gate_proj, mlp.up_proj, mlp.down_proj)))
+    linears = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    if way := products_of(*linears):
+        return way.add_mlp(hidden, norm, *linears, again=again)
+    return AddMlp.apply(hidden, norm, again, norm.weight, *_flat(linears))
 
 
 def _flat(linears: Sequence[torch.nn.Linear]) -> list[torch.Tensor | None]:

@@ -27,7 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from families import Family, family_of, page_costs, trains_fast
 from scoring.report_values import plural
-from training import eight_bit, zero3
+from training import eight_bit, fp8_training, zero3
 from training.activation_offload import Offload, link_rate, pinnable_gib
 from training.checkpoints import RESTARTED, STAGING, checkpoints_in
 from training.errors import PipelineError, SettingsError, is_out_of_memory
@@ -121,7 +121,7 @@ def scope_of(
         frozen_vision=settings.freeze_vision,
         fused=settings.fuse != "no",
         eight_bit=eight_bit.is_asked(training.get("optim")),
-        fp8=getattr(settings, "fp8", False),
+        fp8=settings.fp8,
     )
     # resolve() has put a number here wherever one was typed, for this or for --per_device_train_batch_size
     auto = settings.micro_batch == "auto"
@@ -330,6 +330,12 @@ class Fit:
                     "and pages: one of them computes another model. --fast False trains the plain way; first see by "
                     "`--fast False --compare_base --max_steps 1` that the base writes there what it should"
                 )
+        if self.settings.fp8:  # before the proof below, which is then of fp8
+            pages_once = min(2, trainer.args.per_device_train_batch_size, len(held_out))
+            compared = list(held_out.select(range(pages_once)))
+            # Where weights stay gathered from step to step, they are cast once.
+            keep = world_size() == 1 or bool(self.plan and self.plan.way.whole)
+            fp8_training.begin(trainer, lambda: self.forward(trainer, collate(compared)), keep)
         if self.plan:
             self.prove(trainer, collate, pages)
         if offload:

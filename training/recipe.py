@@ -55,6 +55,7 @@ def gather_facts(settings: PageSettings, args: TrainingArguments, base: Path) ->
         **({"base_model_from": origin} if origin else {}),
         "base_revision": snapshot,
         **({"random_weights": True} if settings.random_weights else {}),
+        **({"fp8": "products of the language model's layers, in e4m3"} if settings.fp8 else {}),
         "dataset": " and ".join(public_name(each.name) for each in asked),
         **(facts_of(asked[0]) if len(asked) == 1 else facts_of_several(asked)),
         "commit": commit or None,

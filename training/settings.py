@@ -119,6 +119,9 @@ class PageSettings:
         "Fuse element-wise parts with torch.compile: auto (on a GPU with triton), yes, no.",
         choices=["auto", "yes", "no"],
     )
+    fp8: bool = setting(
+        False, "Multiply in fp8 (e4m3) in the layers of the language model; refused where it does not agree with bf16."
+    )
     micro_batch: str = setting(
         "auto", "Pages that go through at once on each GPU, or auto: as many as fit. Pages per step stay the same."
     )
@@ -243,6 +246,7 @@ class Machine:
     gpu: bool | None = None
     bf16: bool | None = None
     gpu_name: str = ""
+    fp8: bool | None = None  # whether the GPU multiplies in fp8
 
 
 def look_at_machine() -> Machine:
@@ -251,7 +255,8 @@ def look_at_machine() -> Machine:
 
     if not torch.cuda.is_available():
         return Machine(gpu=False)
-    return Machine(True, torch.cuda.is_bf16_supported(including_emulation=False), torch.cuda.get_device_name())
+    bf16, fp8 = torch.cuda.is_bf16_supported(including_emulation=False), torch.cuda.get_device_capability() >= (8, 9)
+    return Machine(True, bf16, torch.cuda.get_device_name(), fp8)
 
 
 def parse(argv: list[str], problems: list[str] | None = None) -> tuple[dict, dict]:
@@ -611,6 +616,7 @@ def find_problems(resolved: Resolved) -> list[str]:
     """Every problem of the resolved settings, each with its remedy; what is merely worth knowing becomes a note."""
     settings, problems = resolved.settings, list(resolved.problems)
     problems += number_problems(settings) + place_problems(resolved) + resume_problems(resolved)
+    problems += fp8_problems(resolved) if settings.fp8 else []
     if settings.early_stopping_patience and not settings.eval_every:
         problems.append(f"--early_stopping_patience {settings.early_stopping_patience} needs --eval_every N")
     if not settings.prompt.strip():
@@ -635,6 +641,33 @@ def find_problems(resolved: Resolved) -> list[str]:
     except SettingsError as error:
         problems += str(error).split("\n")
     return problems
+
+
+def fp8_problems(resolved: Resolved) -> list[str]:
+    """Why the layers of the language model cannot multiply in fp8, each with its remedy; whether it agrees with bf16
+    shows before step one (fp8_training.py)."""
+    settings, training, machine = resolved.settings, resolved.training, resolved.machine
+    # --plan is asked before there is a GPU.
+    on_cpu = (machine.gpu is False or training["use_cpu"]) and not settings.plan
+    asked = {
+        "with --fast False: the model's own way multiplies in bf16; leave one out": not settings.fast,
+        "with --lora: adapters multiply beside weights that stay as they are; leave one out": settings.lora,
+        "with --quantize 4bit: 4-bit weights multiply in their own way; leave one out": settings.quantize == "4bit",
+        "without DeepSpeed: weights are fp32 there, and autocast multiplies; give --deepspeed ds_z3.json": (
+            resolved.deepspeed is None and not (settings.lora or settings.quantize == "4bit")
+        ),
+        "needs a GPU of compute capability 8.9 or more, and there is none; leave it out": on_cpu,
+        f"needs a GPU of compute capability 8.9 or more, which {machine.gpu_name} is not; leave it out": (
+            machine.fp8 is False and not on_cpu and not settings.plan
+        ),
+        "needs triton, which is not installed; install requirements.txt, or leave it out": (
+            importlib.util.find_spec("triton") is None and not settings.plan
+        ),
+        "needs bf16, for all that it leaves as it is; leave --fp16 and --bf16 False out": (
+            not training["bf16"] and not on_cpu and not settings.plan
+        ),
+    }
+    return [f"--fp8 {why}" for why, holds in asked.items() if holds]
 
 
 def number_problems(settings: PageSettings) -> list[str]:

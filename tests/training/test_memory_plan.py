@@ -25,6 +25,8 @@ def test_parts_add_up_to_the_state_of_mixed_precision_adam():
     assert four.parts_gib["optimizer"] == pytest.approx(alone.parts_gib["optimizer"] / 4)
     assert alone.total_gib == pytest.approx(sum(alone.parts_gib.values()))
     assert alone.parts_gib["gathered"] == 0 < four.parts_gib["gathered"]
+    cast = estimate(SHAPE, PAGE, Way(processes=1, fp8=True)).parts_gib["gathered"]
+    assert cast == pytest.approx(memory_plan.weights_of(SHAPE)[0] / 2**30), "a byte for each weight that is kept in fp8"
 
 
 @pytest.mark.parametrize(

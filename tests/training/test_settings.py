@@ -5,6 +5,7 @@ Sections: What meets where, What is refused, Without torch, The real script.
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,26 @@ def test_a_fitting_batch_size_in_the_json_is_fine_and_typed_pages_win_over_it(tm
     path = write_json(tmp_path, PLAIN_JSON | {"train_batch_size": 8})
     assert not resolve(["--deepspeed", path]).problems
     assert not resolve(["--deepspeed", path, "--gradient_accumulation_steps", "2"]).problems
+
+
+@pytest.mark.parametrize(
+    ("argv", "machine", "message"),
+    [
+        ([], Machine(gpu=False), "--fp8 needs a GPU of compute capability 8.9 or more, and there is none"),
+        ([], Machine(True, True, "an A100", False), "capability 8.9 or more, which an A100 is not; leave it out"),
+        (["--fp16"], Machine(True, True, "an H100", True), "--fp8 needs bf16, for all that it leaves as it is"),
+        (["--fast", "False"], Machine(), "--fp8 with --fast False"),
+        (["--lora"], Machine(), "--fp8 with --lora"),
+    ],
+)
+def test_fp8_is_refused_by_name_where_it_cannot_be(argv, machine, message, tmp_path):
+    json_file = ["--deepspeed", write_json(tmp_path, PLAIN_JSON)]
+    assert any(message in problem for problem in find_problems(resolve(["--fp8", *json_file, *argv], machine)))
+    hopper = Machine(True, True, "an H100", True)
+    assert not find_problems(resolve(["--fp8", *json_file], hopper))
+    assert not find_problems(resolve(["--fp8", "--plan", *json_file], Machine(gpu=False)))
+    (problem,) = find_problems(resolve(["--fp8"], replace(hopper, gpu=None)))
+    assert "--fp8 without DeepSpeed" in problem
 
 
 def test_python_version_is_one_that_is_tested():
