@@ -17,6 +17,7 @@ import argparse
 import json
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -24,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from step_speed import Way, environment, gpu_name, versions
+from step_speed import ENDED_BY, Ended, Way, end_by_signal, environment, gpu_name, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER2, SEED2 = "pages of each step in another order", "another seed"
@@ -42,6 +43,7 @@ WAYS: dict[str, tuple[str, list[str]]] = {
 LAST = 6  # the end of a curve: the mean of its last sixth
 NONE = 5e-5  # where a logarithmic scale shows no difference at all
 START_S = 30  # a way that has less left is not begun
+RUNNING: list[Way] = []  # for whoever ends them all
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -100,6 +102,7 @@ def losses(way: str, args: argparse.Namespace, number: int, place: Path, deadlin
         env["CUDA_VISIBLE_DEVICES"] = str(number % args.gpus)
     print(f"{way}:", flush=True)
     running = Way(command_of(way, args, number, place), place / f"{way}.log", folder, env)
+    RUNNING.append(running)
     try:
         steps, ending = running.steps(args.steps, left)
     finally:
@@ -182,11 +185,17 @@ def main(argv: list[str] | None = None) -> int:
         facts["losses"][way], facts["seconds"][way] = found, round(time.monotonic() - start, 1)
         file.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
+    pool = ThreadPoolExecutor(args.gpus)
     try:
-        with ThreadPoolExecutor(args.gpus) as pool:
-            for done in [pool.submit(run, number, way) for number, way in enumerate(to_do)]:
-                done.result()
+        for done in [pool.submit(run, number, way) for number, way in enumerate(to_do)]:
+            done.result()
+    except Ended as ended:  # in this thread alone: the others see that their way has ended
+        pool.shutdown(wait=False, cancel_futures=True)
+        for way in RUNNING:
+            way.end(grace_s=5)
+        wrong.update({way: str(ended) for way in to_do if way not in facts["losses"]})
     finally:
+        pool.shutdown()
         shutil.rmtree(place, ignore_errors=True)
     first, curves = args.ways[0], {way: facts["losses"][way] for way in args.ways if way in facts["losses"]}
     if first in curves and len(curves) > 1:
@@ -203,4 +212,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    for its_number in ENDED_BY:
+        signal.signal(its_number, end_by_signal)
     sys.exit(main())
