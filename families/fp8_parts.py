@@ -80,6 +80,13 @@ def put_into_fp8(layers: torch.nn.Module, way: Fp8 | None) -> None:
             module.products = way if fits else None
 
 
+def normed_rows(norm: torch.nn.Module, hidden: torch.Tensor, weight: torch.Tensor) -> fp8.Rows:
+    """`hidden` (S, H) normed, in fp8."""
+    if norm.fused.own_norm:
+        return fp8.cast(norm.fused.rms_norm(hidden, weight, epsilon_of(norm)))
+    return fp8.norm_cast(hidden, weight, epsilon_of(norm))
+
+
 def weight_gradients(
     way: Fp8,
     wanted: Sequence[bool],
@@ -113,7 +120,7 @@ class NormedProducts(torch.autograd.Function):
         norm_weight: torch.Tensor,
         *weights: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
-        normed = fp8.cast(norm.fused.rms_norm(hidden, norm_weight, epsilon_of(norm)))
+        normed = normed_rows(norm, hidden, norm_weight)
         ctx.save_for_backward(hidden, norm_weight, *weights[::2])
         ctx.norm, ctx.way, ctx.first = norm, way, first
         return tuple(way.weights(first, *weights[::2]).forward(normed, weights[1::2], way.quick))
@@ -126,7 +133,7 @@ class NormedProducts(torch.autograd.Function):
         outer = torch.cat(gradients, 1)
         gradient = way.rows(outer)
         inner = way.weights(ctx.first, *weights).for_input(gradient, way.quick_backward)
-        normed = fp8.cast(fused.rms_norm(hidden, norm_weight, epsilon))
+        normed = normed_rows(ctx.norm, hidden, norm_weight)
         sizes = [len(weight) for weight in weights]
         found = weight_gradients(way, ctx.needs_input_grad[5:], outer, gradient, normed, sizes)
         nothing = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
@@ -183,7 +190,7 @@ class AddMlp(torch.autograd.Function):
         up_weight: torch.Tensor,
         down_weight: torch.Tensor,
     ) -> torch.Tensor:
-        normed = fp8.cast(norm.fused.rms_norm(hidden, norm_weight, epsilon_of(norm)))
+        normed = normed_rows(norm, hidden, norm_weight)
         gate, up = way.weights(linears[0], gate_weight, up_weight).forward(normed, [None, None], way.quick)
         ctx.save_for_backward(hidden, gate, up, norm_weight, gate_weight, up_weight, down_weight)
         ctx.norm, ctx.way, ctx.linears = norm, way, linears
@@ -203,7 +210,7 @@ class AddMlp(torch.autograd.Function):
         del inner  # as in fast_parts: not beside what comes next
         for_down, _ = weight_gradients(way, (wanted[8], False), None, gradient, product, [len(down_weight)])
         del gradient, product
-        normed = fp8.cast(fused.rms_norm(hidden, norm_weight, epsilon))
+        normed = normed_rows(ctx.norm, hidden, norm_weight)
         asked, sizes = (wanted[6], False, wanted[7], False), [len(gate_weight), len(up_weight)]
         for_gate, _, for_up, _ = weight_gradients(way, asked, None, both, normed, sizes)
         inner = way.weights(ctx.linears[0], gate_weight, up_weight).for_input(both, way.quick_backward)

@@ -273,11 +273,12 @@ def test_rows_are_cast_and_transposed_to_fp8_as_by_torch(kernels, monkeypatch, n
     # Of numbers that fp8 has: the interpreter rounds others otherwise, at times to half of them (3.8).
     rows = (torch.randn(37, 96, device=DEVICE).to(kind).float() * sizes).bfloat16()
     rows[5] = 0
-    gate, up, outer = torch.randn(3, 37, 48, device=DEVICE).bfloat16()
+    gate, up, outer = torch.randn(3, 37, 48, device=DEVICE).half()
 
     def made():
         both = room.swiglu_backward_cast(gate, up, outer, kind)
-        return room.cast(rows[:, 16:], kind), room.swiglu_cast(gate, up, kind), *both
+        normed = room.norm_cast(gate, up[0], 1e-6, kind)
+        return room.cast(rows[:, 16:], kind), room.swiglu_cast(gate, up, kind), *both, normed
 
     found = made()
     scales = found[1].scales, found[3].scales
