@@ -3,6 +3,7 @@
 Rooms from top to bottom; each may import those below it, and none above:
 
     attention        attention inside packed pages, by the kernel that proves right
+    window_attention attention inside windows of 64 patches, each by a program of its own
     gated_delta      linear attention inside packed pages, by the way that proves right
     fp8              products in fp8, with the casts and transposes that they need
     slot_attention   attention of new tokens over the slots of a static cache

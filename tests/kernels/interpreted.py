@@ -1,4 +1,4 @@
-"""A decoding step's kernels: on a GPU as they are, elsewhere by Triton's own interpreter, no mock, but slow."""
+"""Kernels of a step and of windows: on a GPU as they are, elsewhere by Triton's own interpreter, no mock, but slow."""
 
 import importlib
 import sys
@@ -295,3 +295,28 @@ def test_rows_are_cast_and_transposed_to_fp8_as_by_torch(kernels, monkeypatch, n
     # Moved by powers of two, numbers are rounded only where they become the smallest that fp8 has.
     apart = across[1].float() - room.transposed(found[1].values, scales, most).float()
     assert apart.abs().max() <= torch.finfo(kind).tiny * torch.finfo(kind).eps
+
+
+@pytest.mark.parametrize("kind", MULTIPLIED, ids=str)
+@pytest.mark.parametrize("width", [80, 24])
+def test_windows_equal_segments_by_torch(kernels, width, kind):
+    """Gradients too; keys and values of strides of their own, windows cut off by the picture's edge, a fifth of a row
+    that is nobody's."""
+    room, attention = kernels("window_attention"), kernels("attention")
+    torch.manual_seed(6)
+    lengths = [64, 1, 33, 16]
+    bounds = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    together = torch.randn(sum(lengths), 5, 2, width, device=DEVICE).to(kind)
+    query, key, value, outer, _ = together.unbind(1)
+    given = [query.clone(), key, value.transpose(0, 1).contiguous().transpose(0, 1)]
+    found, wanted = ([part.to(form).detach().requires_grad_() for part in given] for form in (kind, torch.float32))
+    assert found[1].stride(0) == 5 * 2 * width and found[2].stride(1) > width
+    done = room.see(*found, bounds, 64, width**-0.5)
+    right = attention.segment_by_segment(*wanted, bounds, 64, width**-0.5, False)
+    close(done, right, kind)
+    rest = torch.autograd.grad(done, found, outer), torch.autograd.grad(right, wanted, outer.float())
+    for one, other in zip(*rest):
+        close(one, other, kind)
+    with pytest.raises(ValueError, match="a window of 65 places is longer than the 64"):
+        room.see(*found, bounds, 65, 1.0)
+    assert attention.WINDOW == room.LONGEST
