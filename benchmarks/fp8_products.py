@@ -247,11 +247,13 @@ def measure_layer(rows: int, shape: tuple[int, ...]) -> dict:
         return {"forward": done.detach() - hidden.detach(), **dict(zip(named, found))}
 
     wanted, told = both(), {"bf16": {"forward ms": timed(forward), "both ms": timed(both)}}
+    quick = {"keep": True, "quick_input": True}
     ways = {
         "e4m3": fp8_parts.Fp8(keep=True),
-        "e4m3, quick backward": fp8_parts.Fp8(keep=True, quick_backward=True),
-        "e5m2, quick backward": fp8_parts.Fp8(fp8.E5M2, keep=True, quick_backward=True),
-        "e4m3, weights cast each time": fp8_parts.Fp8(quick_backward=True),
+        "e4m3, quick for input": fp8_parts.Fp8(**quick),
+        "e4m3, quick": fp8_parts.Fp8(**quick, quick_weight=True),
+        "e5m2, quick": fp8_parts.Fp8(fp8.E5M2, **quick, quick_weight=True),
+        "e4m3, quick, weights cast each time": fp8_parts.Fp8(quick_input=True, quick_weight=True),
     }
     for name, way in ways.items():
         fp8_parts.put_into_fp8(layer, way)
