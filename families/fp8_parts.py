@@ -22,8 +22,9 @@ from kernels import fp8
 class Fp8:
     """How products are computed; one object for all layers of a model.
 
-    `gradients` is their precision, e4m3 or e5m2. `quick`, `quick_input` and `quick_weight` let tensor cores sum up alone,
-    forward, for the gradients that go on to other layers, and for those of weights, the longest sums, over all tokens. With `keep`, weights are cast once until `forget` is called, for a byte each.
+    `gradients` is their precision, e4m3 or e5m2. `quick`, `quick_input` and `quick_weight` let tensor cores sum up
+    alone: forward, for the gradients that go on to other layers, and for those of weights, which are the longest sums,
+    over all tokens. With `keep`, weights are cast once until `forget` is called, for a byte each.
     """
 
     gradients: torch.dtype = fp8.E4M3
