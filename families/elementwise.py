@@ -123,6 +123,7 @@ class Elementwise:
         named = {function.__name__: function for function in (*alike, gelu, gelu_backward, rotate, cross_entropy)}
         named |= {"head_norm": rms_norm, "head_norm_backward": rms_norm_backward}
         named |= {function.__name__: function for function in own}
+        self.own_norm = named["rms_norm"] is not rms_norm  # a family's, which computes something else
         for name, function in named.items():
             if fuse:
                 # A code object of its own: torch.compile keeps its graphs by code, and two families would mix.

@@ -22,13 +22,15 @@ from kernels import fp8
 class Fp8:
     """How products are computed; one object for all layers of a model.
 
-    `gradients` is their precision, e4m3 or e5m2. `quick` and `quick_backward` let tensor cores sum up alone, forward
-    and for both gradients. With `keep`, weights are cast once until `forget` is called, for a byte each.
+    `gradients` is their precision, e4m3 or e5m2. `quick`, `quick_input` and `quick_weight` let tensor cores sum up
+    alone: forward, for the gradients that go on to other layers, and for those of weights, which are the longest sums,
+    over all tokens. With `keep`, weights are cast once until `forget` is called, for a byte each.
     """
 
     gradients: torch.dtype = fp8.E4M3
     quick: bool = True
-    quick_backward: bool = False
+    quick_input: bool = False
+    quick_weight: bool = False
     keep: bool = False
     kept: dict[torch.nn.Linear, fp8.Weights] = field(default_factory=dict)
     used: set[torch.nn.Linear] = field(default_factory=set)  # whose products have come here
@@ -80,6 +82,13 @@ def put_into_fp8(layers: torch.nn.Module, way: Fp8 | None) -> None:
             module.products = way if fits else None
 
 
+def normed_rows(norm: torch.nn.Module, hidden: torch.Tensor, weight: torch.Tensor) -> fp8.Rows:
+    """`hidden` (S, H) normed, in fp8."""
+    if norm.fused.own_norm:
+        return fp8.cast(norm.fused.rms_norm(hidden, weight, epsilon_of(norm)))
+    return fp8.norm_cast(hidden, weight, epsilon_of(norm))
+
+
 def weight_gradients(
     way: Fp8,
     wanted: Sequence[bool],
@@ -92,7 +101,7 @@ def weight_gradients(
     of `outer`, the gradient as it was, which may be None where there are none."""
     for_weights, for_biases = [None] * len(sizes), [None] * len(sizes)
     if any(wanted[::2]):
-        for_weights = fp8.for_weight(gradient, rows, way.quick_backward).split(list(sizes))
+        for_weights = fp8.for_weight(gradient, rows, way.quick_weight).split(list(sizes))
     if any(wanted[1::2]):
         # A sum over rows as a product, as in fast_parts.
         for_biases = (outer.T @ outer.new_ones(len(outer))).split(list(sizes))
@@ -113,7 +122,7 @@ class NormedProducts(torch.autograd.Function):
         norm_weight: torch.Tensor,
         *weights: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
-        normed = fp8.cast(norm.fused.rms_norm(hidden, norm_weight, epsilon_of(norm)))
+        normed = normed_rows(norm, hidden, norm_weight)
         ctx.save_for_backward(hidden, norm_weight, *weights[::2])
         ctx.norm, ctx.way, ctx.first = norm, way, first
         return tuple(way.weights(first, *weights[::2]).forward(normed, weights[1::2], way.quick))
@@ -125,8 +134,8 @@ class NormedProducts(torch.autograd.Function):
         # Side by side: one scale a token, and one product that sums over all of them.
         outer = torch.cat(gradients, 1)
         gradient = way.rows(outer)
-        inner = way.weights(ctx.first, *weights).for_input(gradient, way.quick_backward)
-        normed = fp8.cast(fused.rms_norm(hidden, norm_weight, epsilon))
+        inner = way.weights(ctx.first, *weights).for_input(gradient, way.quick_input)
+        normed = normed_rows(ctx.norm, hidden, norm_weight)
         sizes = [len(weight) for weight in weights]
         found = weight_gradients(way, ctx.needs_input_grad[5:], outer, gradient, normed, sizes)
         nothing = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
@@ -155,7 +164,7 @@ class AddProduct(torch.autograd.Function):
     def backward(ctx, outer: torch.Tensor) -> tuple:
         hidden, weight = ctx.saved_tensors
         way, gradient = ctx.way, ctx.way.rows(outer)
-        inner = way.weights(ctx.linear, weight).for_input(gradient, way.quick_backward)
+        inner = way.weights(ctx.linear, weight).for_input(gradient, way.quick_input)
         wanted = ctx.needs_input_grad[4:]
         return (
             outer,
@@ -183,7 +192,7 @@ class AddMlp(torch.autograd.Function):
         up_weight: torch.Tensor,
         down_weight: torch.Tensor,
     ) -> torch.Tensor:
-        normed = fp8.cast(norm.fused.rms_norm(hidden, norm_weight, epsilon_of(norm)))
+        normed = normed_rows(norm, hidden, norm_weight)
         gate, up = way.weights(linears[0], gate_weight, up_weight).forward(normed, [None, None], way.quick)
         ctx.save_for_backward(hidden, gate, up, norm_weight, gate_weight, up_weight, down_weight)
         ctx.norm, ctx.way, ctx.linears = norm, way, linears
@@ -198,14 +207,14 @@ class AddMlp(torch.autograd.Function):
         hidden, gate, up, norm_weight, gate_weight, up_weight, down_weight = ctx.saved_tensors
         way, fused, epsilon, wanted = ctx.way, ctx.norm.fused, epsilon_of(ctx.norm), ctx.needs_input_grad
         gradient = way.rows(outer)
-        inner = way.weights(ctx.linears[2], down_weight).for_input(gradient, way.quick_backward)
+        inner = way.weights(ctx.linears[2], down_weight).for_input(gradient, way.quick_input)
         both, product = fp8.swiglu_backward_cast(gate, up, inner, way.gradients)
         del inner  # as in fast_parts: not beside what comes next
         for_down, _ = weight_gradients(way, (wanted[8], False), None, gradient, product, [len(down_weight)])
         del gradient, product
-        normed = fp8.cast(fused.rms_norm(hidden, norm_weight, epsilon))
+        normed = normed_rows(ctx.norm, hidden, norm_weight)
         asked, sizes = (wanted[6], False, wanted[7], False), [len(gate_weight), len(up_weight)]
         for_gate, _, for_up, _ = weight_gradients(way, asked, None, both, normed, sizes)
-        inner = way.weights(ctx.linears[0], gate_weight, up_weight).for_input(both, way.quick_backward)
+        inner = way.weights(ctx.linears[0], gate_weight, up_weight).for_input(both, way.quick_input)
         for_hidden, for_norm = fused.rms_norm_backward(hidden, norm_weight, epsilon, inner, outer)
         return for_hidden, None, None, None, None, for_norm, for_gate, for_up, for_down

@@ -1,4 +1,4 @@
-"""Products in fp8: rows cast with a scale each, their transposes, and the activation of an MLP cast as it is made.
+"""Products in fp8: rows cast with a scale each, also as they are normed or gated, and transposed.
 
     rows = cast(hidden)                                     # (S, K) to fp8, a scale for each row
     weights = Weights([gate.weight, up.weight])             # cast
@@ -73,6 +73,23 @@ def cast_kernel(source, target, scales, width, stride, LARGEST: tl.constexpr, WI
     wide = tl.load(source + row * stride + place, mask=inside, other=0.0).to(tl.float32)
     scale, inverse = scale_of(tl.max(tl.abs(wide), 0), LARGEST)
     tl.store(target + row * width + place, (wide * inverse).to(target.dtype.element_ty), mask=inside)
+    tl.store(scales + row, scale)
+
+
+@triton.jit
+def norm_cast_kernel(
+    source, weight, target, scales, width, epsilon, LARGEST: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, WIDTH)
+    inside = place < width
+    wide = tl.load(source + row * width + place, mask=inside, other=0.0).to(tl.float32)
+    wide = wide * tl.rsqrt(tl.sum(wide * wide, 0) / width + epsilon)
+    # Rounded before it meets the weight, as the model's own norm is.
+    normed = wide.to(source.dtype.element_ty).to(tl.float32)
+    normed *= tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
+    scale, inverse = scale_of(tl.max(tl.abs(normed), 0), LARGEST)
+    tl.store(target + row * width + place, (normed * inverse).to(target.dtype.element_ty), mask=inside)
     tl.store(scales + row, scale)
 
 
@@ -195,6 +212,20 @@ def cast(states: torch.Tensor, kind: torch.dtype = E4M3, into: Rows | None = Non
     options = {"LARGEST": torch.finfo(kind).max, "WIDTH": triton.next_power_of_2(width), "num_warps": warps_for(width)}
     cast_kernel[(count,)](states, *into, width, states.stride(0), **options)
     return into
+
+
+def norm_cast(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float, kind: torch.dtype = E4M3) -> Rows:
+    """`hidden` (S, H) over its root mean square, times `weight` (H,), in fp8 alone: elementwise.rms_norm, but for the
+    rounding of its result."""
+    if not on_triton(hidden):
+        wide = hidden.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+        return cast_by_torch(wide.to(hidden.dtype).float() * weight.float(), kind)
+    count, width = hidden.shape
+    rows = empty_rows(hidden, count, width, kind)
+    options = {"LARGEST": torch.finfo(kind).max, "WIDTH": triton.next_power_of_2(width), "num_warps": warps_for(width)}
+    norm_cast_kernel[(count,)](hidden.contiguous(), weight, *rows, width, epsilon, **options)
+    return rows
 
 
 def swiglu_cast(gate: torch.Tensor, up: torch.Tensor, kind: torch.dtype = E4M3) -> Rows:

@@ -63,13 +63,17 @@ class Agreement:
 
 
 class WeightsChange(TrainerCallback):
-    """Has weights cast anew where a step begins, also the first one after a checkpoint."""
+    """Has weights cast anew after each step, and before the first: a checkpoint may have brought others."""
 
     def __init__(self, way: Fp8):
         self.way = way
 
     def on_step_begin(self, *unused: object, **also_unused: object) -> None:
-        """(any rank) What was kept is of the weights before the last step."""
+        """(any rank) What was kept since the proof may be of other weights."""
+        self.way.forget()
+
+    def on_optimizer_step(self, *unused: object, **also_unused: object) -> None:
+        """(any rank) At once, so that an evaluation that follows has their memory."""
         self.way.forget()
 
 

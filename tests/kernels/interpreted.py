@@ -264,6 +264,39 @@ def test_attention_over_slots_equals_torchs(kernels, heads, fewer, new, parts, k
             assert torch.equal(cache[slot, :, place + new :], old[slot, :, place + new :])
 
 
+@pytest.mark.parametrize("name", ["E4M3", "E5M2"])
+def test_rows_are_cast_and_transposed_to_fp8_as_by_torch(kernels, monkeypatch, name):
+    """Rows of any size, of zeros, and apart in memory; a number of them that is no multiple of 16."""
+    room = kernels("fp8")
+    torch.manual_seed(6)
+    kind, sizes = getattr(room, name), 2.0 ** torch.arange(-18, 19, device=DEVICE)[:, None]
+    # Of numbers that fp8 has: the interpreter rounds others otherwise, at times to half of them (3.8).
+    rows = (torch.randn(37, 96, device=DEVICE).to(kind).float() * sizes).bfloat16()
+    rows[5] = 0
+    gate, up, outer = torch.randn(3, 37, 48, device=DEVICE).half()
+
+    def made():
+        both = room.swiglu_backward_cast(gate, up, outer, kind)
+        normed = room.norm_cast(gate, up[0], 1e-6, kind)
+        return room.cast(rows[:, 16:], kind), room.swiglu_cast(gate, up, kind), *both, normed
+
+    found = made()
+    scales = found[1].scales, found[3].scales
+    most = (scales[0] * scales[1]).amax()
+    across = room.transposed(found[1].values), room.transposed(found[1].values, scales, most)
+    monkeypatch.setattr(room, "on_triton", lambda states: False)
+    for one, other in zip(found, wanted := made()):
+        assert one.values.dtype == other.values.dtype and torch.equal(one.scales, other.scales)
+        assert (one.dequantised() - other.dequantised()).norm() < 0.2 * other.dequantised().norm()
+    assert torch.equal(found[0].values.float(), wanted[0].values.float())
+    assert torch.equal(found[0].dequantised(), rows[:, 16:].float())
+    assert torch.equal(across[0].float(), room.transposed(found[1].values).float())
+    assert across[0].shape == (48, 48) and not across[0][:, 37:].float().any()
+    # Moved by powers of two, numbers are rounded only where they become the smallest that fp8 has.
+    apart = across[1].float() - room.transposed(found[1].values, scales, most).float()
+    assert apart.abs().max() <= torch.finfo(kind).tiny * torch.finfo(kind).eps
+
+
 @pytest.mark.parametrize("kind", MULTIPLIED, ids=str)
 @pytest.mark.parametrize("width", [80, 24])
 def test_windows_equal_segments_by_torch(kernels, width, kind):
@@ -287,35 +320,3 @@ def test_windows_equal_segments_by_torch(kernels, width, kind):
     with pytest.raises(ValueError, match="a window of 65 places is longer than the 64"):
         room.see(*found, bounds, 65, 1.0)
     assert attention.WINDOW == room.LONGEST
-
-
-@pytest.mark.parametrize("name", ["E4M3", "E5M2"])
-def test_rows_are_cast_and_transposed_to_fp8_as_by_torch(kernels, monkeypatch, name):
-    """Rows of any size, of zeros, and apart in memory; a number of them that is no multiple of 16."""
-    room = kernels("fp8")
-    torch.manual_seed(6)
-    kind, sizes = getattr(room, name), 2.0 ** torch.arange(-18, 19, device=DEVICE)[:, None]
-    # Of numbers that fp8 has: the interpreter rounds others otherwise, at times to half of them (3.8).
-    rows = (torch.randn(37, 96, device=DEVICE).to(kind).float() * sizes).bfloat16()
-    rows[5] = 0
-    gate, up, outer = torch.randn(3, 37, 48, device=DEVICE).bfloat16()
-
-    def made():
-        both = room.swiglu_backward_cast(gate, up, outer, kind)
-        return room.cast(rows[:, 16:], kind), room.swiglu_cast(gate, up, kind), *both
-
-    found = made()
-    scales = found[1].scales, found[3].scales
-    most = (scales[0] * scales[1]).amax()
-    across = room.transposed(found[1].values), room.transposed(found[1].values, scales, most)
-    monkeypatch.setattr(room, "on_triton", lambda states: False)
-    for one, other in zip(found, wanted := made()):
-        assert one.values.dtype == other.values.dtype and torch.equal(one.scales, other.scales)
-        assert (one.dequantised() - other.dequantised()).norm() < 0.2 * other.dequantised().norm()
-    assert torch.equal(found[0].values.float(), wanted[0].values.float())
-    assert torch.equal(found[0].dequantised(), rows[:, 16:].float())
-    assert torch.equal(across[0].float(), room.transposed(found[1].values).float())
-    assert across[0].shape == (48, 48) and not across[0][:, 37:].float().any()
-    # Moved by powers of two, numbers are rounded only where they become the smallest that fp8 has.
-    apart = across[1].float() - room.transposed(found[1].values, scales, most).float()
-    assert apart.abs().max() <= torch.finfo(kind).tiny * torch.finfo(kind).eps
