@@ -308,7 +308,7 @@ def llamafactory_arguments(job: Job, row_tokens: int, packed_pages: int) -> dict
         "image_min_pixels": 1,
         "packing": True,
         "neat_packing": True,
-        "cutoff_len": row_tokens + 1,  # it keeps one for padding
+        "cutoff_len": row_tokens,
         "preprocessing_batch_size": packed_pages,
         "disable_shuffling": True,
         "gradient_accumulation_steps": job.rows_per_step // int(os.environ["WORLD_SIZE"]),
@@ -358,16 +358,21 @@ def steps_of(job: Job) -> list[list[int]]:
 
 def row_size(job: Job, pack: Callable[[list[int], int], list[list[int]]]) -> tuple[int, int]:
     """(tokens of a row, pages that are packed together): the fewest tokens with which `pack` makes as many rows of each
-    step's pages as the job wants; where there are none, each row gets its share of the pages, as they come."""
+    step's pages as the job wants; where there are none, each row gets its share of the pages, as they come. A row has
+    one token of padding at least, and a multiple of 8: its collator fills others up and then finds them too long."""
     steps = steps_of(job)
     most = max(map(sum, steps))
-    for tokens in range(max(*map(max, steps), most // job.rows_per_step), most + 1):
-        if all(len(pack(list(step), tokens)) == job.rows_per_step for step in steps):
+    for tokens in range(eights(max(*map(max, steps), most // job.rows_per_step) + 1), eights(most + 1) + 1, 8):
+        if all(len(pack(list(step), tokens - 1)) == job.rows_per_step for step in steps):
             return tokens, job.pages_per_step
     count = job.pages_per_step // job.rows_per_step
     if job.pages_per_step % job.rows_per_step:
         raise SystemExit(f"{job.pages_per_step} pages cannot be packed into {job.rows_per_step} rows in every step")
-    return max(sum(step[at : at + count]) for step in steps for at in range(0, len(step), count)), count
+    return eights(max(sum(step[at : at + count]) for step in steps for at in range(0, len(step), count)) + 1), count
+
+
+def eights(count: int) -> int:
+    return -(-count // 8) * 8
 
 
 def check_rows(job: Job, rows, workers: int) -> None:

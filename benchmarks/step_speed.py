@@ -69,18 +69,14 @@ def read_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--pages_per_step", type=int, default=8, help="over all GPUs")
     parser.add_argument(
-        "--rows_per_step", type=int, help="over all GPUs, of the ways that pack pages; default: one for each 4 pages"
+        "--rows_per_step", type=int, help="of llamafactory, over all GPUs; default: one for each 4 pages"
     )
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--ways", default="ours,plain,trl", help="by commas; ours always goes first")
     parser.add_argument(
         "--extra_ours", default="", help="more flags of holo1_dom_finetune.py: --extra_ours='--fuse no'"
     )
-    parser.add_argument(
-        "--llamafactory_site",
-        type=Path,
-        help="folder of packages that go first in its way: it wants an older transformers",
-    )
+    parser.add_argument("--llamafactory_site", type=Path, help="folder of packages that go first in its way")
     parser.add_argument("--max_pixels", type=int, help="of every way; default: the training's own")
     parser.add_argument("--max_html_tokens", type=int, default=4096)
     parser.add_argument("--limit_s", type=float, default=300, help="time limit of each way, start-up included")

@@ -305,9 +305,9 @@ def first_fit(lengths: list[int], room: int) -> list[list[int]]:
 @pytest.mark.parametrize(
     ("tokens", "rows", "wanted"),
     [
-        ([38, 28, 18, 8, 48, 8, 8, 8], 2, (50, 4)),  # 40 + 10 and 30 + 20, 50 and 3 x 10
-        ([38, 8, 8, 8, 28, 28, 28, 28], 2, (60, 4)),
-        ([38, 38, 38, 38, 8, 8, 8, 8], 4, (40, 1)),  # no length makes four rows of both steps
+        ([38, 28, 18, 8, 48, 8, 8, 8], 2, (56, 4)),  # 40 + 10 and 30 + 20, 50 and 3 x 10
+        ([38, 8, 8, 8, 28, 28, 28, 28], 2, (64, 4)),
+        ([38, 38, 38, 38, 8, 8, 8, 8], 4, (48, 1)),  # no length makes four rows of both steps
     ],
 )
 def test_rows_of_a_rival_that_packs_hold_the_pages_of_their_step(tokens, rows, wanted, monkeypatch, capsys):
@@ -316,7 +316,7 @@ def test_rows_of_a_rival_that_packs_hold_the_pages_of_their_step(tokens, rows, w
     room, together = rivals.row_size(job, first_fit)
     assert (room, together) == wanted
     lengths = [count + rivals.END for count in tokens]
-    packed = [row for at in range(0, 8, together) for row in first_fit(lengths[at : at + together], room)]
+    packed = [row for at in range(0, 8, together) for row in first_fit(lengths[at : at + together], room - 1)]
     masks = [[n for n, length in enumerate(row, 1) for _ in range(length)] + [0] * (room - sum(row)) for row in packed]
     rivals.check_rows(job, {"attention_mask": masks}, 4)
     share = sum(lengths) / room / len(masks)
