@@ -3,10 +3,12 @@
 Rooms from top to bottom; each may import those below it, and none above:
 
     attention        attention inside packed pages, by the kernel that proves right
+    window_attention attention inside windows of 64 patches, each by a program of its own
     gated_delta      linear attention inside packed pages, by the way that proves right
     slot_attention   attention of new tokens over the slots of a static cache
     delta_step       one step of the gated delta rule for each slot
     skinny_products  products of a few rows with large weights
+    norm_kernels     norms of many rows and their gradients, one pass over memory each
     row_kernels      norms and activations, one pass over memory each
     early            kernels that begin while the one before them ends
     rotary_kernel    rotary positions at the speed of a GPU's memory

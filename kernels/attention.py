@@ -3,7 +3,7 @@
     attend(query, key, value, bounds, longest, scale, causal=True)          # (S, heads, D) to (S, heads, D)
     attention_words(model.config, "cuda", torch.bfloat16)                   # which kernel that is, in words
 
-A kernel that is a beta is used where it has just given what torch's own gives.
+A kernel that is a beta, or our own, is used where it has just given what torch's own gives.
 
 Shapes: S tokens or patches of all segments in one row, D the width of a head. Keys and values may have fewer heads than
 queries, each shared by as many queries (grouped queries, Ainslie et al. 2023). Segments follow each other without gaps:
@@ -13,10 +13,12 @@ segment g holds the places `bounds[g]` to `bounds[g + 1]` - 1.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import warnings
 from collections import defaultdict
 from functools import lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +29,11 @@ if TYPE_CHECKING:
 
 # The longest segments, windows of the vision tower, for which torch's kernel is faster than flash-attn 4.
 SHORT = 128
+# The longest that the kernel of windows takes (window_attention.LONGEST, which needs triton to be read), and the widest
+# heads of which it keeps a window's in a GPU's registers.
+WINDOW, WIDEST = 64, 128
+# Segments that kernels are proved with: a long one between shorter ones, of which the last has a single place; windows.
+PAGES, WINDOWED = (300, 2048, 64, 1), (64, 32, 64, 16, 64, 48, 1)
 
 
 def attend(
@@ -42,13 +49,15 @@ def attend(
     int32 on the same device, `longest` segment in places. Returns (S, heads, D).
 
     On a GPU with half precision one flash kernel takes all segments (Dao 2023; no S x S scores in memory); elsewhere
-    SDPA takes equal lengths together. flash-attn 4, a beta, is used where it has just given what torch's own gives.
+    SDPA takes equal lengths together. flash-attn 4, a beta, and a kernel of our own for the vision tower's windows are
+    used where they have just given what torch's own gives.
     """
     kernel = attention_kernel(query.device.type, query.element_size() == 2)
-    if kernel == FLASH_4:
-        shapes = (query.shape[1], key.shape[1], query.shape[2])
-        if longest <= SHORT or not agrees(kernel, VARLEN, shapes, query.dtype, causal):
-            kernel = VARLEN
+    shapes = (query.shape[1], key.shape[1], query.shape[2])
+    if kernel != SEGMENTS and longest <= WINDOW and windows_agree(shapes, query.dtype, causal):
+        kernel = WINDOWS
+    elif kernel == FLASH_4 and (longest <= SHORT or not agrees(kernel, VARLEN, shapes, query.dtype, causal)):
+        kernel = VARLEN
     return KERNELS[kernel](query, key, value, bounds, longest, scale, causal)
 
 
@@ -119,6 +128,22 @@ def varlen(
     return varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
 
 
+def windows(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    longest: int,
+    scale: float,
+    causal: bool,
+) -> torch.Tensor:
+    """A kernel of our own for windows, not causal and with as many heads of keys as of queries."""
+    # Imported here, as it needs triton.
+    from kernels import window_attention
+
+    return window_attention.see(query, key, value, bounds, longest, scale)
+
+
 @lru_cache(maxsize=1)
 def varlen_parameters() -> frozenset[str]:
     """The words that this torch's kernel knows; looked up once, not at every layer."""
@@ -167,7 +192,8 @@ def equal_segments_together(
 # By the words in which a training says at its start what it uses.
 FLASH_4, FLASH = "flash-attn 4", "flash-attn"
 VARLEN, SEGMENTS = "torch's variable-length kernel", "SDPA, segment by segment"
-KERNELS = {FLASH_4: flash_4, FLASH: flash, VARLEN: varlen, SEGMENTS: segment_by_segment}
+WINDOWS = "a kernel of our own"
+KERNELS = {FLASH_4: flash_4, FLASH: flash, VARLEN: varlen, WINDOWS: windows, SEGMENTS: segment_by_segment}
 
 # -----------------------------------------------------------------------------
 # Choice and proof
@@ -195,36 +221,58 @@ def importable(module: str) -> bool:
 
 
 def attention_words(config: PretrainedConfig, device: str, dtype: torch.dtype) -> str:
-    """What takes the segments of a model of `config` in `dtype`; flash-attn 4 is put to the proof here."""
+    """What takes the segments of a model of `config` in `dtype`; kernels that need a proof are put to it here."""
     kernel, text, vision = attention_kernel(device, dtype.itemsize == 2), config.get_text_config(), config.vision_config
-    if kernel != FLASH_4:
+    if kernel == SEGMENTS:
         return kernel
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     language = (text.num_attention_heads, text.num_key_value_heads, width)
     tower = (vision.num_heads, vision.num_heads, vision.hidden_size // vision.num_heads)
     asked = {"the language model": (language, True), "whole pictures": (tower, False)}
     # Said before step one, so that a kernel that is left out shows in the log and not only in the pages per second.
-    proved = [name for name, (shapes, causal) in asked.items() if agrees(kernel, VARLEN, shapes, dtype, causal)]
-    return f"{kernel} for {' and '.join(proved) or 'nothing'}, {VARLEN} for the rest"
+    words = kernel
+    if kernel == FLASH_4:
+        proved = [name for name, (shapes, causal) in asked.items() if agrees(kernel, VARLEN, shapes, dtype, causal)]
+        words = f"{kernel} for {' and '.join(proved) or 'nothing'}, {VARLEN} for the rest"
+    # Only Qwen2.5-VL's tower has windows.
+    window = (getattr(vision, "window_size", None) or 0) // vision.patch_size
+    if 0 < window**2 <= WINDOW and windows_agree(tower, dtype, causal=False):
+        words += f", {WINDOWS} for windows"
+    return words
+
+
+@lru_cache
+def windows_agree(shapes: tuple[int, int, int], dtype: torch.dtype, causal: bool) -> bool:
+    """Whether our own kernel takes windows of `shapes` (heads, those of keys, D), and gives what torch's gives."""
+    fits = not causal and shapes[0] == shapes[1] and shapes[2] <= WIDEST
+    # Asked first, as its lack is no fault to be warned of.
+    there = fits and importlib.util.find_spec("triton") is not None
+    return there and agrees(WINDOWS, VARLEN, shapes, dtype, causal, lengths=WINDOWED)
 
 
 @lru_cache
 def agrees(
-    kernel: str, other: str, shapes: tuple[int, int, int], dtype: torch.dtype, causal: bool, device: str = "cuda"
+    kernel: str,
+    other: str,
+    shapes: tuple[int, int, int],
+    dtype: torch.dtype,
+    causal: bool,
+    device: str = "cuda",
+    lengths: tuple[int, ...] = PAGES,
 ) -> bool:
-    """Whether two of KERNELS give the same, gradients included, for `shapes`: heads, those of keys, D.
+    """Whether two of KERNELS give the same, gradients included, for `shapes` (heads, those of keys, D) and segments of
+    `lengths`.
 
     False, with a warning that names the difference, where `kernel` fails or differs by 2 % of the norm. Raises
     torch.OutOfMemoryError, which says nothing about the kernel.
     """
     heads, fewer, width = shapes
-    longest = 2048
+    longest = max(lengths)
     # Kernels keep these for their gradients, which torch forbids for tensors of inference mode.
     with torch.inference_mode(False):
         draw = torch.Generator(device).manual_seed(0)
-        # A long segment between shorter ones, of which the last has a single place.
-        bounds = torch.tensor([0, 300, 300 + longest, 2412, 2413], dtype=torch.int32, device=device)
-        sizes = [(2413, count, width) for count in (heads, fewer, fewer, heads)]
+        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        sizes = [(sum(lengths), count, width) for count in (heads, fewer, fewer, heads)]
         *given, outer = (torch.randn(size, generator=draw, device=device, dtype=dtype) for size in sizes)
 
     def run(name: str) -> list[torch.Tensor]:

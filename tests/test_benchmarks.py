@@ -23,6 +23,7 @@ from training.cleaning import CLEANING_STEPS, clean_html
 from training.page_checks import screenshot_size
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import attention_speed
 import default_run
 import dictation
 import endings_write
@@ -33,6 +34,7 @@ import make_shapes
 import other_order
 import random_weights
 import rivals
+import same_curve
 import step_speed
 import unseen_text
 import write_speed
@@ -40,7 +42,7 @@ import write_speed
 import use_model_from_hub as use
 import writing.engine
 from families import family_of, page_costs
-from kernels import gated_delta
+from kernels import attention, gated_delta
 from scoring.renders import Renderer
 from training.page_order import PageSampler
 
@@ -182,6 +184,27 @@ def test_another_order_trains_each_step_on_the_same_pages(monkeypatch):
 # Reading
 
 LINE = "step 3/8  loss 12.3400  lr 1.0e-05  3.41 pages/s  MFU 30 %  wait 3 %  71.9 GiB  0:12 min left\n"
+
+
+def test_curves_that_are_there_are_compared_and_not_run_again(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "curves"
+    argv = ["--base_model", "base", "--pages", "pages", "--out", str(out), "--steps", "12", "--ways", "ours,ours-8bit"]
+    monkeypatch.setattr(same_curve, "losses", lambda *unused: pytest.fail("a way was run again"))
+    earlier = {"settings": same_curve.settings_of(same_curve.parse(argv)), "seconds": {}}
+    curve = [12.0 - step for step in range(12)]
+    earlier["losses"] = {"ours": curve, "ours-8bit": [*curve[:4], curve[4] + 0.5, *curve[5:11], curve[11] - 0.2]}
+    out.with_suffix(".json").write_text(json.dumps(earlier))
+    assert same_curve.main(argv) == 0 and out.with_suffix(".png").stat().st_size > 10_000
+    apart = json.loads(out.with_suffix(".json").read_text())["beside"]["ours"]["ours-8bit"]
+    assert apart == pytest.approx({"worst": 0.5, "mean": 0.7 / 12, "end": -0.1})
+    assert "a step differs by at most 0.5000, the end by -0.1000" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"other settings \(learning_rate 1e-5, here 1e-4"):
+        same_curve.main([*argv, "--learning_rate", "1e-4"])
+    # One that cannot be had is said, and the others stay.
+    monkeypatch.setattr(same_curve, "losses", lambda *unused: ([], "played: no such flag"))
+    assert same_curve.main([*argv[:-1], "ours,ours-8bit,ours-fp8"]) == 1
+    assert "missing: ours-fp8" in capsys.readouterr().out
+    assert json.loads(out.with_suffix(".json").read_text())["losses"] == earlier["losses"]
 
 
 def test_the_figures_of_our_line_are_read():
@@ -336,7 +359,7 @@ def test_too_few_pages_are_refused_before_anything_runs(tiny_base, pages_folder,
 # A whole run and its evaluation
 
 LOG = [
-    (2.0, "precision: bf16"),
+    (2.0, "quantisation: none (DeepSpeed shards full-precision weights)"),
     (3.0, "1,000 training and 32 held-out pages in 0.9 s; memory 0.9 GiB"),
     (13.0, "holo1_3b_shapes: 3,754.6 M parameters in 9.9 s; memory 9.0 GiB"),
     (20.0, "step 1/125  loss 12.3046  lr 0.0e+00  3.81 pages/s"),
@@ -437,6 +460,12 @@ def test_tokens_are_held_against_the_plain_model_as_they_were_chosen(tiny_base, 
     for asked in (recipe, punished):
         found = write_speed.hold_against_plain(model, processor, asked, 2, 24, drafts=False)
         assert found["argmax"] == 1 and found["tokens"] > 24 and found["most_behind_in_roundings"] == 0
+    found, real = write_speed.hold_against_fp32(model, processor, recipe, 3, 24), write_speed.dictated_logits
+    assert found["engine_argmax_of_fp32"] == found["plain_argmax_of_fp32"] == 1 and found["tokens"] > 24
+    assert found["plain_to_fp32"] == 0 and found["engine_to_fp32"] == found["engine_to_plain"] < 1e-5
+    worse = lambda *given: [1.25 * logits for logits in real(*given)]  # noqa: E731
+    monkeypatch.setattr(write_speed, "dictated_logits", worse)
+    assert write_speed.hold_against_fp32(model, processor, recipe, 1, 24)["engine_to_fp32"] == pytest.approx(0.25, 1e-3)
     monkeypatch.setattr(write_speed, "processed", lambda logits, *unused: logits)
     assert write_speed.hold_against_plain(model, processor, punished, 2, 24, drafts=False)["argmax"] < 1
     pages = write_speed.pages_like_real(processor.tokenizer, 2, 300)
@@ -471,6 +500,40 @@ def test_linear_attention_that_fails_is_told_and_the_torch_way_is_measured_alone
     monkeypatch.setitem(gated_delta.WAYS, gated_delta.FLA, gated_delta.page_by_page)
     found = linear_attention.measure(16, (5, 3), "cpu")
     assert found["agrees"] and {*found} == {"errors", "agrees", gated_delta.FLA, gated_delta.PAGES}
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 16, True, (9, 9)), (2, 2, 16, False, (4, 4, 1))], ids=["pages", "windows"])
+def test_kernels_of_attention_are_measured_and_what_fails_is_told(monkeypatch, shape):
+    """A GPU's kernels are played by SDPA, their times by what was run."""
+
+    def refuses(*unused):
+        raise RuntimeError("no wgmma here")
+
+    def wrong(query, *rest):  # as flash-attn 4 beta 36 for heads of 80
+        return attention.segment_by_segment(0 * query + query.detach(), *rest)
+
+    plays = {attention.VARLEN: attention.segment_by_segment, attention.FLASH: wrong, attention.FLASH_4: refuses}
+    for name, kernel in (plays | {attention.WINDOWS: attention.segment_by_segment}).items():
+        monkeypatch.setitem(attention.KERNELS, name, kernel)
+    monkeypatch.setattr(attention_speed, "timed", lambda run: 4.0 if isinstance(run(), list) else 1.0)
+    attention.agrees.cache_clear()
+    shape = attention_speed.Shape(*shape)
+    with pytest.warns(UserWarning, match="flash-attn differs from torch's"):
+        found = {name: attention_speed.measure(name, shape, "cpu") for name in [*plays, attention.WINDOWS]}
+    attention.agrees.cache_clear()
+    right, bad = found[attention.VARLEN], found[attention.FLASH]
+    assert (right["forward_ms"], right["both_ms"]) == (1, 4) and "agrees" not in right
+    assert all(0 < error < 0.01 for error in right["errors"].values())
+    assert bad["errors"]["values"] < 0.01 and bad["errors"]["to queries"] == 1 and bad["agrees"] is False
+    assert found[attention.FLASH_4] == {"failed": "RuntimeError: no wgmma here"}
+    windows = found[attention.WINDOWS]
+    assert windows == {} if shape.causal else windows["agrees"] and windows["errors"] == right["errors"]
+
+
+def test_operations_of_attention_are_those_of_its_two_products():
+    shape = attention_speed.Shape(3, 1, 16, False, (5, 2))
+    assert shape.operations() == sum(2 * 2 * length * length * 16 * 3 for length in (5, 2))
+    assert shape._replace(causal=True).operations() * 2 == shape.operations()
 
 
 # -----------------------------------------------------------------------------

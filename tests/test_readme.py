@@ -488,7 +488,8 @@ def test_every_import_is_a_requirement_or_comes_with_one():
                 imported |= {name.name.split(".")[0] for name in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add(node.module.split(".")[0])
-    optional = {"flash_attn", "fla", "triton"}  # used where they are installed; torch brings triton on Linux
+    # Used where they are installed; torch brings triton on Linux, and the last two are only measured.
+    optional = {"flash_attn", "fla", "triton", "jax", "dew_flash_attn"}
     assert not imported - packages - ours - optional - {*sys.stdlib_module_names}
     # Used without an import of ours: transformers' processors, quantisation and reports, and the tools.
     unused = packages - {*brought} - imported

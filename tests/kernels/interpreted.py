@@ -1,4 +1,4 @@
-"""A decoding step's kernels: on a GPU as they are, elsewhere by Triton's own interpreter, no mock, but slow."""
+"""Kernels of a step and of windows: on a GPU as they are, elsewhere by Triton's own interpreter, no mock, but slow."""
 
 import importlib
 import sys
@@ -49,6 +49,26 @@ def test_rows_are_normed_and_gated_as_by_torch(kernels, kind):
     close(rows.swiglu(both), rows.swiglu(both.float()), kind)
     assert all(rows.proved("norm", 80, kind, hidden.device, weights) for weights in (kind, torch.float32))
     assert rows.proved("swiglu", 144, kind, hidden.device)
+
+
+@pytest.mark.parametrize("kind", HALF, ids=str)
+def test_norms_of_many_rows_have_the_gradients_of_autograd(kernels, monkeypatch, kind):
+    norms = kernels("norm_kernels")
+    monkeypatch.setattr(norms, "PROGRAMS", 3)  # some of which take two rows of these seven, others three
+    torch.manual_seed(0)
+    hidden, gradient, residual = (torch.randn(3, 7, 80, device=DEVICE).to(kind) * 3).unbind()
+    weight = torch.randn(80, device=DEVICE).to(kind)
+    rows, scale = hidden.float().requires_grad_(), weight.float().requires_grad_()
+    wanted = torch.nn.functional.rms_norm(rows, (80,), scale, 1e-6)
+    for_rows, for_scale = torch.autograd.grad(wanted, (rows, scale), gradient.float())
+    assert not norms.takes(hidden, weight)  # gradients would be lost
+    with torch.no_grad():
+        assert norms.takes(hidden, weight) and not norms.takes(hidden.float(), weight)
+        close(norms.rms_norm(hidden, weight, 1e-6), wanted, kind)
+        for past in (residual, residual.new_zeros(())):
+            outer, inner = norms.rms_norm_backward(hidden, weight, 1e-6, gradient, past)
+            close(outer, for_rows + past.float(), kind)
+            close(inner, for_scale, kind)
 
 
 @pytest.mark.parametrize("kind", HALF, ids=str)
@@ -242,3 +262,28 @@ def test_attention_over_slots_equals_torchs(kernels, heads, fewer, new, parts, k
         for slot, place in enumerate(places.tolist()):
             assert torch.equal(cache[slot, :, :place], old[slot, :, :place])
             assert torch.equal(cache[slot, :, place + new :], old[slot, :, place + new :])
+
+
+@pytest.mark.parametrize("kind", MULTIPLIED, ids=str)
+@pytest.mark.parametrize("width", [80, 24])
+def test_windows_equal_segments_by_torch(kernels, width, kind):
+    """Gradients too; keys and values of strides of their own, windows cut off by the picture's edge, a fifth of a row
+    that is nobody's."""
+    room, attention = kernels("window_attention"), kernels("attention")
+    torch.manual_seed(6)
+    lengths = [64, 1, 33, 16]
+    bounds = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    together = torch.randn(sum(lengths), 5, 2, width, device=DEVICE).to(kind)
+    query, key, value, outer, _ = together.unbind(1)
+    given = [query.clone(), key, value.transpose(0, 1).contiguous().transpose(0, 1)]
+    found, wanted = ([part.to(form).detach().requires_grad_() for part in given] for form in (kind, torch.float32))
+    assert found[1].stride(0) == 5 * 2 * width and found[2].stride(1) > width
+    done = room.see(*found, bounds, 64, width**-0.5)
+    right = attention.segment_by_segment(*wanted, bounds, 64, width**-0.5, False)
+    close(done, right, kind)
+    rest = torch.autograd.grad(done, found, outer), torch.autograd.grad(right, wanted, outer.float())
+    for one, other in zip(*rest):
+        close(one, other, kind)
+    with pytest.raises(ValueError, match="a window of 65 places is longer than the 64"):
+        room.see(*found, bounds, 65, 1.0)
+    assert attention.WINDOW == room.LONGEST

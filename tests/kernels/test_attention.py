@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -135,6 +135,68 @@ def test_flash_attn_4_takes_long_segments_that_it_has_proved(monkeypatch, longes
     assert all(a is b for a, b in zip(given, (query, key, value, bounds, longest, 0.3, True), strict=True))
     wanted = (attention.FLASH_4, attention.VARLEN, (4, 2, 16), torch.float32, True)
     assert proofs == ([wanted] if longest > 128 else [])
+
+
+@pytest.mark.parametrize("usual", ["FLASH_4", "VARLEN", "SEGMENTS"])
+@pytest.mark.parametrize(
+    ("longest", "fewer", "width", "causal", "agreeing"),
+    [
+        (64, 4, 80, False, True),
+        (64, 4, 80, False, False),
+        (65, 4, 80, False, True),
+        (64, 2, 80, False, True),
+        (64, 4, 160, False, True),
+        (64, 4, 80, True, True),
+    ],
+    ids=["windows", "unlike torch's", "longer", "fewer keys", "wider", "causal"],
+)
+def test_our_own_kernel_takes_windows_that_it_has_proved(monkeypatch, usual, longest, fewer, width, causal, agreeing):
+    """The kernel itself: tests/kernels/interpreted.py."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    asked, proofs = [], []
+    kernels = {name: lambda *given, name=name: asked.append(name) for name in attention.KERNELS}
+    monkeypatch.setattr(attention, "KERNELS", kernels)
+    monkeypatch.setattr(attention, "attention_kernel", lambda device, half: getattr(attention, usual))
+    monkeypatch.setattr(attention, "agrees", lambda *given, lengths: proofs.append((given, lengths)) or agreeing)
+    attention.windows_agree.cache_clear()
+    query, (key, value) = torch.zeros(64, 4, width), torch.zeros(2, 64, fewer, width)
+    for _ in range(2):
+        attention.attend(query, key, value, torch.tensor([0, 64]), longest, 0.3, causal)
+    attention.windows_agree.cache_clear()
+    proved = usual != "SEGMENTS" and (longest, fewer, width, causal) == (64, 4, 80, False)
+    shapes = (attention.WINDOWS, attention.VARLEN, (4, 4, 80), torch.float32, False)
+    assert proofs == [(shapes, attention.WINDOWED)] * proved
+    other = attention.VARLEN if usual == "FLASH_4" else getattr(attention, usual)
+    assert asked == [attention.WINDOWS if proved and agreeing else other] * 2
+
+
+@pytest.mark.parametrize(
+    ("usual", "window", "agreeing", "words"),
+    [
+        ("FLASH_4", 112, True, "{FLASH_4} for the language model, {VARLEN} for the rest, {WINDOWS} for windows"),
+        ("VARLEN", 112, True, "{VARLEN}, {WINDOWS} for windows"),
+        ("VARLEN", 112, False, "{VARLEN}"),
+        ("VARLEN", 224, True, "{VARLEN}"),
+        ("VARLEN", None, True, "{VARLEN}"),
+        ("SEGMENTS", 112, True, "{SEGMENTS}"),
+    ],
+)
+def test_a_training_says_which_kernels_it_has_proved(monkeypatch, usual, window, agreeing, words):
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setattr(attention, "attention_kernel", lambda device, half: getattr(attention, usual))
+
+    def agrees(kernel, other, shapes, dtype, causal, lengths=attention.PAGES):
+        assert shapes == ((16, 2, 128) if causal else (16, 16, 80)) and dtype == torch.bfloat16
+        return agreeing if kernel == attention.WINDOWS else causal
+
+    monkeypatch.setattr(attention, "agrees", agrees)
+    attention.windows_agree.cache_clear()
+    text = SimpleNamespace(num_attention_heads=16, num_key_value_heads=2, hidden_size=2048)
+    vision = SimpleNamespace(num_heads=16, hidden_size=1280, patch_size=14, window_size=window)
+    config = SimpleNamespace(get_text_config=lambda: text, vision_config=vision)
+    found = attention.attention_words(config, "cuda", torch.bfloat16)
+    attention.windows_agree.cache_clear()
+    assert found == words.format(**vars(attention))
 
 
 @pytest.mark.parametrize("pair", [True, False], ids=["with sums", "alone"])
