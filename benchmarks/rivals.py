@@ -4,18 +4,23 @@
 
 `plain` is what one writes with the HF Trainer and DeepSpeed in an afternoon. `trl` is TRL's SFTTrainer as its own
 documentation and its examples/scripts/sft_vlm.py train a vision-language model: max_length=None, a dataset with
-`image`, `prompt` and `completion`, its own collator, gradient checkpointing as TRL switches it on. Both take ZERO3, one
-page per micro-batch, the learning rate of ours, and the pages in the order that the job lists.
+`image`, `prompt` and `completion`, its own collator, gradient checkpointing as TRL switches it on. Both take one page
+per micro-batch. `llamafactory` is LLaMA-Factory's own training with `neat_packing`: rows of several pages, of which
+none sees another. All take ZERO3, the learning rate of ours, and the pages in the order that the job lists.
 
-One line a step on stdout: `STEP {"step": 1, "loss": …}`. Sections: Job, Pages, Measuring, Plain, TRL, Main.
+One line a step on stdout: `STEP {"step": 1, "loss": …}`.
+
+Sections: Job, Pages, Measuring, Plain, TRL, LLaMA-Factory, Main.
 """
 
 import importlib
 import io
 import json
 import os
+import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,12 +48,15 @@ ZERO3 = {
 
 @dataclass
 class Job:
-    way: str  # plain or trl
+    way: str  # plain, trl or llamafactory
     checkpointing: bool
+    liger: bool  # Liger's kernels, where the way has a switch for them
     base_model: str
     arrow: str  # pages with `screenshot` and `html`, as ours has read and cleaned them
     order: list[int]  # rows of `arrow`, step by step
+    tokens: list[int]  # of each page of `order`: question, picture and HTML
     pages_per_step: int  # over all processes
+    rows_per_step: int  # over all processes, where pages are packed
     prompt: str
     min_pixels: int
     max_pixels: int
@@ -242,12 +250,157 @@ def train_trl(job: Job) -> None:
 
 
 # -----------------------------------------------------------------------------
+# LLaMA-Factory
+
+# What stands for a picture in its conversations. Its own words, <image>, <video> and <audio>, are tags of HTML.
+PLACEHOLDERS = {f"{kind}_PLACEHOLDER": f"<|a {kind} is here|>" for kind in ("IMAGE", "VIDEO", "AUDIO")}
+END = 2  # tokens after the HTML: the end of the turn, and the newline that its template puts there
+WORKERS = 4
+NO_LIMIT_PIXELS = 10**9  # pictures are scaled once, by the model's own processor, as in the other ways
+
+
+def train_llamafactory(job: Job) -> None:
+    os.environ.update(PLACEHOLDERS)  # read when it is imported
+    os.environ["HF_DATASETS_CACHE"] = f"{job.output_dir}/cache"
+    workflow = importlib.import_module("llamafactory.train.sft.workflow")  # by name: no requirement of this project
+    packing = importlib.import_module("llamafactory.data.processor.processor_utils")
+    tuner = importlib.import_module("llamafactory.train.tuner")
+    row_tokens, packed_pages = row_size(job, packing.greedy_knapsack)
+    load_tokenizer, get_dataset = workflow.load_tokenizer, workflow.get_dataset
+
+    def load_tokenizer_and_processor(*arguments, **options) -> dict:
+        loaded = load_tokenizer(*arguments, **options)
+        loaded["processor"].image_processor.size = {"shortest_edge": job.min_pixels, "longest_edge": job.max_pixels}
+        return loaded
+
+    def get_checked_dataset(*arguments, **options) -> dict:
+        found = get_dataset(*arguments, **options)
+        check_rows(job, found["train_dataset"], data_workers(row_tokens))
+        return found
+
+    workflow.load_tokenizer, workflow.get_dataset = load_tokenizer_and_processor, get_checked_dataset
+    workflow.CustomSeq2SeqTrainer = measured(workflow.CustomSeq2SeqTrainer)
+    tuner.run_exp(llamafactory_arguments(job, row_tokens, packed_pages))
+
+
+def llamafactory_arguments(job: Job, row_tokens: int, packed_pages: int) -> dict:
+    """(all ranks) What stands in its YAML. No row has pages of two steps, so that each has the pages that ours has."""
+    from transformers.utils import is_flash_attn_2_available
+
+    options = trainer_arguments(job)
+    for name in ("train_sampling_strategy", "gradient_checkpointing"):  # it has words of its own for both
+        del options[name]
+    return options | {
+        "stage": "sft",
+        "do_train": True,
+        "model_name_or_path": job.base_model,
+        "finetuning_type": "full",
+        "freeze_vision_tower": False,
+        "freeze_multi_modal_projector": False,
+        "flash_attn": "fa2" if is_flash_attn_2_available() else "sdpa",
+        "disable_gradient_checkpointing": not job.checkpointing,
+        "enable_liger_kernel": job.liger,
+        "dataset": "pages",
+        "dataset_dir": write_conversations(job),
+        "template": "qwen2_vl",
+        "default_system": system_turn(job),
+        "image_max_pixels": NO_LIMIT_PIXELS,
+        "image_min_pixels": 1,
+        "packing": True,
+        "neat_packing": True,
+        "cutoff_len": row_tokens,
+        "preprocessing_batch_size": packed_pages,
+        "disable_shuffling": True,
+        "gradient_accumulation_steps": job.rows_per_step // int(os.environ["WORLD_SIZE"]),
+        "dataloader_num_workers": data_workers(row_tokens),
+    }
+
+
+def data_workers(row_tokens: int) -> int:
+    """As in all of its examples; 0 where the masks that they make, a number for each pair of a row's tokens, would fill
+    the memory that processes share."""
+    ahead_bytes = WORKERS * 2 * row_tokens**2 * 2  # two rows for each worker, in bf16
+    return WORKERS if shutil.disk_usage("/dev/shm").free > 2 * ahead_bytes else 0
+
+
+def write_conversations(job: Job) -> str:
+    """The folder with the pages in its own format; one for each rank, since none waits for another here."""
+    folder = Path(job.output_dir) / f"conversations-{os.environ['RANK']}"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for place, page in enumerate(load_pages(job)):
+        picture = folder / f"{place}.picture"
+        picture.write_bytes(page["screenshot"])
+        question = {"role": "user", "content": PLACEHOLDERS["IMAGE_PLACEHOLDER"] + job.prompt}
+        turns = [question, {"role": "assistant", "content": page["html"]}]
+        rows.append({"messages": turns, "images": [str(picture)]})
+    (folder / "pages.json").write_text(json.dumps(rows), encoding="utf-8")
+    columns = {"messages": "messages", "images": "images"}
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    kind = {"file_name": "pages.json", "formatting": "sharegpt", "columns": columns, "tags": tags}
+    (folder / "dataset_info.json").write_text(json.dumps({"pages": kind}), encoding="utf-8")
+    return str(folder)
+
+
+def system_turn(job: Job) -> str:
+    """What the base's own template says before the question; "" where it says nothing."""
+    turns = [{"role": "user", "content": job.prompt}]
+    text = load_processor(job).tokenizer.apply_chat_template(turns, tokenize=False)
+    before, found, after = text.partition("<|im_start|>system\n")
+    return after.split("<|im_end|>")[0] if found and not before else ""
+
+
+def steps_of(job: Job) -> list[list[int]]:
+    """Tokens of each page, step by step, as LLaMA-Factory counts them."""
+    tokens = [count + END for count in job.tokens]
+    return [tokens[start : start + job.pages_per_step] for start in range(0, len(tokens), job.pages_per_step)]
+
+
+def row_size(job: Job, pack: Callable[[list[int], int], list[list[int]]]) -> tuple[int, int]:
+    """(tokens of a row, pages that are packed together): the fewest tokens with which `pack` makes as many rows of each
+    step's pages as the job wants; where there are none, each row gets its share of the pages, as they come. A row has
+    one token of padding at least, and a multiple of 8: its collator fills others up and then finds them too long."""
+    steps = steps_of(job)
+    most = max(map(sum, steps))
+    for tokens in range(eights(max(*map(max, steps), most // job.rows_per_step) + 1), eights(most + 1) + 1, 8):
+        if all(len(pack(list(step), tokens - 1)) == job.rows_per_step for step in steps):
+            return tokens, job.pages_per_step
+    count = job.pages_per_step // job.rows_per_step
+    if job.pages_per_step % job.rows_per_step:
+        raise SystemExit(f"{job.pages_per_step} pages cannot be packed into {job.rows_per_step} rows in every step")
+    return eights(max(sum(step[at : at + count]) for step in steps for at in range(0, len(step), count)) + 1), count
+
+
+def eights(count: int) -> int:
+    return -(-count // 8) * 8
+
+
+def check_rows(job: Job, rows, workers: int) -> None:
+    """Ends the run where its packed rows do not hold exactly the pages of each step."""
+    masks = rows["attention_mask"]  # 1 for tokens of a row's first page, 2 for its second, …; 0 for padding
+    places = range(0, len(masks), job.rows_per_step)
+    found = [
+        sorted(mask.count(page) for mask in masks[place : place + job.rows_per_step] for page in {*mask} - {0})
+        for place in places
+    ]
+    wanted = [sorted(step) for step in steps_of(job)]
+    if found != wanted:
+        raise SystemExit(f"packed rows hold pages of {found} tokens, step by step; expected are {wanted}")
+    if os.environ["RANK"] == "0":
+        real = sum(map(sum, wanted)) / len(masks) / len(masks[0])
+        print(
+            f"rows: {len(masks)} of {len(masks[0])} tokens, {real:.1%} of them pages'; {workers} data workers",
+            flush=True,
+        )
+
+
+# -----------------------------------------------------------------------------
 # Main
 
 
 def main() -> None:
     job = Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    {"plain": train_plain, "trl": train_trl}[job.way](job)
+    {"plain": train_plain, "trl": train_trl, "llamafactory": train_llamafactory}[job.way](job)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
 
 The base may be of any family whose shapes `make_shapes.py` writes.
 
-Ways: `ours` is `run_deepspeed_training.py` as a user starts it; `plain` and `trl` are in rivals.py, each also as
-`plain-nockpt` and `trl-nockpt`, without activation checkpointing. Every way is a process of its own with a time limit,
+Ways: `ours` is `run_deepspeed_training.py` as a user starts it; `plain`, `trl` and `llamafactory` are in rivals.py,
+each also as `plain-nockpt` and so on, without activation checkpointing. Every way is a process of its own with a limit,
 ended by SIGKILL once its last step is logged, and its result is written before the next way begins; with `--total_s`
 the ways share what is left of it. SIGTERM, SIGINT and SIGHUP end the way that runs, too, and what it has measured is
 written. All seconds are the clock of this process, from one step's line to the next; ours goes first, since the others
@@ -47,6 +47,7 @@ HELD_OUT = 2  # pages that ours writes after training, which is never reached he
 FIRST_MEASURED = 3  # step; before it, kernels are compiled and memory pools grow
 OUTPUT = "holo1_dom_finetune_output"
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "trl", "liger_kernel", "flash-linear-attention")
+LLAMAFACTORY_PACKAGES = ("llamafactory", "transformers", "accelerate", "datasets", "liger-kernel", "flash-attn")
 MARK = "STEP_SPEED_RUN"  # in the environment of everything that is started here
 PLAN = r"peak: ([\d.]+) GiB measured, ([\d.]+) planned"  # said by ours once all is trained
 PLAN_WAIT_S = 30
@@ -67,11 +68,15 @@ def read_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pages", type=Path, help="imagefolder, with at least pages_per_step x steps + 2 pages")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--pages_per_step", type=int, default=8, help="over all GPUs")
+    parser.add_argument(
+        "--rows_per_step", type=int, help="of llamafactory, over all GPUs; default: one for each 4 pages"
+    )
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--ways", default="ours,plain,trl", help="by commas; ours always goes first")
     parser.add_argument(
         "--extra_ours", default="", help="more flags of holo1_dom_finetune.py: --extra_ours='--fuse no'"
     )
+    parser.add_argument("--llamafactory_site", type=Path, help="folder of packages that go first in its way")
     parser.add_argument("--max_pixels", type=int, help="of every way; default: the training's own")
     parser.add_argument("--max_html_tokens", type=int, default=4096)
     parser.add_argument("--limit_s", type=float, default=300, help="time limit of each way, start-up included")
@@ -96,6 +101,9 @@ def read_command_line(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--ways {', '.join(unknown)}: there are {', '.join(WAYS)}")
     if args.pages_per_step % args.gpus:
         parser.error(f"--pages_per_step {args.pages_per_step} cannot be shared out evenly to {args.gpus} GPUs")
+    args.rows_per_step = args.rows_per_step or max(args.gpus, args.pages_per_step // 4)
+    if args.rows_per_step % args.gpus or args.rows_per_step > args.pages_per_step:
+        parser.error(f"--rows_per_step {args.rows_per_step}: a multiple of {args.gpus}, up to {args.pages_per_step}")
     needed = args.pages_per_step * args.steps + HELD_OUT
     with (args.pages / "metadata.jsonl").open(encoding="utf-8") as lines:
         found = sum(1 for line in lines if line.strip())
@@ -144,6 +152,7 @@ class Pages:
         self.names = list(counted["name"])
         self.sizes = [(page["html_tokens"], page["image_tokens"]) for page in counted]
         self.question = encoder.question_tokens
+        self.tokens = [self.question + html + image for html, image in self.sizes]
         wanted = args.pages_per_step * args.steps
         if len(self.names) < wanted:
             raise SystemExit(f"{len(self.names)} of {wanted} pages are left: {output / 'dropped_pages.jsonl'} says why")
@@ -195,12 +204,22 @@ WAYS = {
     "plain-nockpt": "plain without activation checkpointing",
     "trl": "TRL's SFTTrainer as documented for vision-language models, same ZeRO-3 JSON, 1 page per micro-batch",
     "trl-nockpt": "trl without activation checkpointing",
+    "llamafactory": "LLaMA-Factory with neat_packing, same ZeRO-3 JSON, all weights trained, rows as the notes say, "
+    "activation checkpointing as it has it by default",
+    "llamafactory-nockpt": "llamafactory without activation checkpointing",
+    "llamafactory-liger": "llamafactory with Liger's kernels, its own switch, off by default",
 }
+NEWLINE_NOTE = "supervises one token more per page, the newline that the chat template puts after the end of the turn"
 TRL_NOTES = (
     "takes the mean of page means (Qwen2.5-VL declares accepts_loss_kwargs False); the loss here is re-weighted by "
     "tokens, logged_loss is its own",
-    "supervises one token more per page, the newline that the chat template puts after the end of the turn",
+    NEWLINE_NOTE,
 )
+LLAMAFACTORY_NOTES = (
+    "takes the mean of the rows' means; the loss here is re-weighted by tokens, logged_loss is its own",
+    NEWLINE_NOTE,
+)
+ROWS = r"rows: (.+)"  # said by rivals.py once its pages are packed
 
 
 def our_command(args: argparse.Namespace) -> list[str]:
@@ -223,10 +242,13 @@ def rival_command(way: str, args: argparse.Namespace, pages: Pages) -> list[str]
     job = {
         "way": way.split("-")[0],
         "checkpointing": not way.endswith("-nockpt"),
+        "liger": way.endswith("-liger"),
         "base_model": str(args.base_model),
         "arrow": str(pages.arrow),
         "order": [page for step in pages.steps for page in step],
+        "tokens": [pages.tokens[page] for step in pages.steps for page in step],
         "pages_per_step": args.pages_per_step,
+        "rows_per_step": args.rows_per_step,
         "prompt": settings.prompt,
         "min_pixels": use.Recipe.min_pixels,
         "max_pixels": settings.max_pixels,
@@ -241,6 +263,29 @@ def rival_command(way: str, args: argparse.Namespace, pages: Pages) -> list[str]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(args.gpus)]
     launcher += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
     return [sys.executable, *launcher, str(HERE / "rivals.py"), str(file)]
+
+
+def environment_of(way: str, args: argparse.Namespace, env: dict[str, str]) -> dict[str, str]:
+    if not way.startswith("llamafactory") or not args.llamafactory_site:
+        return env
+    folders = [str(args.llamafactory_site.resolve()), *filter(None, [env.get("PYTHONPATH")])]
+    return env | {"PYTHONPATH": os.pathsep.join(folders)}
+
+
+def notes_of(way: str, args: argparse.Namespace) -> list[str]:
+    """What is known to differ from ours, and with what it ran."""
+    if way.startswith("trl"):
+        return [*TRL_NOTES, f"Liger: {liger_obstacle()}"]
+    if not way.startswith("llamafactory"):
+        return []
+    log = args.work / f"{way}.log"
+    rows = re.search(ROWS, log.read_text(encoding="utf-8")) if log.is_file() else None
+    first = [str(args.llamafactory_site)] if args.llamafactory_site else []
+    with_versions = []
+    for name in LLAMAFACTORY_PACKAGES:
+        if found := next(iter(importlib.metadata.distributions(name=name, path=[*first, *sys.path])), None):
+            with_versions.append(f"{name} {found.version}")
+    return [*LLAMAFACTORY_NOTES, *([f"rows: {rows[1]}"] if rows else []), ", ".join(with_versions)]
 
 
 def patch_with_liger() -> None:
@@ -557,13 +602,13 @@ def main() -> None:
         if (limit_s := limit_of(way, args, started)) < LEAST_S and args.total_s is not None:
             add_result(results, args.out, way, {"ended": f"not begun: {args.total_s:.0f} s of all ways are spent"})
             continue
-        steps, ending, more = run_way(way, command, args, env, gpu, limit_s)
+        steps, ending, more = run_way(way, command, args, environment_of(way, args, env), gpu, limit_s)
         pages = pages or Pages(args)
         results |= {"pages": pages.summary(), "first_step_comparable": pages.order_known}
         row = {"what": WAYS[way], "command": shown(command, args)}
         row |= summarise(steps, ending, args.pages_per_step, args.gpus, pages.flops(args.base_model), peak)
-        if way.startswith("trl"):
-            row["notes"] = [*TRL_NOTES, f"Liger: {liger_obstacle()}"]
+        if notes := notes_of(way, args):
+            row["notes"] = notes
         add_result(results, args.out, way, row | more)
         if ending in signal.Signals.__members__:
             raise SystemExit(f"ended by {ending}; what was measured: {args.out}")

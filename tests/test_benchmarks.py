@@ -33,6 +33,7 @@ import make_pages_speed
 import make_shapes
 import other_order
 import random_weights
+import rivals
 import same_curve
 import step_speed
 import unseen_text
@@ -314,6 +315,37 @@ def test_a_way_that_never_came_to_a_step_has_a_row_without_figures():
     results = {"ways": {"trl": row}, "gpus": 1, "gpu": None, "base_model": "b", "pages_per_step": 8, "date": "today"}
     table = step_speed.table(results | {"first_step_comparable": True})
     assert table.splitlines()[-1] == "| trl | – | – | – | – | – | – | – | exit code 83 |"
+
+
+def first_fit(lengths: list[int], room: int) -> list[list[int]]:
+    rows = []
+    for length in sorted(lengths, reverse=True):
+        row = next((row for row in rows if sum(row) + length <= room), None)
+        rows.append([length]) if row is None else row.append(length)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "wanted"),
+    [
+        ([38, 28, 18, 8, 48, 8, 8, 8], 2, (56, 4)),  # 40 + 10 and 30 + 20, 50 and 3 x 10
+        ([38, 8, 8, 8, 28, 28, 28, 28], 2, (64, 4)),
+        ([38, 38, 38, 38, 8, 8, 8, 8], 4, (48, 1)),  # no length makes four rows of both steps
+    ],
+)
+def test_rows_of_a_rival_that_packs_hold_the_pages_of_their_step(tokens, rows, wanted, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    job = SimpleNamespace(tokens=tokens, pages_per_step=4, rows_per_step=rows)
+    room, together = rivals.row_size(job, first_fit)
+    assert (room, together) == wanted
+    lengths = [count + rivals.END for count in tokens]
+    packed = [row for at in range(0, 8, together) for row in first_fit(lengths[at : at + together], room - 1)]
+    masks = [[n for n, length in enumerate(row, 1) for _ in range(length)] + [0] * (room - sum(row)) for row in packed]
+    rivals.check_rows(job, {"attention_mask": masks}, 4)
+    share = sum(lengths) / room / len(masks)
+    assert f"rows: {len(masks)} of {room} tokens, {share:.1%} of them pages'" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="packed rows hold pages of"):
+        rivals.check_rows(job, {"attention_mask": masks[rows:] + masks[:rows]}, 4)
 
 
 def test_too_few_pages_are_refused_before_anything_runs(tiny_base, pages_folder, tmp_path, capsys):
