@@ -56,13 +56,13 @@ from transformers.trainer_utils import TrainOutput
 import use_model_from_hub as use
 from families import Family, Picture, family_of, page_costs, trains_fast
 from scoring import metrics
-from training import fast_layers, resuming, zero3
+from training import eight_bit, fast_layers, resuming, zero3
 from training.base_model import BaseTensor, base_tensors, fetch_base, fingerprint, load_config, load_processor
 from training.best_weights import BestWeights
 from training.checkpoints import Checkpoints
 from training.disk_space import check_space
 from training.errors import DataError, NotFiniteError, PipelineError, SettingsError, StoppedError, is_out_of_memory
-from training.evaluation import Rendering, announce, keep_outputs, parts_of, score_held_out, write_held_out
+from training.evaluation import Rendering, announce, keep_outputs, parts_of, render_and_score, write_held_out
 from training.final_folder import copy_base_files, load_weights, save_final, whole_copy
 from training.heartbeat import heart, on_main_alone
 from training.loss import plain_loss
@@ -444,6 +444,7 @@ class Steps(TrainerCallback):
         trainer = self.trainer
         if state.global_step:
             resuming.honour_typed(trainer)
+        eight_bit.begin(args.optim, args.device, zero3.flat_tensors(trainer.model_wrapped))
         self.fit(trainer, trainer.data_collator, trainer.train_dataset, self.evaluator.pages)
         release_memory()
         # What is there by now stays; looking through it costs Python's collector 0.3 s each time, a small model's step.
@@ -514,8 +515,7 @@ def make_trainer(
         processing_class=collate.processor,
         callbacks=[steps],
     )
-    # It prints the dictionary that say_step puts into words.
-    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(PrinterCallback)  # it prints the dictionary that say_step puts into words
     file = Path(args.output_dir) / "page_order.jsonl"
     sampler = PageSampler(costs, args, checkpoints.record["began_on"])
     on_main(lambda: write_page_order(sampler, pages, file))
@@ -663,8 +663,8 @@ class Evaluator:
 
     def score(self, label: str, rows: list[dict], decoding: use.Recipe) -> dict:
         """(main process only) The result of evaluation.score_held_out, rendered where there is a browser."""
-        scores = self.rendering.score(f"{label} {decoding.repetition_penalty}", rows, self.pages)
-        return score_held_out(rows, list(self.pages), scores, self.parts)
+        label = f"{label} {decoding.repetition_penalty}"
+        return render_and_score(self.rendering, label, rows, self.pages, self.parts)
 
     def try_penalty(self, penalty: float, copy: PreTrainedModel, label: str) -> float:
         """(all ranks) What chooses, under another repetition penalty; the exact share where nothing is rendered."""

@@ -33,7 +33,7 @@ from step_speed import FIRST_MEASURED, OUTPUT, gpu_name, limits_of_memory, read_
 
 # A part, and the line with which it ends; the lines come in this order.
 PARTS = {
-    "start: checks, launcher, imports": r"precision: ",
+    "start: checks, launcher, imports": r"quantisation: ",
     "data: pages read, cleaned, counted": r"[\d,]+ training and [\d,]+ held-out pages? in",
     "loading": r".* M parameters in",
     "rehearsal": r"rehearsal: loss",

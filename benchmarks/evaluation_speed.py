@@ -92,25 +92,43 @@ def settled() -> float:
 
 class Timed:
     """Before `writing.engine.Engine`: seconds in `times`: "made" and "last", when it was made and gave its last answer,
-    and the sums "start" (until it could write) and "reading" (screenshots)."""
+    and the sums "start" (until it could write), by the number of slots from "cache" on in "starts", and "reading"
+    (screenshots); in "blocks" how many blocks were fetched of how many slots, and after which seconds."""
 
-    times: dict[str, float]  # of the class that is made of this one
+    times: dict  # of the class that is made of this one
 
     def __init__(self, *arguments, **options):
         made = self.times["made"] = time.monotonic()
         super().__init__(*arguments, **options)
-        self.times.update(start=settled() - made, reading=0.0, slots=self.count)
+        self.times.update(start=settled() - made, reading=0.0, slots=self.count, blocks={})
+        self.times["starts"], self.fetched = {"cache": self.times["start"]}, time.monotonic()
 
     def fill(self, *arguments):
         start, before = time.monotonic(), [*self.slots]
         super().fill(*arguments)
-        self.times["reading"] += settled() - start if before != self.slots else 0.0
+        if before != self.slots:
+            self.apart("reading", start)
 
     def step(self, width):
         start, known = time.monotonic(), width in self.steps
         step = super().step(width)
-        self.times["start"] += 0.0 if known else settled() - start
+        if not known:
+            self.times["starts"][width] = self.apart("start", start)
         return step
+
+    def apart(self, name, start):
+        """Seconds since `start`, which are none of the block's that is fetched next."""
+        seconds = settled() - start
+        self.times[name] += seconds
+        self.fetched += seconds
+        return seconds
+
+    def fetch(self, width):
+        found, before = super().fetch(width), self.fetched
+        self.fetched = time.monotonic()
+        blocks, seconds = self.times["blocks"].get(width, (0, 0.0))
+        self.times["blocks"][width] = blocks + 1, seconds + self.fetched - before
+        return found
 
     def write(self, *arguments):
         for written in super().write(*arguments):
@@ -136,6 +154,16 @@ def measure_real_lengths(judge, trainer) -> dict:
         return judge.processor.tokenizer(judge.pages[request.place]["html"], add_special_tokens=False)["input_ids"]
 
     engine.Engine = dictating(type("TimedEngine", (Timed, engine.Engine), {"times": times}), ids_of)
+    render, waited = judge.rendering.score, []
+
+    def score(*arguments):
+        begun = time.monotonic()
+        try:
+            return render(*arguments)
+        finally:
+            waited.append(time.monotonic() - begun)
+
+    judge.rendering.score = score
     start = time.monotonic()
     result = judge.evaluate("after")
     end = time.monotonic()
@@ -157,6 +185,9 @@ def measure_real_lengths(judge, trainer) -> dict:
             "writing, with what is done meanwhile": writing,
             "after the last token: rendering, scoring": end - times["last"],
         },
+        "start_seconds_by_slots": times["starts"],
+        "writing_blocks_and_seconds_by_slots": times["blocks"],
+        "waiting_for_scores_seconds": sum(waited),
         "tokens_per_second": result["tokens_per_second"],
     }
 

@@ -18,6 +18,7 @@ Sections: Model, Writing, Endings, Truth, Tuning, Main.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import itertools
 import json
@@ -320,14 +321,8 @@ def hold_against_plain(model, processor, recipe, pages: int, tokens: int, drafts
     # Beside the GPU, which takes a page as fast as a core can resize it.
     every = ThreadPoolExecutor(4).map(lambda shot: use.encode_questions(processor, [shot], recipe.prompt), shots)
     for asked, ids in zip(every, answers):
-        asked = asked.to(model.device)
-        asked["pixel_values"] = asked["pixel_values"].to(model.dtype)
-        length = asked["input_ids"].shape[1]
-        more = torch.tensor([ids], device=model.device)
-        asked["input_ids"] = torch.cat([asked["input_ids"], more], dim=1)
-        for name in ("attention_mask", "mm_token_type_ids"):
-            filler = torch.full_like(more, 1 if name == "attention_mask" else 0)
-            asked[name] = torch.cat([asked[name], filler], dim=1)
+        length, asked = asked["input_ids"].shape[1], answered(asked, ids, model)
+        more = asked["input_ids"][:, length:]
         with torch.inference_mode():
             # The head alone takes 0.9 GB for 1,500 tokens; of the question's it would be as much again.
             logits = model(**asked, logits_to_keep=len(ids) + 1).logits[0, :-1].float()
@@ -337,6 +332,119 @@ def hold_against_plain(model, processor, recipe, pages: int, tokens: int, drafts
         total += len(ids)
         behind += ((best - chosen) / (best.abs() * torch.finfo(model.dtype).eps)).tolist()
     return {"pages": pages, "tokens": total, "argmax": same / total, "most_behind_in_roundings": max(behind)}
+
+
+def checks(model, processor, recipe, pages: int, tokens: int, keep: Callable[[str, object], None]) -> None:
+    """Hands to `keep`, by name, what holds the engine's tokens and logits against the plain model's, over `pages`."""
+    import torch
+
+    check = functools.partial(hold_against_plain, model, processor)
+    punished = replace(recipe, repetition_penalty=1.1)
+    for name, asked in (("check", recipe), ("check_with_penalty", punished)):
+        start = time.perf_counter()
+        found = check(asked, pages, tokens, drafts=False)
+        keep(name, found | {"seconds": time.perf_counter() - start})
+    keep("check_with_drafts", check(recipe, 2, 200, drafts=True))
+    keep("both_to_fp32", hold_against_fp32(model, processor, recipe, min(pages, 16), tokens))
+    torch.cuda.empty_cache()  # of the copy in fp32
+
+
+def answered(asked, ids: list[int], model):
+    """What the processor made of one question, the answer `ids` after it, where `model` is and in its precision."""
+    import torch
+
+    asked = asked.to(model.device)
+    asked["pixel_values"] = asked["pixel_values"].to(model.dtype)
+    more = torch.tensor([ids], device=model.device)
+    asked["input_ids"] = torch.cat([asked["input_ids"], more], dim=1)
+    for name in ("attention_mask", "mm_token_type_ids"):
+        filler = torch.full_like(more, 1 if name == "attention_mask" else 0)
+        asked[name] = torch.cat([asked[name], filler], dim=1)
+    return asked
+
+
+class Dictated:
+    """In place of a `Chooser`: chooses what stands in `answers` (S, T), and keeps all logits, (S, V) a step."""
+
+    plain = True
+
+    def __init__(self, answers):
+        self.answers, self.kept = answers, []
+
+    def choose(self, logits, state, slots: int):
+        number = (state.places - state.starts + 1)[:slots].clamp(0, self.answers.shape[1] - 1)
+        self.kept.append(logits[:slots])
+        return self.answers[:slots].gather(1, number[:, None])[:, 0]
+
+
+def dictated_logits(model, processor, recipe, shots, answers: list[list[int]]) -> list:
+    """The engine's logits (T, V) before each token of `answers` to `shots`, one of which is read and written beside the
+    others, step by step, outside of a CUDA graph."""
+    import torch
+
+    import use_model_from_hub as use
+    from writing import engine as room
+    from writing.step import Step
+
+    engine, found = room.Engine(model, processor, recipe, wanted=min(len(shots), 16), drafts=False), []
+    for first in range(0, len(shots), engine.count):
+        some, group = shots[first : first + engine.count], answers[first : first + engine.count]
+        questions = [
+            room.question_of(processor, recipe, use.Request(place, lambda shot=shot: shot), model.dtype)
+            for place, shot in enumerate(some)
+        ]
+        for slot, shift in enumerate(engine.reader.read(questions, engine.cache, range(len(some)))):
+            engine.begin(slot, questions[slot], shift)
+        length = max(map(len, group))
+        rows = [ids + [0] * (length - len(ids)) for ids in group] + [[0] * length] * (engine.count - len(group))
+        chooser = Dictated(torch.tensor(rows, device=model.device))
+        Step(model, engine.captured, engine.cache, engine.state, engine.count, 1, chooser).run(length)
+        logits = torch.stack(chooser.kept, dim=1)
+        found += [logits[slot, : len(ids)] for slot, ids in enumerate(group)]
+        engine.state.stop(slice(None))
+    return found
+
+
+def hold_against_fp32(model, processor, recipe, pages: int, tokens: int) -> dict:
+    """How far the engine's logits and the plain model's are from those of the same weights in fp32, over the engine's
+    own answers: the root mean square of what differs over that of the logits, and the share of tokens of which the
+    likeliest is the same. What rounds one way as well as the other does is no fault of either.
+
+    {"skipped": why} where a copy in fp32 finds no room on the GPU.
+    """
+    import torch
+
+    import use_model_from_hub as use
+
+    torch.cuda.empty_cache()  # of engines before
+    wide_bytes = 4 * sum(part.numel() for part in model.parameters())
+    if model.device.type == "cuda" and torch.cuda.mem_get_info()[0] < wide_bytes + 16 * 2**30:
+        return {"skipped": f"no room for {wide_bytes / 1e9:.0f} GB of weights in fp32"}
+    shots = [noise(1_000 + number).resize((SIZE[0] - 56 * number % 800, SIZE[1])) for number in range(pages)]
+    short = replace(recipe, max_html_tokens=tokens)
+    answers = tokens_of(model, processor, short, shots, drafts=False)
+    by_engine = dictated_logits(model, processor, short, shots, answers)
+    wide = copy.deepcopy(model).float()
+    torch.backends.cudnn.allow_tf32 = False  # or convolutions of fp32 would round like bf16, nearly
+    ways = {"engine": [0.0, 0], "plain": [0.0, 0]}
+    size = total = between = 0
+    for shot, ids, mine in zip(shots, answers, by_engine):
+        logits = {}
+        for name, judge in (("plain", model), ("fp32", wide)):
+            asked = answered(use.encode_questions(processor, [shot], recipe.prompt), ids, model)
+            asked["pixel_values"] = asked["pixel_values"].to(judge.dtype)  # rounded alike for all
+            with torch.inference_mode():
+                logits[name] = judge(**asked, logits_to_keep=len(ids) + 1).logits[0, :-1].float()
+        truth, logits["engine"] = logits.pop("fp32"), mine.float()
+        for name, sums in ways.items():
+            sums[0] += (logits[name] - truth).square().sum().item()
+            sums[1] += int((logits[name].argmax(-1) == truth.argmax(-1)).sum())
+        between += (logits["engine"] - logits["plain"]).square().sum().item()
+        size, total = size + truth.square().sum().item(), total + len(ids)
+    found = {"pages": pages, "tokens": total}
+    for name, (apart, same) in ways.items():
+        found |= {f"{name}_to_fp32": (apart / size) ** 0.5, f"{name}_argmax_of_fp32": same / total}
+    return found | {"engine_to_plain": (between / size) ** 0.5}
 
 
 def tokens_of(model, processor, recipe, shots, drafts: bool) -> list[list[int]]:
@@ -490,7 +598,8 @@ def tune_attention(model, slots: int, length: int) -> dict:
 
 
 def tune_delta(model, slots: int) -> dict:
-    """A step of the gated delta rule for `slots` slots, by the warps that hold a state; {} without such layers."""
+    """A step of the gated delta rule for `slots` slots, by the programs that share a head's state and their warps; {}
+    without such layers."""
     import torch
 
     from families import family_of
@@ -505,13 +614,13 @@ def tune_delta(model, slots: int) -> dict:
     wide = torch.randn(slots, len(layers[0].mixer.taken), device="cuda", dtype=model.dtype)
     places, live = torch.full((2, slots), 9, device="cuda")
     found = {"limit": 2 * cache.states[0][1].nbytes / 3.35e6}
-    for warps in (4, 8, 16):
+    for shape in ((1, 8), (1, 16), (2, 4), (2, 8), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4)):
 
-        def run(warps=warps):
+        def run(shape=shape):
             for layer, kept in zip(layers, cache.states):
-                room.step_by_kernel(wide, layer.mixer.mixing, *kept, places, live, early(wide.device), warps)
+                room.step_by_kernel(wide, layer.mixer.mixing, *kept, places, live, early(wide.device), *shape)
 
-        found[warps] = replayed_us(run, len(layers))
+        found["{} programs, {} warps".format(*shape)] = replayed_us(run, len(layers))
     print("delta rule", slots, json.dumps(found), flush=True)
     return found
 
@@ -559,13 +668,7 @@ def main() -> None:
         for slots in (8, 16, 32):
             keep(f"a step of {slots} slots by tiles, ms", tune(model, processor, recipe, slots))
     if args.check_pages:
-        check = functools.partial(hold_against_plain, model, processor)
-        punished = replace(recipe, repetition_penalty=1.1)
-        for name, asked in (("check", recipe), ("check_with_penalty", punished)):
-            start = time.perf_counter()
-            found = check(asked, args.check_pages, args.check_tokens, drafts=False)
-            keep(name, found | {"seconds": time.perf_counter() - start})
-        keep("check_with_drafts", check(recipe, 2, 200, drafts=True))
+        checks(model, processor, recipe, args.check_pages, args.check_tokens, keep)
     for batch in filter(None, args.dictate.split(",")):
         shots = [noise(number) for number in range(int(batch))]
         pages = real_pages(processor.tokenizer, args.pages) if args.pages else None

@@ -131,11 +131,21 @@ class Elementwise:
             setattr(self, name, function)
         if fuse and torch.cuda.is_available():
             # Imported here: it needs triton, which a machine without a GPU may lack.
-            from kernels import rotary_kernel
+            from kernels import norm_kernels, rotary_kernel
 
             # Asked at each call: a copy of the model on the CPU has no kernel.
             compiled = self.rotate
             self.rotate = lambda query, *rest: (rotary_kernel.rotate if query.is_cuda else compiled)(query, *rest)
+            # Norms of a family's own compute something else.
+            for name in {"rms_norm", "rms_norm_backward"} - {function.__name__ for function in own}:
+                setattr(self, name, functools.partial(by_kernel, getattr(norm_kernels, name), getattr(self, name)))
+
+
+def by_kernel(kernel: Callable, compiled: Callable, hidden: torch.Tensor, weight: torch.Tensor, *rest) -> object:
+    """A norm by `kernel` where that takes it, else `compiled`."""
+    from kernels import norm_kernels
+
+    return (kernel if norm_kernels.takes(hidden, weight) else compiled)(hidden, weight, *rest)
 
 
 def without_history(compiled: Callable, *inputs: torch.Tensor | float) -> torch.Tensor | tuple[torch.Tensor, ...]:

@@ -2,6 +2,7 @@
 
     shape = family_of(config).shape(config)                         # families/: what the formulas need to know
     flops = page_flops(shape, tokens=2_800, supervised=1_500, patches=5_000)
+    page_operations(shape, 2_800, 1_500, 5_000).language            # of that, what the language model's layers need
     page_seconds(flops, peak_tflops("NVIDIA H200"))
     deal(costs, bins=8)             # the pages of a step in groups that take equally long
 
@@ -18,7 +19,9 @@ LOSS_ROWS = 2_048  # rows of logits that exist at once: 0.6 GiB in bf16 for 151,
 # Dense bf16 TFLOP/s by NVIDIA's datasheets; the first name that the device's own contains.
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165}
 PEAK_TFLOPS |= {"B200": 2250}
-USED_SHARE = 0.45  # of a GPU's peak that a step can reach
+# Of a GPU's peak, while a step works: 3B on an H200 took 1.67 s for operations that are half of that at the peak, and
+# 0.2 s of it were its two micro-batches' own (memory_plan.MICRO_BATCH_SECONDS).
+USED_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,11 @@ class Tower:
         return 2 * self.queries + 2 * self.keys + (self.queries + self.keys) * self.normed_heads + self.gates
 
     @property
+    def last(self) -> int:
+        """Weights of the last products of all layers, which are left out where a layer is recomputed."""
+        return self.layers * self.hidden * self.intermediate
+
+    @property
     def weights(self) -> int:
         """Weights that multiply, of all layers: neither norms nor biases."""
         attention = self.hidden * (2 * self.queries + 2 * self.keys + self.gates)
@@ -124,8 +132,23 @@ def weights_of(shape: Shape) -> tuple[int, int, int]:
     return language, tower + merger, head if shape.tied else 2 * head
 
 
-def page_flops(shape: Shape, tokens: int, supervised: int, patches: int) -> float:
-    """Floating-point operations that one page needs, forward and backward: products and attention, nothing recomputed.
+@dataclass(frozen=True)
+class Operations:
+    """Floating-point operations of a page, forward and backward, nothing recomputed, by what does them: the layers of
+    either tower, and the `rest`, which is the head, the merger, and what reads the patches."""
+
+    language: float
+    vision: float
+    rest: float
+
+    @property
+    def total(self) -> float:
+        """Those of the whole page."""
+        return self.language + self.vision + self.rest
+
+
+def page_operations(shape: Shape, tokens: int, supervised: int, patches: int) -> Operations:
+    """What one page needs: products and attention.
 
     6 per weight and token, as Kaplan et al. 2020 count, the head for supervised tokens only; causal attention half;
     linear attention as its definition has it, token by token, though chunks of tokens take more.
@@ -134,9 +157,17 @@ def page_flops(shape: Shape, tokens: int, supervised: int, patches: int) -> floa
     language, head, tower, merger = parameters(shape)
     attention = 12 * text.attending * text.queries * tokens**2 / 2 + 3 * text.linear.layers * text.linear.flops * tokens
     seen = (vision.layers - vision.windowed) * patches + vision.windowed * min(vision.window, patches)
-    merged = merger * patches / shape.per_token
-    products = 6 * (language * tokens + head * supervised + tower * patches + merged)
-    return products + attention + 12 * vision.queries * patches * seen
+    rest = head * supervised + (tower - vision.weights) * patches + merger * patches / shape.per_token
+    return Operations(
+        language=6 * language * tokens + attention,
+        vision=6 * vision.weights * patches + 12 * vision.queries * patches * seen,
+        rest=6 * rest,
+    )
+
+
+def page_flops(shape: Shape, tokens: int, supervised: int, patches: int) -> float:
+    """Floating-point operations that one page needs (`page_operations`), all together."""
+    return page_operations(shape, tokens, supervised, patches).total
 
 
 def flops_of_pages(shape: Shape, counted: Iterable[Mapping[str, int]], question: int) -> list[float]:

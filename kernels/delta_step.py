@@ -24,9 +24,13 @@ from torch.nn import functional
 
 from kernels.early import EARLY, PLAIN, early, follow, warm, way_that_agrees
 from kernels.row_kernels import on_triton
+from kernels.skinny_products import arrived, is_last
 
 LEAST = tl.constexpr(1e-6)  # under the root of a query's and a key's norm
-WARPS = 8  # in which a state of 128 x 128 numbers stays in registers; with 4 they are nearly used up
+# Columns of a state do not meet each other: so many programs share those of a head, each with so many warps. A whole
+# state of 128 x 128 numbers takes 172 registers of a thread in 8 warps (sm_90): no other program beside it on its
+# multiprocessor, and nothing is loaded while it waits for its sums. A quarter in 4 warps takes 72: seven at once.
+PARTS, WARPS = 4, 4
 
 
 class Mixing(NamedTuple):
@@ -154,21 +158,24 @@ def convolved(fresh, recent, taps, channel, place, moves, MIXED: tl.constexpr, T
 
 @triton.jit
 def delta_kernel(
-    wide, taps, decay, shift, norm, recent, states, places, live, target, epsilon, scale,
+    wide, taps, decay, shift, norm, recent, states, places, live, target, shares, arrived, epsilon, scale,
     HEADS: tl.constexpr, FEWER: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, TAPS: tl.constexpr,
-    EARLY: tl.constexpr,
+    PARTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One head of one slot, whose state stays in registers from its load to its store."""
-    slot, head = tl.program_id(0), tl.program_id(1)
+    """One of PARTS of the columns of one head's state of one slot, which stay in registers from their load to their
+    store. What the head reads is normed by the program that ends last."""
+    slot, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    mine: tl.constexpr = VALUE // PARTS
     mixed: tl.constexpr = 2 * FEWER * KEY + HEADS * VALUE
     kind: tl.constexpr = wide.dtype.element_ty
     # Moved on at the end of the step before: there already.
     place, moves = tl.load(places + slot), tl.load(live + slot) != 0
-    row, column = tl.arange(0, KEY), tl.arange(0, VALUE)
+    row, column = tl.arange(0, KEY), part * mine + tl.arange(0, mine)
     at = states + (slot * HEADS + head).to(tl.int64) * (KEY * VALUE)
     if EARLY:
         # 32 numbers of fp32 are a line of memory.
-        warm(at + tl.arange(0, KEY * VALUE // 32) * 32)
+        for line in tl.static_range(0, mine, 32):
+            warm(at + row * VALUE + part * mine + line)
     follow(EARLY)
     at = at + row[:, None] * VALUE + column[None, :]
     state = tl.load(at)
@@ -185,17 +192,27 @@ def delta_kernel(
     raw = tl.load(rest + HEADS).to(tl.float32) + tl.load(shift + head).to(tl.float32)
     # As torch's softplus, which is the identity from 20 on.
     soft = tl.where(raw > 20.0, raw, tl.log(1.0 + tl.exp(tl.minimum(raw, 20.0))))
-    state = state * tl.exp(-tl.exp(tl.load(decay + head).to(tl.float32)) * soft)
-    differs = (value - tl.sum(state * key[:, None], 0)) * rate
-    state = state + key[:, None] * differs[None, :]
+    fade = tl.exp(-tl.exp(tl.load(decay + head).to(tl.float32)) * soft)
+    # Both sums over the state as it was, side by side: what is written adds as much to what is read as the query is
+    # like the key.
+    told, read = tl.sum(state * key[:, None], 0) * fade, tl.sum(state * query[:, None], 0) * fade
+    differs = (value - told) * rate
+    state = state * fade + key[:, None] * differs[None, :]
     tl.store(at, state, mask=(row >= 0)[:, None] & (column >= 0)[None, :] & moves)
-    done = tl.sum(state * query[:, None], 0).to(kind).to(tl.float32)
+    done = read + tl.sum(query * key, 0) * differs
+    every = tl.arange(0, VALUE)
+    if PARTS > 1:
+        left = shares + (slot * HEADS + head) * VALUE
+        if not is_last(left + column, done, arrived + slot * HEADS + head, PARTS):
+            return
+        done = tl.load(left + every)
+    done = done.to(kind).to(tl.float32)
     done = done * tl.rsqrt(tl.sum(done * done, 0) / VALUE + epsilon)
-    weight = tl.load(norm + column)
+    weight = tl.load(norm + every)
     done = (done.to(weight.dtype).to(tl.float32) * weight.to(tl.float32)).to(weight.dtype).to(tl.float32)
-    gate = tl.load(fresh + mixed + head * VALUE + column).to(tl.float32)
+    gate = tl.load(fresh + mixed + head * VALUE + every).to(tl.float32)
     done = done * gate * tl.sigmoid(gate)
-    tl.store(target + (slot * HEADS + head) * VALUE + column, done.to(kind))
+    tl.store(target + (slot * HEADS + head) * VALUE + every, done.to(kind))
 
 
 def step_by_kernel(
@@ -206,14 +223,18 @@ def step_by_kernel(
     places: torch.Tensor,
     live: torch.Tensor,
     begins: bool = False,
+    parts: int = PARTS,
     warps: int = WARPS,
 ) -> torch.Tensor:
-    """`delta_step` by the kernel above, which `begins` before the one before has ended; `warps` hold a head's state."""
+    """`delta_step` by the kernel above, which `begins` before the one before has ended; `parts` programs of `warps`
+    hold a head's state."""
     slots, heads, key, value = states.shape
+    parts = min(parts, value // 16)
     target = wide.new_empty(slots, heads * value)
-    delta_kernel[(slots, heads)](
-        wide, mixing.taps, mixing.decay, mixing.shift, mixing.norm, recent, states, places, live, target,
+    shares, count = wide.new_empty(slots, heads, value, dtype=torch.float32), arrived(wide.device)
+    delta_kernel[(slots, heads, parts)](
+        wide, mixing.taps, mixing.decay, mixing.shift, mixing.norm, recent, states, places, live, target, shares, count,
         mixing.epsilon, key**-0.5, HEADS=heads, FEWER=mixing.fewer, KEY=key, VALUE=value, TAPS=mixing.taps.shape[1],
-        EARLY=begins, num_warps=warps, **({"launch_pdl": True} if begins else {}),
+        PARTS=parts, EARLY=begins, num_warps=warps, **({"launch_pdl": True} if begins else {}),
     )  # fmt: skip
     return target

@@ -21,10 +21,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+from packaging.version import Version
 from torch.nn.functional import softplus
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -211,6 +213,9 @@ WAYS: dict[str, Callable] = {FLA: by_fla, PAGES: page_by_page}
 # Choice and proof
 
 INSTALL = "`pip install flash-linear-attention==0.6.0`"  # as in requirements.txt
+# Its backward pass refuses those on Hopper (#640 there). torch 2.11 pins 3.6.0, and works with this one beside it.
+REFUSED, TRITON = ("3.4", "3.7.1"), "`pip install --no-deps triton==3.7.1`"
+GAIN = "measured 47 times as fast, on an H100"  # forward and backward, results/h100_linear_attention.json
 PRICED = 2_800  # tokens of a page, most of them its HTML
 # Kernels keep tensors of a proof for their gradients, which torch forbids for those of inference mode; and a layer that
 # is checkpointed around a proof must not take them for its own.
@@ -256,7 +261,19 @@ def delta_words(shape: DeltaShape, device: str, dtype: torch.dtype, layers: int)
     if device == "cuda":
         seconds = layers * seconds_of_page(shape, dtype, device)
         price = f": at least {seconds:.1f} s for a page of {PRICED:,} tokens, in {layers} layers of it alone"
+        why = f"{GAIN}: {why}{and_triton()}"
     return f"{PAGES}, in fp32 and much slower{price} ({FLA}: {why})"
+
+
+def and_triton() -> str:
+    """What it needs besides for its gradients, in words: a newer triton, on a Hopper with one that it refuses."""
+    try:
+        found = Version(version("triton"))
+    except PackageNotFoundError:
+        return ""
+    least, next_good = map(Version, REFUSED)
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    return f"; and {TRITON}, in place of {found}" if hopper and least <= found < next_good else ""
 
 
 def seconds_of_page(shape: DeltaShape, dtype: torch.dtype, device: str) -> float:

@@ -71,7 +71,8 @@ def way_of(
 
     hidden, weight, norm = some(rows, depth), some(2 * columns, depth) / depth**0.5, (some(depth).to(norms), 1e-6)
     residual, half = some(rows, columns), weight[:columns]
-    squares = hidden.float().square().view(rows, 2, -1).sum(-1)
+    # In as many parts as a product of such tiles leaves: another number of them would be another kernel to compile.
+    squares = hidden.float().square().view(rows, depth // tile[0], -1).sum(-1)
     normed = rms_norm(hidden.float(), norm[0].float(), norm[1])
     if kind == "gated":
         wanted = (swiglu(normed @ weight.float().T),)

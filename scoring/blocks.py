@@ -106,13 +106,14 @@ def texts_of(
     """Those of `texts` (text, its boxes in pixels, whether they are its own) that are seen: where `image` differs from
     the same page without texts, both (H, W, 3) uint8."""
     contrast = contrast_of(image, bare)
-    free = contrast >= SEEN  # of which no text is known that has boxes of its own
+    every = contrast >= SEEN
+    free = every.copy()  # of which no text is known that has boxes of its own
     for _, boxes, own in texts:
         for box in boxes if own else ():
             free[within(box, contrast.shape)] = False
     found = []
     for text, boxes, own in texts:
-        mask = contrast >= SEEN if own else free
+        mask = every if own else free
         if block := block_in(image, contrast, mask, [within(box, contrast.shape) for box in boxes], text):
             found.append(block)
     return tuple(found)
@@ -124,7 +125,9 @@ def contrast_of(image: np.ndarray, bare: np.ndarray) -> np.ndarray:
     found = np.empty((height, width), np.uint8)
     for top in range(0, height, BAND):
         one, two = (part[top : min(top + BAND, height), :width] for part in (image, bare))
-        found[top : top + BAND] = (np.maximum(one, two) - np.minimum(one, two)).max(axis=-1)
+        red, green, blue = np.moveaxis(np.maximum(one, two) - np.minimum(one, two), -1, 0)
+        # A reduction over so short an axis takes fifteen times as long.
+        np.maximum(np.maximum(red, green), blue, out=found[top : top + BAND])
     return found
 
 

@@ -1,32 +1,44 @@
 """How many browsers this machine bears, by the cores and the memory that are this process's own.
 
 with Workers(most_at_once(), ...) as workers: ...
+free_bytes()                                    # of memory, for whoever wants it for something else
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 GB_PER_BROWSER = 0.4
 CGROUPS = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
 
 
-def most_at_once(cgroups: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> int:
+def most_at_once(cgroups: Path = CGROUPS, own: Path = OWN_GROUPS) -> int:
     """Browsers for this machine: one for each core that this process may use, while the memory lasts."""
+    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    cores = min([cores, *map(_cores, _groups(cgroups, own))])
+    return max(1, min(int(cores), int(free_bytes(cgroups, own) / (GB_PER_BROWSER * 1e9))))
+
+
+def free_bytes(cgroups: Path = CGROUPS, own: Path = OWN_GROUPS) -> float:
+    """Of the machine's memory what is free, or would be if files were forgotten, and this process may have."""
     import psutil
 
-    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    free = float(psutil.virtual_memory().available)
+    return min([float(psutil.virtual_memory().available), *map(_free_bytes, _groups(cgroups, own))])
+
+
+def _groups(cgroups: Path, own: Path) -> Iterator[Path]:
+    """The folders of the control groups that this process is in, inner ones first."""
     for line in _read(own).splitlines():
         _, kinds, name = line.split(":", 2)  # without kinds: version 2, one tree for all
         tree = cgroups / kinds
         inner = tree / name.lstrip("/")
         for group in (inner, *inner.parents):  # in a container, `name` may lead nowhere; the tree's root is ours then
             if group == tree or tree in group.parents:
-                cores, free = min(cores, _cores(group)), min(free, _free_bytes(group))
-    return max(1, min(int(cores), int(free / (GB_PER_BROWSER * 1e9))))
+                yield group
 
 
 def _cores(group: Path) -> float:

@@ -20,7 +20,9 @@ import hashlib
 import json
 import os
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -31,6 +33,7 @@ import numpy as np
 from markupsafe import Markup
 
 from scoring import metrics
+from scoring.machine import most_at_once
 from scoring.report_pictures import KINDS, MANY_PAGES, Detail, Figure, detail_for, figures_of
 from scoring.report_summary import (
     MissedTexts,
@@ -64,6 +67,8 @@ from scoring.report_values import (
     row_of,
     worst,
 )
+
+MOST_AT_ONCE = 8  # pages whose cards are made beside each other; the pictures of each may be 60 MB
 
 # -----------------------------------------------------------------------------
 # Card
@@ -207,6 +212,25 @@ def templates() -> jinja2.Environment:
     return environment
 
 
+def carded(pages: Iterable[PageResult], detail: Detail) -> Iterator[tuple[PageResult, Row, tuple[str, str]]]:
+    """Each page with its row and what `card` makes of it, in their order. Some are made beside each other: encoding
+    their pictures, a second or two a page, leaves Python's lock."""
+    at_once, under_way = min(MOST_AT_ONCE, most_at_once()), deque()
+
+    def made(page: PageResult, number: int) -> tuple[PageResult, Row, tuple[str, str]]:
+        row = row_of(page, number)
+        return page, row, card(page, row, detail)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        for number, page in enumerate(pages, 1):
+            under_way.append(pool.submit(made, page, number))
+            del page  # which its turn keeps
+            if len(under_way) == at_once:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+
+
 def worst_first(rows: Sequence[Row]) -> list[Row]:
     """By the first score there is, which is the metric that chooses: failures, then the worst, then pages without it.
     Not by `overall`: a wholly different page may reach 0.6 there by a few lucky matches."""
@@ -273,7 +297,7 @@ def write_report(
     control: Mapping[str, tuple[float, str]] | None = None,
     count: int | None = None,
 ) -> None:
-    """Writes the report to `path`, whole or not at all. Pages are taken one by one and none is kept.
+    """Writes the report to `path`, whole or not at all. Pages are taken as they are needed: MOST_AT_ONCE are held.
 
     `facts` is a small table at the end; `comparison` is what `comparison_view` takes; `training` has "losses" and
     "evaluations" as (step, value); `control` has, of a score's name, what it is against another page's reference, and
@@ -289,9 +313,9 @@ def write_report(
     rows: list[Row] = []
     missed = MissedTexts()
     with tempfile.TemporaryFile(dir=path.parent) as cards:  # the worst comes first, and is known last
-        for page in pages:
-            row, start = row_of(page, len(rows) + 1), cards.tell()
-            whole, peek = (text.encode("utf-8", "replace") for text in card(page, row, detail))
+        for page, row, texts in carded(pages, detail):
+            start = cards.tell()
+            whole, peek = (text.encode("utf-8", "replace") for text in texts)
             cards.write(whole + peek)
             rows.append(replace(row, start=start, peek=start + len(whole), end=cards.tell()))
             missed.add(page)

@@ -1,6 +1,7 @@
 """Pairs of pages scored by processes of their own, each with its browsers, while this one does something else.
 
     with Scorers(scorers_for(len(pairs))) as scorers:
+        scorers.expect(pair)                            # whose prediction is None yet: its reference is rendered
         scorers.give(pair, pictures=folder)             # at any time; a process begins with it at once
         for key, score in scorers.scored(): ...         # as they come
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import pickle
@@ -28,7 +30,7 @@ import traceback
 import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
 from multiprocessing.connection import Connection, Pipe, wait
@@ -49,6 +51,7 @@ from scoring.renders import Job, Render, Renderer, decoded, end_family, find_chr
 BROWSERS = 2  # of each process: reference and written page side by side
 TASKS_EACH = 2  # of each process at once: one is compared while the next one is rendered
 MOST_SCORERS = 8  # some 0.8 GB each; 16 cores, of which the writing and the data need some
+MOST_KEPT = 8  # references of each process that are rendered before their pairs come, some 20 MB of a long page
 WORTH_PAGES = 8  # fewer are scored here before processes and browsers have started
 MOST_FAILED_STARTS = 3  # of processes, one after another
 NICER = 5  # than what writes meanwhile, whose few steps of Python come first
@@ -82,15 +85,26 @@ class Pair:
         htmls = (self.reference, self.prediction or "")
         return tuple(job_for(html, self.width, self.height) for html in htmls)
 
+    @property
+    def wanted(self) -> tuple[str, int, int]:
+        """What a reference known beforehand is found by."""
+        return self.reference, self.width, self.height
+
 
 Scored = tuple[PageScore, np.ndarray | None, np.ndarray | None]  # with the two pictures (H, W, 3) uint8
 
 
+def pages_of(pair: Pair, renders: Iterator[Render], reference: Page | None = None) -> tuple[Page, Page]:
+    """Reference and written page, by the next two of `renders`, those of `pair.jobs`; by the next one where the
+    `reference` is known."""
+    reference = reference or page_of(next(renders), pair.reference)
+    written = page_of(next(renders), pair.prediction or "")
+    return reference, Page(None, failure="there is none") if pair.prediction is None else written
+
+
 def score_pair(pair: Pair, renders: Iterator[Render], clip: Clip | None = None) -> Scored:
     """By the next two of `renders`, those of `pair.jobs`. The pictures are None where there is none."""
-    wanted, written = page_of(next(renders), pair.reference), page_of(next(renders), pair.prediction or "")
-    if pair.prediction is None:
-        written = Page(None, failure="there is none")
+    wanted, written = pages_of(pair, renders)
     return compare(wanted, written, clip), wanted.image, written.image
 
 
@@ -124,20 +138,35 @@ def keep_pictures(folder: Path, key: str, images: Iterable[np.ndarray | None]) -
 
 @dataclass(frozen=True)
 class Order:
-    """What a process is told: a pair, or None for the proof, and the folder for its pictures, None for none."""
+    """What a process is told: a pair, or None for the proof, and the folder for its pictures, None for none. Of a pair
+    that is yet `to_come` the reference alone is rendered, and kept until the pair comes."""
 
     key: str
     pair: Pair | None = None
     pictures: Path | None = None
+    to_come: bool = False
 
 
-def listen(pipe: Connection, orders: queue.SimpleQueue, renderer: Renderer) -> None:
+References = dict[tuple[str, int, int], Page | None]  # by `Pair.wanted`; None: begun
+
+
+def jobs_of(order: Order, references: References) -> tuple[Job, ...]:
+    """What has to be rendered now: reference and what was written, or one of them."""
+    if order.pair is None:
+        return ()
+    if order.to_come:
+        references[order.pair.wanted] = None
+        return order.pair.jobs[:1]
+    return order.pair.jobs[order.pair.wanted in references :]
+
+
+def listen(pipe: Connection, orders: queue.SimpleQueue, renderer: Renderer, references: References) -> None:
     """(a thread of its own) Begins to render what comes, and ends the process, with its browsers, when its parent has
     gone or has closed the pipe, whatever is being compared."""
     try:
         while True:
             order = pipe.recv()
-            orders.put((order, [renderer.begin(job) for job in order.pair.jobs] if order.pair else []))
+            orders.put((order, [renderer.begin(job) for job in jobs_of(order, references)]))
     except (EOFError, OSError):
         renderer.close()
         os._exit(0)
@@ -148,14 +177,27 @@ def listen(pipe: Connection, orders: queue.SimpleQueue, renderer: Renderer) -> N
         os._exit(1)
 
 
-def follow(order: Order, begun: list[Future[Render]], renderer: Renderer) -> PageScore | None:
-    """The score of a pair, whose pictures are kept; None for a proof that holds, which raises `ScorerError` else."""
-    if order.pair is None:
+def follow(
+    order: Order, begun: list[Future[Render]], renderer: Renderer, references: References, writers: Executor
+) -> PageScore | None:
+    """The score of a pair, whose pictures are kept; None for a proof that holds, which raises `ScorerError` else, and
+    for a reference."""
+    pair = order.pair
+    if pair is None:
         prove(renderer)
         return None
-    score, *images = score_pair(order.pair, (decoded(render.result()) for render in begun))
-    if order.pictures is not None:
-        keep_pictures(order.pictures, order.key, images)
+    renders = (decoded(render.result()) for render in begun)
+    if order.to_come:
+        references[pair.wanted] = page_of(next(renders), pair.reference)
+        return None
+    reference = references.pop(pair.wanted, None)
+    if reference is None and len(begun) == 1:  # it has failed, or an equal pair came first
+        renders = chain([renderer.render(pair.jobs[0])], renders)
+    pages = pages_of(pair, renders, reference)
+    kept = order.pictures and writers.submit(keep_pictures, order.pictures, order.key, [page.image for page in pages])
+    score = compare(*pages)
+    if kept:
+        kept.result()
     return score
 
 
@@ -164,17 +206,19 @@ def be_a_scorer(number: int, seconds_per_page: float, chromium: str | None) -> N
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(each, lambda *_: None)  # not SIG_IGN, which the browsers would inherit; it ends with its parent
     os.nice(NICER)
-    pipe, orders = Connection(number), queue.SimpleQueue()
+    pipe, orders, references, writers = Connection(number), queue.SimpleQueue(), {}, ThreadPoolExecutor(1)
     renderer = Renderer(BROWSERS, seconds_per_page, chromium)
     for _ in range(BROWSERS):  # which start while the first page is still written
         renderer.begin(Job(""))
-    threading.Thread(target=listen, args=(pipe, orders, renderer), daemon=True).start()
+    threading.Thread(target=listen, args=(pipe, orders, renderer, references), daemon=True).start()
     with contextlib.suppress(BrokenPipeError):  # the parent has gone, which the thread sees, too
         pipe.send(None)
+    for slow in ("scipy.optimize", "skimage.color", "skimage.metrics"):  # half a second, of some page's else
+        importlib.import_module(slow)
     while True:
         order, begun = orders.get()
         try:
-            answer = follow(order, begun, renderer)
+            answer = follow(order, begun, renderer, references, writers)
         except Exception as error:  # raised in the parent
             answer = error
             error.add_note("in a process that scores:\n" + traceback.format_exc())
@@ -204,6 +248,7 @@ class Scorer:
     mark: str  # NAME=value in the environment of everything that it starts
     tasks: dict[str, tuple[Order, int]] = field(default_factory=dict)  # by the key
     started: bool = False  # it has told that it can work
+    references: set[tuple[str, int, int]] = field(default_factory=set)  # that it was told to keep
 
     @property
     def load(self) -> tuple[bool, int]:
@@ -223,6 +268,7 @@ class Scorers:
         self.options = (str(seconds_per_page), find_chromium(chromium) or "")
         self.given: set[str] = set()
         self.waiting: deque[tuple[Order, int]] = deque()
+        self.to_come: dict[tuple[str, int, int], Order] = {}  # references that nobody has begun
         self.done: deque[tuple[str, PageScore | Exception | None]] = deque()
         self.proof: Exception | bool = False  # whether it holds; what it has raised
         self.version, self.failed_starts = "", 0
@@ -270,9 +316,18 @@ class Scorers:
         """A pair to score, and the folder for its pictures, if they are wanted; an equal one is scored once."""
         self.order(Order(pair.key, pair, pictures))
 
+    def expect(self, pair: Pair) -> None:
+        """A pair that will be given once its prediction is known: until then a process that has nothing else to do
+        renders its reference, and keeps that. Of more than `MOST_KEPT` for each process the first ones."""
+        known = {*self.to_come}.union(*(scorer.references for scorer in self.scorers))
+        if pair.wanted not in known and len(known) < MOST_KEPT * len(self.scorers):
+            self.to_come[pair.wanted] = Order(f"reference of {pair.key}", pair, to_come=True)
+            self.look(0)
+
     def order(self, order: Order) -> None:
         if order.key not in self.given:
             self.given.add(order.key)
+            self.to_come.pop(order.pair and order.pair.wanted, None)
             self.waiting.append((order, 0))
             self.look(0)
 
@@ -286,13 +341,15 @@ class Scorers:
 
     def scored(self) -> Iterator[tuple[str, PageScore]]:
         """(key, score) of all that was given and not yet told, as they come. Raises what a process has raised."""
+        self.to_come.clear()
         while True:
             while self.done:
                 key, answer = self.done.popleft()
                 if isinstance(answer, Exception):
                     raise answer
                 yield key, answer
-            if not self.scorers or not (self.waiting or any(scorer.tasks for scorer in self.scorers)):
+            orders = [order for scorer in self.scorers for order, _ in scorer.tasks.values() if not order.to_come]
+            if not self.scorers or not (self.waiting or orders):
                 return
             self.look()
 
@@ -310,13 +367,33 @@ class Scorers:
     def hand_out(self) -> None:
         while self.waiting and self.scorers:
             order, deaths = self.waiting[0]
-            scorer = min(self.scorers, key=lambda scorer: scorer.load)
+            scorer = self.scorer_for(order)
             wary, count = scorer.load
             if count >= (1 if deaths or wary else TASKS_EACH):
                 return
-            scorer.tasks[order.key] = self.waiting.popleft()
-            with contextlib.suppress(OSError):  # it has died: found in `look`, with its tasks
-                scorer.pipe.send(order)
+            self.hand(scorer, *self.waiting.popleft())
+        while self.to_come and self.scorers:
+            scorer = min(self.scorers, key=lambda scorer: scorer.load)
+            if scorer.load >= (False, TASKS_EACH):
+                return
+            self.hand(scorer, self.to_come.pop(next(iter(self.to_come))), 0)
+
+    def scorer_for(self, order: Order) -> Scorer:
+        """Who has the reference of a pair, unless there is much else to do; else who has the least to do."""
+        for scorer in self.scorers:
+            if order.pair and order.pair.wanted in scorer.references and scorer.load < (False, TASKS_EACH):
+                return scorer
+        return min(self.scorers, key=lambda scorer: scorer.load)
+
+    def hand(self, scorer: Scorer, order: Order, deaths: int) -> None:
+        """To this process, which has died of it `deaths` times."""
+        scorer.tasks[order.key] = order, deaths
+        if order.to_come:
+            scorer.references.add(order.pair.wanted)
+        elif order.pair:
+            scorer.references.discard(order.pair.wanted)
+        with contextlib.suppress(OSError):  # it has died: found in `look`, with its tasks
+            scorer.pipe.send(order)
 
     def take(self, scorer: Scorer, answer: tuple[str, PageScore | Exception | None, str] | None) -> None:
         """An answer; None: it has started."""
@@ -324,11 +401,11 @@ class Scorers:
         if answer is None:
             return
         key, found, version = answer
-        del scorer.tasks[key]
+        order, _ = scorer.tasks.pop(key)
         self.version = version or self.version
         if key == PROOF:
             self.proof = True if found is None else found
-        else:
+        elif not order.to_come:  # what a reference has raised is raised again when its pair comes
             self.done.append((key, found))
 
     def bury(self, scorer: Scorer) -> None:
@@ -337,6 +414,8 @@ class Scorers:
         scorer.pipe.close()
         code = self.end(scorer, time.monotonic() + 5)
         for order, deaths in scorer.tasks.values():
+            if order.to_come:
+                continue
             if not deaths or not scorer.started:  # else it is not the page's fault
                 self.waiting.appendleft((order, deaths + scorer.started))
             elif order.pair is None:

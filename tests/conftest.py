@@ -321,13 +321,15 @@ def shapes_of_3b():
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
 
 
-def make_base(folder: Path, tie: bool = True, weights: bool = True, dtype=None, damage: float | None = None) -> Path:
+def make_base(
+    folder: Path, tie: bool = True, weights: bool = True, dtype=None, damage: float | None = None, hidden: int = 32
+) -> Path:
     import torch
     from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
     processor = make_processor()
     processor.save_pretrained(folder)
-    config = make_config(processor.tokenizer, tie=tie)
+    config = make_config(processor.tokenizer, hidden, tie)
     config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
     ends = {"eos_token_id": processor.tokenizer.eos_token_id, "pad_token_id": processor.tokenizer.pad_token_id}
     if weights:

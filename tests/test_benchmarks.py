@@ -33,6 +33,7 @@ import make_pages_speed
 import make_shapes
 import other_order
 import random_weights
+import same_curve
 import step_speed
 import unseen_text
 import write_speed
@@ -184,6 +185,27 @@ def test_another_order_trains_each_step_on_the_same_pages(monkeypatch):
 LINE = "step 3/8  loss 12.3400  lr 1.0e-05  3.41 pages/s  MFU 30 %  wait 3 %  71.9 GiB  0:12 min left\n"
 
 
+def test_curves_that_are_there_are_compared_and_not_run_again(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "curves"
+    argv = ["--base_model", "base", "--pages", "pages", "--out", str(out), "--steps", "12", "--ways", "ours,ours-8bit"]
+    monkeypatch.setattr(same_curve, "losses", lambda *unused: pytest.fail("a way was run again"))
+    earlier = {"settings": same_curve.settings_of(same_curve.parse(argv)), "seconds": {}}
+    curve = [12.0 - step for step in range(12)]
+    earlier["losses"] = {"ours": curve, "ours-8bit": [*curve[:4], curve[4] + 0.5, *curve[5:11], curve[11] - 0.2]}
+    out.with_suffix(".json").write_text(json.dumps(earlier))
+    assert same_curve.main(argv) == 0 and out.with_suffix(".png").stat().st_size > 10_000
+    apart = json.loads(out.with_suffix(".json").read_text())["beside"]["ours"]["ours-8bit"]
+    assert apart == pytest.approx({"worst": 0.5, "mean": 0.7 / 12, "end": -0.1})
+    assert "a step differs by at most 0.5000, the end by -0.1000" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"other settings \(learning_rate 1e-5, here 1e-4"):
+        same_curve.main([*argv, "--learning_rate", "1e-4"])
+    # One that cannot be had is said, and the others stay.
+    monkeypatch.setattr(same_curve, "losses", lambda *unused: ([], "played: no such flag"))
+    assert same_curve.main([*argv[:-1], "ours,ours-8bit,ours-fp8"]) == 1
+    assert "missing: ours-fp8" in capsys.readouterr().out
+    assert json.loads(out.with_suffix(".json").read_text())["losses"] == earlier["losses"]
+
+
 def test_the_figures_of_our_line_are_read():
     assert step_speed.read_step(LINE) == {
         "step": 3,
@@ -305,7 +327,7 @@ def test_too_few_pages_are_refused_before_anything_runs(tiny_base, pages_folder,
 # A whole run and its evaluation
 
 LOG = [
-    (2.0, "precision: bf16"),
+    (2.0, "quantisation: none (DeepSpeed shards full-precision weights)"),
     (3.0, "1,000 training and 32 held-out pages in 0.9 s; memory 0.9 GiB"),
     (13.0, "holo1_3b_shapes: 3,754.6 M parameters in 9.9 s; memory 9.0 GiB"),
     (20.0, "step 1/125  loss 12.3046  lr 0.0e+00  3.81 pages/s"),
@@ -406,6 +428,12 @@ def test_tokens_are_held_against_the_plain_model_as_they_were_chosen(tiny_base, 
     for asked in (recipe, punished):
         found = write_speed.hold_against_plain(model, processor, asked, 2, 24, drafts=False)
         assert found["argmax"] == 1 and found["tokens"] > 24 and found["most_behind_in_roundings"] == 0
+    found, real = write_speed.hold_against_fp32(model, processor, recipe, 3, 24), write_speed.dictated_logits
+    assert found["engine_argmax_of_fp32"] == found["plain_argmax_of_fp32"] == 1 and found["tokens"] > 24
+    assert found["plain_to_fp32"] == 0 and found["engine_to_fp32"] == found["engine_to_plain"] < 1e-5
+    worse = lambda *given: [1.25 * logits for logits in real(*given)]  # noqa: E731
+    monkeypatch.setattr(write_speed, "dictated_logits", worse)
+    assert write_speed.hold_against_fp32(model, processor, recipe, 1, 24)["engine_to_fp32"] == pytest.approx(0.25, 1e-3)
     monkeypatch.setattr(write_speed, "processed", lambda logits, *unused: logits)
     assert write_speed.hold_against_plain(model, processor, punished, 2, 24, drafts=False)["argmax"] < 1
     pages = write_speed.pages_like_real(processor.tokenizer, 2, 300)

@@ -26,6 +26,7 @@ Rooms from top to bottom; each may import those below it, and none above:
     page_order      which pages are trained on when
     packing         pages as one row
     fast_layers     the fast path put into a model, and vision MLPs as wide as tensor cores like
+    activation_offload  activations that wait in the CPU's memory until the backward pass asks for them
     loss            the loss by the model's own way
     progress        what a run tells of itself: rates, waits, memory, the loss as a picture
     stopping        how a run is asked to stop, and when it does
@@ -38,6 +39,7 @@ Rooms from top to bottom; each may import those below it, and none above:
     cpu_time        how long a large model would take on a CPU, and the question before it
     training_arguments  which fields of transformers' own settings hold here, and within which bounds
     command_line    the command line, read to its end: every flag, and all that is wrong with it at once
+    eight_bit       Adam's moments in 8 bits: which --optim that is, what stays in 32, what they take
     run_record      what a run was, and what of it cannot be changed
     checkpoints     checkpoints that are whole or not there; what another run finds in the output folder
     folder_lock     one owner a folder

@@ -3,7 +3,8 @@
     check_space(settings, args, config, tensors, len(pages))     # (all ranks) raises DiskError
 
 Bytes as the Trainer and DeepSpeed write them (transformers 5.23, deepspeed 0.19.8): AdamW has two moments in fp32 for
-each trained number, ZeRO keeps fp32 weights beside them, and a whole copy of the weights lies in every checkpoint.
+each trained number, or in 8 bits, ZeRO keeps fp32 weights beside them, and a whole copy of the weights lies in every
+checkpoint.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from families import family_of
 from scoring.report_values import plural
+from training import eight_bit
 from training.base_model import DTYPES, BaseTensor
 from training.checkpoints import BEST, checkpoints_in
 from training.errors import DiskError
@@ -34,15 +36,28 @@ def final_bytes(tensors: Mapping[str, BaseTensor]) -> int:
     return sum(math.prod(tensor.shape) * SIZES[DTYPES[tensor.dtype]] for tensor in tensors.values())
 
 
-def checkpoint_bytes(parameters: int, trained: int, weight_bytes: int, sharded: bool, adapters: bool) -> int:
-    """Of one checkpoint: weights of `weight_bytes` each, two fp32 moments, and fp32 weights where they are `sharded`.
+def checkpoint_bytes(
+    parameters: int, trained: int, weight_bytes: int, sharded: bool, adapters: bool, moments: float = 8
+) -> int:
+    """Of one checkpoint: weights of `weight_bytes` each, both `moments` of so many, and fp32 weights where they are
+    `sharded`.
 
     Of adapters the Trainer saves nothing else; DeepSpeed saves the frozen weights with them.
     """
     weights = trained if adapters and not sharded else parameters
-    states = (12 if sharded else 8) * trained
+    states = math.ceil((moments + 4 * sharded) * trained)
     frozen = weight_bytes * (parameters - trained) if sharded else 0
     return weights * weight_bytes + states + frozen
+
+
+def moment_bytes(optim: str, tensors: Mapping[str, BaseTensor], trained: int, whole: bool) -> float:
+    """Of both moments of one of the `trained` numbers, on average. Where the base's tensors are stepped on as they are,
+    `whole`, transformers 5.23 leaves the moments of embeddings in fp32."""
+    if not eight_bit.is_asked(optim) or not trained:
+        return 8
+    embeddings = [tensor.shape for tensor in tensors.values() if tensor.name.endswith("embed_tokens.weight")]
+    in_fp32 = sum(math.prod(shape) for shape in embeddings) / trained if whole else 0.0
+    return 8 * in_fp32 + eight_bit.MOMENT_BYTES * (1 - in_fp32)
 
 
 def checkpoints_at_once(strategy: str, save_steps: float, steps: int, steps_per_epoch: int, limit: int | None) -> int:
@@ -103,6 +118,7 @@ def check_space(
         weight_bytes=half if sharded else 4,
         sharded=sharded,
         adapters=adapters,
+        moments=moment_bytes(args.optim, tensors, trained, whole=not (sharded or adapters)),
     )
     final, output_dir, final_dir = final_bytes(tensors), Path(args.output_dir), Path(settings.final_dir)
     wrong, beside, finals, needs = None, 0, 0, []

@@ -2,8 +2,8 @@
 
     with rendering.beside("after", pages) as finished:                      # scored while others are written
         rows = write_held_out(model, processor, pages, decoding, 8, finished)  # (all ranks)
-    scores = rendering.score("after", rows, pages)                          # None where there is no browser
-    result = score_held_out(rows, pages, scores, parts_of(len(pages), weights_are_chosen=False))
+    parts = parts_of(len(pages), weights_are_chosen=False)
+    result = render_and_score(rendering, "after", rows, pages, parts)       # without a browser by the texts alone
     say(announce("after", result))
 
 A row is what was written of one page: {"place", "html", "raw", "tokens", "cut_off", "seconds"}, a page what was wanted:
@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -74,7 +75,7 @@ def write_held_out(
     where any rank was asked to stop while a training waits for this.
     """
     # Pages of like length together: a batch is written until its longest page ends.
-    order = sorted(range(len(pages)), key=lambda place: -len(pages[place]["html"]))
+    order = longest_first(pages)
     start, failure, rows = time.monotonic(), None, []
     try:
         rows = write_share(model, processor, pages, decoding, batch, order[rank() :: world_size()], finished)
@@ -93,6 +94,11 @@ def write_held_out(
     slowest = max(seconds for _, seconds, *_ in shares)
     rows = sorted((row for rows, *_ in shares for row in rows), key=lambda row: row["place"])
     return [{**row, "seconds": slowest} for row in rows]
+
+
+def longest_first(pages: Dataset) -> list[int]:
+    """The indices of the pages by the length of their HTML."""
+    return sorted(range(len(pages)), key=lambda place: -len(pages[place]["html"]))
 
 
 def failure_of_another(number: int, code: int, words: str) -> Exception:
@@ -181,12 +187,14 @@ def score_held_out(
     pages: Sequence[Mapping[str, Any]],
     scores: Sequence[Mapping[str, Any]] | None = None,
     parts: Parts | None = None,
+    texts: Sequence[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Shares and means over the pages that compare, each page's own outcome under "pages", and under "choosing" the
-    metric that chooses the best weights, over the pages that do. `scores` are those of `Rendering.score`."""
+    metric that chooses the best weights, over the pages that do. `scores` are those of `Rendering.score`, `texts` those
+    of `text_scores` where they are known."""
     # Where nothing is rendered nothing chooses, and every page compares.
     parts = parts if parts and scores is not None else parts_of(len(rows), weights_are_chosen=False)
-    scored = [text_scores(row, page) for row, page in zip(rows, pages)]
+    scored = texts or [text_scores(row, page) for row, page in zip(rows, pages)]
     for page, score in zip(scored, scores or ()):
         page |= {name: value for name, value in score.items() if name not in ("page", "valid")}
     for place in parts.choosing if parts.apart else ():
@@ -265,6 +273,7 @@ class Rendering:
         self.facts: dict[str, str] = {}  # of the browser, once it has rendered
         self.proved = False  # by the scorer, of itself, in this run
         self.scorers: Scorers | None = None  # at work since the writing began
+        self.ending: threading.Thread | None = None  # those of before
 
     @cached_property
     def clip(self) -> tuple[Clip | None, str]:
@@ -286,6 +295,8 @@ class Rendering:
         Does nothing on other ranks, for a few pages, and with CLIP, which each process would have to load.
         """
         self.close()
+        if self.ending is not None:
+            self.ending.join()
         finished = nothing
         with contextlib.ExitStack() as unless_written:
             unless_written.callback(self.close)
@@ -295,6 +306,9 @@ class Rendering:
                     finished = partial(self.give, self.progress(label), pages)
                     if not self.proved:
                         self.scorers.prove()
+                    # The longest are written to the end, after which nobody should wait for more than they need.
+                    for place in longest_first(pages):
+                        self.scorers.expect(pair_of({"html": None}, pages[place]))
                 except (BrowserMissing, OSError) as error:
                     self.give_up(error)
             yield finished
@@ -313,9 +327,10 @@ class Rendering:
         say(f"pages are not rendered, so there are no scores of how they look: {error}")
 
     def close(self) -> None:
-        """Ends the processes that score."""
+        """Ends the processes that score, which takes some tenths of a second: nobody waits for that."""
         if self.scorers is not None:
-            self.scorers.close()
+            self.ending = threading.Thread(target=self.scorers.close)
+            self.ending.start()
             self.scorers = None
 
     def score(self, label: str, rows: Sequence[Row], pages: Dataset) -> list[dict[str, Any]] | None:
@@ -367,6 +382,15 @@ class Rendering:
         """Removes what every `progress` has kept, once the results are written."""
         for folder in self.folder.glob("rendered_*"):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def render_and_score(
+    rendering: Rendering, label: str, rows: Sequence[Row], pages: Dataset, parts: Parts
+) -> dict[str, Any]:
+    """(main process only) What `score_held_out` returns, with the scores of a rendering."""
+    pages_known = list(pages)
+    texts = [text_scores(row, page) for row, page in zip(rows, pages_known)]  # while others render the last ones
+    return score_held_out(rows, pages_known, rendering.score(label, rows, pages), parts, texts)
 
 
 # -----------------------------------------------------------------------------

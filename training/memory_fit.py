@@ -1,11 +1,11 @@
 """The one decision what fits: from the settings and the model's own family, for `--plan` and for training.
 
-    decision = decide(scope_of(settings, training, deepspeed, config), load_of, page_flops, processes, limit_gib)
+    decision = decide(scope_of(settings, training, deepspeed, config), load_of, page, processes, hardware)
     memory_plan = choose_micro_batch(args, settings, config, pages, encoder)   # (all ranks) that, for the GPUs at hand
     fit = Fit(memory_plan, plain_loss, settings)                               # proves it before step one
     print_plan(resolved, config, parameters)                                   # that, for GPUs that one might rent
 
-Sections: Decision, Training, Proof, Plan.
+Sections: Decision, Training, Proof, Layers, Plan.
 """
 
 from __future__ import annotations
@@ -22,27 +22,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from families import Family, family_of, page_costs, trains_fast
 from scoring.report_values import plural
-from training import zero3
+from training import eight_bit, zero3
+from training.activation_offload import Offload, link_rate, pinnable_gib
 from training.checkpoints import RESTARTED, STAGING, checkpoints_in
-from training.errors import PipelineError, is_out_of_memory
+from training.errors import PipelineError, SettingsError, is_out_of_memory
 from training.heartbeat import heart
 from training.memory_plan import (
     MEMORY_SHARE,
-    RECOMPUTED_SHARES,
+    Hardware,
     Load,
     MemoryPlan,
     Way,
     candidates,
     estimate,
+    layer_ways,
     remedy,
     state_table,
     table,
+    way_words,
 )
-from training.processes import agreed_port, in_columns, least, leave_note, say, together, world_size
+from training.processes import (
+    agreed_port,
+    in_columns,
+    least,
+    leave_note,
+    say,
+    together,
+    world_size,
+)
 from training.progress import say_memory
 from training.prompt_and_mask import PageEncoder
 from training.settings import PageSettings, Resolved
@@ -52,6 +64,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, Trainer, TrainingArguments
 
 GIB = 2**30
+CPU = torch.device("cpu")
+# In the environment of a training that has restarted itself with the same pages: their number was not typed by a user.
+SAME_PAGES = "HOLO1_SAME_PAGES"
 FINISHED_S = 120.0  # in which a checkpoint that was saved is put into its place
 
 # -----------------------------------------------------------------------------
@@ -63,10 +78,11 @@ class Scope:
     """What the settings fix, and what they leave to choose from."""
 
     shape: page_costs.Shape
-    way: Way  # as the settings train; its pages at once and its recomputed share are what they are without a choice
+    way: Way  # as the settings train; its pages at once and its shares are what they are without a choice
     pages: int  # per step and GPU
     sizes: tuple[int, ...]  # pages at once that may be chosen
-    shares: tuple[float, ...]  # of the layers, that may be recomputed
+    recomputed: float | None  # of the layers of both towers, where it was typed
+    offloaded: float | None  # of the language model's layers, where it was typed
     whole: tuple[bool, ...]  # whether weights may be gathered once per step, or by layers
     bucket: int  # weights in one of DeepSpeed's buckets
 
@@ -75,13 +91,14 @@ class Scope:
 class Decision:
     """Every way that the settings allow, the fastest first, and the first of them that fits; None where none does."""
 
-    candidates: list[MemoryPlan]
+    candidates: list[Way]
     chosen: MemoryPlan | None
+    plan_of: Callable[[Way], MemoryPlan]
 
     @property
     def smallest(self) -> MemoryPlan:
         """The candidate that takes the least memory (GiB), whether or not it fits."""
-        return min(self.candidates, key=lambda plan: plan.total_gib)
+        return min(map(self.plan_of, self.candidates), key=lambda plan: plan.total_gib)
 
 
 def scope_of(
@@ -92,15 +109,19 @@ def scope_of(
     zero = (deepspeed or {}).get("zero_optimization", {})
     adapters, micro_batch = settings.lora or settings.quantize == "4bit", training["per_device_train_batch_size"]
     pages, share = micro_batch * training["gradient_accumulation_steps"], settings.checkpoint_share
+    recomputed = float(training["activation_checkpointing"]) if share is None else share
     way = Way(
         micro_batch=micro_batch,
-        recomputed=float(training["activation_checkpointing"]) if share is None else share,
+        recomputed=recomputed,
+        recomputed_vision=recomputed,
         sharded=zero.get("stage") == 3,
         offload=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
         adapters=adapters,
         four_bit=settings.quantize == "4bit",
         frozen_vision=settings.freeze_vision,
         fused=settings.fuse != "no",
+        eight_bit=eight_bit.is_asked(training.get("optim")),
+        fp8=getattr(settings, "fp8", False),
     )
     # resolve() has put a number here wherever one was typed, for this or for --per_device_train_batch_size
     auto = settings.micro_batch == "auto"
@@ -110,7 +131,8 @@ def scope_of(
         way=way,
         pages=pages,
         sizes=tuple(sizes),
-        shares=RECOMPUTED_SHARES if share is None else (share,),
+        recomputed=share,
+        offloaded=settings.offload_share,
         whole=zero3.may_be_whole(deepspeed, config),
         bucket=zero3.bucket_size(deepspeed),
     )
@@ -121,27 +143,18 @@ def sizes_of(pages: int) -> list[int]:
     return [size for size in range(1, pages + 1) if pages % size == 0]
 
 
-def decide(
-    scope: Scope,
-    load_of: Callable[[int], Load],
-    page_flops: float,
-    processes: int,
-    limit_gib: float,
-    tflops: float | None = None,
-) -> Decision:
-    """What is done on `processes` GPUs that hold `limit_gib` and reach `tflops` (None: not known), where `load_of` is
-    the longest batch of so many pages and a page needs `page_flops` on average."""
-    ways = candidates(
-        replace(scope.way, processes=processes),
-        scope.pages,
-        page_costs.page_seconds(page_flops, tflops),
-        sum(page_costs.weights_of(scope.shape)),
-        sizes=scope.sizes,
-        shares=scope.shares,
-        whole=scope.whole,
-    )
-    plans = [estimate(scope.shape, load_of(way.micro_batch), way, scope.bucket) for way in ways]
-    return Decision(plans, next((plan for plan in plans if plan.total_gib <= limit_gib), None))
+def decide(scope: Scope, load_of: Callable[[int], Load], page: Load, processes: int, hardware: Hardware) -> Decision:
+    """What is done on `processes` GPUs, each with `hardware`, where `load_of` is the longest batch of so many pages and
+    `page` their mean."""
+    way = replace(scope.way, processes=processes)
+    options = {"sizes": scope.sizes, "whole": scope.whole, "recomputed": scope.recomputed, "offloaded": scope.offloaded}
+    ways = candidates(scope.shape, way, scope.pages, page, load_of, hardware, **options)
+
+    def plan_of(way: Way) -> MemoryPlan:
+        return estimate(scope.shape, load_of(way.micro_batch), way, scope.bucket)
+
+    fitting = (plan for plan in map(plan_of, ways) if plan.total_gib <= hardware.gpu_gib)
+    return Decision(ways, next(fitting, None), plan_of)
 
 
 # -----------------------------------------------------------------------------
@@ -151,39 +164,79 @@ def decide(
 def choose_micro_batch(
     args: TrainingArguments, settings: PageSettings, config: PretrainedConfig, pages: Dataset, encoder: PageEncoder
 ) -> MemoryPlan | None:
-    """(all ranks) As many pages at once, and as few layers recomputed, as will fit by `decide`; None on a CPU and on
-    the plain path, which trains as it was told.
+    """(all ranks) Which pages go through at once, and which layers keep their activations, by `decide`; None on a CPU
+    and on the plain path, which trains as it was told.
 
     Sets them in `args` and in DeepSpeed's configuration; pages per step stay the same. `Fit` proves the choice.
     """
-    if args.device.type != "cuda" or not trains_fast(config, settings):
+    fast = trains_fast(config, settings)
+    if settings.offload_share and not fast:
+        raise SettingsError(f"--offload_share {settings.offload_share}: this model has no fast path; leave it out")
+    if args.device.type != "cuda" or not fast:
         return None
     deepspeed = args.hf_deepspeed_config.config if args.deepspeed else None
     scope = scope_of(settings, vars(args), deepspeed, config)
-    loads, costs = longest_loads(pages, encoder, scope), costs_of(config, pages, encoder)
-    tflops = page_costs.peak_tflops(torch.cuda.get_device_name(args.device)) or 0.0
-    limit, tflops = least([memory_limit(args.device), tflops])  # ranks that chose differently would wait for ever
-    mean = sum(costs) / len(costs)
-    decision = decide(scope, lambda size: loads[size - 1], mean, world_size(), limit, tflops or None)
-    plan = decision.chosen
+    loads, mean = longest_loads(pages, encoder, scope), mean_load(pages, encoder, scope)
+    hardware = hardware_of(args.device, scope)
+
+    def longest(size: int) -> Load:
+        return loads[size - 1]
+
+    decision = decide(scope, longest, mean, world_size(), hardware)
+    plan, limit = decision.chosen, hardware.gpu_gib
     if plan is None:  # the plan may err: tried, with a warning, rather than refused
         plan = decision.smallest
         say(f"the plan says {plan.total_gib:.1f} GiB, which {remedy(plan.way, limit)}; trying all the same")
     way = plan.way
     args.per_device_train_batch_size = way.micro_batch
     args.gradient_accumulation_steps = scope.pages // way.micro_batch
-    args.activation_checkpointing = way.recomputed > 0
+    args.activation_checkpointing = max(way.recomputed, way.recomputed_vision) > 0
     if deepspeed is not None:
         deepspeed["train_micro_batch_size_per_gpu"] = way.micro_batch
         deepspeed["gradient_accumulation_steps"] = args.gradient_accumulation_steps
         zero3.tune_zero(deepspeed.get("zero_optimization", {}), way)
     parts = ", ".join(f"{name} {size:.1f}" for name, size in plan.parts_gib.items())
     told = (
-        f"micro-batch: {plural(way.micro_batch, 'page')} at once, {way.recomputed:.0%} of the layers recomputed"
-        f"{whole_words(way)}; {plan.total_gib:.1f} GiB planned of {limit:.1f} ({parts})"
+        f"micro-batch: {plural(way.micro_batch, 'page')} at once, {way_words(plan)}{whole_words(way)}; "
+        f"{plan.total_gib:.1f} GiB planned of {limit:.1f} ({parts})"
     )
     say(in_columns(told))
+    roomy = decide(scope, longest, mean, world_size(), replace(hardware, pinned_gib=math.inf)).chosen
+    if words := link_words(plan, roomy, hardware):
+        say(in_columns(words))
     return plan
+
+
+def hardware_of(device: torch.device, scope: Scope) -> Hardware:
+    """(all ranks) What all of them have; ranks that chose differently would wait for ever."""
+    tflops = page_costs.peak_tflops(torch.cuda.get_device_name(device)) or 0.0
+    link = link_of(device, scope)
+    limit, tflops, link, pinned = least([memory_limit(device), tflops, link, pinnable_gib()])
+    return Hardware(limit, tflops or None, link, pinned)
+
+
+def link_of(device: torch.device, scope: Scope) -> float:
+    """(all ranks) GB/s of the link to the CPU while all ranks use it; 0 where it is not to carry activations."""
+    if scope.way.offload or scope.offloaded == 0:
+        return 0.0
+    together(False)  # waits for the others: ranks of a machine may share the link
+    try:
+        return link_rate(device)
+    except RuntimeError as error:  # a container may allow little memory to be pinned, or none
+        say(f"no activations wait in the CPU's memory: none of it could be pinned ({error})")
+        return 0.0
+
+
+def link_words(plan: MemoryPlan, roomy: MemoryPlan | None, hardware: Hardware) -> str:
+    """What the link to the CPU carries, and whether the CPU's memory is what keeps more from waiting there, as it would
+    by `roomy`, the plan for any amount of it; empty where nothing would."""
+    if roomy is not None and roomy.pinned_gib > hardware.pinned_gib and plan.way != roomy.way:
+        return (
+            f"offload: no more than {hardware.pinned_gib:.1f} GiB of the CPU's memory may be pinned for each process; "
+            f"with {roomy.pinned_gib:.1f} the plan would be: {plural(roomy.way.micro_batch, 'page')} at once, "
+            f"{way_words(roomy)}"
+        )
+    return f"offload: the link to the CPU carries {hardware.link_gb_s:.0f} GB/s each way" if plan.way.offloaded else ""
 
 
 def whole_words(way: Way) -> str:
@@ -219,6 +272,13 @@ def longest_loads(pages: Dataset, encoder: PageEncoder, scope: Scope) -> list[Lo
     return loads
 
 
+def mean_load(pages: Dataset, encoder: PageEncoder, scope: Scope) -> Load:
+    """The mean page."""
+    counted = pages.select_columns(["html_tokens", "image_tokens"])
+    image, html = (sum(counted[name]) / len(counted) for name in ("image_tokens", "html_tokens"))
+    return Load(encoder.question_tokens + image + html + 1, image * scope.shape.per_token, html + 1)
+
+
 def costs_of(config: PretrainedConfig, pages: Dataset, encoder: PageEncoder) -> list[float]:
     """Floating-point operations of each page, from its counted tokens alone."""
     counted = pages.select_columns(["html_tokens", "image_tokens"])
@@ -248,14 +308,16 @@ class Fit:
 
     def __init__(self, plan: MemoryPlan | None, plain_loss: float | None, settings: PageSettings):
         self.plan, self.plain_loss, self.settings = plan, plain_loss, settings
-        share = settings.checkpoint_share
-        self.share = plan.way.recomputed if plan else 1.0 if share is None else share
+        away = settings.offload_share or 0.0
+        share = 1.0 - away if settings.checkpoint_share is None else settings.checkpoint_share
+        self.ours = os.environ.pop(SAME_PAGES, None) is not None  # read once: a later training is a new one
+        self.way = plan.way if plan else Way(recomputed=share, recomputed_vision=share, offloaded=away)
 
     def __call__(self, trainer: Trainer, collate: Callable[[list], dict], pages: Dataset, held_out: Dataset) -> None:
         """(all ranks) Raises OutOfMemoryError where a batch does not fit whose size was typed, or which is a page
-        alone; restarts with half as many pages, or fewer, where auto chose them."""
-        if trainer.args.activation_checkpointing:
-            recompute_some_layers(trainer.model, self.share)
+        alone; restarts with more layers recomputed, then with fewer pages, where auto chose them."""
+        args = trainer.args
+        offload = treat_layers(trainer.model, self.way, args.activation_checkpointing, args.device)
         if collate.packed and zero3.is_on():
             zero3.lean_steps(trainer.model_wrapped)
         if self.plain_loss is not None:
@@ -270,6 +332,11 @@ class Fit:
                 )
         if self.plan:
             self.prove(trainer, collate, pages)
+        if offload:
+            pinned = f", {offload.pinned_gib:.1f} GiB of it, pinned" if self.plan else ""  # else by the first step
+            say(
+                f"activations of {sum(offload.chosen)} of {len(offload.layers)} layers wait in the CPU's memory{pinned}"
+            )
 
     def forward(self, trainer: Trainer, batch: dict) -> torch.Tensor:
         """(all ranks) The loss of a batch, a scalar, through the model as it trains; `batch` loses what is no input."""
@@ -311,28 +378,34 @@ class Fit:
         say_memory(f"the longest possible batch of {size} fits, {peak:.1f} GiB,", start)
 
     def restart(self, pages: int, failure: Exception | None) -> None:
-        """(all ranks) In the same processes, with at most half as many pages at once of the `pages` per step and GPU:
-        DeepSpeed cannot go on after this.
+        """(all ranks) In the same processes: DeepSpeed cannot go on after this. First with all layers recomputed, where
+        the plan that has erred let some be kept; then with at most half as many of a step's `pages` at once.
 
-        Only where auto has chosen them. Whoever typed a number, in whatever spelling and by whichever of the two flags,
-        meant it and gets the error; so does the restarted run, whose number is typed here. All layers are recomputed
-        then, since the plan that chose fewer has erred; a share that the user typed stays.
+        Only what auto has chosen. Whoever typed a number, in whatever spelling and by whichever of the two flags, meant
+        it and gets the error; so does a run that has restarted with fewer pages, whose number is typed here. A share
+        that the user typed stays.
         """
-        size = self.plan.way.micro_batch
-        if size == 1 or self.settings.micro_batch != "auto":
+        way, settings = self.plan.way, self.settings
+        size, auto = way.micro_batch, settings.micro_batch == "auto" or self.ours
+        kept = way.recomputed + way.offloaded < 1 or (way.vision_learns and way.recomputed_vision < 1)
+        if kept and settings.checkpoint_share is None:
+            os.environ |= {SAME_PAGES: "1"} if auto else {}
+        elif auto and size > 1:
+            size = max(fewer for fewer in sizes_of(pages) if fewer <= size // 2)
+        else:
             raise failure or torch.OutOfMemoryError("out of memory on another GPU")
-        smaller = max(fewer for fewer in sizes_of(pages) if fewer <= size // 2)
-        say(f"the plan was too bold: restarting with --micro_batch {smaller}")
+        again = ["--micro_batch", str(size)]
+        # What is on its way to the CPU's memory and back takes memory, too, of a plan that has erred.
+        for name, value in {"checkpoint_share": 1 - (settings.offload_share or 0), "offload_share": 0}.items():
+            again += [f"--{name}", f"{value:g}"] if getattr(settings, name) is None else []
+        say(f"the plan was too bold: restarting with {' '.join(again)}")
         sys.stdout.flush()
         if world_size() > 1:  # at a place of our own: torchrun's still holds the keys of this attempt
             os.environ["MASTER_PORT"] = str(agreed_port())
             os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-        again = [*sys.orig_argv[1:], "--micro_batch", str(smaller)]
-        if self.settings.checkpoint_share is None:
-            again += ["--checkpoint_share", "1"]
         os.environ[RESTARTED] = "1"  # its own evaluation before training is no earlier run's
         heart.falls_silent()
-        os.execv(sys.executable, [sys.executable, *again])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *again])
 
 
 def note_smaller(args: TrainingArguments) -> None:
@@ -349,16 +422,43 @@ def note_smaller(args: TrainingArguments) -> None:
         leave_note("smaller", json.dumps({"micro_batch": smaller[-1], "resume": bool(checkpoints_in(output_dir))}))
 
 
-def recompute_some_layers(model: torch.nn.Module, share: float) -> None:
-    """Of each tower's layers, `share` have their activations recomputed in the backward pass, spread evenly, also over
-    the kinds of attention that a tower has: every fourth of Qwen3.5's is of the one that keeps less."""
-    towers: dict[type, list] = {}
+# -----------------------------------------------------------------------------
+# Layers
+
+
+def treat_layers(
+    model: torch.nn.Module, way: Way, recomputes: bool = True, device: torch.device = CPU
+) -> Offload | None:
+    """Let each layer of both towers keep its activations, make them again, or have them wait in the CPU's memory, as
+    `way` has it; without `recomputes`, which is what the Trainer was told, none makes them again. Returns what moves
+    those that wait, if any do."""
+    offload = None
+    for vision in (False, True):
+        layers = layers_of(model, vision)
+        shares = (way.recomputed_vision, 0.0) if vision else (way.recomputed, way.offloaded)
+        again, away = (math.floor(len(layers) * share + 1e-6) for share in shares)
+        ways = layer_ways(len(layers), again * recomputes, away)
+        for layer, treated in zip(layers, ways):
+            layer.gradient_checkpointing = treated == "recomputed"
+        if away:
+            offload = Offload(layers, [treated == "offloaded" for treated in ways], device)
+        if vision and not any(parameter.requires_grad for layer in layers for parameter in layer.parameters()):
+            spare_frozen_tower(model)
+    return offload
+
+
+def spare_frozen_tower(model: torch.nn.Module) -> None:
+    """Take from a tower that learns nothing the backward pass that transformers 5.23 gives it: with activation
+    checkpointing the output of every embedding, of patches too, is made to need a gradient."""
     for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            towers.setdefault(type(module), []).append(module)
-    for layers in towers.values():
-        for number, layer in enumerate(sorted(layers, key=lambda layer: getattr(layer, "block_type", ""))):
-            layer.gradient_checkpointing = math.floor((number + 1) * share) > math.floor(number * share)
+        if isinstance(module, PreTrainedModel) and getattr(module, "_require_grads_hooks", None):
+            module.disable_input_require_grads()  # adapters have a hook of their own (add_adapters)
+
+
+def layers_of(model: torch.nn.Module, vision: bool) -> list[torch.nn.Module]:
+    """The layers of the vision tower, or of the language model, the first first; also where adapters wrap `model`."""
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)]
+    return [layer for name, layer in layers if ("visual" in name.split(".")) == vision]
 
 
 # -----------------------------------------------------------------------------
@@ -366,6 +466,7 @@ def recompute_some_layers(model: torch.nn.Module, share: float) -> None:
 
 PROCESSES = (1, 2, 4, 8, 16, 32, 64)
 SIZES_GIB = (24, 40, 80, 140)  # of GPUs that are rented out
+LINK_GB_S = 25.0  # of a link to the CPU that nobody has measured: PCIe 4's, or half of PCIe 5's
 QUESTION_TOKENS = 40  # of the default prompt in a chat template; no tokenizer is loaded for them
 
 
@@ -399,13 +500,17 @@ def longest_page(family: Family, config: PretrainedConfig, image_tokens: int, ht
 
 def fast_table(scope: Scope, page: Load) -> str:
     """The lines of `--plan`: what is chosen for each number of GPUs and each size of theirs in GiB."""
-    flops = page_costs.page_flops(scope.shape, page.tokens, page.supervised, page.patches)
     rows = []
     for processes in PROCESSES:
         for size in SIZES_GIB:
-            decision = decide(scope, page.times, flops, processes, MEMORY_SHARE * size)
+            decision = decide(scope, page.times, page, processes, Hardware(MEMORY_SHARE * size, link_gb_s=LINK_GB_S))
             rows.append((processes, size, decision.chosen))
-    return table(rows, scope.way)
+    told = table(rows, scope.way)
+    if any(plan and plan.way.offloaded for _, _, plan in rows):
+        told += (
+            f"\noffloaded: planned for a link to the CPU of {LINK_GB_S:.0f} GB/s each way, and for as much memory there"
+        )
+    return told
 
 
 def plain_words(scope: Scope, settings: PageSettings) -> str:

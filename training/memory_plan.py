@@ -2,18 +2,20 @@
 
     plan = estimate(shape, Load(tokens=21_000, patches=20_000, supervised=16_000), Way(processes=4))
     plan.parts_gib, plan.total_gib                  # on each GPU: weights, gradients, optimizer, activations, ...
-    candidates(Way(), pages=8, seconds=0.2, weights=4e9)        # the fastest first; memory_fit takes one that fits
+    candidates(shape, Way(), 8, page, page.times, Hardware(75))     # the fastest first; memory_fit takes one that fits
+    layer_ways(36, 18, 9)                           # which layers are kept, recomputed, offloaded
 
-Imports no torch. Sections: What is planned, Estimate, Candidates, Table.
+Imports no torch. Sections: What is planned, Layers, Estimate, Candidates, Table.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from families.page_costs import LOSS_ROWS, Shape, Tower, weights_of
+from families.page_costs import LOSS_ROWS, Shape, Tower, page_operations, page_seconds, weights_of
+from training.eight_bit import MOMENT_BYTES
 
 GIB = 2**30
 
@@ -36,27 +38,52 @@ class Load:
 
 @dataclass(frozen=True)
 class Way:
-    """How it is trained. `recomputed` is the share of layers whose activations are recomputed; `whole` gathers the
-    weights once per step, not for each layer of each micro-batch (one GPU: never, it has them all)."""
+    """How it is trained. Of the language model's layers the share `recomputed` makes its activations again, the share
+    `offloaded` has them wait in the CPU's memory, the others keep them; of the vision tower's `recomputed_vision` makes
+    them again. `whole` gathers the weights once per step, not for each layer of each micro-batch (one GPU: never, it
+    has them all)."""
 
     processes: int = 1
     micro_batch: int = 1
     recomputed: float = 1.0
+    recomputed_vision: float = 1.0
+    offloaded: float = 0.0
     whole: bool = False
     sharded: bool = True  # ZeRO-3; else each GPU holds everything, in fp32
-    offload: bool = False
+    offload: bool = False  # of the optimizer
     adapters: bool = False  # LoRA: only these learn
     four_bit: bool = False
     frozen_vision: bool = False
     fused: bool = True
+    eight_bit: bool = False  # moments
+    fp8: bool = False  # products of the language model's layers
+
+    @property
+    def vision_learns(self) -> bool:
+        """Whether the tower has a backward pass."""
+        return not (self.frozen_vision or self.adapters)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What each process has: GiB of its GPU that may be planned for, the TFLOP/s of that by its datasheet (None: not
+    known), GB/s that the link to the CPU carries each way while all processes use it, and GiB of the CPU's memory that
+    may be pinned."""
+
+    gpu_gib: float
+    tflops: float | None = None
+    link_gb_s: float = 0.0
+    pinned_gib: float = math.inf
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a way of training takes of each GPU at the worst moment of a step, by parts."""
+    """What a way of training takes of each GPU at the worst moment of a step, by parts, and of the CPU's memory for
+    activations that wait there (`pinned_gib`, for each process)."""
 
     way: Way
     parts_gib: dict[str, float]
+    pinned_gib: float = 0.0
 
     @property
     def total_gib(self) -> float:
@@ -65,12 +92,38 @@ class MemoryPlan:
 
 
 # -----------------------------------------------------------------------------
+# Layers
+
+
+def count_of(tower: Tower, share: float) -> int:
+    """Layers that are `share` of a tower's; one that is a quotient of them comes to its whole number."""
+    return math.floor(tower.layers * share + 1e-6)
+
+
+def layer_ways(layers: int, recomputed: int, offloaded: int) -> list[str]:
+    """`kept`, `recomputed` or `offloaded` for each of `layers`, the first layer first; what is not both at once is
+    recomputed (ValueError where they are more than the layers).
+
+    Those offloaded are spread, so that a copy has the time of several layers, the first layer among them, since its
+    activations come back last. Of the others the last are kept: the backward pass has done with them before it makes
+    any again, so that the two need not stand in memory together.
+    """
+    if recomputed + offloaded > layers:
+        raise ValueError(f"{recomputed} layers recomputed and {offloaded} offloaded are more than {layers}")
+    away = {number * layers // offloaded for number in range(offloaded)}
+    rest = [number for number in range(layers) if number not in away]
+    again = {*rest[:recomputed]}
+    return ["offloaded" if n in away else "recomputed" if n in again else "kept" for n in range(layers)]
+
+
+# -----------------------------------------------------------------------------
 # Estimate
 
 LIVE_WEIGHTS = 1_000_000_000  # gathered at once at most: DeepSpeed's stage3_max_live_parameters
 BUCKETS = 3  # reduce_bucket_size in flight: two to overlap, one being copied
+FP8_BYTES = 1  # for each weight of the language model's layers whose e4m3 stays for a step
 ADAPTER_SHARE = 0.01  # of the weights; rank 16 on 3B is 0.8 %
-MEMORY_SHARE = 0.93  # of a GPU that is planned for: the rest is the driver's, NCCL's, and the allocator's gaps
+MEMORY_SHARE = 0.95  # of a GPU that is planned for: the rest is the driver's, NCCL's, and the allocator's gaps
 
 
 def estimate(shape: Shape, load: Load, way: Way, bucket: int = 0) -> MemoryPlan:
@@ -83,7 +136,8 @@ def estimate(shape: Shape, load: Load, way: Way, bucket: int = 0) -> MemoryPlan:
     parts["buckets"] = 2 * BUCKETS * bucket * way.sharded * (way.processes > 1 or way.offload)
     parts["activations"] = activations(shape, load, way)
     parts["head"] = head(shape, load, way)
-    return MemoryPlan(way, {name: size / GIB for name, size in parts.items()})
+    away = count_of(shape.language, way.offloaded) * layer_sizes(shape.language, way.adapters)[0]
+    return MemoryPlan(way, {name: size / GIB for name, size in parts.items()}, away * load.tokens / GIB)
 
 
 def state(shape: Shape, way: Way) -> dict[str, float]:
@@ -93,10 +147,14 @@ def state(shape: Shape, way: Way) -> dict[str, float]:
     learning = ADAPTER_SHARE * total if way.adapters else total - (vision if way.frozen_vision else 0)
     if not way.sharded:  # fp32 weights and their half-precision copies, which autocast keeps for the backward pass
         stored = (0.55 * language + 2 * (vision + embedding)) if way.four_bit else (2 if way.adapters else 6) * total
-        return {"weights": stored, "gradients": 4 * learning, "optimizer": 8 * learning, "gathered": 0.0}
+        moments = (MOMENT_BYTES if way.eight_bit else 8) * learning
+        return {"weights": stored, "gradients": 4 * learning, "optimizer": moments, "gathered": 0.0}
+    optimizer = (4 + (MOMENT_BYTES if way.eight_bit else 8)) * learning  # an fp32 copy, and two moments
     live = total if way.whole else min(total, LIVE_WEIGHTS)
-    parts = {"weights": 2 * total / shared, "gradients": 2 * learning / shared, "optimizer": 12 * learning / shared}
+    parts = {"weights": 2 * total / shared, "gradients": 2 * learning / shared, "optimizer": optimizer / shared}
     parts["gathered"] = 2 * live * (shared > 1 or way.offload)  # one process: DeepSpeed gathers without a copy
+    if way.fp8 and (way.whole or way.processes == 1):
+        parts["gathered"] += FP8_BYTES * language  # cast once per step
     if way.offload:
         parts |= {"weights": 0.0, "gradients": 0.0, "optimizer": 0.0}  # they leave as they come
     return parts
@@ -111,25 +169,36 @@ def layer_bytes(tower: Tower, adapters: bool, linear: bool = False) -> float:
     return kept + 2 * (2 * tower.hidden + tower.intermediate) * adapters
 
 
+def layer_sizes(tower: Tower, adapters: bool) -> tuple[float, float]:
+    """`layer_bytes` of the mean layer of a tower, and of the largest kind that it has."""
+    kinds = {False: tower.attending, True: tower.linear.layers}
+    sizes = {kind: layer_bytes(tower, adapters, kind) for kind, number in kinds.items() if number}
+    return sum(sizes[kind] * kinds[kind] for kind in sizes) / tower.layers, max(sizes.values())
+
+
+def tower_bytes(tower: Tower, adapters: bool, again: int, away: int = 0) -> tuple[float, float]:
+    """Bytes per token that wait when the forward pass of a tower is done, and the most that there are at once until its
+    backward pass is: `again` layers have only their inputs, `away` wait in the CPU's memory, of which one at a time is
+    on its way back.
+
+    Layers that are kept are the last, and done with before the first is made again or has come back (`layer_ways`).
+    """
+    mean, largest = layer_sizes(tower, adapters)
+    inputs, coming = again * 2 * tower.hidden, mean * (away > 0)
+    kept = (tower.layers - again - away) * mean
+    return inputs + coming + kept, inputs + coming + max(kept, coming, largest * (again > 0))
+
+
 def activations(shape: Shape, load: Load, way: Way) -> float:
-    """Bytes that all layers keep, of those that are recomputed only their inputs and one layer at a time."""
+    """Bytes that all layers keep, of those that are recomputed only their inputs and one layer at a time, of those
+    that are offloaded only what travels."""
     text, vision = shape.language, shape.vision
-
-    def kept(tower: Tower, count: int) -> tuple[float, float]:
-        """What waits, and the one layer that is made again."""
-        again = math.floor(tower.layers * way.recomputed)
-        kinds = {False: tower.attending, True: tower.linear.layers}
-        sizes = {kind: layer_bytes(tower, way.adapters, kind) for kind, number in kinds.items() if number}
-        # Those that are recomputed are spread over both kinds, and one of the larger kind is made again at a time.
-        each = sum(sizes[kind] * kinds[kind] for kind in sizes) / tower.layers
-        waiting = (tower.layers - again) * each + again * 2 * tower.hidden
-        return count * waiting, count * max(sizes.values()) * (again > 0)
-
-    learning = [(text, load.tokens)]
-    if not (way.frozen_vision or way.adapters):
-        learning.append((vision, load.patches))
-    waiting, made_again = zip(*(kept(*each) for each in learning))
-    needed = sum(waiting) + max(made_again)  # the language model is done when the tower begins
+    again, away = count_of(text, way.recomputed), count_of(text, way.offloaded)
+    _, needed = tower_bytes(text, way.adapters, again, away)
+    needed *= load.tokens
+    if way.vision_learns:  # the language model is done when the tower begins, and the tower waits for it
+        waiting, most = tower_bytes(vision, way.adapters, count_of(vision, way.recomputed_vision))
+        needed = max(needed + load.patches * waiting, load.patches * most)
     # Of each merger two products' inputs as wide as its patches, of those deep down what was normed, too; and what
     # those have made of the image tokens, which waits for the language model.
     deep = shape.mergers - 1
@@ -150,48 +219,136 @@ def head(shape: Shape, load: Load, way: Way) -> float:
 # -----------------------------------------------------------------------------
 # Candidates
 
-RECOMPUTED_SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+# Time is counted from operations (page_costs), with constants from runs of 8 pages a step (benchmarks/README.md), one
+# process, weights whole: an H200 with 3B, 4 x 2 pages, took 1.67 s, and 2.4 instead of 1.8 with all layers recomputed,
+# which did not leave out their last product then; an H100 with 3B, 4 x 2, 88 % of both towers recomputed, 2.0; an H100
+# with the shapes of Qwen3-VL-4B, all recomputed, 2.63 by 2 x 4 and 2.31 by 4 x 2.
 
-
-# Of a core, for each micro-batch, in DeepSpeed's and torch's Python; a GPU that needs less waits. 0.5 was measured; a
-# fifth is added, by which hosts differ: where two ways are about equal, more pages at once are safer.
+# For each micro-batch, besides its pages: what a GPU waits for Python's first calls, and small launches.
+MICRO_BATCH_SECONDS = 0.1
+# What recomputing takes, of the time that its operations should: 2.4 instead of 1.8 s is what says so.
+RECOMPUTING = 1.15
+# At least, for each micro-batch, where DeepSpeed's hooks gather layers one by one in Python; a GPU that needs less time
+# waits. 0.5 was measured of a core; a fifth is added, by which hosts differ.
 HOOK_SECONDS = 0.6
-# More time when all layers are recomputed; measured before they left out their last product then (fast_parts).
-RECOMPUTING = 0.3
 HOOKS = 0.05  # more time when one GPU goes through DeepSpeed's hooks and buckets (43.3 instead of 45.5 % MFU)
 FETCH_SECONDS = 5e-11  # for each weight and micro-batch, by layers: 3B on two H200s took 0.19 s more than on one
 GATHER_SECONDS = 2e-11  # for each weight and step, all at once: 2 bytes at 100 GB/s; not measured on several GPUs yet
+FP8_SPEED = 1.75  # of bare products on an H200, without their casts; only what the link has time for depends on it
+# Of the language model's forward pass, in which copies to the CPU's memory have to be done; so no layer waits for them.
+LINK_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Work:
+    """Seconds of a GPU for a page of a training: forward and backward (`busy`), of that the forward pass of the
+    language model's layers (`forward`), and what more it takes to recompute all layers of either tower; and the
+    `bytes` that all of the language model's layers keep of it."""
+
+    busy: float
+    forward: float
+    again: float
+    again_vision: float
+    bytes: float
+
+
+def work_of(shape: Shape, way: Way, page: Load, tflops: float | None) -> Work:
+    """The work of a page, of which each layer is recomputed without its last product; where the tower has no backward
+    pass, nothing of it is recomputed."""
+    parts = page_operations(shape, page.tokens, page.supervised, page.patches)
+    text, vision, gain = shape.language, shape.vision, FP8_SPEED if way.fp8 else 1.0
+    again = (parts.language / 3 - 2 * text.last * page.tokens) / gain
+    again_vision = (parts.vision / 3 - 2 * vision.last * page.patches) * way.vision_learns
+    operations = (parts.total - parts.language * (1 - 1 / gain), parts.language / 3 / gain, again, again_vision)
+    busy, forward, again, again_vision = (page_seconds(each, tflops) for each in operations)
+    kept = text.layers * layer_sizes(text, way.adapters)[0] * page.tokens
+    return Work(busy, forward, RECOMPUTING * again, RECOMPUTING * again_vision, kept)
+
+
+def step_seconds(way: Way, pages: int, work: Work, weights: float, link_gb_s: float) -> float:
+    """What a step of `pages` pages takes, `weights` being those that are gathered; what is offloaded costs nothing as
+    long as the link keeps up."""
+    alone, by_layers = way.processes == 1, way.sharded and not way.whole
+    busy = work.busy + way.recomputed * work.again + way.recomputed_vision * work.again_vision
+    if way.offloaded:
+        copying = way.offloaded * work.bytes / (LINK_SHARE * link_gb_s * 1e9) if link_gb_s else math.inf
+        busy += max(0.0, copying - work.forward)
+    each = MICRO_BATCH_SECONDS + way.micro_batch * busy * (1 + HOOKS * (alone and by_layers))
+    if by_layers:
+        each = max(HOOK_SECONDS, each) + FETCH_SECONDS * weights * (not alone)
+    return pages / way.micro_batch * each + GATHER_SECONDS * weights * (way.whole and not alone)
 
 
 def candidates(
+    shape: Shape,
     way: Way,
     pages: int,
-    seconds: float,
-    weights: float,
+    page: Load,
+    load_of: Callable[[int], Load],
+    hardware: Hardware,
     sizes: Iterable[int] | None = None,
-    shares: Iterable[float] = RECOMPUTED_SHARES,
+    recomputed: float | None = None,
+    offloaded: float | None = None,
     whole: Sequence[bool] = (True, False),
 ) -> list[Way]:
-    """Every way to put `pages` pages of a step, each of `seconds`, through a GPU, the fastest first: `sizes` pages at
-    once (None: any number that divides them), `shares` of the layers recomputed, and `weights` gathered once per step
-    or by layers, as `whole` allows.
+    """Every way worth a thought to put `pages` pages of a step, `page` being their mean, through a GPU, the fastest
+    first: `sizes` of them at once (None: any number that divides them), of which `load_of` is the longest batch;
+    weights gathered once per step or by layers, as `whole` allows.
 
-    The constants come from an H200 with 3B (benchmarks/README.md): 1 page x 8 took 4.3 s a step, 4 x 2 took 1.8, and
-    2.4 with all layers recomputed.
+    For each of these fewer and fewer activations are kept: as few layers offloaded as help, no more than the link and
+    the CPU's memory take without a wait; then the layers of one tower recomputed, and when these are all, those of the
+    other. The first is the tower that saves more bytes for its seconds. A share that is not None is fixed.
     """
+    work, weights = work_of(shape, way, page, hardware.tflops), sum(weights_of(shape))
     sizes = sorted(range(1, pages + 1) if sizes is None else sizes, reverse=True)
-    sizes = [size for size in sizes if pages % size == 0]
-    kept = whole if way.sharded and not way.offload else [False]
-    found = [replace(way, micro_batch=s, recomputed=c, whole=w) for s in sizes for c in shares for w in kept]
+    found = []
+    for size in sizes:
+        if pages % size:
+            continue
+        rungs = ladder(shape, way, load_of(size), work, hardware, recomputed, offloaded)
+        for gathered in whole if way.sharded and not way.offload else [False]:
+            found += [
+                replace(way, micro_batch=size, recomputed=a, recomputed_vision=v, offloaded=o, whole=gathered)
+                for a, v, o in rungs
+            ]
+    seconds = {each: step_seconds(each, pages, work, weights, hardware.link_gb_s) for each in found}
+    return sorted(seconds, key=lambda way: (seconds[way], way.offloaded))
 
-    def time(way: Way) -> float:
-        alone = way.processes == 1
-        busy = way.micro_batch * seconds * (1 + RECOMPUTING * way.recomputed) * (1 + HOOKS * (alone and not way.whole))
-        fetching = 0.0 if alone or way.whole or not way.sharded else FETCH_SECONDS * weights
-        gathering = GATHER_SECONDS * weights * (way.whole and not alone)
-        return pages / way.micro_batch * (max(HOOK_SECONDS, busy) + fetching + 0.02) + gathering
 
-    return sorted(found, key=time)
+def ladder(
+    shape: Shape,
+    way: Way,
+    longest: Load,
+    work: Work,
+    hardware: Hardware,
+    recomputed: float | None,
+    offloaded: float | None,
+) -> list[tuple[float, float, float]]:
+    """Shares (recomputed, recomputed_vision, offloaded) in the order of `candidates`, of batches up to `longest`."""
+    text, vision = shape.language, shape.vision
+    mean, wide = layer_sizes(text, way.adapters)[0], layer_sizes(vision, way.adapters)[0]
+    if offloaded is None:
+        carried = LINK_SHARE * hardware.link_gb_s * 1e9 * work.forward / (work.bytes / text.layers)
+        most = min(carried, hardware.pinned_gib * GIB / (mean * longest.tokens)) * (not way.offload)
+        away = [*range(min(text.layers - count_of(text, recomputed or 0.0), math.floor(most)) + 1)]
+    else:
+        away = [count_of(text, offloaded)]
+    if recomputed is not None:
+        return [(recomputed, recomputed, number / text.layers) for number in away]
+    counts = vision.layers * way.vision_learns
+    saved = (mean - 2 * text.hidden) * longest.tokens * text.layers
+    saved_vision = (wide - 2 * vision.hidden) * longest.patches * vision.layers
+    vision_first = saved_vision * work.again > saved * work.again_vision
+    steps = [(0, 0, number) for number in away]
+    for number in {away[0], away[-1]}:
+        rest = text.layers - number
+        if vision_first:
+            steps += [(0, n, number) for n in range(1, counts + 1)]
+            steps += [(n, counts, number) for n in range(1, rest + 1)]
+        else:
+            steps += [(n, 0, number) for n in range(1, rest + 1)]
+            steps += [(rest, n, number) for n in range(1, counts + 1)]
+    return [(n / text.layers, v / vision.layers, number / text.layers) for n, v, number in steps]
 
 
 # -----------------------------------------------------------------------------
@@ -202,22 +359,37 @@ def remedy(way: Way, limit_gib: float) -> str:
     """What to change when nothing fits."""
     options = [] if way.frozen_vision else ["--freeze_vision"]
     options += [] if way.adapters else ["--lora"]
+    options += [] if way.adapters or way.eight_bit or way.offload else ["--optim adamw_8bit"]
     options += [] if way.offload else ["--config ds_z3_offload.json"]
     fewer = "fewer --max_pixels or --max_html_tokens, more GPUs"
     return f"does not fit {limit_gib:.0f} GiB: {fewer}, {', '.join(options)}"
 
 
+def way_words(plan: MemoryPlan) -> str:
+    """What becomes of the layers' activations, for the console."""
+    way = plan.way
+    shares = f"{way.recomputed:.0%} of the language model's layers"
+    shares += f" and {way.recomputed_vision:.0%} of the tower's" if way.vision_learns else ""
+    waiting = f", {way.offloaded:.0%} wait in {plan.pinned_gib:.1f} GiB of the CPU's memory" if way.offloaded else ""
+    return f"recomputed {shares}{waiting}"
+
+
 def table(rows: Iterable[tuple[int, float, MemoryPlan | None]], way: Way) -> str:
     """A line for each (GPUs, GiB of each, what is chosen there or None); `way` says what could be changed."""
-    lines = ["GPUs  of GiB  at once  recomputed  weights  gradients  optimizer  gathered  activations  head   sum"]
+    lines = [
+        "                  recomputed       offloaded",
+        "GPUs  of GiB  at once  language  vision       GiB  weights  gradients  optimizer  gathered  activations  head"
+        "   sum",
+    ]
     for processes, size, plan in rows:
         if plan is None:
             lines.append(f"{processes:4d} {size:7.0f}  {remedy(way, size)}")
             continue
         part = plan.parts_gib
         lines.append(
-            f"{processes:4d} {size:7.0f} {plan.way.micro_batch:8d} {plan.way.recomputed:10.0%} "
-            f"{part['weights']:8.1f} {part['gradients']:10.1f} {part['optimizer']:10.1f} "
+            f"{processes:4d} {size:7.0f} {plan.way.micro_batch:8d} {plan.way.recomputed:9.0%} "
+            f"{plan.way.recomputed_vision:7.0%} {plan.way.offloaded:5.0%} {plan.pinned_gib:5.1f} "
+            f"{part['weights']:7.1f} {part['gradients']:10.1f} {part['optimizer']:10.1f} "
             f"{part['gathered'] + part['buckets']:9.1f} {part['activations']:12.1f} {part['head']:5.1f} "
             f"{plan.total_gib:5.1f}"
         )

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from torch.optim.lr_scheduler import LambdaLR
 
 import use_model_from_hub as use
-from training import zero3
+from training import eight_bit, zero3
 from training.checkpoints import (
     BEST,
     Checkpoints,
@@ -109,6 +109,13 @@ def converted(checkpoint: Path, written: Mapping[str, Any], args: TrainingArgume
     start, place = time.monotonic(), Path(args.output_dir) / zero3.CONVERTED
     processes = written["record"]["processes"]
     instead = f"go on with {processes} processes, or give its weights alone to a new run as --base_model {checkpoint}"
+
+    optim = written["record"].get("fixed", {}).get("optim", "")
+    if optim in eight_bit.BLOCKWISE:
+        raise SettingsError(
+            f"{checkpoint} was written by {processes} processes with --optim {optim}, and DeepSpeed converts fp32 "
+            f"moments only; {instead}"
+        )
 
     def convert() -> Path:
         if short := shortage([(place, bytes_of_conversion(written["files"]))]):

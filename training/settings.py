@@ -125,6 +125,11 @@ class PageSettings:
     checkpoint_share: float | None = setting(
         None, "Share of the layers whose activations are recomputed; not set: as few as memory asks for."
     )
+    offload_share: float | None = setting(
+        None,
+        "Share of the language model's layers whose activations wait in the CPU's memory; not set: as many as help, on "
+        "a GPU; 0 is none.",
+    )
     plan: bool = setting(False, "Print how much memory 1 to 64 GPUs need and what auto would choose, then stop.")
     eval_pages: int = setting(32, "Held-out pages, written by the model after training.")
     eval_every: int = setting(
@@ -479,13 +484,26 @@ def resolve_micro_batch(values: dict, typed: dict, gpus: int, problems: list[str
             problems.append(f"--micro_batch {asked} must divide the {pages} pages per step of a GPU, or be auto")
         else:
             values["per_device_train_batch_size"], values["gradient_accumulation_steps"] = size, pages // size
-    share = values["checkpoint_share"]
-    if share is not None and not 0 <= share <= 1:
-        problems.append(f"--checkpoint_share {share}: a share between 0 and 1")
-    if {"activation_checkpointing", "gradient_checkpointing"} & set(typed) and share is None:
+    resolve_shares(values, typed, problems)
+
+
+def resolve_shares(values: dict, typed: dict, problems: list[str]) -> None:
+    """Which layers keep their activations: of one layer they are recomputed or wait in the CPU's memory, not both."""
+    for name in ("checkpoint_share", "offload_share"):
+        if values[name] is not None and not 0 <= values[name] <= 1:
+            problems.append(f"--{name} {values[name]}: a share between 0 and 1")
+    if {"activation_checkpointing", "gradient_checkpointing"} & set(typed) and values["checkpoint_share"] is None:
         values["checkpoint_share"] = float(values["activation_checkpointing"])
-    elif share is not None:
-        values["activation_checkpointing"] = share > 0
+    elif values["checkpoint_share"] is not None:
+        values["activation_checkpointing"] = values["checkpoint_share"] > 0
+    share, away = values["checkpoint_share"], values["offload_share"]
+    if away and not values["fast"]:
+        problems.append(f"--offload_share {away}: the plain path (--fast False) knows nothing of it; leave one out")
+    elif away and share and share <= 1 and away <= 1 < share + away - 1e-9:
+        problems.append(
+            f"--checkpoint_share {share} and --offload_share {away} are more than all layers together; give one alone, "
+            f"or --checkpoint_share {1 - away:g}"
+        )
 
 
 def resolve_workers(values: dict, typed: dict, gpus: int, notes: list[str]) -> None:

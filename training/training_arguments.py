@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from training import eight_bit
+
 JUDGED = "held-out pages are written and scored with --eval_every N"
 PARTS = "the page's scores are fixed; results.json has them all"
 BEST = "--eval_every N keeps the best weights by score, and they become final"
@@ -318,7 +320,7 @@ def installed(package: str) -> bool:
 
 def optimizer_problems(training: dict, typed: dict, deepspeed: dict | None) -> list[str]:
     """What --optim lacks, and what beside it would not be read."""
-    optim = str(getattr(training["optim"], "value", training["optim"]))
+    optim = eight_bit.name_of(training["optim"])
     if "optimizer" in (deepspeed or {}):
         beside = [
             f"--{name} {typed[name]}" for name in ("optim", "optim_args", "optim_target_modules") if name in typed
@@ -329,7 +331,7 @@ def optimizer_problems(training: dict, typed: dict, deepspeed: dict | None) -> l
     if optim in SCHEDULE_FREE:
         return [f"--optim {optim}: what is saved and judged would be other weights than it means; give another"]
     package, unread, keys = OPTIMIZERS[max((name for name in OPTIMIZERS if optim.startswith(name)), key=len)]
-    problems = []
+    problems = eight_bit.problems(optim, deepspeed)
     if package and not installed(package):
         problems.append(f"--optim {optim}: {package} is not installed; install it, or give another, such as adafactor")
     problems += [f"--{name} {typed[name]}: --optim {optim} does not read it" for name in unread if name in typed]

@@ -177,6 +177,17 @@ def count_steps_apart(engine: DeepSpeedEngine) -> None:
             state["step"] = state["step"].clone()
 
 
+def flat_tensors(model: DeepSpeedEngine | torch.nn.Module) -> list[tuple[list[torch.Tensor], torch.Tensor]]:
+    """What the optimizer steps on, each with the parameters that lie in it: under ZeRO this rank's shards of many, in
+    fp32, one after the other (deepspeed 0.19.8), elsewhere each trained parameter by itself."""
+    optimizer = getattr(model, "optimizer", None)
+    if (tensors := getattr(optimizer, "fp32_partitioned_groups_flat", None)) is not None:  # stage 3
+        return list(zip(optimizer.fp16_groups, tensors))
+    if (tensors := getattr(optimizer, "single_partition_of_fp32_groups", None)) is not None:  # stages 1 and 2
+        return list(zip(optimizer.bit16_groups, tensors))
+    return [([parameter], parameter) for parameter in model.parameters() if parameter.requires_grad]
+
+
 def check_sharded(model: torch.nn.Module) -> None:
     """Raises `PipelineError` where a model was loaded whole although ZeRO-3 is on: TrainingArguments came too late."""
     if not all(hasattr(parameter, "ds_id") for parameter in model.parameters()):

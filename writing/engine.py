@@ -10,11 +10,12 @@ never depends on what is written beside it. Ends are looked at every `BLOCK` ste
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ import use_model_from_hub as use
 from families import family_of
 from writing.reading import Question, Reader, question_of
 from writing.slots import Cache, State, bytes_of_slot
-from writing.step import Chooser, Step
+from writing.step import Chooser, Step, compile_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 BLOCK = 16  # steps between two looks at what was written
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)  # numbers of slots for which a step is captured
 ROWS = 16  # of a step that costs what one row costs: those of one tile of a tensor core
+SETTLED = 16  # blocks, a second: what is written for so long will go on, in fewer slots in the end
 MOST_NEW = 8  # tokens of a page in one step, drafts included
 READ_PATCHES = 45_000  # that are read together, some eight screenshots of a million pixels
 SPARE_BYTES = 4 * 2**30  # for reading them
@@ -71,6 +73,8 @@ class Engine:
         self.stops = set(use.end_tokens(model, processor))
         self.captured = family_of(model.config).captured(model)
         self.reader = Reader(model, self.captured)
+        self.compiles = model.device.type == "cuda"
+        self.compiling: dict[int, Future[None]] = {}  # by the number of slots
         self.chooser = Chooser(use.logits_processors(recipe), drawn=recipe.temperature > 0)
         self.chances = recipe.max_html_tokens if self.chooser.drawn else 0  # numbers that are drawn, of each answer
         vision = model.config.vision_config
@@ -125,12 +129,15 @@ class Engine:
             raise RuntimeError("this engine is writing already: end or close that first, or make another one")
         # Those that were closed early would move on, out of their slots.
         self.state.stop(slice(None))
-        with ThreadPoolExecutor(READERS) as pool:
+        with ThreadPoolExecutor(READERS) as pool, ThreadPoolExecutor(1) as compiler:
             make = functools.partial(question_of, self.processor, self.recipe, dtype=self.model.dtype)
             waiting, under_way, ended = Waiting(requests, pool, make), False, []
+            self.compile(compiler, [self.count])  # while screenshots are read
             try:
-                while True:
+                for block in itertools.count():
                     self.meanwhile()
+                    if block == SETTLED:
+                        self.compile(compiler, [width for width in reversed(WIDTHS) if width < self.count])
                     try:
                         if not under_way:
                             self.fill(waiting)
@@ -156,6 +163,7 @@ class Engine:
                         yield from ended
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
+                compiler.shutdown(wait=False, cancel_futures=True)
                 self.slots = [None] * self.count
 
     # -- slots
@@ -218,12 +226,26 @@ class Engine:
     def step(self, width: int) -> Step:
         """The step over the first `width` slots, captured when it is first needed."""
         if width not in self.steps:
-            new = max(1, min(MOST_NEW, ROWS // width)) if self.drafted() else 1
-            step = Step(self.model, self.captured, self.cache, self.state, width, new, self.chooser)
+            if width in self.compiling:
+                with contextlib.suppress(Exception):  # what is raised there is raised again here
+                    self.compiling[width].result()
+            step = Step(self.model, self.captured, self.cache, self.state, width, self.new(width), self.chooser)
             if self.model.device.type == "cuda":
                 step.capture(next((other.graph for other in self.steps.values()), None))
             self.steps[width] = step
         return self.steps[width]
+
+    def new(self, width: int) -> int:
+        """Tokens of a slot in one step over `width` slots, drafts included."""
+        return max(1, min(MOST_NEW, ROWS // width)) if self.drafted() else 1
+
+    def compile(self, compiler: Executor, widths: Iterable[int]) -> None:
+        """Kernels of the steps over so many slots, one step after the other: each takes a second the first time, in
+        which a GPU that waited for it would be idle."""
+        for width in widths if self.compiles else ():
+            if width not in self.compiling or self.compiling[width].cancelled():
+                kinds = (self.captured, width, self.new(width), self.chooser, self.chances)
+                self.compiling[width] = compiler.submit(compile_step, self.model, *kinds)
 
     def drafted(self) -> bool:
         """Whether there are drafts. Not where a layer keeps a state instead of keys and values: a wrong draft has gone

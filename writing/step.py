@@ -12,6 +12,7 @@ Shapes: S slots, Q new tokens of each, R = S x Q rows; H, D, V as in kernels/.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,11 +22,10 @@ from families.slot_layers import Captured, Moment
 from kernels.row_kernels import embed
 from kernels.skinny_products import Rows, add_product, gated_product, normed_product
 from writing.drafts import drafts
+from writing.slots import Cache, State
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from writing.slots import Cache, State
 
 
 class Chooser:
@@ -154,3 +154,20 @@ class Step:
                 self.advance()
             else:
                 self.graph.replay()
+
+
+PLACES = 64  # of a slot in which nothing is written; kernels ask whether it is a multiple of sixteen
+
+
+def compile_step(
+    model: PreTrainedModel, captured: Captured, slots: int, new: int, chooser: Chooser, chances: int
+) -> None:
+    """Compiles and proves the kernels of such a step, in any thread, while others write: it takes a step over slots of
+    its own, through the first layers, of which one follows another and each kind is there. `chances` as in `State`."""
+    kinds = [type(layer.mixer) for layer in captured.layers]
+    layers = captured.layers[: max(2, 1 + max(map(kinds.index, kinds)))]
+    device = model.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # each thread has its own
+    cache, state = Cache(layers, slots, PLACES, model.dtype, device), State(slots, PLACES, device, chances)
+    Step(model, replace(captured, layers=layers), cache, state, slots, new, chooser).advance()

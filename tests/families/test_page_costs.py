@@ -48,4 +48,4 @@ def test_the_peak_of_a_device_is_found_by_its_own_name():
     assert page_costs.peak_tflops("NVIDIA H100 PCIe") == 756
     assert page_costs.peak_tflops("NVIDIA H100 80GB HBM3") == 989
     assert page_costs.peak_tflops("NVIDIA A10G") is None
-    assert page_costs.page_seconds(8e13, None) == pytest.approx(8e13 / 0.45 / 989e12)
+    assert page_costs.page_seconds(8e13, None) == pytest.approx(8e13 / 0.5 / 989e12)

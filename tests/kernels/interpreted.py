@@ -52,6 +52,26 @@ def test_rows_are_normed_and_gated_as_by_torch(kernels, kind):
 
 
 @pytest.mark.parametrize("kind", HALF, ids=str)
+def test_norms_of_many_rows_have_the_gradients_of_autograd(kernels, monkeypatch, kind):
+    norms = kernels("norm_kernels")
+    monkeypatch.setattr(norms, "PROGRAMS", 3)  # some of which take two rows of these seven, others three
+    torch.manual_seed(0)
+    hidden, gradient, residual = (torch.randn(3, 7, 80, device=DEVICE).to(kind) * 3).unbind()
+    weight = torch.randn(80, device=DEVICE).to(kind)
+    rows, scale = hidden.float().requires_grad_(), weight.float().requires_grad_()
+    wanted = torch.nn.functional.rms_norm(rows, (80,), scale, 1e-6)
+    for_rows, for_scale = torch.autograd.grad(wanted, (rows, scale), gradient.float())
+    assert not norms.takes(hidden, weight)  # gradients would be lost
+    with torch.no_grad():
+        assert norms.takes(hidden, weight) and not norms.takes(hidden.float(), weight)
+        close(norms.rms_norm(hidden, weight, 1e-6), wanted, kind)
+        for past in (residual, residual.new_zeros(())):
+            outer, inner = norms.rms_norm_backward(hidden, weight, 1e-6, gradient, past)
+            close(outer, for_rows + past.float(), kind)
+            close(inner, for_scale, kind)
+
+
+@pytest.mark.parametrize("kind", HALF, ids=str)
 def test_a_step_begins_with_the_rows_of_its_tokens_and_places(kernels, monkeypatch, kind):
     rows = kernels("row_kernels")
     torch.manual_seed(1)

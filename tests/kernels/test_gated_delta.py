@@ -77,9 +77,21 @@ def test_the_price_of_the_slow_way_is_said_and_measured_where_it_counts(monkeypa
     monkeypatch.setattr(gated_delta, "flaw", lambda *unused: "fails: upgrade Triton to >= 3.7.1")
     assert gated_delta.delta_words(SHAPE, "cuda", torch.bfloat16, 24) == (
         f"{PAGES}, in fp32 and much slower: at least 3.0 s for a page of 2,800 tokens, in 24 layers of it alone "
-        "(flash-linear-attention: fails: upgrade Triton to >= 3.7.1)"
+        "(flash-linear-attention: measured 47 times as fast, on an H100: fails: upgrade Triton to >= 3.7.1)"
     )
     assert asked == [(SHAPE, torch.bfloat16, "cuda")]
+
+
+@pytest.mark.parametrize(
+    ("triton", "capability", "named"),
+    [("3.6.0", 9, True), ("3.7.0", 9, True), ("3.7.1", 9, False), ("3.3.1", 9, False), ("3.6.0", 8, False)],
+)
+def test_the_triton_that_gradients_need_is_named_where_the_one_here_is_refused(monkeypatch, triton, capability, named):
+    monkeypatch.setattr(gated_delta, "version", lambda name: triton)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
+    words = f"; and `pip install --no-deps triton==3.7.1`, in place of {triton}"
+    assert gated_delta.and_triton() == (words if named else "")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import gc
 import hashlib
 import os
 import re
+import threading
 import time
 import tracemalloc
 import weakref
@@ -374,8 +375,18 @@ def test_the_comparison_shows_differences_with_their_intervals(tmp_path):
 # Report
 
 
-def test_pages_are_taken_one_by_one_and_none_is_kept(tmp_path):
-    alive, most = [], 0
+def test_pages_are_taken_as_they_are_needed_and_none_is_kept(tmp_path, monkeypatch):
+    """Three at a time, whose cards are made beside each other and stand in their pages' order."""
+    alive, most, numbers, real = [], 0, [], page_report.card
+    together = threading.Barrier(3)
+
+    def card(page, row, *rest):
+        together.wait(20)
+        numbers.append(row.number)
+        return real(page, row, *rest)
+
+    monkeypatch.setattr(page_report, "card", card)
+    monkeypatch.setattr(page_report, "most_at_once", lambda: 3)
 
     def pages():
         nonlocal most
@@ -392,7 +403,10 @@ def test_pages_are_taken_one_by_one_and_none_is_kept(tmp_path):
         write_report(tmp_path / "report.html", "Title", pages(), {})
     finally:
         gc.unfreeze()
-    assert most == 0 and len(alive) == 30
+    assert most < 3 and len(alive) == 30 and sorted(numbers) == [*range(1, 31)]
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    places = re.findall(r'id="name-(\d+)"><a [^>]*><bdi>page (\d+)', html)
+    assert len(places) == 30 and all(int(number) == int(place) + 1 for number, place in places)
 
 
 def test_a_report_larger_than_memory_allows_is_written_piece_by_piece(tmp_path):

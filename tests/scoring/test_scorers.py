@@ -3,6 +3,8 @@
 import os
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import psutil
@@ -11,7 +13,7 @@ import pytest
 from scoring import scorers as scorers_room
 from scoring.many_pages import Progress, run_pairs
 from scoring.renders import marked
-from scoring.scorers import DIED_TWICE, Pair, Scorers
+from scoring.scorers import DIED_TWICE, Order, Pair, Scorers, follow, jobs_of, keep_pictures, score_pair
 
 WHITE = "<!DOCTYPE html>\n<html><head><title>t</title></head><body>{}</body></html>\n"
 
@@ -39,6 +41,8 @@ def test_several_processes_score_as_one_does_whoever_dies(renderer, tmp_path):
     alone = run_pairs(pairs, renderer, one := Progress(tmp_path / "one", pictures=True))
     unlucky, several = Pair("unlucky", WHITE.format("a"), WHITE.format("b")), Progress(tmp_path / "several", True)
     with Scorers(2) as scorers:
+        for pair in pairs:
+            scorers.expect(replace(pair, prediction=None))
         scorers.give(pairs[0], several.folder)
         scorers.give(unlucky)
         marks = [kill_holder(scorers, pair) for pair in (pairs[0], unlucky, unlucky)]
@@ -53,6 +57,23 @@ def test_several_processes_score_as_one_does_whoever_dies(renderer, tmp_path):
         for name in ("reference", "written"):
             first, second = (progress.picture(pair.key, name) for progress in (one, several))
             assert first.read_bytes() == second.read_bytes() if first else pair.name == "not written" and not second
+
+
+def test_a_reference_that_is_expected_is_rendered_before_its_pair_comes(renderer, tmp_path):
+    """And once, unless another pair had it."""
+    pair, references = small_pairs(2)[1], {}
+    orders = [Order("reference", replace(pair, prediction=None), to_come=True), Order("a", pair, tmp_path)]
+    orders.append(Order("b", replace(pair, name="again")))
+    begun = [[renderer.begin(job) for job in jobs_of(order, references)] for order in orders]
+    assert list(map(len, begun)) == [1, 1, 1]
+    with ThreadPoolExecutor(1) as writers:
+        found = [follow(order, jobs, renderer, references, writers) for order, jobs in zip(orders, begun)]
+    alone, *images = score_pair(pair, renderer.map(pair.jobs))
+    assert found == [None, alone, alone] and 0 < alone["likeness"] < 1
+    assert len(jobs_of(orders[-1], references)) == 2 and not references, "it is let go"
+    keep_pictures(tmp_path, "wanted", images)
+    for name in ("reference", "written"):
+        assert (tmp_path / f"a-{name}.png").read_bytes() == (tmp_path / f"wanted-{name}.png").read_bytes()
 
 
 def test_where_processes_cannot_start_this_one_scores(renderer, monkeypatch, capsys):

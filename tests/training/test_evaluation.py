@@ -218,10 +218,12 @@ def test_pages_are_scored_beside_the_writing(loaded, renderer, tmp_path, monkeyp
         scorer, first = rendering.scorers.scorers[0], rendering.scorers.done[0]
     assert first[0] == evaluation.pair_of(rows[0], pages[0]).key and len(shown) == 3
     scores = rendering.score("after 1", rows, pages)
+    rendering.ending.join()
     assert rendering.scorers is None and not marked(scorer.mark)
     assert scores == run_pairs(evaluation.pairs_of(rows, pages), renderer, Progress(None, pictures=False))
     assert rendering.facts["browser"].startswith(renderer.version)
     with pytest.raises(StoppedError), rendering.beside("after 2", pages):
         scorer = rendering.scorers.scorers[0]
         raise StoppedError("asked to")
+    rendering.ending.join()
     assert rendering.scorers is None and scorer.process.returncode == 0

@@ -16,10 +16,10 @@ import torch
 from conftest import ROOT, make_processor
 
 import holo1_dom_finetune as pipeline
-from families import family_of, page_costs
+from families import family_of
 from training import memory_fit, zero3
 from training.checkpoints import RESTARTED
-from training.memory_plan import MEMORY_SHARE, Load, MemoryPlan, Way
+from training.memory_plan import MEMORY_SHARE, Hardware, Load, MemoryPlan, Way
 from training.prompt_and_mask import PageEncoder
 from training.settings import PageSettings, resolve
 
@@ -52,17 +52,36 @@ def rows_of(text: str) -> list[list[str]]:
     return [line.split() for line in text.splitlines() if line.strip()[:1].isdigit() and "does not fit" not in line]
 
 
-def test_layers_are_recomputed_of_each_kind_of_attention_in_its_share():
-    """As the plan counts them: Qwen3.5's fourth, eighth, ... layers alone would keep less than it says."""
-    from transformers.models.qwen3_5 import modeling_qwen3_5 as own
+def test_the_layers_of_each_tower_are_treated_as_the_plan_has_it():
+    """Told apart by where they stand. Of Qwen3.5's two kinds of attention those recomputed come as they stand, so that
+    neither is spared."""
+    from transformers import Qwen3_5ForConditionalGeneration
 
-    config = conftest.make_qwen3_5_config(conftest.make_tokenizer()).text_config
-    config.layer_types = [*["linear_attention"] * 3, "full_attention"] * 8
-    layers = torch.nn.ModuleList(own.Qwen3_5DecoderLayer(config, number) for number in range(32))
-    for share in (0.125, 0.25, 0.5, 1.0):
-        memory_fit.recompute_some_layers(layers, share)
-        again = [layer.block_type for layer in layers if layer.gradient_checkpointing]
-        assert [again.count("linear_attention"), again.count("full_attention")] == [24 * share, 8 * share]
+    config = conftest.make_qwen3_5_config(conftest.make_tokenizer())
+    config.text_config.layer_types = [*["linear_attention"] * 3, "full_attention"] * 2
+    config.text_config.num_hidden_layers = 8
+    model = Qwen3_5ForConditionalGeneration(config)
+    blocks, layers = model.model.visual.blocks, model.model.language_model.layers
+    for share, share_of_vision in ((0.5, 1.0), (1.0, 0.0), (0.25, 0.5)):
+        memory_fit.treat_layers(model, Way(recomputed=share, recomputed_vision=share_of_vision))
+        assert [layer.gradient_checkpointing for layer in layers] == [n < 8 * share for n in range(8)]
+        assert sum(block.gradient_checkpointing for block in blocks) == int(len(blocks) * share_of_vision)
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_tower_that_learns_nothing_has_no_backward_pass(learns):
+    """With activation checkpointing transformers would give it one, which kept what adapters were not planned for."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    model = Qwen2_5_VLForConditionalGeneration(conftest.make_config(conftest.make_tokenizer()))
+    model.model.visual.requires_grad_(learns)
+    if not learns:
+        model = pipeline.add_adapters(model, PageSettings(lora=True), seed=0)
+    model.activation_checkpointing_enable()
+    memory_fit.treat_layers(model, Way())
+    patches = next(part for name, part in model.named_modules() if name.endswith("visual.patch_embed"))
+    embedded = model.get_input_embeddings()(torch.tensor([1]))
+    assert embedded.requires_grad and patches(torch.randn(4, patches.proj.weight[0].numel())).requires_grad == learns
 
 
 @pytest.mark.slow
@@ -77,7 +96,8 @@ def test_the_plan_obeys_a_typed_batch_size(base):
 
 def test_the_plan_obeys_a_typed_share_of_recomputed_layers(base):
     assert len({row[3] for row in rows_of(plan_of(base, *ZERO_3))}) > 1
-    assert {row[3] for row in rows_of(plan_of(base, *ZERO_3, "--checkpoint_share", "0.5"))} == {"50%"}
+    typed = rows_of(plan_of(base, *ZERO_3, "--checkpoint_share", "0.5"))
+    assert {(row[3], row[4]) for row in typed} == {("50%", "50%")}
 
 
 def test_the_plan_says_that_the_plain_path_is_not_planned(base):
@@ -85,7 +105,7 @@ def test_the_plan_says_that_the_plain_path_is_not_planned(base):
     assert "the plain path (--fast False) is not planned: it takes 1 page at once" in plain
     assert "100% of the layers recomputed" in plain
     assert "activations  head" in fast and "activations  head" not in plain
-    weights = {(row[0], row[4]) for row in rows_of(fast)}
+    weights = {(row[0], row[7]) for row in rows_of(fast)}
     assert {(row[0], row[1]) for row in rows_of(plain)} == weights, "what no page changes is the same on both paths"
 
 
@@ -120,6 +140,8 @@ def on_gpus(monkeypatch, gib: float, processes: int, name: str = "NVIDIA H100", 
     for function, answer in (cuda | {"get_per_process_memory_fraction": share}).items():
         monkeypatch.setattr(torch.cuda, function, lambda device, answer=answer: answer)
     monkeypatch.setattr(memory_fit, "world_size", lambda: processes)
+    monkeypatch.setattr(memory_fit, "link_rate", lambda device: memory_fit.LINK_GB_S)
+    monkeypatch.setattr(memory_fit, "pinnable_gib", lambda: math.inf)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 8])
@@ -142,8 +164,8 @@ def test_training_chooses_what_the_plan_prints(flags, gib, processes, shapes_of_
     args.device, args.hf_deepspeed_config = torch.device("cuda"), config
     scope = memory_fit.scope_of(settings, resolved.training, resolved.deepspeed, shapes_of_3b)
     page = memory_fit.longest_page(family, shapes_of_3b, image, html + 1)
-    flops = page_costs.page_flops(scope.shape, page.tokens, page.supervised, page.patches)
-    planned = memory_fit.decide(scope, page.times, flops, processes, MEMORY_SHARE * gib)
+    hardware = Hardware(MEMORY_SHARE * gib, link_gb_s=memory_fit.LINK_GB_S)
+    planned = memory_fit.decide(scope, page.times, page, processes, hardware)
     chosen = memory_fit.choose_micro_batch(args, settings, shapes_of_3b, pages, encoder)
     assert chosen == (planned.chosen or planned.smallest)
     assert ("trying all the same" in capsys.readouterr().out) == (planned.chosen is None)
@@ -155,11 +177,11 @@ def test_candidates_are_ordered_and_the_first_that_fits_is_chosen(shapes_of_3b):
     scope = memory_fit.scope_of(resolved.settings, resolved.training, resolved.deepspeed, shapes_of_3b)
     assert scope.sizes == (1, 2, 4, 8)
     load = Load(3_000, 5_000, 1_500)
-    roomy = memory_fit.decide(scope, load.times, 8e13, 2, math.inf)
-    assert roomy.chosen is roomy.candidates[0]
-    tight = memory_fit.decide(scope, load.times, 8e13, 2, roomy.smallest.total_gib)
+    roomy = memory_fit.decide(scope, load.times, load, 2, Hardware(math.inf))
+    assert roomy.chosen.way is roomy.candidates[0]
+    tight = memory_fit.decide(scope, load.times, load, 2, Hardware(roomy.smallest.total_gib))
     assert tight.chosen.total_gib == roomy.smallest.total_gib
-    assert memory_fit.decide(scope, load.times, 8e13, 2, 1.0).chosen is None
+    assert memory_fit.decide(scope, load.times, load, 2, Hardware(1.0)).chosen is None
 
 
 @pytest.mark.parametrize(
@@ -187,13 +209,23 @@ def test_weights_are_gathered_once_per_step_where_they_fit(share, threshold, who
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 8
 
 
+@pytest.mark.parametrize(("pinned", "words"), [(math.inf, "carries 50 GB/s"), (1.0, "no more than 1.0 GiB")])
+def test_the_console_says_whether_the_link_or_the_cpus_memory_binds(pinned, words, shapes_of_3b):
+    resolved = resolve(["--plan", *ZERO_3])
+    scope = memory_fit.scope_of(resolved.settings, resolved.training, resolved.deepspeed, shapes_of_3b)
+    load = Load(3_500, 5_000, 1_500)
+    hardware = Hardware(75, link_gb_s=50, pinned_gib=pinned)
+    plans = [memory_fit.decide(scope, load.times, load, 1, Hardware(75, None, 50, most)) for most in (pinned, math.inf)]
+    assert words in memory_fit.link_words(plans[0].chosen, plans[1].chosen, hardware)
+
+
 # -----------------------------------------------------------------------------
 # Restart
 
 
-def fit_of(*argv: str, size: int = 4) -> memory_fit.Fit:
+def fit_of(*argv: str, size: int = 4, **shares: float) -> memory_fit.Fit:
     """As resolve() leaves the settings; --plan keeps it from taking `auto` away where there is no GPU."""
-    return memory_fit.Fit(MemoryPlan(Way(micro_batch=size), {}), None, resolve(["--plan", *argv]).settings)
+    return memory_fit.Fit(MemoryPlan(Way(micro_batch=size, **shares), {}), None, resolve(["--plan", *argv]).settings)
 
 
 @pytest.mark.parametrize(
@@ -207,13 +239,13 @@ def test_a_typed_batch_size_that_does_not_fit_ends_the_run(argv, monkeypatch):
     assert raised.value is full
 
 
-def restarted(monkeypatch, argv: list[str], size: int, pages: int) -> list[str]:
+def restarted(monkeypatch, argv: list[str], size: int, pages: int, **shares: float) -> list[str]:
     """The command line that takes over; the test's process stays what it is."""
     monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", *argv])
-    monkeypatch.setenv(RESTARTED, "")  # and taken away again when the test ends
+    monkeypatch.setattr(os, "environ", {**os.environ})  # what it leaves there goes when the test ends
     started = []
     monkeypatch.setattr("os.execv", lambda program, command: started.append(command[1:]))
-    fit_of(*argv, size=size).restart(pages, None)
+    fit_of(*argv, size=size, **shares).restart(pages, None)
     ((script, *again),) = started
     assert script == "train.py" and again[: len(argv)] == argv and os.environ[RESTARTED] == "1"
     return again
@@ -222,9 +254,29 @@ def restarted(monkeypatch, argv: list[str], size: int, pages: int) -> list[str]:
 def test_a_batch_that_auto_chose_is_halved_whatever_the_command_line_looks_like(monkeypatch):
     """`--micro_batch auto` is typed, too, and is no number."""
     again = restarted(monkeypatch, ["--micro_batch", "auto"], size=4, pages=8)
-    assert again == ["--micro_batch", "auto", "--micro_batch", "2", "--checkpoint_share", "1"]
+    assert again == ["--micro_batch", "auto", "--micro_batch", "2", "--checkpoint_share", "1", "--offload_share", "0"]
     with pytest.raises(torch.OutOfMemoryError, match="on another GPU"):
         memory_fit.Fit(MemoryPlan(Way(micro_batch=1), {}), None, PageSettings()).restart(8, None)
+
+
+@pytest.mark.parametrize(
+    ("typed", "size", "shares", "then"),
+    [
+        ([], 4, {"recomputed": 0.5}, "2"),
+        ([], 1, {"recomputed_vision": 0.0}, None),
+        (["--micro_batch", "4"], 4, {"recomputed": 0.5}, None),
+    ],
+)
+def test_a_plan_that_kept_some_layers_is_first_tried_with_all_recomputed(typed, size, shares, then, monkeypatch):
+    """The same pages; then, unless their number was typed by the user or is one, half as many."""
+    again = restarted(monkeypatch, typed, size, 8, **shares)
+    shares = ["--checkpoint_share", "1", "--offload_share", "0"]
+    assert again == [*typed, "--micro_batch", str(size), *shares]
+    if then is None:
+        with pytest.raises(torch.OutOfMemoryError, match="on another GPU"):
+            fit_of(*again, size=size).restart(8, None)
+    else:
+        assert restarted(monkeypatch, again, size, 8)[len(again) :] == ["--micro_batch", then]
 
 
 def test_a_restart_is_importing_to_the_wrapper_and_not_silent(monkeypatch, tmp_path):
@@ -253,7 +305,7 @@ def test_a_restart_recomputes_all_layers_unless_a_share_was_typed(typed, share, 
     resolved = resolve(["--plan", *restarted(monkeypatch, typed, 8, 8)])
     assert resolved.settings.checkpoint_share == share
     scope = memory_fit.scope_of(resolved.settings, resolved.training, resolved.deepspeed, shapes_of_3b)
-    assert (scope.sizes, scope.shares) == ((4,), (share,)), (
+    assert (scope.sizes, scope.recomputed) == ((4,), share), (
         "nothing is left to choose, so a second failure ends the run"
     )
 

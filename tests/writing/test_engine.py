@@ -7,6 +7,7 @@ import contextlib
 import functools
 import itertools
 import random
+import threading
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -366,6 +367,29 @@ def test_a_step_that_warms_up_changes_nothing(loaded, shots, alone, monkeypatch,
     engine = Engine(model, processor, replace(RECIPE, **WAYS[name]), wanted=2)
     answers = {it.place: page.raw for it, page in engine.write(requests_of(shots, range(4)))}
     assert answers == {place: alone[0][name, place, 0].raw for place in range(4)}
+
+
+@pytest.mark.parametrize("name", ["penalty", "drawn", "greedy"])
+def test_kernels_of_fewer_slots_are_compiled_beside_the_writing(loaded, shots, alone, monkeypatch, name):
+    """By a step over slots of its own, which changes nothing; one that fails there has not failed yet."""
+    model, processor = loaded
+    steps, compile_step = [], room.compile_step
+
+    def compiled(model, captured, slots, *more):
+        steps.append((slots, threading.current_thread()))
+        if name == "greedy":
+            raise RuntimeError("no memory for that now")
+        compile_step(model, captured, slots, *more)
+
+    monkeypatch.setattr(room, "BLOCK", 1)
+    monkeypatch.setattr(room, "SETTLED", 2)
+    monkeypatch.setattr(room, "compile_step", compiled)
+    engine = Engine(model, processor, replace(RECIPE, **WAYS[name]), wanted=3)
+    engine.compiles = True
+    answers = {it.place: page.raw for it, page in engine.write(requests_of(shots, range(5)))}
+    assert answers == {place: alone[0][name, place, 0].raw for place in range(5)}
+    assert [slots for slots, _ in steps] == [4, 2, 1] and threading.main_thread() not in {thread for _, thread in steps}
+    assert all(bool(future.exception()) == (name == "greedy") for future in engine.compiling.values())
 
 
 def test_threads_find_the_tokenizer_as_they_need_it(loaded, shots):
