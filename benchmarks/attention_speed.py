@@ -3,6 +3,7 @@
     pip install "flash-attn-4[cu13]==4.0.0b36"                  # measured where it is installed
     pip install dew-flash-attn-cu13==0.3.6 "jax[cuda13]"        # flash-attention 3, prebuilt, for JAX alone
     python benchmarks/attention_speed.py --out benchmarks/results/h100_attention.json
+    python benchmarks/attention_speed.py --kernels torch flash-attention --shapes language
 
 Needs a GPU and bf16. What kernels/attention.py may choose from takes one micro-batch of four pages: the language
 model's heads of 3B, windows and whole pictures of its vision tower, whole pictures of Qwen3-VL's. Times are medians,
@@ -30,6 +31,7 @@ import torch  # noqa: E402
 from kernels import attention  # noqa: E402
 
 FLASH_3 = "flash-attention 3 (dew-flash-attn, through JAX)"
+CUDNN = "cuDNN, by torch's private function"
 
 
 class Shape(NamedTuple):
@@ -67,7 +69,7 @@ def draw(shape: Shape, lengths: tuple[int, ...], device: str, dtype: torch.dtype
 def outcome(kernel: str, shape: Shape, given: list[torch.Tensor], bounds: torch.Tensor) -> list[torch.Tensor]:
     """What `kernel` makes of `given`, and the gradients of queries, keys and values."""
     parts = [part.detach().requires_grad_() for part in given[:3]]
-    longest = int(bounds.diff().max())
+    longest = max(shape.lengths)  # a bound; asking the GPU would make it wait
     done = attention.KERNELS[kernel](*parts, bounds, longest, shape.width**-0.5, shape.causal)
     return [done.detach(), *torch.autograd.grad(done, parts, given[3])]
 
@@ -83,17 +85,22 @@ def errors_of(kernel: str, shape: Shape, device: str) -> dict[str, float]:
     return {name: float(f"{((a.float() - b).norm() / b.norm()).item():.2g}") for name, a, b in pairs}
 
 
-def timed(run: Callable[[], object], runs: int = 10) -> float:
-    """Median ms of `run` on the GPU, after two that compile and warm up."""
+def timed(run: Callable[[], object], repeats: int = 5, runs: int = 5) -> float:
+    """Median over `repeats` of the mean ms of `runs` on the GPU, after two that compile and warm up."""
     times = []
-    for number in range(2 + runs):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+    for _ in range(2):
         run()
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        # The GPU begins when Python has asked for all, as in a training, where it is ahead: some 15 ms.
+        torch.cuda._sleep(30_000_000)
+        start.record()
+        for _ in range(runs):
+            run()
         end.record()
         torch.cuda.synchronize()
-        if number >= 2:
-            times.append(start.elapsed_time(end))
+        times.append(start.elapsed_time(end) / runs)
     return statistics.median(times)
 
 
@@ -106,6 +113,33 @@ def cost(kernel: str, shape: Shape, device: str) -> dict[str, float]:
     with torch.no_grad():
         forward = timed(lambda: attend(*given[:3], bounds, longest, shape.width**-0.5, shape.causal))
     return {"forward_ms": forward, "both_ms": timed(lambda: outcome(kernel, shape, given, bounds))}
+
+
+# -----------------------------------------------------------------------------
+# cuDNN: torch 2.11 has it for segments, but asks for it nowhere; torch 2.14 does where no mask is needed
+
+
+class Cudnn(torch.autograd.Function):
+    """Segments by the function that stands behind `scaled_dot_product_attention` on Hopper."""
+
+    @staticmethod
+    def forward(ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: object) -> torch.Tensor:
+        bounds, longest, scale, causal = rest
+        # A plan is made for each longest segment and number of segments, in milliseconds; the longest is a bound alone.
+        longest = -(-longest // 512) * 512
+        both = (bounds, bounds, longest, longest)
+        given = (query, key, value, None, *both, True, 0.0, causal, False)
+        done, sums, *_, seed, offset, _ = torch.ops.aten._cudnn_attention_forward(*given, scale=scale)
+        ctx.save_for_backward(query, key, value, done, sums, seed, offset, bounds)
+        ctx.options = longest, scale, causal
+        return done
+
+    @staticmethod
+    def backward(ctx, outer: torch.Tensor) -> tuple:
+        *kept, bounds = ctx.saved_tensors
+        longest, scale, causal = ctx.options
+        given = (outer.contiguous(), *kept, None, bounds, bounds, longest, longest, 0.0, causal)
+        return *torch.ops.aten._cudnn_attention_backward(*given, scale=scale), *[None] * 4
 
 
 # -----------------------------------------------------------------------------
@@ -171,14 +205,17 @@ def cost_in_jax(shape: Shape, given: list[torch.Tensor], bounds: torch.Tensor, r
 
 
 def rivals() -> list[str]:
-    """The kernels at hand on this GPU, torch's first; flash-attention 3 last, as JAX and torch in one process may
-    quarrel, and what was measured before is kept."""
+    """The kernels at hand on this GPU, torch's first; last those whose failing might end the process: what was measured
+    before is kept."""
     names = [attention.VARLEN]
     names += [attention.WINDOWS] if importlib.util.find_spec("triton") else []
     names += [attention.FLASH] if attention.importable("flash_attn") else []
     hopper = torch.cuda.get_device_capability()[0] == 9
     newer = hopper or torch.cuda.get_device_capability()[0] == 10
     names += [attention.FLASH_4] if newer and attention.importable("flash_attn.cute") else []
+    if newer:
+        attention.KERNELS[CUDNN] = Cudnn.apply
+        names.append(CUDNN)
     if hopper and all(map(importlib.util.find_spec, ("dew_flash_attn", "jax"))):
         # JAX would take three quarters of the GPU's memory at its first word.
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
@@ -209,6 +246,9 @@ def measure(kernel: str, shape: Shape, device: str = "cuda") -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument(
+        "--kernels", nargs="+", default=[""], help="beginnings of names; all that are at hand otherwise"
+    )
     parser.add_argument("--out", type=Path, help="results as JSON, written after each kernel")
     args = parser.parse_args()
     if not torch.cuda.is_available() or not torch.cuda.is_bf16_supported():
@@ -219,7 +259,7 @@ def main() -> None:
     shapes = {name: SHAPES[name]._asdict() for name in args.shapes}
     results = {"gpu": torch.cuda.get_device_name(), "versions": versions, "shapes": shapes, "kernels": {}}
     for kernel in rivals():
-        for name in args.shapes:
+        for name in args.shapes if kernel.startswith(tuple(args.kernels)) else ():
             start = time.perf_counter()
             told = measure(kernel, SHAPES[name])
             if not told:
