@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -40,6 +41,9 @@ MOST_NEW = 8  # tokens of a page in one step, drafts included
 READ_PATCHES = 45_000  # that are read together, some eight screenshots of a million pixels
 SPARE_BYTES = 4 * 2**30  # for reading them
 READERS = 4  # threads that open and resize screenshots
+# Seconds, a tenth of Python's own: who starts a GPU's work lets go of the interpreter at each call, and a thread that
+# opens screenshots or compiles would keep it for so long each time.
+TURN = 0.0005
 
 
 @dataclass
@@ -129,7 +133,7 @@ class Engine:
             raise RuntimeError("this engine is writing already: end or close that first, or make another one")
         # Those that were closed early would move on, out of their slots.
         self.state.stop(slice(None))
-        with ThreadPoolExecutor(READERS) as pool, ThreadPoolExecutor(1) as compiler:
+        with short_turns(), ThreadPoolExecutor(READERS) as pool, ThreadPoolExecutor(1) as compiler:
             make = functools.partial(question_of, self.processor, self.recipe, dtype=self.model.dtype)
             waiting, under_way, ended = Waiting(requests, pool, make), False, []
             self.compile(compiler, [self.count])  # while screenshots are read
@@ -139,19 +143,23 @@ class Engine:
                     if block == SETTLED:
                         self.compile(compiler, [width for width in reversed(WIDTHS) if width < self.count])
                     try:
+                        wanted = waiting.any()
                         if not under_way:
                             self.fill(waiting)
                             ended = []  # those slots are filled, so the next block need not wait for them
                             yield from waiting.failures()
-                            width = self.width()
+                            width = ran = self.width()
                             if not width:
                                 return
                             self.step(width).run(BLOCK)
-                        found = self.fetch(width)
+                        elif ended and not wanted:  # moved behind the block that is under way
+                            width = self.width() or width
+                        found = self.fetch(ran)
                         # Slots that an ending has left free are filled first; else the GPU goes on meanwhile.
-                        under_way = not ended and self.all_go_on(found)
+                        under_way = not (ended and wanted) and self.goes_on(found, wanted)
                         if under_way:
                             self.step(width).run(BLOCK)
+                            ran = width
                         ended = list(self.look(found, shown))
                     except Exception as error:
                         if not ran_out(error):
@@ -266,13 +274,15 @@ class Engine:
         self.seen[:width] = places
         return found
 
-    def all_go_on(self, found: list[list[int]]) -> bool:
-        """Whether no answer has ended by itself or at its limit; what watches endings may still find one."""
+    def goes_on(self, found: list[list[int]], wanted: bool) -> bool:
+        """Whether the next block may begin before what was `found` is looked at: an answer goes on, none has left a
+        slot that is `wanted`, and none is at its limit, behind which there is room for one block. What watches endings
+        may still find one."""
         most = self.recipe.max_html_tokens
-        return not any(
-            slot and (len(slot.ids) + count >= most or not self.stops.isdisjoint(tokens[:count]))
-            for slot, (count, *tokens) in zip(self.slots, found)
-        )
+        busy = [(slot, tokens[:count]) for slot, (count, *tokens) in zip(self.slots, found) if slot]
+        ends = [not self.stops.isdisjoint(tokens) for _, tokens in busy]
+        full = any(len(slot.ids) + len(tokens) >= most for slot, tokens in busy)
+        return not (full or all(ends) or (wanted and any(ends)))
 
     def look(
         self, found: list[list[int]], shown: Callable[[use.Request, str], None] | None
@@ -340,6 +350,17 @@ class Engine:
         use.say(f"writing: memory ran out, going on with {self.count} pages at once")
 
 
+@contextlib.contextmanager
+def short_turns() -> Iterator[None]:
+    """Threads of Python take turns of `TURN` inside."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(TURN)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
 def ran_out(error: BaseException) -> bool:
     """Whether a GPU's memory ran out, also where CUDA, cuBLAS or Triton say so, or a capture that it broke off."""
     while error is not None:
@@ -382,6 +403,11 @@ class Waiting:
             taken.append(question)
             self.look_ahead(most + READERS - len(taken))
         return taken
+
+    def any(self) -> bool:
+        """Whether there is one more."""
+        self.look_ahead(1)
+        return bool(self.back or self.coming)
 
     def failures(self) -> Iterator[tuple[use.Request, use.Failed]]:
         """The requests whose turn has come, but whose screenshots could not be opened."""

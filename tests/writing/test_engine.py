@@ -126,6 +126,8 @@ def try_batches(count, model, processor, shots, alone, monkeypatch):
         drafts = rng.random() < 0.5
         engine = Engine(model, processor, recipe, wanted=rng.choice([1, 2, 4, 8]), drafts=drafts)
         engine.read_patches = rng.choice([1, 200, 10_000])
+        known = [token for key in zip([name] * len(places), places, samples) for token in tokens[key]]
+        engine.stops |= {*rng.sample(known, min(3, len(known)))} if rng.random() < 0.5 else set()
         drafted += engine.drafted()
         warms = rng.random() < 0.2
         tight = iter(range(rng.randint(1, 9))) if engine.count > 1 and rng.random() < 0.2 else itertools.count()
@@ -143,6 +145,8 @@ def try_batches(count, model, processor, shots, alone, monkeypatch):
         for (place, sample), (ids, page) in found.items():
             whole, wanted = pages[name, place, sample], tokens[name, place, sample][: recipe.max_html_tokens]
             cut = whole.cut_off or whole.tokens >= recipe.max_html_tokens
+            if (end := next((at for at, token in enumerate(wanted) if token in engine.stops), None)) is not None:
+                wanted, cut = wanted[:end], False
             assert ids == wanted and page.cut_off == cut, (number, name, place, sample)
     return drafted
 
@@ -236,6 +240,22 @@ def test_the_next_block_begins_before_endings_are_looked_for_also_behind_a_slot_
     assert len(list(engine.write(requests_of(shots, [0, 1])))) == 2
     # 24 tokens in three blocks; the last one is known to end the answer before it is looked at.
     assert order == [*["fill", "run", "run", "look", "run", "look", "look"] * 2, "fill"]
+
+
+def test_the_next_block_begins_before_an_answer_ends_whose_slot_nobody_waits_for(loaded, shots, alone, monkeypatch):
+    model, processor = loaded
+    monkeypatch.setattr(room, "BLOCK", 4)
+    engine = Engine(model, processor, RECIPE, wanted=2, drafts=False)
+    long, short = (alone[1]["greedy", place, 0] for place in (1, 0))
+    engine.stops = {short[5]}
+    assert short[5] not in [*short[:5], *long]
+    order, run, look = [], room.Step.run, engine.look
+    monkeypatch.setattr(room.Step, "run", lambda self, steps: (order.append(self.slots), run(self, steps)))
+    engine.look = lambda *given: (order.append("look"), look(*given))[1]
+    found = tokens_of(engine, requests_of(shots, [0, 1]))
+    assert [found[place, 0][0] for place in (0, 1)] == [short[:5], long]
+    # The answer that goes on is in the second slot, and is moved behind the block that runs.
+    assert order == [2, 2, "look", 2, "look", 1, "look", 1, "look", 1, "look", "look"]
 
 
 def test_memory_that_runs_out_loses_nothing_that_was_written(loaded, shots, alone, monkeypatch, capsys):
