@@ -516,9 +516,8 @@ def make_trainer(
         callbacks=[steps],
     )
     trainer.remove_callback(PrinterCallback)  # it prints the dictionary that say_step puts into words
-    file = Path(args.output_dir) / "page_order.jsonl"
     sampler = PageSampler(costs, args, checkpoints.record["began_on"])
-    on_main(lambda: write_page_order(sampler, pages, file))
+    on_main(lambda: write_page_order(sampler, pages, Path(args.output_dir) / "page_order.jsonl"))
     return trainer
 
 
@@ -594,11 +593,10 @@ class Evaluator:
         self.decoding = use.Recipe(**{name: getattr(settings, name) for name in names})
         # The best of many evaluations is too good by chance: pages that choose the weights do not compare them, too.
         self.parts = parts_of(len(held_out), weights_are_chosen=settings.eval_every > 0)
-        output_dir = Path(args.output_dir)
-        self.folder = output_dir / "evaluation"
+        self.folder = Path(args.output_dir) / "evaluation"
         self.rendering = Rendering(self.folder)
         self.results = Results(self.folder, self.decoding, held_out, self.rendering)
-        self.best = BestWeights(output_dir, settings.early_stopping_patience, resumed_at)
+        self.best = BestWeights(Path(args.output_dir), settings.early_stopping_patience, resumed_at)
         if self.best.step is not None:  # an earlier run, which this one resumes, has found them
             self.results.add(self.best.label, self.best.result, self.best.rows)
 
@@ -634,17 +632,20 @@ class Evaluator:
         """(all ranks) Write every held-out page with the weights as they are now; main process: render and score."""
         copy = self.copy()
         rows = self.write(copy, self.decoding, label)
+        if not self.settings.compare_base:  # nobody writes with it again: it goes while the last pages are rendered
+            copy = None
+            release_memory()
         result = on_main_alone(lambda: self.judge(label, rows))
         self.results.add(label, result, rows)
         if self.settings.compare_base and (label in ("before", "after") or self.best.leads(result)):
-            # One knob of decoding was worth +0.145 elsewhere, more than any fine-tune there: base and tuned model are
-            # compared under each.
+            # One knob of decoding was worth +0.145 elsewhere, more than any fine-tune there: compare both under each.
             result["decoding"] = {str(self.decoding.repetition_penalty): result.get(metrics.CHOOSING, result["exact"])}
             for penalty in penalties(self.settings):
                 if str(penalty) not in result["decoding"]:
                     result["decoding"][str(penalty)] = self.try_penalty(penalty, copy, label)
-        del copy
-        release_memory()
+        if copy is not None:
+            del copy
+            release_memory()
         return result
 
     def write(self, copy: PreTrainedModel, recipe: use.Recipe, label: str) -> list[dict]:
@@ -663,8 +664,7 @@ class Evaluator:
 
     def score(self, label: str, rows: list[dict], decoding: use.Recipe) -> dict:
         """(main process only) The result of evaluation.score_held_out, rendered where there is a browser."""
-        label = f"{label} {decoding.repetition_penalty}"
-        return render_and_score(self.rendering, label, rows, self.pages, self.parts)
+        return render_and_score(self.rendering, f"{label} {decoding.repetition_penalty}", rows, self.pages, self.parts)
 
     def try_penalty(self, penalty: float, copy: PreTrainedModel, label: str) -> float:
         """(all ranks) What chooses, under another repetition penalty; the exact share where nothing is rendered."""

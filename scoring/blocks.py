@@ -31,6 +31,7 @@ FRAME = re.compile(r"""<iframe\b(?:[^>"']|"[^"]*"|'[^']*')*>""", re.IGNORECASE)
 SANDBOX = re.compile(r"""("[^"]*"|'[^']*')|\ssandbox(?:\s*=\s*(?:"[^"]*"|'[^']*'|[^\s>]+))?(?=[\s/>])""", re.IGNORECASE)
 BAND = 1024  # rows of a picture that are compared at once, to need less memory
 MAX_PASSES = 4  # pairs of renders: a page with more texts than colours is coloured in parts
+UNCOLOURED = 7  # steps of a job before its texts are coloured, which leave the page as it was
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,18 @@ def job_for(html: str, width: int = 1280, height: int = 720) -> Job:
     html = re.sub(r"(\sshadowrootmode\s*=\s*[\"']?)closed\b", r"\1open", html, flags=re.IGNORECASE)
     html = FRAME.sub(lambda tag: SANDBOX.sub(lambda found: found[1] or "", tag[0]), html)
     return Job(html, width, height, tuple(steps))
+
+
+def halves_of(job: Job) -> tuple[Job, Job]:
+    """The steps of `job_for` in two parts, which two browsers take at once; `joined` puts what they show together."""
+    return replace(job, steps=job.steps[:UNCOLOURED]), replace(job, steps=job.steps[UNCOLOURED:])
+
+
+def joined(one: Render, two: Render) -> Render:
+    """What came of a job by what came of its halves; failed where one of them has."""
+    failure = one.failure or two.failure
+    values = () if failure else one.values + two.values
+    return Render(values, failure, one.clipped or two.clipped, max(one.seconds, two.seconds))
 
 
 def page_of(render: Render, html: str) -> Page:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -136,10 +137,9 @@ RECYCLE = 80  # pages of one browser: a warm one wedged after fewer than 100 scr
 
 def find_chromium(asked: str | None = None) -> str | None:
     """A path, or None for Playwright's own; raises `BrowserMissing`."""
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        raise BrowserMissing("playwright is not installed: pip install playwright") from None
+    # Workers import it, which takes a fifth of a second, in which a GPU may wait for this process.
+    if importlib.util.find_spec("playwright") is None:
+        raise BrowserMissing("playwright is not installed: pip install playwright")
     if asked:
         if not Path(asked).exists():
             raise BrowserMissing(f"{asked}: no such browser")
@@ -147,10 +147,18 @@ def find_chromium(asked: str | None = None) -> str | None:
     for name in ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"):  # the lightest first
         if found := shutil.which(name):
             return found
-    with sync_playwright() as playwright:
-        if Path(playwright.chromium.executable_path).exists():
-            return None
+    if Path(playwrights_chromium()).exists():
+        return None
     raise BrowserMissing("no Chromium here: `playwright install chromium`, or install your system's `chromium`")
+
+
+@cache
+def playwrights_chromium() -> str:
+    """Where Playwright's own is, or would be; a process of Playwright's tells it, in half a second."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        return playwright.chromium.executable_path
 
 
 # -----------------------------------------------------------------------------
@@ -432,6 +440,7 @@ class Renderer:
         )
         self.idle: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()
         self.working: set[Worker] = set()
+        self.begun: set[Future[Render]] = set()  # and not done
         self.version = ""
         for _ in range(pages_at_once):
             self.idle.put(None)  # started when needed
@@ -458,7 +467,10 @@ class Renderer:
 
     def begin(self, job: Job) -> Future[Render]:
         """The render to come, whose pictures wait as PNG until they are `decoded`."""
-        return self.pool.submit(self._render, job)
+        render = self.pool.submit(self._render, job)
+        self.begun.add(render)
+        render.add_done_callback(self.begun.discard)
+        return render
 
     def render(self, job: Job | str) -> Render:
         """A failure is in the answer, and is not raised."""
@@ -517,12 +529,17 @@ class Renderer:
 
 def facts_of_browser(version: str) -> dict[str, Any]:
     """What pictures depend on, besides the page: the browser of that version, and the fonts of this machine."""
+    return {"chromium": version or "unknown", "sandbox": os.geteuid() != 0, "fonts": [*fonts_here()]}
+
+
+@cache
+def fonts_here() -> tuple[str, ...]:
+    """The families of this machine's fonts, in order; none where fontconfig's tools are missing."""
     try:
         fonts = subprocess.run(["fc-list", ":", "family"], capture_output=True, text=True, check=False).stdout
-    except FileNotFoundError:  # a browser without fontconfig's tools
+    except FileNotFoundError:
         fonts = ""
-    families = sorted({line.split(",")[0].strip() for line in fonts.splitlines() if line.strip()})
-    return {"chromium": version or "unknown", "sandbox": os.geteuid() != 0, "fonts": families}
+    return tuple(sorted({line.split(",")[0].strip() for line in fonts.splitlines() if line.strip()}))
 
 
 def decoded(render: Render) -> Render:

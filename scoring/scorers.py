@@ -41,14 +41,14 @@ import numpy as np
 from PIL import Image
 
 from scoring.bar import beside_bars
-from scoring.blocks import Page, job_for, page_of
+from scoring.blocks import Page, halves_of, job_for, joined, page_of
 from scoring.clip import Clip
 from scoring.machine import most_at_once
 from scoring.metrics import PageScore, compare
 from scoring.proof import ScorerError, prove
 from scoring.renders import Job, Render, Renderer, decoded, end_family, find_chromium
 
-BROWSERS = 2  # of each process: reference and written page side by side
+BROWSERS = 2  # of each process: reference and written page side by side, or the halves of one page
 TASKS_EACH = 2  # of each process at once: one is compared while the next one is rendered
 MOST_SCORERS = 8  # some 0.8 GB each; 16 cores, of which the writing and the data need some
 MOST_KEPT = 8  # references of each process that are rendered before their pairs come, some 20 MB of a long page
@@ -147,6 +147,17 @@ class Order:
     to_come: bool = False
 
 
+class Halves:
+    """A page that both browsers render, each half of its steps: half as long, where they have nothing else to do."""
+
+    def __init__(self, renderer: Renderer, job: Job):
+        self.halves = [renderer.begin(half) for half in halves_of(job)]
+
+    def result(self) -> Render:
+        """As of a `Future`."""
+        return joined(*(half.result() for half in self.halves))
+
+
 References = dict[tuple[str, int, int], Page | None]  # by `Pair.wanted`; None: begun
 
 
@@ -160,13 +171,21 @@ def jobs_of(order: Order, references: References) -> tuple[Job, ...]:
     return order.pair.jobs[order.pair.wanted in references :]
 
 
+def begin(order: Order, renderer: Renderer, references: References) -> list[Future[Render] | Halves]:
+    """The renders of `jobs_of`, to come. The last pages are waited for: a single one is then rendered by halves."""
+    jobs = jobs_of(order, references)
+    if len(jobs) == 1 and not order.to_come and not renderer.begun:
+        return [Halves(renderer, jobs[0])]
+    return [renderer.begin(job) for job in jobs]
+
+
 def listen(pipe: Connection, orders: queue.SimpleQueue, renderer: Renderer, references: References) -> None:
     """(a thread of its own) Begins to render what comes, and ends the process, with its browsers, when its parent has
     gone or has closed the pipe, whatever is being compared."""
     try:
         while True:
             order = pipe.recv()
-            orders.put((order, [renderer.begin(job) for job in jobs_of(order, references)]))
+            orders.put((order, begin(order, renderer, references)))
     except (EOFError, OSError):
         renderer.close()
         os._exit(0)
@@ -178,7 +197,7 @@ def listen(pipe: Connection, orders: queue.SimpleQueue, renderer: Renderer, refe
 
 
 def follow(
-    order: Order, begun: list[Future[Render]], renderer: Renderer, references: References, writers: Executor
+    order: Order, begun: list[Future[Render] | Halves], renderer: Renderer, references: References, writers: Executor
 ) -> PageScore | None:
     """The score of a pair, whose pictures are kept; None for a proof that holds, which raises `ScorerError` else, and
     for a reference."""

@@ -33,7 +33,7 @@ from scoring import metrics
 from scoring.clip import Clip, find_clip
 from scoring.many_pages import Pair, Progress, browser_facts, run_pairs, window_of, write_pages_report
 from scoring.proof import ScorerError, prove
-from scoring.renders import BrowserMissing, Renderer
+from scoring.renders import BrowserMissing, Renderer, fonts_here
 from scoring.report_values import plural
 from scoring.scorers import Scorers, scorers_for
 from scoring.statistics import left_out_words, means, scores_line, summarise
@@ -349,6 +349,7 @@ class Rendering:
                 if not self.proved and not (self.scorers and self.scorers.proved()):
                     prove(renderer, clip=clip)
                 self.proved = True
+                fonts_here()  # asked for while others work
                 scores = run_pairs(pairs_of(rows, pages), renderer, self.progress(label), clip, self.scorers)
                 if renderer.version or not self.facts:  # else all had been scored by an interrupted run
                     self.facts = browser_facts(renderer, clip, why_not)

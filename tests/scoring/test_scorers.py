@@ -13,7 +13,7 @@ import pytest
 from scoring import scorers as scorers_room
 from scoring.many_pages import Progress, run_pairs
 from scoring.renders import marked
-from scoring.scorers import DIED_TWICE, Order, Pair, Scorers, follow, jobs_of, keep_pictures, score_pair
+from scoring.scorers import DIED_TWICE, Halves, Order, Pair, Scorers, begin, follow, jobs_of, keep_pictures, score_pair
 
 WHITE = "<!DOCTYPE html>\n<html><head><title>t</title></head><body>{}</body></html>\n"
 
@@ -64,8 +64,12 @@ def test_a_reference_that_is_expected_is_rendered_before_its_pair_comes(renderer
     pair, references = small_pairs(2)[1], {}
     orders = [Order("reference", replace(pair, prediction=None), to_come=True), Order("a", pair, tmp_path)]
     orders.append(Order("b", replace(pair, name="again")))
-    begun = [[renderer.begin(job) for job in jobs_of(order, references)] for order in orders]
+    begun = [begin(orders[0], renderer, references)]
+    begun[0][0].result()
+    begun += [begin(order, renderer, references) for order in orders[1:]]
     assert list(map(len, begun)) == [1, 1, 1]
+    # The second order alone finds both browsers idle, and both render it.
+    assert [isinstance(renders[0], Halves) for renders in begun] == [False, True, False]
     with ThreadPoolExecutor(1) as writers:
         found = [follow(order, jobs, renderer, references, writers) for order, jobs in zip(orders, begun)]
     alone, *images = score_pair(pair, renderer.map(pair.jobs))
