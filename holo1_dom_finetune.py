@@ -651,7 +651,7 @@ class Evaluator:
     def write(self, copy: PreTrainedModel, recipe: use.Recipe, label: str) -> list[dict]:
         """(all ranks) Every held-out page, which is scored beside the writing; the rows of evaluation.py."""
         with self.rendering.beside(f"{label} {recipe.repetition_penalty}", self.pages) as done:
-            return write_held_out(copy, self.processor, self.pages, recipe, self.args.per_device_eval_batch_size, done)
+            return write_held_out(copy, self.processor, self.pages, recipe, self.args.per_device_eval_batch_size, *done)
 
     def judge(self, label: str, rows: list[dict]) -> dict:
         """(main process only) Score, say, and keep what was written."""

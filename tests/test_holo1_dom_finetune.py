@@ -19,6 +19,8 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -577,3 +579,25 @@ def test_base_and_tuned_are_compared_by_rendering(tiny_base, pages_folder, tmp_p
     assert f"Difference in likeness: {found['difference']:+.3f} (95 % bootstrap interval" in card
     assert (final / "use_model_from_hub.py").read_bytes() == (ROOT / "use_model_from_hub.py").read_bytes()
     assert not numbers_without_a_source(card, results) and "not measured" not in card and "unknown |" not in card
+
+
+@pytest.mark.parametrize("compare_base", [False, True])
+def test_the_copy_that_wrote_goes_while_the_last_pages_are_rendered_unless_it_writes_again(compare_base):
+    there, copies = [], []
+
+    def make_copy():
+        made = torch.nn.Identity()
+        copies.append(weakref.ref(made))
+        return made
+
+    judge = SimpleNamespace(
+        settings=SimpleNamespace(compare_base=compare_base),
+        results=SimpleNamespace(add=lambda *unused: None),
+        best=SimpleNamespace(leads=lambda result: False),
+        decoding=None,
+        copy=make_copy,
+        write=lambda *unused: [],
+        judge=lambda *unused: there.append(copies[0]() is not None) or {},
+    )
+    assert pipeline.Evaluator.evaluate(judge, "step 1") == {}
+    assert there == [compare_base] and copies[0]() is None

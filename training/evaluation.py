@@ -1,7 +1,7 @@
 """Held-out pages: written by the model, rendered, scored, kept, and told in a line.
 
-    with rendering.beside("after", pages) as finished:                      # scored while others are written
-        rows = write_held_out(model, processor, pages, decoding, 8, finished)  # (all ranks)
+    with rendering.beside("after", pages) as scoring:                       # scored while others are written
+        rows = write_held_out(model, processor, pages, decoding, 8, *scoring)  # (all ranks)
     parts = parts_of(len(pages), weights_are_chosen=False)
     result = render_and_score(rendering, "after", rows, pages, parts)       # without a browser by the texts alone
     say(announce("after", result))
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import shutil
 import threading
 import time
@@ -55,8 +56,8 @@ Row = dict[str, Any]
 # Writing
 
 
-def nothing(row: Row) -> None:
-    """What is done with a page that is written, where nobody waits for it."""
+def nothing(*unused: Row) -> None:
+    """What is done when writing has begun, and with a page that is written, where nobody waits for it."""
 
 
 def write_held_out(
@@ -66,9 +67,10 @@ def write_held_out(
     decoding: use.Recipe,
     batch: int,
     finished: Callable[[Row], None] = nothing,
+    begun: Callable[[], None] = nothing,
 ) -> list[Row]:
-    """(all ranks) Each rank writes its share of the held-out pages, and calls `finished` with each that is written;
-    every rank gets all of them, in order.
+    """(all ranks) Each rank writes its share of the held-out pages, and calls `begun` once tokens are written, and
+    `finished` with each page that is; every rank gets all of them, in order.
 
     `batch` pages at once, fewer where memory runs out. Raises what writing raised, on every rank, also where only
     another rank's pages failed: a rank that went on alone would wait for it for ever. Raises `StoppedError` everywhere
@@ -78,7 +80,7 @@ def write_held_out(
     order = longest_first(pages)
     start, failure, rows = time.monotonic(), None, []
     try:
-        rows = write_share(model, processor, pages, decoding, batch, order[rank() :: world_size()], finished)
+        rows = write_share(model, processor, pages, decoding, batch, order[rank() :: world_size()], finished, begun)
     except Exception as error:  # told to the others first, and raised below
         failure = error
     told = None if failure is None else (exit_code(failure), f"{type(failure).__name__}: {failure}")
@@ -119,10 +121,18 @@ def write_share(
     batch: int,
     mine: Sequence[int],
     finished: Callable[[Row], None],
+    begun: Callable[[], None],
 ) -> list[Row]:
     """Write the pages at the indices `mine`, by what use_model_from_hub.py writes with: `batch` at once, fewer where
     memory runs out. A part of them where this rank is asked to stop: `write_held_out` tells the others."""
-    writer = make_writer(model, processor, decoding, batch, len(mine), tell_once, go_on)
+    looks = itertools.count()
+
+    def meanwhile() -> None:
+        go_on()
+        if next(looks) == 1:  # the first one is before screenshots are read
+            begun()
+
+    writer = make_writer(model, processor, decoding, batch, len(mine), tell_once, meanwhile)
     requests = (use.Request(place, partial(screenshot_of, pages, place)) for place in mine)
     rows: list[Row] = []
     answers = contextlib.closing(writer.write(requests))
@@ -272,8 +282,7 @@ class Rendering:
         self.folder, self.obstacle = folder, ""  # why pages cannot be rendered here
         self.facts: dict[str, str] = {}  # of the browser, once it has rendered
         self.proved = False  # by the scorer, of itself, in this run
-        self.scorers: Scorers | None = None  # at work since the writing began
-        self.expected: Dataset | None = None  # whose references nobody has asked for yet
+        self.scorers: Scorers | None = None  # at work since tokens are written
         self.ending: threading.Thread | None = None  # those of before
 
     @cached_property
@@ -289,40 +298,48 @@ class Rendering:
         )
 
     @contextlib.contextmanager
-    def beside(self, label: str, pages: Dataset) -> Iterator[Callable[[Row], None]]:
-        """(all ranks) What takes the pages that are written inside, one by one: they are rendered and scored by
-        processes beside the writing, and `score` has only the last ones to wait for.
+    def beside(self, label: str, pages: Dataset) -> Iterator[tuple[Callable[[Row], None], Callable[[], None]]]:
+        """(all ranks) What takes the pages that are written inside, one by one, and what is called once tokens are
+        written: pages are rendered and scored by processes beside the writing, and `score` has only the last ones to
+        wait for.
 
         Does nothing on other ranks, for a few pages, and with CLIP, which each process would have to load.
         """
         self.close()
         if self.ending is not None:
             self.ending.join()
-        finished = nothing
+        finished = begun = nothing
         with contextlib.ExitStack() as unless_written:
             unless_written.callback(self.close)
             if is_main() and not self.obstacle and (count := scorers_for(len(pages))) and self.clip[0] is None:
+                begun = partial(self.begin, count, pages)
                 try:
-                    self.scorers = Scorers(count)
-                    finished = partial(self.give, self.progress(label), pages)
-                    if not self.proved:
-                        self.scorers.prove()
-                    self.expected = pages
-                except (BrowserMissing, OSError) as error:
+                    finished = partial(self.give, begun, self.progress(label), pages)
+                except OSError as error:
                     self.give_up(error)
-            yield finished
+            yield finished, begun
             unless_written.pop_all()
 
-    def give(self, progress: Progress, pages: Dataset, row: Row) -> None:
+    def begin(self, count: int, pages: Dataset) -> None:
+        """Starts so many processes, which render the references first. Not before the GPU writes: cores open its
+        screenshots until then, and some fifty processes that start would take them."""
+        if self.scorers is not None or self.obstacle:
+            return
+        try:
+            self.scorers = Scorers(count)
+            if not self.proved:
+                self.scorers.prove()
+            # The longest are written to the end, after which nobody should wait for more than they need.
+            for place in longest_first(pages):
+                self.scorers.expect(pair_of({"html": None}, pages[place]))
+        except (BrowserMissing, OSError) as error:
+            self.give_up(error)
+
+    def give(self, begun: Callable[[], None], progress: Progress, pages: Dataset, row: Row) -> None:
         """A page that is written, unless an interrupted run has scored it."""
-        if self.expected is not None:
-            # Not before the first answer: until then cores open screenshots. The longest are written to the end, after
-            # which nobody should wait for more than they need.
-            for place in longest_first(self.expected):
-                self.scorers.expect(pair_of({"html": None}, self.expected[place]))
-            self.expected = None
+        begun()  # where all were written before it could be told
         pair = pair_of(row, pages[row["place"]])
-        if pair.key not in progress.rows:
+        if self.scorers is not None and pair.key not in progress.rows:
             self.scorers.give(pair, progress.folder)
 
     def give_up(self, error: Exception) -> None:

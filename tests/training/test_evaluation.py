@@ -207,14 +207,15 @@ def test_pages_are_scored_beside_the_writing(loaded, renderer, tmp_path, monkeyp
 
     def open_slowly(screenshot):
         shown.append(screenshot)
+        assert (rendering.scorers is None) == (len(shown) == 1), "they start once tokens are written"
         while len(shown) == len(pages) and not rendering.scorers.done:
             rendering.scorers.look()
         return open_screenshot(screenshot)
 
     monkeypatch.setattr(use, "open_screenshot", open_slowly)
     monkeypatch.setattr(evaluation, "scorers_for", lambda count: 1)
-    with rendering.beside("after 1", pages) as finished:
-        rows = write_held_out(model, processor, pages, use.Recipe(max_html_tokens=4), 1, finished)
+    with rendering.beside("after 1", pages) as scoring:
+        rows = write_held_out(model, processor, pages, use.Recipe(max_html_tokens=4), 1, *scoring)
         scorer, first = rendering.scorers.scorers[0], rendering.scorers.done[0]
     assert first[0] == evaluation.pair_of(rows[0], pages[0]).key and len(shown) == 3
     scores = rendering.score("after 1", rows, pages)
@@ -222,7 +223,8 @@ def test_pages_are_scored_beside_the_writing(loaded, renderer, tmp_path, monkeyp
     assert rendering.scorers is None and not marked(scorer.mark)
     assert scores == run_pairs(evaluation.pairs_of(rows, pages), renderer, Progress(None, pictures=False))
     assert rendering.facts["browser"].startswith(renderer.version)
-    with pytest.raises(StoppedError), rendering.beside("after 2", pages):
+    with pytest.raises(StoppedError), rendering.beside("after 2", pages) as (_, begun):
+        begun()
         scorer = rendering.scorers.scorers[0]
         raise StoppedError("asked to")
     rendering.ending.join()
