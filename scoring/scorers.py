@@ -213,10 +213,14 @@ def follow(
     if reference is None and len(begun) == 1:  # it has failed, or an equal pair came first
         renders = chain([renderer.render(pair.jobs[0])], renders)
     pages = pages_of(pair, renders, reference)
-    kept = order.pictures and writers.submit(keep_pictures, order.pictures, order.key, [page.image for page in pages])
+    one, two = (page.image for page in pages)
+    kept = [
+        writers.submit(keep_pictures, order.pictures, order.key, images)
+        for images in ([[one, None], [None, two]] if order.pictures else [])
+    ]
     score = compare(*pages)
-    if kept:
-        kept.result()
+    for picture in kept:
+        picture.result()
     return score
 
 
@@ -225,7 +229,7 @@ def be_a_scorer(number: int, seconds_per_page: float, chromium: str | None) -> N
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(each, lambda *_: None)  # not SIG_IGN, which the browsers would inherit; it ends with its parent
     os.nice(NICER)
-    pipe, orders, references, writers = Connection(number), queue.SimpleQueue(), {}, ThreadPoolExecutor(1)
+    pipe, orders, references, writers = Connection(number), queue.SimpleQueue(), {}, ThreadPoolExecutor(2)
     renderer = Renderer(BROWSERS, seconds_per_page, chromium)
     for _ in range(BROWSERS):  # which start while the first page is still written
         renderer.begin(Job(""))
@@ -362,15 +366,19 @@ class Scorers:
         """(key, score) of all that was given and not yet told, as they come. Raises what a process has raised."""
         self.to_come.clear()
         while True:
-            while self.done:
-                key, answer = self.done.popleft()
-                if isinstance(answer, Exception):
-                    raise answer
-                yield key, answer
+            yield from self.told()
             orders = [order for scorer in self.scorers for order, _ in scorer.tasks.values() if not order.to_come]
             if not self.scorers or not (self.waiting or orders):
                 return
             self.look()
+
+    def told(self) -> Iterator[tuple[str, PageScore]]:
+        """Of `scored` what is there already, for which nobody waits."""
+        while self.done:
+            key, answer = self.done.popleft()
+            if isinstance(answer, Exception):
+                raise answer
+            yield key, answer
 
     def look(self, seconds: float | None = None) -> None:
         """Takes what has been answered, waiting so long for it (None: for ever), and hands out what waits."""

@@ -283,6 +283,7 @@ class Rendering:
         self.facts: dict[str, str] = {}  # of the browser, once it has rendered
         self.proved = False  # by the scorer, of itself, in this run
         self.scorers: Scorers | None = None  # at work since tokens are written
+        self.texts: dict[int, dict[str, Any]] = {}  # `text_scores` by place, of what was written last
         self.ending: threading.Thread | None = None  # those of before
 
     @cached_property
@@ -306,6 +307,7 @@ class Rendering:
         Does nothing on other ranks, for a few pages, and with CLIP, which each process would have to load.
         """
         self.close()
+        self.texts = {}
         if self.ending is not None:
             self.ending.join()
         finished = begun = nothing
@@ -336,11 +338,20 @@ class Rendering:
             self.give_up(error)
 
     def give(self, begun: Callable[[], None], progress: Progress, pages: Dataset, row: Row) -> None:
-        """A page that is written, unless an interrupted run has scored it."""
+        """A page that is written, unless an interrupted run has scored it; what is scored meanwhile is kept."""
         begun()  # where all were written before it could be told
-        pair = pair_of(row, pages[row["place"]])
+        page = pages[row["place"]]
+        pair = pair_of(row, page)
         if self.scorers is not None and pair.key not in progress.rows:
             self.scorers.give(pair, progress.folder)
+        # Now, while a GPU writes on: after the last page someone waits for it.
+        self.texts[row["place"]] = text_scores(row, page)
+        holds = self.scorers is not None and (self.proved or self.scorers.proof is True)
+        try:
+            for key, score in self.scorers.told() if holds else ():
+                progress.keep(key, score, ())
+        except OSError as error:
+            self.give_up(error)
 
     def give_up(self, error: Exception) -> None:
         """Nothing can be rendered here, in this run."""
@@ -412,7 +423,8 @@ def render_and_score(
 ) -> dict[str, Any]:
     """(main process only) What `score_held_out` returns, with the scores of a rendering."""
     pages_known = list(pages)
-    texts = [text_scores(row, page) for row, page in zip(rows, pages_known)]  # while others render the last ones
+    # Those that are missing while others render the last pages.
+    texts = [rendering.texts.pop(row["place"], None) or text_scores(row, page) for row, page in zip(rows, pages_known)]
     return score_held_out(rows, pages_known, rendering.score(label, rows, pages), parts, texts)
 
 

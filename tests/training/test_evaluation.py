@@ -202,7 +202,7 @@ def test_pages_are_scored_beside_the_writing(loaded, renderer, tmp_path, monkeyp
         | {"width": 640, "height": 480, "html_tokens": 9}
         for row in rows
     ]
-    pages, rendering, shown = datasets.Dataset.from_list(pages), Rendering(tmp_path), []
+    pages, rendering, shown, first = datasets.Dataset.from_list(pages), Rendering(tmp_path), [], []
     rendering.proved, open_screenshot = True, use.open_screenshot
 
     def open_slowly(screenshot):
@@ -210,14 +210,17 @@ def test_pages_are_scored_beside_the_writing(loaded, renderer, tmp_path, monkeyp
         assert (rendering.scorers is None) == (len(shown) == 1), "they start once tokens are written"
         while len(shown) == len(pages) and not rendering.scorers.done:
             rendering.scorers.look()
+        first.extend(rendering.scorers.done if len(shown) == len(pages) else ())
         return open_screenshot(screenshot)
 
     monkeypatch.setattr(use, "open_screenshot", open_slowly)
     monkeypatch.setattr(evaluation, "scorers_for", lambda count: 1)
     with rendering.beside("after 1", pages) as scoring:
         rows = write_held_out(model, processor, pages, use.Recipe(max_html_tokens=4), 1, *scoring)
-        scorer, first = rendering.scorers.scorers[0], rendering.scorers.done[0]
-    assert first[0] == evaluation.pair_of(rows[0], pages[0]).key and len(shown) == 3
+        scorer = rendering.scorers.scorers[0]
+    assert first[0][0] == evaluation.pair_of(rows[0], pages[0]).key and len(shown) == 3
+    assert first[0][0] in rendering.progress("after 1").rows, "kept before the writing has ended"
+    assert rendering.texts == {row["place"]: evaluation.text_scores(row, pages[row["place"]]) for row in rows}
     scores = rendering.score("after 1", rows, pages)
     rendering.ending.join()
     assert rendering.scorers is None and not marked(scorer.mark)
