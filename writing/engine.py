@@ -152,8 +152,9 @@ class Engine:
                             if not width:
                                 return
                             self.step(width).run(BLOCK)
-                        elif ended and not wanted:  # moved behind the block that is under way
+                        elif ended and not wanted:  # moved, and a step warmed up, behind the block that is under way
                             width = self.width() or width
+                            self.step(width)
                         found = self.fetch(ran)
                         # Slots that an ending has left free are filled first; else the GPU goes on meanwhile.
                         under_way = not (ended and wanted) and self.goes_on(found, wanted)
