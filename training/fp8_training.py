@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from families.fp8_parts import Fp8
 
 # Rounding to e4m3 puts one product off by 3.7 % of its norm (kernels/fp8.py), and the gradient of a weight by some 6 to
-# 14 % after four layers of it; after 24 narrow ones that have learned, by 10 % in all and by 37 % in the worst weight.
-# It is off in all directions, though: along the gradient in bf16 by little. A scale is a power of two: the least that
-# can be wrong with one is half the gradient.
-WEIGHT_LIMIT = 0.25  # along any one weight's gradient, of its length
+# 14 % after four layers of it; after 24 narrow ones that have learned, by 10 % in all and by 37 % in the worst weight,
+# of which most points elsewhere: along the gradient in bf16 no weight's was off by more than 22 %. A scale is a power
+# of two: the least that can be wrong with one is half the gradient.
+WEIGHT_LIMIT = 0.4  # along any one weight's gradient, of its length
 WHOLE_LIMIT = 0.25  # of the norm of all of them
 LOSS_LIMIT = 0.02  # of the loss, as between the fast path and the plain one
 SAMPLE = 2**18  # numbers of a gradient that are compared: its norm is then known to some 0.2 %
