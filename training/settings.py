@@ -604,8 +604,7 @@ def answer(argv: list[str]) -> None:
     problems = find_problems(resolved)
     if not resolved.settings.check_settings:
         problems.append("--check_settings False: leave it out")
-    # The wrapper has looked for GPUs, and says by DS_ACCELERATOR that its ranks will find none.
-    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or resolved.training["use_cpu"]
+    on_cpu = finds_no_gpu(resolved.machine) or resolved.training["use_cpu"]
     if not problems:
         found = at_hand.look(resolved.settings)
         problems += found.problems
@@ -663,12 +662,18 @@ def find_problems(resolved: Resolved) -> list[str]:
     return problems
 
 
+def finds_no_gpu(machine: Machine) -> bool:
+    """Whether training will find none; where nobody has looked here, the wrapper may have, and says so by
+    DS_ACCELERATOR."""
+    return machine.gpu is False or (machine.gpu is None and os.environ.get("DS_ACCELERATOR") == "cpu")
+
+
 def fp8_problems(resolved: Resolved) -> list[str]:
     """Why the layers of the language model cannot multiply in fp8, each with its remedy; whether it agrees with bf16
     shows before step one (fp8_training.py)."""
     settings, training, machine = resolved.settings, resolved.training, resolved.machine
-    # --plan is asked before there is a GPU.
-    on_cpu = (machine.gpu is False or training["use_cpu"]) and not settings.plan
+    on_cpu = finds_no_gpu(machine) or training["use_cpu"]
+    on_cpu &= not settings.plan  # which is asked before there is a GPU
     four_bit = settings.quantize == "4bit" and "quantize" in resolved.record["typed"]  # else chosen without DeepSpeed
     asked = {
         "with --fast False: the model's own way multiplies in bf16; leave one out": not settings.fast,

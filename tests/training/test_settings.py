@@ -233,7 +233,7 @@ def test_a_fitting_batch_size_in_the_json_is_fine_and_typed_pages_win_over_it(tm
         (["--lora"], Machine(), "--fp8 with --lora"),
     ],
 )
-def test_fp8_is_refused_by_name_where_it_cannot_be(argv, machine, message, tmp_path):
+def test_fp8_is_refused_by_name_where_it_cannot_be(argv, machine, message, tmp_path, monkeypatch):
     json_file = ["--deepspeed", write_json(tmp_path, PLAIN_JSON)]
     assert any(message in problem for problem in find_problems(resolve(["--fp8", *json_file, *argv], machine)))
     hopper = Machine(True, True, "an H100", True)
@@ -241,6 +241,9 @@ def test_fp8_is_refused_by_name_where_it_cannot_be(argv, machine, message, tmp_p
     assert not find_problems(resolve(["--fp8", "--plan", *json_file], Machine(gpu=False)))
     (problem,) = find_problems(resolve(["--fp8"], hopper))
     assert "--fp8 without DeepSpeed" in problem, "whatever --quantize auto makes of it"
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    (problem,) = find_problems(resolve(["--fp8", *json_file], Machine()))
+    assert "and there is none; leave it out" in problem, "the wrapper has looked"
 
 
 def test_python_version_is_one_that_is_tested():
