@@ -331,6 +331,12 @@ def read_deepspeed_json(path: str, problems: list[str]) -> dict:
         if not isinstance(config.get(block, {}), dict):
             problems.append(f"--deepspeed {path}: {block} is {config[block]!r}; it must be an object")
             config[block] = {}
+    for block in ("zero_optimization.offload_optimizer", "zero_optimization.offload_param"):
+        if (value := get_json(config, block)) is not None and not isinstance(value, dict):
+            problems.append(
+                f'--deepspeed {path}: {block} is {value!r}; it must be an object, such as {{"device": "cpu"}}'
+            )
+            set_json(config, block, {})
     for key in JSON_TWINS:
         value, truth = get_json(config, key), key.endswith("enabled")
         if value not in (None, "auto") and (not isinstance(value, int | float) or isinstance(value, bool) != truth):
@@ -564,6 +570,8 @@ def finish_deepspeed_json(config: dict, values: dict, typed: dict, notes: list[s
     if offload and "optimizer" not in config:
         config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW on the CPU; DeepSpeed would refuse it
     notes.append(f"DeepSpeed {values['deepspeed']}: {deepspeed_words(config)}")
+    if "activation_checkpointing" in config:  # of models that call DeepSpeed's own function, as none here does
+        notes.append("its activation_checkpointing changes nothing: give --checkpoint_share or --offload_share")
 
 
 def deepspeed_words(config: dict) -> str:

@@ -79,6 +79,15 @@ def test_the_plainest_json_gets_what_it_lacks(tmp_path):
     assert resolved.deepspeed["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
 
 
+def test_what_deepspeed_would_not_understand_or_not_do_is_told(tmp_path):
+    zero = {"stage": 3, "offload_optimizer": "cpu"}
+    path = write_json(tmp_path, {"zero_optimization": zero, "activation_checkpointing": {"cpu_checkpointing": True}})
+    resolved = resolve(["--deepspeed", path, "--optim", "adamw_8bit"])
+    (problem,) = resolved.problems
+    assert "zero_optimization.offload_optimizer is 'cpu'; it must be an object" in problem
+    assert any("give --checkpoint_share or --offload_share" in note for note in resolved.notes)
+
+
 def test_shipped_jsons_keep_the_plain_values():
     for name, device in (("ds_z3.json", "none"), ("ds_z3_offload.json", "cpu")):
         config = json.loads((ROOT / name).read_text())
