@@ -231,7 +231,12 @@ def link_of(device: torch.device, scope: Scope) -> float:
 
 def link_words(plan: MemoryPlan, roomy: MemoryPlan | None, hardware: Hardware) -> str:
     """What the link to the CPU carries, and whether the CPU's memory is what keeps more from waiting there, as it would
-    by `roomy`, the plan for any amount of it; empty where nothing would."""
+    by `roomy`, the plan for any amount of it; empty where nothing would. A typed share is taken as it is, and told."""
+    if plan.pinned_gib > hardware.pinned_gib:
+        return (
+            f"offload: each process pins up to {plan.pinned_gib:.1f} GiB of the CPU's memory, where no more than "
+            f"{hardware.pinned_gib:.1f} should be; if it runs out, give a smaller --offload_share"
+        )
     if roomy is not None and roomy.pinned_gib > hardware.pinned_gib and plan.way != roomy.way:
         return (
             f"offload: no more than {hardware.pinned_gib:.1f} GiB of the CPU's memory may be pinned for each process; "

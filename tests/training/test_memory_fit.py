@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
@@ -185,7 +186,11 @@ def test_a_typed_share_is_offloaded_as_the_link_bears_it_or_refused(file, shapes
     resolved = resolve(["--plan", "--offload_share", "0.5", "--deepspeed", str(ROOT / file)])
     scope = memory_fit.scope_of(resolved.settings, resolved.training, resolved.deepspeed, shapes_of_3b)
     on_gpus(monkeypatch, 80, 1)
-    assert memory_fit.hardware_of(torch.device("cuda"), scope).link_gb_s == memory_fit.LINK_GB_S
+    hardware = memory_fit.hardware_of(torch.device("cuda"), scope)
+    assert hardware.link_gb_s == memory_fit.LINK_GB_S
+    plan = MemoryPlan(scope.way, {}, pinned_gib=40.0)
+    told = memory_fit.link_words(plan, plan, replace(hardware, pinned_gib=30.0))
+    assert "40.0 GiB" in told and "no more than 30.0 should be" in told
 
     def fails(device: torch.device) -> float:
         raise RuntimeError("no memory can be pinned")
