@@ -174,12 +174,13 @@ def measure_casts(rows: int, hidden: int, inner: int) -> dict:
     told["swiglu"] = rate(timed(lambda: fp8.swiglu_cast(gate, up)), 5 * large)
     told["swiglu backward"] = rate(timed(lambda: fp8.swiglu_backward_cast(gate, up, outer)), 9 * large)
     first, second = fp8.cast(gate), fp8.cast(outer)
-    most = (first.scales * second.scales).amax()
+    most, used = (first.scales * second.scales).amax(), fp8.TILE
     for tile in ((128, 64, 4), (128, 128, 8), (128, 128, 4), (64, 64, 4), (64, 128, 4), (256, 64, 8)):
         fp8.TILE = tile
         told[f"transpose by {tile}"] = rate(timed(lambda: fp8.transposed(first.values)), 2 * large)
         scaled = timed(lambda: fp8.transposed(second.values, [first.scales, second.scales], most))
         told[f"transpose by {tile}, scaled"] = rate(scaled, 2 * large)
+    fp8.TILE = used
     told["largest of a tensor, wide"] = rate(timed(lambda: torch.linalg.vector_norm(gate, float("inf"))), 2 * large)
     told["cast and transpose by torch, wide"] = timed(functools.partial(by_torch, gate))
     return told

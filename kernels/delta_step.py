@@ -205,7 +205,7 @@ def delta_kernel(
         left = shares + (slot * HEADS + head) * VALUE
         if not is_last(left + column, done, arrived + slot * HEADS + head, PARTS):
             return
-        done = tl.load(left + every)
+        done = tl.load(left + every, cache_modifier=".cg")  # as in `sum_of`
     done = done.to(kind).to(tl.float32)
     done = done * tl.rsqrt(tl.sum(done * done, 0) / VALUE + epsilon)
     weight = tl.load(norm + every)

@@ -146,7 +146,7 @@ def swiglu_backward_kernel(
         tl.store(products + place, (product * product_inverse).to(products.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # another row count would be another kernel, in the middle of a training
 def transpose_kernel(
     source, target, scales, other_scales, most, rows, columns, padded,
     KIND: tl.constexpr, SCALED: tl.constexpr, TWICE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

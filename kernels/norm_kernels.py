@@ -22,7 +22,7 @@ from kernels.row_kernels import norm_by_kernel, norm_kernel
 PROGRAMS = 1_024  # that share the rows of a backward pass, each with a sum of its own: some eight for each processor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # another row count would be another kernel, in the middle of a training
 def norm_backward_kernel(
     source, weight, gradient, residual, target, sums, rows, width, epsilon,
     WIDTH: tl.constexpr, RESIDUAL: tl.constexpr,
@@ -84,10 +84,12 @@ def rms_norm_backward(
 def proved(width: int, dtype: torch.dtype, device: torch.device) -> str:
     """Whether both kernels give for rows of `width` what autograd gives in fp32, up to rounding; where they do not,
     that is said and torch.compile does it."""
-    draw = torch.Generator(device).manual_seed(0)
-    shapes = ((7, width), (width,), (7, width), (7, width))
-    hidden, weight, *both = (torch.randn(shape, generator=draw, device=device).to(dtype) for shape in shapes)
-    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    # Hooks of its own, lest a layer that is checkpointed around this takes these tensors for its own.
+    apart = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), apart:
+        draw = torch.Generator(device).manual_seed(0)
+        shapes = ((7, width), (width,), (7, width), (7, width))
+        hidden, weight, *both = (torch.randn(shape, generator=draw, device=device).to(dtype) for shape in shapes)
         rows, scale = (part.float().requires_grad_() for part in (hidden, weight))
         wanted = scale * (rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + 1e-6))
         exact = torch.autograd.grad(wanted, (rows, scale), both[0].float())

@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from families.fp8_parts import Fp8
 
 # Rounding to e4m3 puts one product off by 3.7 % of its norm (kernels/fp8.py), and the gradient of a weight by some 6 to
-# 14 % after four layers of it. A scale is a power of two: the least that can be wrong with one is half the norm.
-WEIGHT_LIMIT = 0.5  # of the norm of any one weight's gradient
+# 14 % after four layers of it; after 24 narrow ones that have learned, by 10 % in all and by 37 % in the worst weight,
+# of which most points elsewhere: along the gradient in bf16 no weight's was off by more than 22 %. A scale is a power
+# of two: the least that can be wrong with one is half the gradient.
+WEIGHT_LIMIT = 0.4  # along any one weight's gradient, of its length
 WHOLE_LIMIT = 0.25  # of the norm of all of them
 LOSS_LIMIT = 0.02  # of the loss, as between the fast path and the plain one
 SAMPLE = 2**18  # numbers of a gradient that are compared: its norm is then known to some 0.2 %
@@ -38,7 +40,8 @@ SAMPLE = 2**18  # numbers of a gradient that are compared: its norm is then know
 @dataclass(frozen=True)
 class Agreement:
     """How far fp8 is from bf16 on one rank's pages: the losses, and of the norm the gradients of all weights together,
-    of the median product's weight and of the worst one's, by its name."""
+    of the median product's weight and of the worst one's, by its name; and how far along its gradient the one is that
+    is furthest, `along`, by its name."""
 
     loss: float
     loss_bf16: float
@@ -46,19 +49,22 @@ class Agreement:
     median: float
     worst: float
     where: str
+    along: float
+    where_along: str
 
     @property
     def holds(self) -> bool:
         """Whether training may begin; what is no number is below no limit."""
         close = abs(self.loss - self.loss_bf16) <= LOSS_LIMIT * abs(self.loss_bf16)
-        return close and self.whole <= WHOLE_LIMIT and self.worst <= WEIGHT_LIMIT
+        return close and self.whole <= WHOLE_LIMIT and self.along <= WEIGHT_LIMIT
 
     @property
     def words(self) -> str:
         """In one line."""
         return (
             f"loss {self.loss:.4f}, {self.loss_bf16:.4f} in bf16; gradients off by {self.whole:.1%} of their norm, "
-            f"{self.median:.1%} in the median weight, {self.worst:.1%} in {self.where}"
+            f"{self.median:.1%} in the median weight, {self.worst:.1%} in {self.where}; along them by up to "
+            f"{self.along:.1%}, in {self.where_along}"
         )
 
 
@@ -105,8 +111,8 @@ def begin(trainer: Trainer, loss_of: Callable[[], torch.Tensor], keep: bool) -> 
     worst = next((each for each in told if not each.holds), max(told, key=lambda each: each.whole))
     if not worst.holds:
         raise SettingsError(
-            f"--fp8 does not agree with bf16 on held-out pages: {worst.words}; at most {LOSS_LIMIT:.0%}, "
-            f"{WHOLE_LIMIT:.0%} and {WEIGHT_LIMIT:.0%} are rounding. Leave it out to train in bf16"
+            f"--fp8 does not agree with bf16 on held-out pages: {worst.words}. Of the loss {LOSS_LIMIT:.0%}, of all "
+            f"gradients {WHOLE_LIMIT:.0%} and along one {WEIGHT_LIMIT:.0%} are rounding. Leave it out to train in bf16"
         )
     kept = "weights cast once per step" if keep else "weights cast for each layer"
     left = len(products) - len(ours)
@@ -142,12 +148,18 @@ def gradients(trainer: Trainer, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def compare(wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor], ours: set[str]) -> Agreement:
     """`found` in fp8 beside `wanted` in bf16; `ours` are the weights whose products are in fp8."""
-    off, size = {}, {}
+    off, size, along = {}, {}, {}
     for name in wanted.keys() - {""}:
-        off[name], size[name] = (found[name] - wanted[name]).norm().item(), wanted[name].norm().item()
+        difference = found[name] - wanted[name]
+        off[name], size[name] = difference.norm().item(), wanted[name].norm().item()
+        along[name] = abs(torch.dot(difference, wanted[name]).item())
+
+    def furthest(shares: dict[str, float]) -> tuple[float, str]:
+        name = max(shares, key=lambda name: shares[name] if shares[name] == shares[name] else math.inf)
+        return shares[name], name.removeprefix("model.language_model.").removesuffix(".weight")
+
     each = {name: off[name] / size[name] if size[name] else float(off[name] > 0) for name in ours & off.keys()}
-    worst = max(each, key=lambda name: each[name] if each[name] == each[name] else math.inf)
+    lengths = {name: along[name] / size[name] ** 2 if size[name] else each[name] for name in each}
     whole = math.hypot(*off.values()) / math.hypot(*size.values())
-    where = worst.removeprefix("model.language_model.").removesuffix(".weight")
-    loss, loss_bf16 = found[""].item(), wanted[""].item()
-    return Agreement(loss, loss_bf16, whole, statistics.median(each.values()), each[worst], where)
+    loss, loss_bf16, median = found[""].item(), wanted[""].item(), statistics.median(each.values())
+    return Agreement(loss, loss_bf16, whole, median, *furthest(each), *furthest(lengths))

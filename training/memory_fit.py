@@ -212,24 +212,31 @@ def hardware_of(device: torch.device, scope: Scope) -> Hardware:
     tflops = page_costs.peak_tflops(torch.cuda.get_device_name(device)) or 0.0
     link = link_of(device, scope)
     limit, tflops, link, pinned = least([memory_limit(device), tflops, link, pinnable_gib()])
+    if scope.offloaded and not link:  # refused by all ranks, and before the model is loaded
+        raise SettingsError(f"--offload_share {scope.offloaded}: none of the CPU's memory can be pinned; leave it out")
     return Hardware(limit, tflops or None, link, pinned)
 
 
 def link_of(device: torch.device, scope: Scope) -> float:
     """(all ranks) GB/s of the link to the CPU while all ranks use it; 0 where it is not to carry activations."""
-    if scope.way.offload or scope.offloaded == 0:
+    if scope.offloaded == 0 or (scope.way.offload and not scope.offloaded):
         return 0.0
     together(False)  # waits for the others: ranks of a machine may share the link
     try:
         return link_rate(device)
     except RuntimeError as error:  # a container may allow little memory to be pinned, or none
-        say(f"no activations wait in the CPU's memory: none of it could be pinned ({error})")
+        say(f"offload: none of the CPU's memory could be pinned ({error}), so no activations wait there")
         return 0.0
 
 
 def link_words(plan: MemoryPlan, roomy: MemoryPlan | None, hardware: Hardware) -> str:
     """What the link to the CPU carries, and whether the CPU's memory is what keeps more from waiting there, as it would
-    by `roomy`, the plan for any amount of it; empty where nothing would."""
+    by `roomy`, the plan for any amount of it; empty where nothing would. A typed share is taken as it is, and told."""
+    if plan.pinned_gib > hardware.pinned_gib:
+        return (
+            f"offload: each process pins up to {plan.pinned_gib:.1f} GiB of the CPU's memory, where no more than "
+            f"{hardware.pinned_gib:.1f} should be; if it runs out, give a smaller --offload_share"
+        )
     if roomy is not None and roomy.pinned_gib > hardware.pinned_gib and plan.way != roomy.way:
         return (
             f"offload: no more than {hardware.pinned_gib:.1f} GiB of the CPU's memory may be pinned for each process; "
@@ -318,6 +325,9 @@ class Fit:
         alone; restarts with more layers recomputed, then with fewer pages, where auto chose them."""
         args = trainer.args
         offload = treat_layers(trainer.model, self.way, args.activation_checkpointing, args.device)
+        if self.settings.offload_share and not offload:
+            layers = plural(len(layers_of(trainer.model, vision=False)), "layer")
+            say(f"--offload_share {self.settings.offload_share}: less than one of {layers}, so no activations wait")
         if collate.packed and zero3.is_on():
             zero3.lean_steps(trainer.model_wrapped)
         if self.plain_loss is not None:
@@ -488,12 +498,16 @@ def print_plan(resolved: Resolved, config: PretrainedConfig, parameters: int) ->
     image, html = family.most_image_tokens(config, settings.max_pixels), settings.max_html_tokens
     size = f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
     say(f"{settings.base_model}: {size} parameters; {plural(scope.pages, 'page')} per step and GPU, each of at")
-    say(f"most {image:,} image tokens and {html:,} of HTML; GiB on each GPU under {training['deepspeed']}:")
+    bits = ", the base in 4 bits" if scope.way.four_bit else ""
+    under = f"under {training['deepspeed']}" if training["deepspeed"] else f"without DeepSpeed{bits}"
+    say(f"most {image:,} image tokens and {html:,} of HTML; GiB on each GPU {under}:")
     if trains_fast(config, settings):
         say(fast_table(scope, longest_page(family, config, image, html + 1)))  # and its end
     else:
         say(plain_words(scope, settings))
         say(state_table(scope.shape, scope.way, PROCESSES, SIZES_GIB))
+    if not (optim := eight_bit.name_of(training["optim"])).startswith("adamw"):
+        say(f"--optim {optim} is not planned: its moments may take more or less than AdamW's, which stand there")
     copy = 2 * parameters / GIB
     say(f"before and after training a copy that writes pages takes {copy:.1f} GiB more, when activations take none")
 

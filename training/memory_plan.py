@@ -11,10 +11,12 @@ Imports no torch. Sections: What is planned, Layers, Estimate, Candidates, Table
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from families.page_costs import LOSS_ROWS, Shape, Tower, page_operations, page_seconds, weights_of
+from training.command_line import WRAPPER_FLAGS
 from training.eight_bit import MOMENT_BYTES
 
 GIB = 2**30
@@ -359,13 +361,16 @@ def ladder(
 
 
 def remedy(way: Way, limit_gib: float) -> str:
-    """What to change when nothing fits."""
-    options = [] if way.frozen_vision else ["--freeze_vision"]
-    options += [] if way.adapters else ["--lora"]
+    """What to change when nothing fits: nothing that would change nothing, or be refused beside what is asked for."""
+    options = ["--freeze_vision"] if way.vision_learns else []
+    options += ["no --fp8"] if way.fp8 else []
+    options += [] if way.adapters or way.fp8 else ["--lora"]
     options += [] if way.adapters or way.eight_bit or way.offload else ["--optim adamw_8bit"]
-    options += [] if way.offload else ["--config ds_z3_offload.json"]
+    file = f"{'--config' if WRAPPER_FLAGS in os.environ else '--deepspeed'} ds_z3_offload.json"
+    file += " instead of --optim adamw_8bit" if way.eight_bit else ""
+    options += [] if way.offload or way.four_bit else [file]
     fewer = "fewer --max_pixels or --max_html_tokens, more GPUs"
-    return f"does not fit {limit_gib:.0f} GiB: {fewer}, {', '.join(options)}"
+    return f"does not fit {limit_gib:.0f} GiB: {', '.join([fewer, *options])}"
 
 
 def way_words(plan: MemoryPlan) -> str:

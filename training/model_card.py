@@ -163,6 +163,8 @@ def describe(
     `results` by their label, "after" only once it is judged. `training` are TrainingArguments by name.
     """
     chosen = {name: training[name] for name in sorted(TRAINING_DEFAULTS) if name not in ("report_to", "disable_tqdm")}
+    typed = ("freeze_vision", "micro_batch", "checkpoint_share", "offload_share")
+    chosen |= {name: getattr(settings, name) for name in typed}
     card = dict(facts) | {
         "licence": derived_licence(settings.base_model, came_from=strings(facts.get("base_model_from"))),
         "settings": chosen | {"seed": training["seed"], "prompt": settings.prompt, "clean": settings.clean},

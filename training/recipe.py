@@ -55,6 +55,7 @@ def gather_facts(settings: PageSettings, args: TrainingArguments, base: Path) ->
         **({"base_model_from": origin} if origin else {}),
         "base_revision": snapshot,
         **({"random_weights": True} if settings.random_weights else {}),
+        "optimizer": optimizer_of(args),
         **({"fp8": "products of the language model's layers, in e4m3"} if settings.fp8 else {}),
         "dataset": " and ".join(public_name(each.name) for each in asked),
         **(facts_of(asked[0]) if len(asked) == 1 else facts_of_several(asked)),
@@ -63,6 +64,13 @@ def gather_facts(settings: PageSettings, args: TrainingArguments, base: Path) ->
         "hardware": f"{world_size()} x {device}",
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def optimizer_of(args: TrainingArguments) -> str:
+    """Its name: that of the DeepSpeed JSON where it brings one of its own, else that of --optim."""
+    config = args.hf_deepspeed_config.config if args.deepspeed else {}
+    own = (config.get("optimizer") or {}).get("type")
+    return f"{own} (DeepSpeed's)" if own else str(getattr(args.optim, "value", args.optim))
 
 
 def facts_of(asked: AskedDataset) -> dict[str, Any]:

@@ -64,6 +64,7 @@ FIXED = {
     "bf16": "weights",
     "optim": "moments",
 }
+SAME = {"adamw_bnb_8bit": "adamw_8bit"}  # transformers 5.23 has two names for one --optim
 # Typed anew by whoever starts again, or said by the launcher: a later start's own.
 NOT_KEPT = {"resume", "resume_from_checkpoint", "output_dir", "deepspeed", "local_rank", "plan", "show_supervision"}
 NOT_KEPT |= {"hub_token", "check_settings", "yes"}
@@ -209,6 +210,12 @@ def shown(value: Any) -> str:
     return " and ".join(value) if isinstance(value, list) else str(value)
 
 
+def differ(before: Any, now: Any) -> bool:
+    """Whether two values of a setting mean something else."""
+    names = [SAME.get(value, value) if isinstance(value, str) else value for value in (before, now)]
+    return names[0] != names[1]
+
+
 def differences(
     record: Mapping[str, Any], current: Mapping[str, Any], where: Path, unknown: Collection[str] = ()
 ) -> list[str]:
@@ -217,7 +224,7 @@ def differences(
     problems = []
     for name, reason in FIXED.items():
         before, now = record["fixed"].get(name), current["fixed"][name]
-        if before != now and name not in unknown:
+        if differ(before, now) and name not in unknown:
             problems.append(
                 f"--{name} {shown(now)}: the run in {where} began with {shown(before)}, and {WHY[reason]}; leave it "
                 "out, or begin a new run"
@@ -240,7 +247,8 @@ def why_foreign(own: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """Why a checkpoint with the record `other` is none of the run with the record `own`; "" where it is."""
     if own.get("run") and own.get("run") == other.get("run"):
         return ""
-    found = [f"--{name} {other['fixed'].get(name)}" for name in FIXED if own["fixed"][name] != other["fixed"].get(name)]
+    theirs = other["fixed"]
+    found = [f"--{name} {theirs.get(name)}" for name in FIXED if differ(own["fixed"][name], theirs.get(name))]
     found += [f"other {name}" for name in ("base", "pages") if print_of(own.get(name)) != print_of(other.get(name))]
     found += [
         f"{other.get(name)} {name}, here {own[name]}"

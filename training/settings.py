@@ -281,7 +281,9 @@ def parse(argv: list[str], problems: list[str] | None = None) -> tuple[dict, dic
         problems += found
     if typed.get("demo"):  # --demo stands for these flags; what was typed beside it still wins
         share = max(1, DEMO["per_device_train_batch_size"] // world_size())
-        typed = {**DEMO, "per_device_train_batch_size": share, **typed}
+        shares = {"checkpoint_share", "gradient_checkpointing"} & {*typed}  # say it in another way
+        demo = {name: value for name, value in DEMO.items() if name != "activation_checkpointing" or not shares}
+        typed = {**demo, "per_device_train_batch_size": share, **typed}
     values.update(typed)
     for name in PLACES:
         # A shell leaves the ~ of "~/x", and of --name=~/x, as it is.
@@ -329,6 +331,12 @@ def read_deepspeed_json(path: str, problems: list[str]) -> dict:
         if not isinstance(config.get(block, {}), dict):
             problems.append(f"--deepspeed {path}: {block} is {config[block]!r}; it must be an object")
             config[block] = {}
+    for block in ("zero_optimization.offload_optimizer", "zero_optimization.offload_param"):
+        if (value := get_json(config, block)) is not None and not isinstance(value, dict):
+            problems.append(
+                f'--deepspeed {path}: {block} is {value!r}; it must be an object, such as {{"device": "cpu"}}'
+            )
+            set_json(config, block, {})
     for key in JSON_TWINS:
         value, truth = get_json(config, key), key.endswith("enabled")
         if value not in (None, "auto") and (not isinstance(value, int | float) or isinstance(value, bool) != truth):
@@ -362,9 +370,7 @@ def resolve(argv: list[str], machine: Machine | None = None) -> Resolved:
             values[other] = False
     resolve_precision(values, machine, gpu, notes)
     resolve_quantization(values, gpu, notes)
-    for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):  # transformers' older names
-        if name in typed:
-            values[name.replace("gradient", "activation")] = values[name]
+    resolve_shares(values, typed, now, problems)
     gpus = local_world_size() if gpu else 0
     resolve_workers(values, typed, gpus, notes)
     if gpu is not None or "dataloader_num_workers" in typed:
@@ -465,9 +471,9 @@ def resolve_quantization(values: dict, gpu: bool | None, notes: list[str]) -> No
         chosen, why = "none", "DeepSpeed shards full-precision weights"
     elif values["quantize"] != "auto":
         chosen, why = values["quantize"], "asked for"
-    elif gpu is None:
+    elif gpu is None and not values["plan"]:
         return
-    elif values["random_weights"] or not gpu:
+    elif values["random_weights"] or not (gpu or values["plan"]):  # --plan is asked before there is a GPU
         chosen, why = "none", "random weights" if values["random_weights"] else "no GPU to save memory on"
     else:
         found = importlib.util.find_spec("bitsandbytes") is not None
@@ -489,26 +495,46 @@ def resolve_micro_batch(values: dict, typed: dict, gpus: int, problems: list[str
             problems.append(f"--micro_batch {asked} must divide the {pages} pages per step of a GPU, or be auto")
         else:
             values["per_device_train_batch_size"], values["gradient_accumulation_steps"] = size, pages // size
-    resolve_shares(values, typed, problems)
 
 
-def resolve_shares(values: dict, typed: dict, problems: list[str]) -> None:
-    """Which layers keep their activations: of one layer they are recomputed or wait in the CPU's memory, not both."""
+def resolve_shares(values: dict, typed: dict, now: set[str], problems: list[str]) -> None:
+    """Which layers keep their activations: of one layer they are recomputed or wait in the CPU's memory, not both. Of
+    --checkpoint_share and the switch, which has two names, what was typed `now` wins over what a run began with."""
     for name in ("checkpoint_share", "offload_share"):
         if values[name] is not None and not 0 <= values[name] <= 1:
             problems.append(f"--{name} {values[name]}: a share between 0 and 1")
-    if {"activation_checkpointing", "gradient_checkpointing"} & set(typed) and values["checkpoint_share"] is None:
-        values["checkpoint_share"] = float(values["activation_checkpointing"])
-    elif values["checkpoint_share"] is not None:
-        values["activation_checkpointing"] = values["checkpoint_share"] > 0
+    switch = resolve_switch(values, typed, now, problems)
     share, away = values["checkpoint_share"], values["offload_share"]
+    told = f"--checkpoint_share {share}"
+    if switch and (share is None or (switch in now and "checkpoint_share" not in now)):
+        told = f"--{switch} {values[switch]}"
+        values["checkpoint_share"] = share = float(values["activation_checkpointing"])
+    elif share is not None:
+        if switch in now and values[switch] != (share > 0):
+            problems.append(f"--{switch} {values[switch]} and {told}: give one of them")
+        values["activation_checkpointing"] = share > 0
     if away and not values["fast"]:
         problems.append(f"--offload_share {away}: the plain path (--fast False) knows nothing of it; leave one out")
     elif away and share and share <= 1 and away <= 1 < share + away - 1e-9:
         problems.append(
-            f"--checkpoint_share {share} and --offload_share {away} are more than all layers together; give one alone, "
-            f"or --checkpoint_share {1 - away:g}"
+            f"{told} and --offload_share {away} are more than all layers together; leave one out, or give "
+            f"--checkpoint_share {1 - away:g} instead"
         )
+
+
+def resolve_switch(values: dict, typed: dict, now: set[str], problems: list[str]) -> str:
+    """Puts what was typed by transformers' older names of two fields into the newer ones; returns the name by which the
+    switch of all recomputing was typed, "" where it was not."""
+    found = ""
+    for newer in ("activation_checkpointing_kwargs", "activation_checkpointing"):
+        older = newer.replace("activation", "gradient")
+        if {newer, older} <= now and values[newer] != values[older]:
+            problems.append(f"--{older} {values[older]} and --{newer} {values[newer]} are one setting: give one")
+        if older in now or (older in typed and newer not in now):
+            values[newer] = values[older]
+        found = next((name for name in (older, newer) if name in now), "")
+        found = found or next((name for name in (older, newer) if name in typed), "")
+    return found
 
 
 def resolve_workers(values: dict, typed: dict, gpus: int, notes: list[str]) -> None:
@@ -544,6 +570,8 @@ def finish_deepspeed_json(config: dict, values: dict, typed: dict, notes: list[s
     if offload and "optimizer" not in config:
         config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW on the CPU; DeepSpeed would refuse it
     notes.append(f"DeepSpeed {values['deepspeed']}: {deepspeed_words(config)}")
+    if "activation_checkpointing" in config:  # of models that call DeepSpeed's own function, as none here does
+        notes.append("its activation_checkpointing changes nothing: give --checkpoint_share or --offload_share")
 
 
 def deepspeed_words(config: dict) -> str:
@@ -584,8 +612,7 @@ def answer(argv: list[str]) -> None:
     problems = find_problems(resolved)
     if not resolved.settings.check_settings:
         problems.append("--check_settings False: leave it out")
-    # The wrapper has looked for GPUs, and says by DS_ACCELERATOR that its ranks will find none.
-    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or resolved.training["use_cpu"]
+    on_cpu = finds_no_gpu(resolved.machine) or resolved.training["use_cpu"]
     if not problems:
         found = at_hand.look(resolved.settings)
         problems += found.problems
@@ -623,7 +650,7 @@ def find_problems(resolved: Resolved) -> list[str]:
         problems.append("--prompt is empty: say what the model shall write")
     if settings.random_weights and settings.quantize == "4bit":
         problems.append("--random_weights with --quantize 4bit: quantised weights cannot train; leave one out")
-    if settings.quantize == "4bit" and settings.freeze_vision:
+    if (settings.lora or settings.quantize == "4bit") and settings.freeze_vision:
         resolved.notes.append("--freeze_vision changes nothing: adapters train on the language model only")
     if resolved.training["bf16"] and resolved.training["fp16"]:
         problems.append("bf16 and fp16 are both on: choose one, on the command line or in the DeepSpeed JSON")
@@ -643,18 +670,25 @@ def find_problems(resolved: Resolved) -> list[str]:
     return problems
 
 
+def finds_no_gpu(machine: Machine) -> bool:
+    """Whether training will find none; where nobody has looked here, the wrapper may have, and says so by
+    DS_ACCELERATOR."""
+    return machine.gpu is False or (machine.gpu is None and os.environ.get("DS_ACCELERATOR") == "cpu")
+
+
 def fp8_problems(resolved: Resolved) -> list[str]:
     """Why the layers of the language model cannot multiply in fp8, each with its remedy; whether it agrees with bf16
     shows before step one (fp8_training.py)."""
     settings, training, machine = resolved.settings, resolved.training, resolved.machine
-    # --plan is asked before there is a GPU.
-    on_cpu = (machine.gpu is False or training["use_cpu"]) and not settings.plan
+    on_cpu = finds_no_gpu(machine) or training["use_cpu"]
+    on_cpu &= not settings.plan  # which is asked before there is a GPU
+    four_bit = settings.quantize == "4bit" and "quantize" in resolved.record["typed"]  # else chosen without DeepSpeed
     asked = {
         "with --fast False: the model's own way multiplies in bf16; leave one out": not settings.fast,
         "with --lora: adapters multiply beside weights that stay as they are; leave one out": settings.lora,
-        "with --quantize 4bit: 4-bit weights multiply in their own way; leave one out": settings.quantize == "4bit",
-        "without DeepSpeed: weights are fp32 there, and autocast multiplies; give --deepspeed ds_z3.json": (
-            resolved.deepspeed is None and not (settings.lora or settings.quantize == "4bit")
+        "with --quantize 4bit: 4-bit weights multiply in their own way; leave one out": four_bit,
+        "without DeepSpeed: weights are in 4 bits or fp32 there; give --deepspeed ds_z3.json": (
+            resolved.deepspeed is None and not (settings.lora or four_bit)
         ),
         "needs a GPU of compute capability 8.9 or more, and there is none; leave it out": on_cpu,
         f"needs a GPU of compute capability 8.9 or more, which {machine.gpu_name} is not; leave it out": (
@@ -664,7 +698,7 @@ def fp8_problems(resolved: Resolved) -> list[str]:
             importlib.util.find_spec("triton") is None and not settings.plan
         ),
         "needs bf16, for all that it leaves as it is; leave --fp16 and --bf16 False out": (
-            not training["bf16"] and not on_cpu and not settings.plan
+            not training["bf16"] and not on_cpu and machine.fp8 is not False and not settings.plan
         ),
     }
     return [f"--fp8 {why}" for why, holds in asked.items() if holds]

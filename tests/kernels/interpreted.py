@@ -71,6 +71,29 @@ def test_norms_of_many_rows_have_the_gradients_of_autograd(kernels, monkeypatch,
             close(inner, for_scale, kind)
 
 
+def test_norms_may_be_proved_inside_a_checkpointed_layer(kernels):
+    norms = kernels("norm_kernels")
+
+    class Normed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden, weight):
+            ctx.save_for_backward(hidden)
+            assert norms.takes(hidden, weight)
+            return norms.rms_norm(hidden, weight, 1e-6)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient + 0 * ctx.saved_tensors[0], None
+
+    hidden, weight = torch.randn(5, 80, device=DEVICE).half(), torch.ones(80, device=DEVICE).half()
+    done = torch.utils.checkpoint.checkpoint(Normed.apply, hidden.requires_grad_(), weight, use_reentrant=False)
+    done.sum().backward()
+    assert hidden.grad.all()
+    norms.proved.cache_clear()
+    with torch.inference_mode():
+        assert norms.takes(hidden, weight)
+
+
 @pytest.mark.parametrize("kind", HALF, ids=str)
 def test_a_step_begins_with_the_rows_of_its_tokens_and_places(kernels, monkeypatch, kind):
     rows = kernels("row_kernels")

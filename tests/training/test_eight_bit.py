@@ -1,5 +1,6 @@
 """Moments in 8 bits: what bitsandbytes itself makes of a step, of a checkpoint, and of a run that goes on."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -107,6 +108,7 @@ def test_a_run_that_goes_on_learns_what_an_unbroken_one_does(start, pages_folder
     done = start(["--resume"], tmp_path, **options)
     assert done.returncode == 0, output(done)
     assert f"going on from {OUT}/checkpoint-2" in done.stdout and "optimizer: moments in 8 bits for" in done.stdout
+    assert json.loads((tmp_path / FINAL / "dom_recipe.json").read_text())["optimizer"] == "adamw_8bit"
     again, before = weights(tmp_path / FINAL), weights(base)
     assert all(torch.equal(final[name], again[name]) for name in final)
     assert not all(torch.equal(final[name], before[name]) for name in final)

@@ -81,3 +81,13 @@ def test_it_is_refused_where_no_layer_takes_it(trainer, monkeypatch):
     monkeypatch.setattr(fp8, "ALIGNED", 7)
     with pytest.raises(SettingsError, match="none of this model's layers can"):
         fp8_training.begin(trainer, trainer.loss, keep=False)
+
+
+@pytest.mark.parametrize(("scale", "noise", "holds"), [(1, 0.6, True), (2, 0, False), (0.5, 0.1, False)])
+def test_a_weight_may_be_off_by_rounding_but_not_by_its_scale(scale, noise, holds):
+    """One of two weights, of so small a gradient that all together say nothing of it."""
+    torch.manual_seed(0)
+    wanted = {"": torch.ones(()), "large.weight": torch.randn(4096), "small.weight": 0.01 * torch.randn(4096)}
+    found = wanted | {"small.weight": scale * wanted["small.weight"] + 0.01 * noise * torch.randn(4096)}
+    compared = fp8_training.compare(wanted, found, {"large.weight", "small.weight"})
+    assert compared.holds == holds and compared.where == compared.where_along == "small", compared.words

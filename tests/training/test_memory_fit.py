@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ import holo1_dom_finetune as pipeline
 from families import family_of
 from training import memory_fit, zero3
 from training.checkpoints import RESTARTED
+from training.errors import SettingsError
 from training.memory_plan import MEMORY_SHARE, Hardware, Load, MemoryPlan, Way
 from training.prompt_and_mask import PageEncoder
 from training.settings import PageSettings, resolve
@@ -130,6 +132,13 @@ def test_the_plan_says_which_model_has_no_fast_path(base, monkeypatch):
     assert "the plain path (this model has no fast path) is not planned" in plan_of(base, *ZERO_3, "--seed", "7")
 
 
+def test_the_plan_says_what_there_is_without_deepspeed_and_what_it_does_not_know(base):
+    """There is no GPU here, but the plan is of one: training would have 4 bits there."""
+    text = " ".join(plan_of(base, "--optim", "lion_8bit").split())
+    assert "GiB on each GPU without DeepSpeed, the base in 4 bits:" in text
+    assert "--optim lion_8bit is not planned" in text
+
+
 # -----------------------------------------------------------------------------
 # Training decides as the plan does
 
@@ -170,6 +179,25 @@ def test_training_chooses_what_the_plan_prints(flags, gib, processes, shapes_of_
     assert chosen == (planned.chosen or planned.smallest)
     assert ("trying all the same" in capsys.readouterr().out) == (planned.chosen is None)
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 8
+
+
+@pytest.mark.parametrize("file", ["ds_z3.json", "ds_z3_offload.json"])
+def test_a_typed_share_is_offloaded_as_the_link_bears_it_or_refused(file, shapes_of_3b, monkeypatch):
+    resolved = resolve(["--plan", "--offload_share", "0.5", "--deepspeed", str(ROOT / file)])
+    scope = memory_fit.scope_of(resolved.settings, resolved.training, resolved.deepspeed, shapes_of_3b)
+    on_gpus(monkeypatch, 80, 1)
+    hardware = memory_fit.hardware_of(torch.device("cuda"), scope)
+    assert hardware.link_gb_s == memory_fit.LINK_GB_S
+    plan = MemoryPlan(scope.way, {}, pinned_gib=40.0)
+    told = memory_fit.link_words(plan, plan, replace(hardware, pinned_gib=30.0))
+    assert "40.0 GiB" in told and "no more than 30.0 should be" in told
+
+    def fails(device: torch.device) -> float:
+        raise RuntimeError("no memory can be pinned")
+
+    monkeypatch.setattr(memory_fit, "link_rate", fails)
+    with pytest.raises(SettingsError, match=r"--offload_share 0\.5: none of the CPU's memory can be pinned"):
+        memory_fit.hardware_of(torch.device("cuda"), scope)
 
 
 def test_candidates_are_ordered_and_the_first_that_fits_is_chosen(shapes_of_3b):

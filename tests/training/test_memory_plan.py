@@ -139,5 +139,9 @@ def test_candidates_are_all_that_may_be_chosen_the_fastest_first():
 def test_the_table_names_remedies_that_are_not_taken_yet():
     lines = memory_plan.table([(1, 24, None)], Way(adapters=True, offload=True)).splitlines()
     assert lines[2].startswith("   1      24  does not fit 24 GiB")
-    assert "--freeze_vision" in lines[2] and "--lora" not in lines[2] and "offload" not in lines[2]
-    assert "--optim adamw_8bit" in memory_plan.remedy(Way(), 24)
+    assert "more GPUs" in lines[2] and "--" not in lines[2].split("more GPUs")[1]
+    assert memory_plan.remedy(Way(), 24).endswith(
+        "--freeze_vision, --lora, --optim adamw_8bit, --deepspeed ds_z3_offload.json"
+    )
+    refused_beside = memory_plan.remedy(Way(fp8=True, eight_bit=True), 24)
+    assert refused_beside.endswith("no --fp8, --deepspeed ds_z3_offload.json instead of --optim adamw_8bit")

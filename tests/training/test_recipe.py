@@ -1,8 +1,10 @@
 """What a run is made of: with its recipe, training and use ask the same question, and no folder's place is told."""
 
+from types import SimpleNamespace
+
 import use_model_from_hub as use
 from training.mixture import asked_datasets
-from training.recipe import facts_of_several, make_recipe, public_name
+from training.recipe import facts_of_several, make_recipe, optimizer_of, public_name
 from training.settings import resolve
 
 
@@ -19,6 +21,13 @@ def test_a_recipe_asks_what_training_asked(tmp_path):
     assert (recipe["prompt"], recipe["max_pixels"], recipe["max_html_tokens"]) == ("Write it.", 123456, 77)
     assert recipe["repetition_penalty"] == 1.0 and recipe["trust_remote_code"] is False and recipe["commit"] == "abc"
     assert use.Recipe.__dataclass_fields__.keys() <= recipe.keys()
+
+
+def test_the_optimizer_is_the_one_that_trains():
+    assert optimizer_of(SimpleNamespace(deepspeed=None, optim="adamw_8bit")) == "adamw_8bit"
+    config = SimpleNamespace(config={"optimizer": {"type": "Adam"}})
+    args = SimpleNamespace(deepspeed="ds.json", hf_deepspeed_config=config, optim="adamw_torch_fused")
+    assert optimizer_of(args) == "Adam (DeepSpeed's)"
 
 
 def test_of_several_datasets_every_licence_is_told_once(tmp_path):

@@ -72,6 +72,13 @@ def test_what_can_be_honoured_is_and_is_remembered(tmp_path, monkeypatch):
     assert go_on(tmp_path, "--resume").training["max_steps"] == 80
 
 
+def test_the_other_name_of_a_setting_is_no_other_setting(tmp_path, monkeypatch):
+    begin(tmp_path, monkeypatch, "--optim", "adamw_8bit", "--checkpoint_share", "0.5", "--demo")
+    after = go_on(tmp_path, "--resume", "--optim", "adamw_bnb_8bit", "--gradient_checkpointing", "False")
+    assert (after.settings.checkpoint_share, after.training["activation_checkpointing"]) == (0, False)
+    assert go_on(tmp_path, "--resume", "--checkpoint_share", "0.25").settings.checkpoint_share == 0.25
+
+
 CHANGED = {
     "base_model": "demo/tiny_holo1",
     "base_revision": "main",

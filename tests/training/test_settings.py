@@ -5,7 +5,6 @@ Sections: What meets where, What is refused, Without torch, The real script.
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +79,15 @@ def test_the_plainest_json_gets_what_it_lacks(tmp_path):
     assert resolved.deepspeed["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
 
 
+def test_what_deepspeed_would_not_understand_or_not_do_is_told(tmp_path):
+    zero = {"stage": 3, "offload_optimizer": "cpu"}
+    path = write_json(tmp_path, {"zero_optimization": zero, "activation_checkpointing": {"cpu_checkpointing": True}})
+    resolved = resolve(["--deepspeed", path, "--optim", "adamw_8bit"])
+    (problem,) = resolved.problems
+    assert "zero_optimization.offload_optimizer is 'cpu'; it must be an object" in problem
+    assert any("give --checkpoint_share or --offload_share" in note for note in resolved.notes)
+
+
 def test_shipped_jsons_keep_the_plain_values():
     for name, device in (("ds_z3.json", "none"), ("ds_z3_offload.json", "cpu")):
         config = json.loads((ROOT / name).read_text())
@@ -118,6 +126,8 @@ def test_demo_stands_for_flags_that_typing_overrides():
     assert resolved.training["num_train_epochs"] == 1
     assert resolved.training["per_device_train_batch_size"] == DEMO["per_device_train_batch_size"]
     assert resolved.settings.compare_base
+    resolved = resolve(["--demo", "--checkpoint_share", "0.5"])
+    assert resolved.problems == [] and resolved.training["activation_checkpointing"] is True
 
 
 # -----------------------------------------------------------------------------
@@ -140,8 +150,16 @@ BAD_SETTINGS = [
     (["--micro_batch", "0"], "--micro_batch 0 must divide the 8 pages"),
     (["--offload_share", "1.5"], "--offload_share 1.5: a share between 0 and 1"),
     (["--offload_share", "0.5", "--fast", "False"], "--offload_share 0.5: the plain path (--fast False)"),
-    (["--offload_share", "0.5", "--checkpoint_share", "0.75"], "or --checkpoint_share 0.5"),
-    (["--offload_share", "0.5", "--activation_checkpointing", "True"], "more than all layers together"),
+    (["--offload_share", "0.5", "--checkpoint_share", "0.75"], "or give --checkpoint_share 0.5 instead"),
+    (
+        ["--offload_share", "0.5", "--gradient_checkpointing"],
+        "--gradient_checkpointing True and --offload_share 0.5 are",
+    ),
+    (
+        ["--checkpoint_share", "0.5", "--activation_checkpointing", "False"],
+        "False and --checkpoint_share 0.5: give one",
+    ),
+    (["--gradient_checkpointing", "--activation_checkpointing", "False"], "are one setting: give one"),
     (["--eval_strategy", "steps"], "held-out pages are written and scored with --eval_every"),
     (["--hub_token", "hf_secret"], "put it into HF_TOKEN"),
     (["--clean", "comments,everything"], "everything"),
@@ -224,14 +242,17 @@ def test_a_fitting_batch_size_in_the_json_is_fine_and_typed_pages_win_over_it(tm
         (["--lora"], Machine(), "--fp8 with --lora"),
     ],
 )
-def test_fp8_is_refused_by_name_where_it_cannot_be(argv, machine, message, tmp_path):
+def test_fp8_is_refused_by_name_where_it_cannot_be(argv, machine, message, tmp_path, monkeypatch):
     json_file = ["--deepspeed", write_json(tmp_path, PLAIN_JSON)]
     assert any(message in problem for problem in find_problems(resolve(["--fp8", *json_file, *argv], machine)))
     hopper = Machine(True, True, "an H100", True)
     assert not find_problems(resolve(["--fp8", *json_file], hopper))
     assert not find_problems(resolve(["--fp8", "--plan", *json_file], Machine(gpu=False)))
-    (problem,) = find_problems(resolve(["--fp8"], replace(hopper, gpu=None)))
-    assert "--fp8 without DeepSpeed" in problem
+    (problem,) = find_problems(resolve(["--fp8"], hopper))
+    assert "--fp8 without DeepSpeed" in problem, "whatever --quantize auto makes of it"
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    (problem,) = find_problems(resolve(["--fp8", *json_file], Machine()))
+    assert "and there is none; leave it out" in problem, "the wrapper has looked"
 
 
 def test_python_version_is_one_that_is_tested():
