@@ -92,10 +92,8 @@ def halves_of(job: Job) -> tuple[Job, Job]:
 
 
 def joined(one: Render, two: Render) -> Render:
-    """What came of a job by what came of its halves; failed where one of them has."""
-    failure = one.failure or two.failure
-    values = () if failure else one.values + two.values
-    return Render(values, failure, one.clipped or two.clipped, max(one.seconds, two.seconds))
+    """What came of a job by what came of its halves, neither of which has failed."""
+    return Render(one.values + two.values, None, one.clipped or two.clipped, max(one.seconds, two.seconds))
 
 
 def page_of(render: Render, html: str) -> Page:

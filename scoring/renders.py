@@ -495,9 +495,7 @@ class Renderer:
                 worker = self.idle.get() or Worker(self.chromium)
                 self.working.add(worker)
             kept: Worker | None = None
-            clock = Clock(
-                worker.process.pid, (self.seconds_per_page - used_s) if again else self.seconds_per_page * 2 / 3
-            )
+            clock = Clock(worker.process.pid, (self.seconds_per_page - used_s) if again else self.first_try_s)
             try:
                 answer, shots = worker.ask(job, clock)
                 kept = worker
@@ -520,6 +518,11 @@ class Renderer:
             if used_s > self.seconds_per_page - 1:
                 break
         return Render((), failure, False, time.monotonic() - start)
+
+    @property
+    def first_try_s(self) -> float:
+        """Seconds of its own work that a page is given before another browser tries it."""
+        return self.seconds_per_page * 2 / 3
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -148,14 +148,22 @@ class Order:
 
 
 class Halves:
-    """A page that both browsers render, each half of its steps: half as long, where they have nothing else to do."""
+    """A page that both browsers render, each half of its steps: half as long, where they have nothing else to do.
+
+    Each half has a clock of its own. So what both together took longer for than a page may take at its first try, and
+    what failed, is rendered once more as a whole: whether a page fails must not depend on what browsers were idle.
+    """
 
     def __init__(self, renderer: Renderer, job: Job):
+        self.renderer, self.job = renderer, job
         self.halves = [renderer.begin(half) for half in halves_of(job)]
 
     def result(self) -> Render:
         """As of a `Future`."""
-        return joined(*(half.result() for half in self.halves))
+        one, two = (half.result() for half in self.halves)
+        if one.failure or two.failure or one.seconds + two.seconds > self.renderer.first_try_s:
+            return self.renderer.begin(self.job).result()
+        return joined(one, two)
 
 
 References = dict[tuple[str, int, int], Page | None]  # by `Pair.wanted`; None: begun

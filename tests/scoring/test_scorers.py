@@ -80,6 +80,16 @@ def test_a_reference_that_is_expected_is_rendered_before_its_pair_comes(renderer
         assert (tmp_path / f"a-{name}.png").read_bytes() == (tmp_path / f"wanted-{name}.png").read_bytes()
 
 
+def test_halves_that_took_longer_than_a_page_may_are_rendered_as_a_whole(renderer, monkeypatch):
+    """Each has a clock of its own: whether a page fails must not depend on who was idle."""
+    job, begun = small_pairs(1)[0].jobs[0], []
+    monkeypatch.setattr(renderer, "begin", lambda asked, real=renderer.begin: begun.append(asked) or real(asked))
+    assert Halves(renderer, job).result().failure is None and len(begun) == 2
+    monkeypatch.setattr(type(renderer), "first_try_s", 0.01)  # no browser keeps to that; the second try has the rest
+    begun.clear()
+    assert Halves(renderer, job).result().failure is None and begun[2:] == [job]
+
+
 def test_where_processes_cannot_start_this_one_scores(renderer, monkeypatch, capsys):
     pairs = small_pairs(1)[:1]
     list(renderer.map(pairs[0].jobs))  # so that its own processes are there
