@@ -3,9 +3,9 @@
     normed = norm_kernels.rms_norm(hidden, weight, epsilon)                     # elementwise.rms_norm, on a GPU
     outer, for_weight = norm_kernels.rms_norm_backward(hidden, weight, epsilon, gradient, residual)
 
-torch.compile reads each row twice to norm it, and all rows once more for the weight's gradient: on an H100 in 3B's
-widths it reached some 40 % of the memory's rate. Here a row stays in registers, and so do sums for the weight. Imported
-only where it is used: it needs triton. Shapes: S rows of H numbers.
+torch.compile reads each row twice to norm it, and all rows once more for the weight's gradient: on an H100, by one
+profile of 3B and a count of bytes, at some 40 % of the memory's rate. Here a row stays in registers, and so do sums for
+the weight. Imported only where it is used: it needs triton. Shapes: S rows of H numbers.
 """
 
 from __future__ import annotations

@@ -100,6 +100,8 @@ def try_step(name: str, device: torch.device) -> None:
         optimizer = bitsandbytes.optim.AdamW([weights], lr=0.5, weight_decay=0.0, optim_bits=8)
         optimizer.step()
         moved = (1.0 - weights.detach()).sub(0.5).abs().max().item()  # Adam's first step is as long as the rate
+    except torch.OutOfMemoryError:  # says nothing of bitsandbytes
+        raise
     except Exception as error:  # a missing library is a RuntimeError there, another an AttributeError: all end here
         moved = f"{type(error).__name__}: {error}"
     if not (isinstance(moved, float) and moved < 0.01):
