@@ -91,6 +91,7 @@ from training.publishing import check_hub_access, push_final_folder, saved_words
 from training.recipe import gather_facts, make_recipe
 from training.results import Results
 from training.stopping import stop
+from training.treatment import Batches
 
 EMERGENCY_FOLDER = "holo1_dom_finetune_checkpoint"
 
@@ -332,8 +333,8 @@ class PageTrainer(Trainer):
         super().__init__(**options)
         self.base, self.costs, self.settings, self.checkpoints, self.meter = base, costs, settings, checkpoints, Meter()
         self.shapes = {tensor.name: tensor.shape for tensor in tensors.values()}
-        # Tokens, patches and supervised tokens of this rank's heaviest batch, beside which the plan is held at the end.
-        self.heaviest = (0, 0, 0)
+        # How each batch is treated by its own size, which `Fit` knows before step one; None: all as they are.
+        self.batches: Batches | None = None
         # Qwen2.5-VL declares False, and the Trainer would average micro-batch means: an 8-token page as heavy as a
         # 4,000-token one. Its forward does take num_items_in_batch, so the loss is the mean over all supervised tokens.
         self.model_accepts_loss_kwargs = True
@@ -379,11 +380,10 @@ class PageTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, object]:
-        """The Trainer's own, after the batch has been counted for the meter and the plan."""
+        """The Trainer's own, after the batch was counted, and told which layers keep what they compute."""
         self.meter.count(inputs, self.data_collator.encoder.image_token_id)
-        if self.data_collator.packed:
-            load = (inputs["input_ids"].numel(), len(inputs["pixel_values"]), len(inputs["targets"]))
-            self.heaviest = max(self.heaviest, load)
+        if self.batches is not None:
+            self.meter.planned_gib = max(self.meter.planned_gib, self.batches.treat(inputs))
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def log(self, logs: dict, start_time: float | None = None) -> None:
@@ -541,7 +541,7 @@ def train(trainer: PageTrainer, steps: Steps, checkpoint: Path | None) -> TrainO
         trainer.checkpoints.join()  # what was saved before is still put into its place, whatever can be said
         say_from_here(f"training failed: {type(error).__name__}: {error}")
         if is_out_of_memory(error) and not steps.judging:
-            note_smaller(args)
+            note_smaller(args, steps.fit)
         # Before the first step the weights are only the base's, and not worth keeping. Where memory ran out inside a
         # step, other ranks wait in its collectives, and gathering weights without them would hang.
         may_save = steps.judging or world_size() == 1 or not is_out_of_memory(error)
@@ -832,7 +832,7 @@ def fine_tune(
     result = train(trainer, steps, checkpoint)
     seconds = time.monotonic() - start
     if memory_plan:
-        compare_with_plan(trainer, memory_plan)
+        compare_with_plan(trainer, fit.batches)
     facts |= {"train_loss": result.training_loss, "steps": trainer.state.global_step, "seconds": seconds}
     facts |= {"pages_trained": len(training), "pages_held_out": len(pages.held_out), "drops": pages.report}
     final = keep_model(save, evaluator, resolved, facts, recipe, checkpoints.newest)

@@ -52,7 +52,7 @@ STOPPED_S, STARVED_S = 60, 600
 QUIET_S = 3  # a hang is believed so long after its limit: who has written no beat since is the one that is stopped
 STACKS_S = 2  # the time of ranks to write their stacks
 BLOCK = 4096  # bytes that a disk gives to a file at least
-MOST_SMALLER = 6  # starts again with a smaller micro-batch
+MOST_SMALLER = 6  # starts again with less at once
 CHECK_S = 60  # the script's check of its settings takes some seconds; longer on a cold network disk
 STAGES = ("loading", "reading pages", "training", "saving", "finishing", "judging", "publishing")
 OWN_CODES = (2, *range(80, 87))  # whose rank knows why it failed; a 1 may be what another's end has caused
@@ -82,7 +82,7 @@ def read_command_line(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--dry_run", action="store_true", help="check, say what was checked, print the command, start nothing"
     )
-    again = "when GPU memory runs out, start again from the last checkpoint with a smaller --micro_batch, default on"
+    again = "when GPU memory runs out, start again from the last checkpoint with less at once, default on"
     parser.add_argument("--retry_smaller", action="store_true", default=True, help=again)
     parser.add_argument("--no_retry_smaller", action="store_false", dest="retry_smaller", help="leave it at exit 83")
     several = parser.add_argument_group("several machines", "Start the wrapper on each, with one and the same port.")
@@ -739,7 +739,7 @@ def without(words: list[str], flag: str) -> list[str]:
 
 
 def train(args: argparse.Namespace, gpus: list[str], passed_on: list[str]) -> int:
-    """Starts, and starts again with a smaller micro-batch where memory runs out. Returns the last start's exit code."""
+    """Starts, and starts again with less at once where memory runs out. Returns the last start's exit code."""
     arrived: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup has ignored SIGHUP: so do we
@@ -752,12 +752,13 @@ def train(args: argparse.Namespace, gpus: list[str], passed_on: list[str]) -> in
             say(f"{signal.Signals(arrived.get()).name}: not starting again")
             break
         more, given = ["--micro_batch", str(smaller["micro_batch"])], len(passed_on)
+        more += ["--fill_memory", "False"] if smaller.get("fill_memory") is False else []
         if smaller.get("resume"):  # from the newest checkpoint: the script takes no other beside it
             passed_on = without(passed_on, "--resume_from_checkpoint")
             more += [] if "--resume" in passed_on else ["--resume"]
         instead = " in place of --resume_from_checkpoint" if len(passed_on) < given else ""
         if args.num_nodes > 1:  # the other machines' wrappers may not know, and all must ask for the same
-            say(f"a smaller micro-batch may do: start again on every machine, with {shlex.join(more)}{instead}")
+            say(f"less at once may do: start again on every machine, with {shlex.join(more)}{instead}")
             break
         say(f"GPU memory ran out: starting again with {shlex.join(more)}{instead}")
         code, smaller = start(args, gpus, [*passed_on, *more], arrived)

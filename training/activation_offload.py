@@ -4,6 +4,7 @@
     offload = Offload(layers, [True, False, False, False] * 9, device)      # every fourth layer, the first among them
     model(**batch).loss.backward()      # the same numbers, to the bit, with fewer GiB on the GPU
     offload.pinned_gib                  # of the CPU's memory; it stays, batch after batch
+    offload.choose([False] * 36)        # for the forward passes to come, and what belongs to them
     offload.stop()                      # the layers are as they were
     link_rate(device), pinnable_gib()   # what the plan has to know before
 
@@ -255,10 +256,13 @@ class Layer:
 
 
 class Pass:
-    """A forward pass through all layers, and the backward pass that belongs to it."""
+    """A forward pass through all layers, and the backward pass that belongs to it, with what was `chosen` for both."""
 
-    def __init__(self):
+    def __init__(self, chosen: Sequence[bool]):
         self.last, self.layers = -1, {}  # the last layer that has begun; each `Layer` by its number
+        self.chosen = chosen
+        # How many layers' backward passes before its own a layer begins to come back.
+        self.ahead = max(AHEAD, math.ceil(len(chosen) / max(1, sum(chosen))))
 
 
 class Offload:
@@ -270,18 +274,24 @@ class Offload:
     """
 
     def __init__(self, layers: Sequence[torch.nn.Module], chosen: Sequence[bool], device: torch.device):
-        self.layers, self.chosen, self.link = list(layers), list(chosen), Link(device)
+        self.layers, self.link = list(layers), Link(device)
         self.memory = HostMemory(pinned=device.type == "cuda")
         self.smallest = SMALLEST_BYTES if device.type == "cuda" else 0
-        self.ahead = max(AHEAD, math.ceil(len(self.layers) / max(1, sum(self.chosen))))
         self.weights = [[*layer.parameters(), *layer.buffers()] for layer in self.layers]
         self.forwards, self.own = [layer.forward for layer in self.layers], []
         self.leaving: deque[Layer] = deque()
-        self.current = Pass()
+        self.choose(chosen)
+        self.current = Pass(self.chosen)
         for number, layer in enumerate(self.layers):
             self.own.append("forward" in vars(layer))
             layer.forward = functools.partial(self.forward, number)
-            if self.chosen[number]:
+
+    def choose(self, chosen: Sequence[bool]) -> None:
+        """Others wait in the CPU's memory, from the next forward pass on; one that has begun, and its backward pass,
+        go on as they were. A layer that waits there is not recomputed, until it is told to be."""
+        self.chosen = list(chosen)
+        for layer, away in zip(self.layers, self.chosen, strict=True):
+            if away:
                 layer.gradient_checkpointing = False
 
     @property
@@ -300,11 +310,11 @@ class Offload:
         """Stands for the forward of layer `number`."""
         if not torch.is_grad_enabled():  # nothing is saved
             return self.forwards[number](*inputs, **options)
-        if number <= self.current.last:
+        if number <= self.current.last or self.current.last < 0:
             self.begin()
         this = self.current
         this.last = number
-        if self.chosen[number]:
+        if this.chosen[number]:
             made = self.run(this, number, inputs, options)
         else:
             made = self.forwards[number](*inputs, **options)
@@ -319,7 +329,7 @@ class Offload:
         """Another forward pass; whatever an earlier one has left, by an error or without a backward pass, goes."""
         self.let_go(0)
         self.memory.begin_again()
-        self.current = Pass()
+        self.current = Pass(self.chosen)
 
     def run(self, this: Pass, number: int, inputs: tuple, options: dict) -> Any:
         """A layer whose activations leave."""
@@ -384,7 +394,7 @@ class Offload:
                 layer.held = {}
             self.fetch(layer)
         earlier = max((other for other in this.layers if other < number), default=-1)
-        if earlier >= max(0, number - self.ahead):
+        if earlier >= max(0, number - this.ahead):
             self.fetch(this.layers[earlier])
 
     def fetch(self, layer: Layer) -> None:

@@ -5,7 +5,7 @@
     fit = Fit(memory_plan, plain_loss, settings)                               # proves it before step one
     print_plan(resolved, config, parameters)                                   # that, for GPUs that one might rent
 
-Sections: Decision, Training, Proof, Layers, Plan.
+Sections: Decision, Training, Proof, Plan.
 """
 
 from __future__ import annotations
@@ -16,19 +16,17 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from families import Family, family_of, page_costs, trains_fast
 from scoring.report_values import plural
 from training import eight_bit, fp8_training, zero3
-from training.activation_offload import Offload, link_rate, pinnable_gib
+from training.activation_offload import link_rate, pinnable_gib
 from training.checkpoints import RESTARTED, STAGING, checkpoints_in
 from training.errors import PipelineError, SettingsError, is_out_of_memory
 from training.heartbeat import heart
@@ -37,10 +35,10 @@ from training.memory_plan import (
     Hardware,
     Load,
     MemoryPlan,
+    Rungs,
     Way,
     candidates,
     estimate,
-    layer_ways,
     remedy,
     state_table,
     table,
@@ -48,6 +46,7 @@ from training.memory_plan import (
 )
 from training.processes import (
     agreed_port,
+    gather,
     in_columns,
     least,
     leave_note,
@@ -58,16 +57,17 @@ from training.processes import (
 from training.progress import say_memory
 from training.prompt_and_mask import PageEncoder
 from training.settings import PageSettings, Resolved
+from training.treatment import Batches, Treatment, load_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PretrainedConfig, Trainer, TrainingArguments
 
 GIB = 2**30
-CPU = torch.device("cpu")
 # In the environment of a training that has restarted itself with the same pages: their number was not typed by a user.
 SAME_PAGES = "HOLO1_SAME_PAGES"
 FINISHED_S = 120.0  # in which a checkpoint that was saved is put into its place
+WINDOWS = 256  # batches that are planned to find the fullest one, at some 0.1 ms each
 
 # -----------------------------------------------------------------------------
 # Decision
@@ -85,14 +85,17 @@ class Scope:
     offloaded: float | None  # of the language model's layers, where it was typed
     whole: tuple[bool, ...]  # whether weights may be gathered once per step, or by layers
     bucket: int  # weights in one of DeepSpeed's buckets
+    fills: bool = True  # whether a batch may keep more layers than the longest one, as its own size allows
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Every way that the settings allow, the fastest first, and the first of them that fits; None where none does."""
+    """Every way that the settings allow, the fastest first; what is `chosen` of them for the longest batch, with the
+    rungs of the others, and what becomes of the `mean` one: both None where none fits the longest."""
 
     candidates: list[Way]
     chosen: MemoryPlan | None
+    mean: MemoryPlan | None
     plan_of: Callable[[Way], MemoryPlan]
 
     @property
@@ -135,6 +138,7 @@ def scope_of(
         offloaded=settings.offload_share,
         whole=zero3.may_be_whole(deepspeed, config),
         bucket=zero3.bucket_size(deepspeed),
+        fills=settings.fill_memory,
     )
 
 
@@ -145,7 +149,8 @@ def sizes_of(pages: int) -> list[int]:
 
 def decide(scope: Scope, load_of: Callable[[int], Load], page: Load, processes: int, hardware: Hardware) -> Decision:
     """What is done on `processes` GPUs, each with `hardware`, where `load_of` is the longest batch of so many pages and
-    `page` their mean."""
+    `page` their mean. For each number of pages at once the longest batch has to fit, by any shares; of those that are
+    left the one is taken whose mean batch, by the shares that it gets, takes the least time."""
     way = replace(scope.way, processes=processes)
     options = {"sizes": scope.sizes, "whole": scope.whole, "recomputed": scope.recomputed, "offloaded": scope.offloaded}
     ways = candidates(scope.shape, way, scope.pages, page, load_of, hardware, **options)
@@ -153,8 +158,30 @@ def decide(scope: Scope, load_of: Callable[[int], Load], page: Load, processes: 
     def plan_of(way: Way) -> MemoryPlan:
         return estimate(scope.shape, load_of(way.micro_batch), way, scope.bucket)
 
-    fitting = (plan for plan in map(plan_of, ways) if plan.total_gib <= hardware.gpu_gib)
-    return Decision(ways, next(fitting, None), plan_of)
+    groups: dict[tuple[int, bool], list[Way]] = {}
+    for each in ways:
+        groups.setdefault((each.micro_batch, each.whole), []).append(each)
+    place, found = {each: number for number, each in enumerate(ways)}, []
+    for (size, _), group in groups.items():
+        longest = next((plan for plan in map(plan_of, group) if plan.total_gib <= hardware.gpu_gib), None)
+        if longest is not None:
+            rungs = rungs_of(scope, longest, group, hardware.gpu_gib)
+            found.append((rungs.plan_for(page.times(size)), replace(longest, rungs=rungs)))
+    mean, chosen = min(found, key=lambda plans: place[plans[0].way], default=(None, None))
+    return Decision(ways, chosen, mean, plan_of)
+
+
+def rungs_of(scope: Scope, longest: MemoryPlan, group: list[Way], limit_gib: float) -> Rungs:
+    """What batches may do beside the `longest`, of the ways in `group` that differ from its own in shares: what is
+    faster, and pins no more of the CPU's memory than the longest one has taken before step one."""
+    ways = group[: group.index(longest.way) + 1] if may_fill(scope, longest.way) else [longest.way]
+    return Rungs(scope.shape, ways, limit_gib, longest.pinned_gib, scope.bucket)
+
+
+def may_fill(scope: Scope, way: Way) -> bool:
+    """Whether each batch of each rank may have shares of its own. Not where ZeRO-3 gathers layer by layer: to recompute
+    one asks all ranks for its weights again, and DeepSpeed fetches ahead by what the batch before has asked for."""
+    return scope.fills and not way.by_layers
 
 
 # -----------------------------------------------------------------------------
@@ -164,8 +191,8 @@ def decide(scope: Scope, load_of: Callable[[int], Load], page: Load, processes: 
 def choose_micro_batch(
     args: TrainingArguments, settings: PageSettings, config: PretrainedConfig, pages: Dataset, encoder: PageEncoder
 ) -> MemoryPlan | None:
-    """(all ranks) Which pages go through at once, and which layers keep their activations, by `decide`; None on a CPU
-    and on the plain path, which trains as it was told.
+    """(all ranks) Which pages go through at once, and which layers keep their activations in the longest batch and in
+    others, by `decide`; None on a CPU and on the plain path, which trains as it was told.
 
     Sets them in `args` and in DeepSpeed's configuration; pages per step stay the same. `Fit` proves the choice.
     """
@@ -187,6 +214,7 @@ def choose_micro_batch(
     if plan is None:  # the plan may err: tried, with a warning, rather than refused
         plan = decision.smallest
         say(f"the plan says {plan.total_gib:.1f} GiB, which {remedy(plan.way, limit)}; trying all the same")
+        plan = replace(plan, rungs=rungs_of(scope, plan, [plan.way], limit))
     way = plan.way
     args.per_device_train_batch_size = way.micro_batch
     args.gradient_accumulation_steps = scope.pages // way.micro_batch
@@ -195,16 +223,21 @@ def choose_micro_batch(
         deepspeed["train_micro_batch_size_per_gpu"] = way.micro_batch
         deepspeed["gradient_accumulation_steps"] = args.gradient_accumulation_steps
         zero3.tune_zero(deepspeed.get("zero_optimization", {}), way)
-    parts = ", ".join(f"{name} {size:.1f}" for name, size in plan.parts_gib.items())
-    told = (
-        f"micro-batch: {plural(way.micro_batch, 'page')} at once, {way_words(plan)}{whole_words(way)}; "
-        f"{plan.total_gib:.1f} GiB planned of {limit:.1f} ({parts})"
-    )
-    say(in_columns(told))
+    say(in_columns(plan_words(plan, decision.mean, limit)))
     roomy = decide(scope, longest, mean, world_size(), replace(hardware, pinned_gib=math.inf)).chosen
     if words := link_words(plan, roomy, hardware):
         say(in_columns(words))
     return plan
+
+
+def plan_words(plan: MemoryPlan, mean: MemoryPlan | None, limit_gib: float) -> str:
+    """What was decided for the longest batch, and for the `mean` one where batches differ."""
+    parts = ", ".join(f"{name} {size:.1f}" for name, size in plan.parts_gib.items())
+    told = f"micro-batch: {plural(plan.way.micro_batch, 'page')} at once{whole_words(plan.way)}; "
+    differ = mean is not None and len(plan.rungs.ways) > 1
+    told += f"{'the longest batch: ' if differ else ''}{way_words(plan)}, "
+    told += f"{plan.total_gib:.1f} GiB planned of {limit_gib:.1f} ({parts})"
+    return told + (f"; the mean one: {way_words(mean)}, {mean.total_gib:.1f} GiB" if differ else "")
 
 
 def hardware_of(device: torch.device, scope: Scope) -> Hardware:
@@ -259,23 +292,23 @@ def memory_limit(device: torch.device) -> float:
     return MEMORY_SHARE * torch.cuda.get_per_process_memory_fraction(device) * total / GIB
 
 
+def page_loads(counted: Iterable[Mapping[str, int]], encoder: PageEncoder, shape: page_costs.Shape) -> list[tuple]:
+    """Tokens, patches and supervised tokens of each page, from its counted `html_tokens` and `image_tokens`."""
+    loads = []
+    for page in counted:
+        image, html = page["image_tokens"], page["html_tokens"] + 1
+        loads.append((encoder.question_tokens + image + html, image * shape.per_token, html))
+    return loads
+
+
 def longest_loads(pages: Dataset, encoder: PageEncoder, scope: Scope) -> list[Load]:
     """The longest possible batch of 1, 2, ... all pages of a step: no order of the pages makes a longer one."""
-    sizes = sorted(
-        (
-            (
-                encoder.question_tokens + page["image_tokens"] + page["html_tokens"] + 1,
-                page["image_tokens"],
-                page["html_tokens"] + 1,
-            )
-            for page in pages.select_columns(["html_tokens", "image_tokens"])
-        ),
-        reverse=True,
-    )
+    counted = pages.select_columns(["html_tokens", "image_tokens"])
+    sizes = sorted(page_loads(counted, encoder, scope.shape), reverse=True)
     loads, sums = [], (0, 0, 0)
     for number in range(scope.pages):
         sums = tuple(map(sum, zip(sums, sizes[number % len(sizes)])))
-        loads.append(Load(sums[0], sums[1] * scope.shape.per_token, sums[2]))
+        loads.append(Load(*sums))
     return loads
 
 
@@ -292,14 +325,18 @@ def costs_of(config: PretrainedConfig, pages: Dataset, encoder: PageEncoder) -> 
     return page_costs.flops_of_pages(encoder.family.shape(config), counted, encoder.question_tokens)
 
 
-def compare_with_plan(trainer: Trainer, plan: MemoryPlan) -> None:
-    """(main process only) Say how far the measured peak was from the plan for the heaviest batch of this rank."""
+def compare_with_plan(trainer: Trainer, batches: Batches | None) -> None:
+    """(all ranks) Say how far the measured peak was from the highest plan of a batch, of whichever rank: it may be any
+    batch's, since each fills the memory."""
     peak = max((entry["peak_gib"] for entry in trainer.state.log_history if "peak_gib" in entry), default=0.0)
-    if peak and any(trainer.heaviest):
-        load, config = Load(*trainer.heaviest), trainer.model.config
-        bucket = zero3.bucket_size(trainer.args.hf_deepspeed_config.config if trainer.args.deepspeed else None)
-        planned = estimate(family_of(config).shape(config), load, plan.way, bucket).total_gib
-        say(f"peak: {peak:.1f} GiB measured, {planned:.1f} planned for the heaviest batch, {planned / peak - 1:+.1%}")
+    plans = [plan for plan in gather(batches and batches.highest) if plan is not None]
+    if peak and plans:
+        highest = max(plans, key=lambda plan: plan.total_gib)
+        planned = highest.total_gib
+        say(
+            f"peak: {peak:.1f} GiB measured, {planned:.1f} planned for the fullest batch, {planned / peak - 1:+.1%}; "
+            f"it had {way_words(highest)}"
+        )
 
 
 # -----------------------------------------------------------------------------
@@ -319,14 +356,16 @@ class Fit:
         share = 1.0 - away if settings.checkpoint_share is None else settings.checkpoint_share
         self.ours = os.environ.pop(SAME_PAGES, None) is not None  # read once: a later training is a new one
         self.way = plan.way if plan else Way(recomputed=share, recomputed_vision=share, offloaded=away)
+        self.batches: Batches | None = None  # from the proof on; None without a plan
 
     def __call__(self, trainer: Trainer, collate: Callable[[list], dict], pages: Dataset, held_out: Dataset) -> None:
         """(all ranks) Raises OutOfMemoryError where a batch does not fit whose size was typed, or which is a page
         alone; restarts with more layers recomputed, then with fewer pages, where auto chose them."""
         args = trainer.args
-        offload = treat_layers(trainer.model, self.way, args.activation_checkpointing, args.device)
+        treatment = Treatment(trainer.model, self.way, args.activation_checkpointing, args.device)
+        offload = treatment.offload
         if self.settings.offload_share and not offload:
-            layers = plural(len(layers_of(trainer.model, vision=False)), "layer")
+            layers = plural(len(treatment.text), "layer")
             say(f"--offload_share {self.settings.offload_share}: less than one of {layers}, so no activations wait")
         if collate.packed and zero3.is_on():
             zero3.lean_steps(trainer.model_wrapped)
@@ -347,12 +386,14 @@ class Fit:
             keep = world_size() == 1 or bool(self.plan and self.plan.way.whole)
             fp8_training.begin(trainer, lambda: self.forward(trainer, collate(compared)), keep)
         if self.plan:
-            self.prove(trainer, collate, pages)
+            excess = self.prove(trainer, collate, pages, treatment)
+            if self.plan.rungs:
+                trainer.batches = self.batches = Batches(treatment, self.plan, excess)
         if offload:
             pinned = f", {offload.pinned_gib:.1f} GiB of it, pinned" if self.plan else ""  # else by the first step
-            say(
-                f"activations of {sum(offload.chosen)} of {len(offload.layers)} layers wait in the CPU's memory{pinned}"
-            )
+            most = "up to " if self.batches and len(self.batches.rungs.ways) > 1 else ""
+            layers = f"{most}{sum(offload.chosen)} of {len(offload.layers)} layers"
+            say(f"activations of {layers} wait in the CPU's memory{pinned}")
 
     def forward(self, trainer: Trainer, batch: dict) -> torch.Tensor:
         """(all ranks) The loss of a batch, a scalar, through the model as it trains; `batch` loses what is no input."""
@@ -361,20 +402,44 @@ class Fit:
         with trainer.compute_loss_context_manager():
             return trainer.model_wrapped(**trainer._prepare_inputs(batch)).loss
 
-    def prove(self, trainer: Trainer, collate: Callable[[list], dict], pages: Dataset) -> None:
-        """(all ranks) The dearest pages forward and backward, as many as go through at once."""
+    def prove(self, trainer: Trainer, collate: Callable[[list], dict], pages: Dataset, treatment: Treatment) -> float:
+        """(all ranks) The dearest pages forward and backward, as many as go through at once; then, where other batches
+        keep more, the longest of those that keep most. Returns by how many GiB a peak of this rank was more than was
+        planned, 0 where none was."""
         costs = costs_of(trainer.model.config, pages, collate.encoder)
-        longest = sorted(range(len(pages)), key=lambda index: -costs[index])
-        chosen = [pages[longest[number % len(pages)]] for number in range(self.plan.way.micro_batch)]
-        start, failure = time.monotonic(), None
+        order = sorted(range(len(pages)), key=lambda index: -costs[index])
+        size, start = self.plan.way.micro_batch, time.monotonic()
+        peak, excess = self.attempt(trainer, collate, pages, [order[n % len(order)] for n in range(size)], self.way)
+        told = f"the longest possible batch of {plural(size, 'page')} fits, {peak:.1f} GiB"
+        fuller = self.fullest(collate.encoder, pages, order)
+        if fuller is not None:
+            chosen, way = fuller
+            treatment.set(way)
+            peak, more = self.attempt(trainer, collate, pages, chosen, way)
+            excess = max(excess, more)
+            told += f", and so does one that keeps most, {peak:.1f}"
+        told += f" (up to {excess:.1f} more than planned, which is left free)" if excess >= 0.05 else ""
+        say_memory(f"{told},", start)
+        return excess
+
+    def attempt(
+        self, trainer: Trainer, collate: Callable[[list], dict], pages: Dataset, chosen: list[int], way: Way
+    ) -> tuple[float, float]:
+        """(all ranks) Those pages forward and backward at once, treated by `way`: this rank's peak, and by how much it
+        was more than planned, in GiB. Restarts where it does not fit on any rank."""
+        failure, load = None, None
         trainer.model.train()
+        if torch.cuda.is_available():  # what was written and compared before had peaks of its own
+            torch.cuda.reset_peak_memory_stats()
         alone = (
             contextlib.nullcontext() if trainer.args.deepspeed else trainer.accelerator.no_sync(trainer.model_wrapped)
         )
         try:
             # Times zero: gradients of zeros, which change nothing when DeepSpeed adds those of the first step.
             with alone:
-                loss = self.forward(trainer, collate(chosen)) * 0.0
+                batch = collate([pages[index] for index in chosen])
+                load = load_of(batch)
+                loss = self.forward(trainer, batch) * 0.0
                 trainer.accelerator.gradient_state._set_sync_gradients(False)
                 trainer.accelerator.backward(loss)
         except Exception as error:
@@ -389,13 +454,35 @@ class Fit:
         except RuntimeError as error:  # others wait for us inside a collective, where nobody can call them back
             raise failure or error from error
         if failed:
-            self.restart(trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps, failure)
-        size = plural(self.plan.way.micro_batch, "page")
-        say_memory(f"the longest possible batch of {size} fits, {peak:.1f} GiB,", start)
+            at_once = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+            self.restart(at_once, failure, filled=way != self.way)
+        if self.plan.rungs is None:
+            return peak, 0.0
+        planned = self.plan.rungs.plan_of(load, way)
+        # Without DeepSpeed the first step makes the moments.
+        missing = planned.parts_gib["optimizer"] * (not trainer.args.deepspeed and not trainer.optimizer.state)
+        return peak, max(0.0, peak + missing - planned.total_gib)
 
-    def restart(self, pages: int, failure: Exception | None) -> None:
-        """(all ranks) In the same processes: DeepSpeed cannot go on after this. First with all layers recomputed, where
-        the plan that has erred let some be kept; then with at most half as many of a step's `pages` at once.
+    def fullest(self, encoder: PageEncoder, pages: Dataset, order: list[int]) -> tuple[list[int], Way] | None:
+        """The longest batch of neighbours in `order`, the dearest pages first, that is treated by the fastest way that
+        any of them gets, and that way; None where all are treated as the longest is."""
+        if self.plan.rungs is None:
+            return None
+        rungs, size = self.plan.rungs, self.plan.way.micro_batch
+        loads = page_loads(pages.select_columns(["html_tokens", "image_tokens"]), encoder, rungs.shape)
+        best, found = len(rungs.ways) - 1, None
+        for start in range(0, max(1, len(order) - size + 1), math.ceil(len(order) / WINDOWS)):
+            window = [order[(start + number) % len(order)] for number in range(size)]
+            load = Load(*(sum(part) for part in zip(*(loads[index] for index in window))))
+            way = rungs.plan_for(load).way
+            if rungs.ways.index(way) < best:
+                best, found = rungs.ways.index(way), (window, way)
+        return found
+
+    def restart(self, pages: int, failure: Exception | None, filled: bool = False) -> None:
+        """(all ranks) In the same processes: DeepSpeed cannot go on after this. Where a batch was `filled` with more
+        than the longest one keeps, with all batches treated as that one; else with all layers recomputed, where the
+        plan that has erred let some be kept; then with at most half as many of a step's `pages` at once.
 
         Only what auto has chosen. Whoever typed a number, in whatever spelling and by whichever of the two flags, meant
         it and gets the error; so does a run that has restarted with fewer pages, whose number is typed here. A share
@@ -404,15 +491,16 @@ class Fit:
         way, settings = self.plan.way, self.settings
         size, auto = way.micro_batch, settings.micro_batch == "auto" or self.ours
         kept = way.recomputed + way.offloaded < 1 or (way.vision_learns and way.recomputed_vision < 1)
-        if kept and settings.checkpoint_share is None:
+        if filled or (kept and settings.checkpoint_share is None):
             os.environ |= {SAME_PAGES: "1"} if auto else {}
         elif auto and size > 1:
             size = max(fewer for fewer in sizes_of(pages) if fewer <= size // 2)
         else:
             raise failure or torch.OutOfMemoryError("out of memory on another GPU")
-        again = ["--micro_batch", str(size)]
+        again = ["--micro_batch", str(size), *(["--fill_memory", "False"] if filled else [])]
         # What is on its way to the CPU's memory and back takes memory, too, of a plan that has erred.
-        for name, value in {"checkpoint_share": 1 - (settings.offload_share or 0), "offload_share": 0}.items():
+        shares = {} if filled else {"checkpoint_share": 1 - (settings.offload_share or 0), "offload_share": 0}
+        for name, value in shares.items():
             again += [f"--{name}", f"{value:g}"] if getattr(settings, name) is None else []
         say(f"the plan was too bold: restarting with {' '.join(again)}")
         sys.stdout.flush()
@@ -424,57 +512,21 @@ class Fit:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *again])
 
 
-def note_smaller(args: TrainingArguments) -> None:
-    """(any rank) Memory ran out in training: tell the wrapper what a new start should ask for, the next smaller
-    micro-batch that divides the pages of a step, and whether there is a checkpoint. Nothing where no smaller one is."""
+def note_smaller(args: TrainingArguments, fit: Fit) -> None:
+    """(any rank) Memory ran out in training: tell the wrapper what a new start should ask for, and whether there is a
+    checkpoint. No batch is to fill the memory then. Where one did, that is all, since the longest was proved to fit;
+    else it is the next smaller micro-batch that divides the pages of a step, too. Nothing where no smaller one is."""
     size = args.per_device_train_batch_size
     smaller = [fewer for fewer in sizes_of(size * args.gradient_accumulation_steps) if fewer < size]
+    smaller += [size] if fit.batches and fit.batches.fills else []
     output_dir, start = Path(args.output_dir), time.monotonic()
     # The main process may still be flushing and hashing one that was saved just before. It waits for this rank in a
     # collective meanwhile, and would be ended as soon as this rank is.
     while smaller and (output_dir / STAGING).exists() and time.monotonic() - start < FINISHED_S:
         time.sleep(0.1)
     if smaller:
-        leave_note("smaller", json.dumps({"micro_batch": smaller[-1], "resume": bool(checkpoints_in(output_dir))}))
-
-
-# -----------------------------------------------------------------------------
-# Layers
-
-
-def treat_layers(
-    model: torch.nn.Module, way: Way, recomputes: bool = True, device: torch.device = CPU
-) -> Offload | None:
-    """Let each layer of both towers keep its activations, make them again, or have them wait in the CPU's memory, as
-    `way` has it; without `recomputes`, which is what the Trainer was told, none makes them again. Returns what moves
-    those that wait, if any do."""
-    offload = None
-    for vision in (False, True):
-        layers = layers_of(model, vision)
-        shares = (way.recomputed_vision, 0.0) if vision else (way.recomputed, way.offloaded)
-        again, away = (math.floor(len(layers) * share + 1e-6) for share in shares)
-        ways = layer_ways(len(layers), again * recomputes, away)
-        for layer, treated in zip(layers, ways):
-            layer.gradient_checkpointing = treated == "recomputed"
-        if away:
-            offload = Offload(layers, [treated == "offloaded" for treated in ways], device)
-        if vision and not any(parameter.requires_grad for layer in layers for parameter in layer.parameters()):
-            spare_frozen_tower(model)
-    return offload
-
-
-def spare_frozen_tower(model: torch.nn.Module) -> None:
-    """Take from a tower that learns nothing the backward pass that transformers 5.23 gives it: with activation
-    checkpointing the output of every embedding, of patches too, is made to need a gradient."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and getattr(module, "_require_grads_hooks", None):
-            module.disable_input_require_grads()  # adapters have a hook of their own (add_adapters)
-
-
-def layers_of(model: torch.nn.Module, vision: bool) -> list[torch.nn.Module]:
-    """The layers of the vision tower, or of the language model, the first first; also where adapters wrap `model`."""
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)]
-    return [layer for name, layer in layers if ("visual" in name.split(".")) == vision]
+        wanted = {"micro_batch": smaller[-1], "resume": bool(checkpoints_in(output_dir))}
+        leave_note("smaller", json.dumps(wanted | ({"fill_memory": False} if fit.batches else {})))
 
 
 # -----------------------------------------------------------------------------
@@ -526,6 +578,8 @@ def fast_table(scope: Scope, page: Load) -> str:
             decision = decide(scope, page.times, page, processes, Hardware(MEMORY_SHARE * size, link_gb_s=LINK_GB_S))
             rows.append((processes, size, decision.chosen))
     told = table(rows, scope.way)
+    if any(plan and len(plan.rungs.ways) > 1 for _, _, plan in rows):
+        told += "\nshares: of the longest batch; shorter ones keep more, but where weights are gathered by layers"
     if any(plan and plan.way.offloaded for _, _, plan in rows):
         told += (
             f"\noffloaded: planned for a link to the CPU of {LINK_GB_S:.0f} GB/s each way, and for as much memory there"

@@ -3,9 +3,10 @@
     plan = estimate(shape, Load(tokens=21_000, patches=20_000, supervised=16_000), Way(processes=4))
     plan.parts_gib, plan.total_gib                  # on each GPU: weights, gradients, optimizer, activations, ...
     candidates(shape, Way(), 8, page, page.times, Hardware(75))     # the fastest first; memory_fit takes one that fits
+    Rungs(shape, ways, 75).plan_for(load)           # of these the first that fits a batch of that size
     layer_ways(36, 18, 9)                           # which layers are kept, recomputed, offloaded
 
-Imports no torch. Sections: What is planned, Layers, Estimate, Candidates, Table.
+Imports no torch. Sections: What is planned, Layers, Estimate, Candidates, Rungs, Table.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from families.page_costs import LOSS_ROWS, Shape, Tower, page_operations, page_seconds, weights_of
 from training.command_line import WRAPPER_FLAGS
@@ -65,6 +66,11 @@ class Way:
         """Whether the tower has a backward pass."""
         return not (self.frozen_vision or self.adapters)
 
+    @property
+    def by_layers(self) -> bool:
+        """Whether ZeRO-3 gathers the weights of each layer when it comes to it, in the backward pass again."""
+        return self.sharded and not self.whole
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -81,11 +87,13 @@ class Hardware:
 @dataclass(frozen=True)
 class MemoryPlan:
     """What a way of training takes of each GPU at the worst moment of a step, by parts, and of the CPU's memory for
-    activations that wait there (`pinned_gib`, for each process)."""
+    activations that wait there (`pinned_gib`, for each process). A plan that training goes by has `rungs`, from which
+    each batch takes its own."""
 
     way: Way
     parts_gib: dict[str, float]
     pinned_gib: float = 0.0
+    rungs: Rungs | None = field(default=None, compare=False, repr=False)
 
     @property
     def total_gib(self) -> float:
@@ -97,9 +105,14 @@ class MemoryPlan:
 # Layers
 
 
+def share_of(layers: int, share: float) -> int:
+    """How many `share` of so many layers are; one that is a quotient of them comes to its whole number."""
+    return math.floor(layers * share + 1e-6)
+
+
 def count_of(tower: Tower, share: float) -> int:
-    """Layers that are `share` of a tower's; one that is a quotient of them comes to its whole number."""
-    return math.floor(tower.layers * share + 1e-6)
+    """`share_of` a tower's layers."""
+    return share_of(tower.layers, share)
 
 
 def layer_ways(layers: int, recomputed: int, offloaded: int) -> list[str]:
@@ -138,8 +151,8 @@ def estimate(shape: Shape, load: Load, way: Way, bucket: int = 0) -> MemoryPlan:
     parts["buckets"] = 2 * BUCKETS * bucket * way.sharded * (way.processes > 1 or way.offload)
     parts["activations"] = activations(shape, load, way)
     parts["head"] = head(shape, load, way)
-    away = count_of(shape.language, way.offloaded) * layer_sizes(shape.language, way.adapters)[0]
-    return MemoryPlan(way, {name: size / GIB for name, size in parts.items()}, away * load.tokens / GIB)
+    pinned = pinned_rate(shape, way) * load.tokens
+    return MemoryPlan(way, {name: size / GIB for name, size in parts.items()}, pinned / GIB)
 
 
 def state(shape: Shape, way: Way) -> dict[str, float]:
@@ -191,24 +204,41 @@ def tower_bytes(tower: Tower, adapters: bool, again: int, away: int = 0) -> tupl
     return inputs + coming + kept, inputs + coming + max(kept, coming, largest * (again > 0))
 
 
-def activations(shape: Shape, load: Load, way: Way) -> float:
-    """Bytes that all layers keep, of those that are recomputed only their inputs and one layer at a time, of those
-    that are offloaded only what travels."""
+def activation_rates(shape: Shape, way: Way) -> tuple[float, float, float]:
+    """Bytes that the layers of both towers keep at most, of those that are recomputed only their inputs and one layer
+    at a time, of those that are offloaded only what travels: of each token and of each patch as long as the language
+    model is at work, and of each patch when it is done (`held`)."""
     text, vision = shape.language, shape.vision
     again, away = count_of(text, way.recomputed), count_of(text, way.offloaded)
     _, needed = tower_bytes(text, way.adapters, again, away)
     # What adapters' products hold beside the layer at work: with --lora 17.2 GiB were measured where 14.2 were planned;
     # 1.5 of these were the inputs of a frozen tower, which keeps none any more, and for the rest a layer's is taken.
     needed += layer_sizes(text, True)[1] * way.adapters
-    needed *= load.tokens
-    if way.vision_learns:  # the language model is done when the tower begins, and the tower waits for it
-        waiting, most = tower_bytes(vision, way.adapters, count_of(vision, way.recomputed_vision))
-        needed = max(needed + load.patches * waiting, load.patches * most)
+    if not way.vision_learns:
+        return needed, 0.0, 0.0
+    return needed, *tower_bytes(vision, way.adapters, count_of(vision, way.recomputed_vision))
+
+
+def held(rates: tuple[float, float, float], load: Load) -> float:
+    """Bytes of `activation_rates` for a batch: the language model is done when the tower's backward pass begins, and
+    the tower waits for it."""
+    token, waiting, patch = rates
+    return max(load.tokens * token + load.patches * waiting, load.patches * patch)
+
+
+def activations(shape: Shape, load: Load, way: Way) -> float:
+    """Bytes that all layers keep, and what lies between the towers."""
+    text, vision = shape.language, shape.vision
     # Of each merger two products' inputs as wide as its patches, of those deep down what was normed, too; and what
     # those have made of the image tokens, which waits for the language model.
     deep = shape.mergers - 1
     merged = 2 * (shape.patch + (2 + 3 * deep) * vision.hidden + deep * text.hidden / shape.per_token)
-    return needed + load.tokens * 12 * text.hidden + load.patches * merged
+    return held(activation_rates(shape, way), load) + load.tokens * 12 * text.hidden + load.patches * merged
+
+
+def pinned_rate(shape: Shape, way: Way) -> float:
+    """Bytes per token that wait in the CPU's memory."""
+    return count_of(shape.language, way.offloaded) * layer_sizes(shape.language, way.adapters)[0]
 
 
 def head(shape: Shape, load: Load, way: Way) -> float:
@@ -273,13 +303,13 @@ def work_of(shape: Shape, way: Way, page: Load, tflops: float | None) -> Work:
 def step_seconds(way: Way, pages: int, work: Work, weights: float, link_gb_s: float) -> float:
     """What a step of `pages` pages takes, `weights` being those that are gathered; what is offloaded costs nothing as
     long as the link keeps up."""
-    alone, by_layers = way.processes == 1, way.sharded and not way.whole
+    alone = way.processes == 1
     busy = work.busy + way.recomputed * work.again + way.recomputed_vision * work.again_vision
     if way.offloaded:
         copying = way.offloaded * work.bytes / (LINK_SHARE * link_gb_s * 1e9) if link_gb_s else math.inf
         busy += max(0.0, copying - work.forward)
-    each = MICRO_BATCH_SECONDS + way.micro_batch * busy * (1 + HOOKS * (alone and by_layers))
-    if by_layers:
+    each = MICRO_BATCH_SECONDS + way.micro_batch * busy * (1 + HOOKS * (alone and way.by_layers))
+    if way.by_layers:
         each = max(HOOK_SECONDS, each) + FETCH_SECONDS * weights * (not alone)
     return pages / way.micro_batch * each + GATHER_SECONDS * weights * (way.whole and not alone)
 
@@ -354,6 +384,44 @@ def ladder(
             steps += [(n, 0, number) for n in range(1, rest + 1)]
             steps += [(rest, n, number) for n in range(1, counts + 1)]
     return [(n / text.layers, v / vision.layers, number / text.layers) for n, v, number in steps]
+
+
+# -----------------------------------------------------------------------------
+# Rungs
+
+
+class Rungs:
+    """The ways in which the batches of a training may go, `ways`, which differ in shares alone, the fastest first. A
+    batch takes the first that fits `limit_gib` of the GPU and `pinned_gib` of the CPU's memory by its own size; the
+    last, which the longest batch takes, where none does.
+
+    A choice takes some 0.1 ms: it is made before every forward pass.
+    """
+
+    def __init__(
+        self, shape: Shape, ways: Sequence[Way], limit_gib: float, pinned_gib: float = math.inf, bucket: int = 0
+    ):
+        self.shape, self.ways, self.limit_gib, self.pinned_gib, self.bucket = shape, ways, limit_gib, pinned_gib, bucket
+        self.rates = [(way, activation_rates(shape, way), pinned_rate(shape, way)) for way in ways]
+
+    def plan_for(self, load: Load) -> MemoryPlan:
+        """What becomes of a batch of that size."""
+        last = self.plan_of(load, self.ways[-1])
+        # Shares change what layers keep, and nothing else: `estimate` need not be asked about each of them.
+        room = (self.limit_gib - last.total_gib) * GIB + held(self.rates[-1][1], load)
+        pinned = self.pinned_gib * GIB
+        for way, rates, waiting in self.rates[:-1]:
+            if held(rates, load) <= room and waiting * load.tokens <= pinned:
+                return self.plan_of(load, way)
+        return last
+
+    def plan_of(self, load: Load, way: Way) -> MemoryPlan:
+        """What a batch of that size takes by one of the ways."""
+        return estimate(self.shape, load, way, self.bucket)
+
+    def below(self, gib: float) -> Rungs:
+        """The same ways with so much less of the GPU's memory."""
+        return Rungs(self.shape, self.ways, self.limit_gib - gib, self.pinned_gib, self.bucket)
 
 
 # -----------------------------------------------------------------------------

@@ -57,7 +57,7 @@ class Meter:
         """Forgets all that was counted; the clock (seconds) starts again."""
         self.start, self.paused, self.waited = time.monotonic(), 0.0, 0.0
         self.pages = self.supervised = self.image = self.steps = 0
-        self.flops = 0.0
+        self.flops = self.planned_gib = 0.0  # the highest plan of a batch
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -82,27 +82,32 @@ class Meter:
             self.image = self.image + inputs["input_ids"].eq(image_token_id).sum()
 
     def read(self, args: TrainingArguments) -> dict[str, float]:
-        """(all ranks) Rates over all ranks, the longest wait for data, and the highest peak memory of one."""
+        """(all ranks) Rates over all ranks, the longest wait for data, and the highest peak memory of one; where
+        batches are planned, the highest of their plans since the last line."""
         seconds, steps = time.monotonic() - self.start - self.paused, max(1, self.steps)
         cuda = torch.cuda.is_available()
         peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else process_peak_gib()
         counts = [self.pages, float(self.supervised), float(self.image), self.flops / 1e12]
         sums = torch.tensor(counts, device=args.device, dtype=torch.float64 if cuda else torch.float32)
-        worst = torch.tensor([peak, self.waited / seconds], device=args.device)
+        worst = torch.tensor([peak, self.waited / seconds, self.planned_gib], device=args.device)
         add_up(sums)
         take_largest(worst)
         pages, supervised, image, tflops = (sums / seconds).tolist()
-        peak, waited = worst.tolist()
+        peak, waited, planned = worst.tolist()
         self.reset()
         most = peak_tflops(torch.cuda.get_device_name()) if cuda else None
-        return {
-            "pages_per_second": pages,
-            "supervised_tokens_per_second": supervised,
-            "image_tokens_per_second": image,
-            "seconds_per_step": seconds / steps,
-            "data_wait_share": waited,
-            "peak_gib": peak,
-        } | ({"mfu": tflops / most / world_size()} if most and tflops else {})
+        return (
+            {
+                "pages_per_second": pages,
+                "supervised_tokens_per_second": supervised,
+                "image_tokens_per_second": image,
+                "seconds_per_step": seconds / steps,
+                "data_wait_share": waited,
+                "peak_gib": peak,
+            }
+            | ({"mfu": tflops / most / world_size()} if most and tflops else {})
+            | ({"planned_gib": planned} if planned else {})
+        )
 
 
 def process_peak_gib() -> float:

@@ -133,6 +133,9 @@ class PageSettings:
         "Share of the language model's layers whose activations wait in the CPU's memory; not set: as many as help, on "
         "a GPU; 0 is none.",
     )
+    fill_memory: bool = setting(
+        True, "Let each batch keep the activations that its own size leaves room for; False: as the longest one does."
+    )
     plan: bool = setting(False, "Print how much memory 1 to 64 GPUs need and what auto would choose, then stop.")
     eval_pages: int = setting(32, "Held-out pages, written by the model after training.")
     eval_every: int = setting(

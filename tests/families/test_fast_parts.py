@@ -8,7 +8,7 @@ import torch
 from conftest import Tiny
 
 from families import FAMILIES, chunked_loss, family_of, fast_parts, qwen3_5_layers
-from training import fast_layers, memory_fit, memory_plan
+from training import fast_layers, memory_plan, treatment
 
 FAST = [name for name in FAMILIES if family_of(name).fast]
 
@@ -81,7 +81,7 @@ def test_the_fused_functions_need_few_graphs(tiny, model, monkeypatch):
     torch._dynamo.reset()
     twin = fast_twin(model, fuse=True).train()
     twin.gradient_checkpointing_enable({"use_reentrant": False})
-    memory_fit.treat_layers(twin, memory_plan.Way(recomputed=0.5, recomputed_vision=0.5, offloaded=0.5))
+    treatment.Treatment(twin, memory_plan.Way(recomputed=0.5, recomputed_vision=0.5, offloaded=0.5))
     with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
         for count in (3, 2, 4):
             batch = tiny.collate(tiny.pages(count, seed=count), packed=True)

@@ -212,6 +212,34 @@ def test_copies_that_come_as_late_as_they_may_change_nothing(chosen, late):
     assert not offload.memory.living and offload.link.leaving.done > 10
 
 
+def test_another_choice_begins_with_the_next_forward_pass_and_changes_nothing(late):
+    """Made while the backward pass of the one before is still to come, as late as copies may be."""
+    torch.manual_seed(0)
+    layers, draw = [Small() for _ in range(8)], torch.Generator().manual_seed(1)
+    inputs = [torch.randn(size, 8, generator=draw) for size in (5, 9, 7, 3, 8)]
+    weights = [layer.weight for layer in layers]
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden.clone().requires_grad_() * 1
+        for layer in layers:
+            hidden = layer(hidden, positions=torch.ones(len(hidden)))
+        return hidden.sum()
+
+    wanted = [torch.autograd.grad(forward(hidden), weights) for hidden in inputs]
+    offload = late(Offload(layers, [False] * 8, CPU))
+    end, sent = None, []
+    for number, (hidden, chosen) in enumerate(zip(inputs, [(0, 4), (), (6, 7), range(8), (3,)], strict=True)):
+        offload.choose([layer in chosen for layer in range(8)])
+        if end is not None:
+            found = torch.autograd.grad(end, weights)
+            assert all(torch.equal(one, other) for one, other in zip(found, wanted[number - 1], strict=True))
+        end = forward(hidden)
+        sent.append(sorted(offload.current.layers))
+    assert sent == [[0, 4], [], [6, 7], [*range(8)], [3]]
+    del end
+    assert not offload.memory.living
+
+
 def test_memory_that_was_fetched_for_nothing_is_not_given_away_before_its_copy_has_come(late):
     layers = [Small() for _ in range(8)]
     offload = late(Offload(layers, [number in (0, 4) for number in range(8)], CPU))

@@ -14,7 +14,7 @@ import conftest
 import datasets
 import pytest
 import torch
-from conftest import ROOT, make_processor
+from conftest import GATHERED, PROGRAMS, ROOT, make_processor, output, small_run, start_zero_3, weights
 
 import holo1_dom_finetune as pipeline
 from families import family_of
@@ -24,6 +24,7 @@ from training.errors import SettingsError
 from training.memory_plan import MEMORY_SHARE, Hardware, Load, MemoryPlan, Way
 from training.prompt_and_mask import PageEncoder
 from training.settings import PageSettings, resolve
+from training.treatment import Treatment
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_the_layers_of_each_tower_are_treated_as_the_plan_has_it():
     model = Qwen3_5ForConditionalGeneration(config)
     blocks, layers = model.model.visual.blocks, model.model.language_model.layers
     for share, share_of_vision in ((0.5, 1.0), (1.0, 0.0), (0.25, 0.5)):
-        memory_fit.treat_layers(model, Way(recomputed=share, recomputed_vision=share_of_vision))
+        Treatment(model, Way(recomputed=share, recomputed_vision=share_of_vision))
         assert [layer.gradient_checkpointing for layer in layers] == [n < 8 * share for n in range(8)]
         assert sum(block.gradient_checkpointing for block in blocks) == int(len(blocks) * share_of_vision)
 
@@ -80,7 +81,7 @@ def test_a_tower_that_learns_nothing_has_no_backward_pass(learns):
     if not learns:
         model = pipeline.add_adapters(model, PageSettings(lora=True), seed=0)
     model.activation_checkpointing_enable()
-    memory_fit.treat_layers(model, Way())
+    Treatment(model, Way())
     patches = next(part for name, part in model.named_modules() if name.endswith("visual.patch_embed"))
     embedded = model.get_input_embeddings()(torch.tensor([1]))
     assert embedded.requires_grad and patches(torch.randn(4, patches.proj.weight[0].numel())).requires_grad == learns
@@ -248,6 +249,209 @@ def test_the_console_says_whether_the_link_or_the_cpus_memory_binds(pinned, word
 
 
 # -----------------------------------------------------------------------------
+# Batches that differ
+
+MEAN, LONGEST = Load(3_611, 4_972, 2_318), Load(5_423, 5_120, 4_093)  # pages like those of the benchmarks
+
+
+def decided(shapes_of_3b, *argv: str, gib: float = 75.2, processes: int = 1, **hardware) -> memory_fit.Decision:
+    resolved = resolve(["--plan", *ZERO_3, *argv])
+    scope = memory_fit.scope_of(resolved.settings, resolved.training, resolved.deepspeed, shapes_of_3b)
+    if hardware.pop("by_layers", False):
+        scope = replace(scope, whole=(False,))
+    told = {"tflops": 989, "link_gb_s": 45} | hardware
+    return memory_fit.decide(scope, LONGEST.times, MEAN, processes, Hardware(gib, **told))
+
+
+@pytest.mark.parametrize(
+    ("processes", "gib"), [(1, 75.2), (1, 133), (2, 38), (2, 75.2), (2, 133), (8, 23), (8, 38), (8, 75.2)]
+)
+def test_pages_at_once_are_chosen_by_the_time_of_the_mean_batch(gib, processes, shapes_of_3b):
+    """By brute force over all that may be done with a longest batch that fits."""
+    decision = decided(shapes_of_3b, gib=gib, processes=processes)
+    ways, best = decision.candidates, None
+    for way in ways:  # the fastest first
+        group = [other for other in ways if (other.micro_batch, other.whole) == (way.micro_batch, way.whole)]
+        fitting = [plan for plan in map(decision.plan_of, group) if plan.total_gib <= gib]
+        if not fitting:
+            continue
+        longest, shape = fitting[0], decision.chosen.rungs.shape
+        bucket = decision.chosen.rungs.bucket
+        mean = memory_fit.estimate(shape, MEAN.times(way.micro_batch), way, bucket)
+        fits = mean.total_gib <= gib and mean.pinned_gib <= longest.pinned_gib
+        if way == longest.way or (fits and not way.by_layers):
+            best = (way, longest.way)
+            break
+    assert (decision.mean.way, decision.chosen.way) == best
+    assert decision.chosen.total_gib <= gib and decision.mean.total_gib <= gib
+    assert decision.mean.pinned_gib <= decision.chosen.pinned_gib
+
+
+def test_batches_have_ways_of_their_own_where_a_rank_may_choose_by_itself(shapes_of_3b):
+    own = decided(shapes_of_3b)
+    rungs, chosen = own.chosen.rungs, own.chosen.way
+    assert own.mean.way != chosen == rungs.ways[-1] and len(rungs.ways) > 20
+    same = {replace(way, recomputed=0, recomputed_vision=0, offloaded=0) for way in rungs.ways}
+    assert len(same) == 1, "they differ in shares alone"
+    plans = [rungs.plan_for(MEAN.times(chosen.micro_batch * part)) for part in (0.2, 0.6, 1)]
+    assert len({plan.way for plan in plans}) == 3
+    assert rungs.plan_for(LONGEST.times(chosen.micro_batch)).way == chosen
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_layers_that_are_gathered_one_by_one_are_treated_alike_in_all_batches(processes, shapes_of_3b):
+    """To recompute one asks all ranks for its weights: a rank that did so alone would wait for ever."""
+    decision = decided(shapes_of_3b, processes=processes, by_layers=True)
+    assert decision.chosen.rungs.ways == [decision.chosen.way] == [decision.mean.way]
+    small = decision.chosen.rungs.plan_for(MEAN.times(0.1))
+    assert small.way == decision.chosen.way and small.way.recomputed > 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "free"),
+    [
+        (["--checkpoint_share", "0.5", "--offload_share", "0.25"], set()),
+        (["--checkpoint_share", "0.5"], {"offloaded"}),
+        (["--activation_checkpointing", "True"], {"offloaded"}),
+        (["--offload_share", "0.25"], {"recomputed", "recomputed_vision"}),
+        (["--fill_memory", "False"], set()),
+    ],
+    ids=" ".join,
+)
+def test_what_was_typed_holds_for_every_batch(argv, free, shapes_of_3b):
+    rungs = decided(shapes_of_3b, *argv, "--micro_batch", "2").chosen.rungs
+    for name in ("recomputed", "recomputed_vision", "offloaded"):
+        assert name in free or {getattr(way, name) for way in rungs.ways} == {getattr(rungs.ways[-1], name)}
+    if not free:
+        assert len(rungs.ways) == 1
+
+
+def test_the_console_tells_of_the_longest_batch_and_of_the_mean_one(shapes_of_3b):
+    decision = decided(shapes_of_3b)
+    words = memory_fit.plan_words(decision.chosen, decision.mean, 75.2)
+    longest, mean = (memory_fit.way_words(plan) for plan in (decision.chosen, decision.mean))
+    assert words.startswith("micro-batch: 8 pages at once, weights stay gathered; the longest batch: recomputed 75%")
+    assert f"{longest}, {decision.chosen.total_gib:.1f} GiB planned of 75.2 (weights 7.0, " in words
+    assert words.endswith(f"); the mean one: {mean}, {decision.mean.total_gib:.1f} GiB") and longest != mean
+    alike = decided(shapes_of_3b, by_layers=True)
+    told = memory_fit.plan_words(alike.chosen, alike.mean, 75.2)
+    assert "the longest batch" not in told and "the mean one" not in told and "GiB planned of 75.2 (" in told
+
+
+def test_the_peak_stands_beside_the_highest_plan_of_any_rank(shapes_of_3b, monkeypatch, capsys):
+    """Which need not be the longest batch's."""
+    decision = decided(shapes_of_3b)
+    mean, longest = decision.mean, decision.chosen
+    assert mean.total_gib > longest.total_gib
+    monkeypatch.setattr(memory_fit, "gather", lambda own: [own, None, mean])
+    trainer = SimpleNamespace(state=SimpleNamespace(log_history=[{"peak_gib": 70.0}, {"peak_gib": 73.0}, {"loss": 1}]))
+    memory_fit.compare_with_plan(trainer, SimpleNamespace(highest=replace(longest, rungs=None)))
+    planned = mean.total_gib
+    wanted = f"peak: 73.0 GiB measured, {planned:.1f} planned for the fullest batch, {planned / 73 - 1:+.1%}; it had "
+    assert wanted + memory_fit.way_words(mean) in capsys.readouterr().out
+
+
+class Proof:
+    """What a proof asks of a trainer, before the first step."""
+
+    def __init__(self, config, deepspeed: str | None):
+        self.model = self.model_wrapped = torch.nn.Linear(1, 1)
+        self.model.config = config
+        self.args = SimpleNamespace(deepspeed=deepspeed, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+        self.optimizer = SimpleNamespace(state={})
+        state = SimpleNamespace(_set_sync_gradients=lambda flag: None)
+        nothing = contextlib.nullcontext()
+        self.accelerator = SimpleNamespace(
+            gradient_state=state, backward=lambda loss: None, no_sync=lambda model: nothing
+        )
+
+
+def proved(
+    monkeypatch, shapes_of_3b, more: list[float | None], deepspeed: str | None = "zero.json"
+) -> tuple[float, list, MemoryPlan]:
+    """By how much less batches may fill, the (load, way) of each pass, and the plan; `more` GiB were measured than
+    planned for each, None being out of memory."""
+    plan = decided(shapes_of_3b, "--micro_batch", "4").chosen
+    fit, passes, peaks = memory_fit.Fit(plan, None, PageSettings()), [], iter(more)
+    trainer, now = Proof(shapes_of_3b, deepspeed), [plan.way]
+    counts = [{"html_tokens": 300 * n, "image_tokens": 1_243, "name": str(n)} for n in range(1, 14)]
+    encoder = PageEncoder(make_processor(), "Write the page.", family_of(shapes_of_3b))
+
+    def collate(pages: list[dict]) -> dict:
+        sums = [sum(part) for part in zip(*memory_fit.page_loads(pages, encoder, plan.rungs.shape))]
+        return {"load": Load(*sums)}
+
+    def forward(self, trainer, batch):
+        passes.append((batch["load"], now[-1]))
+        more = next(peaks)
+        if more is None:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        missing = plan.parts_gib["optimizer"] * (not trainer.args.deepspeed)
+        peak = plan.rungs.plan_of(batch["load"], now[-1]).total_gib + more - missing
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak * 2**30)
+        return torch.zeros(())
+
+    collate.encoder = encoder
+    monkeypatch.setattr(memory_fit.Fit, "forward", forward)
+    monkeypatch.setattr(memory_fit, "load_of", lambda batch: batch["load"])
+    pages = datasets.Dataset.from_list(counts)
+    return fit.prove(trainer, collate, pages, SimpleNamespace(set=now.append)), passes, plan
+
+
+@pytest.mark.parametrize(("more", "excess"), [([1.5, 0.5], 1.5), ([0.5, 2.0], 2.0), ([-1.0, -3.0], 0.0)])
+@pytest.mark.parametrize("deepspeed", ["zero.json", None])
+def test_the_proof_is_of_the_longest_batch_and_of_the_fullest_one(
+    more, excess, deepspeed, shapes_of_3b, monkeypatch, capsys
+):
+    """And what either takes more than planned no batch may fill; without DeepSpeed moments are still to come."""
+    found, passes, plan = proved(monkeypatch, shapes_of_3b, more, deepspeed=deepspeed)
+    assert found == pytest.approx(excess, abs=1e-6)
+    (longest, way), (fuller, kept) = passes
+    assert way == plan.way and longest.tokens > fuller.tokens
+    ways = plan.rungs.ways
+    assert plan.rungs.plan_for(fuller).way == kept and ways.index(kept) < ways.index(way)
+    told = capsys.readouterr().out
+    assert "the longest possible batch of 4 pages fits" in told and "and so does one that keeps most" in told
+    assert ("more than planned, which is left free" in told) == (excess > 0)
+
+
+@pytest.mark.parametrize(("more", "filled"), [([None], False), ([0.0, None], True)])
+def test_a_proof_that_fails_restarts_by_what_has_failed(more, filled, shapes_of_3b, monkeypatch):
+    asked = []
+
+    def restart(self, pages, failure, filled):
+        asked.append((pages, filled))
+        raise failure
+
+    monkeypatch.setattr(memory_fit.Fit, "restart", restart)
+    with pytest.raises(torch.OutOfMemoryError):
+        proved(monkeypatch, shapes_of_3b, more)
+    assert asked == [(8, filled)]
+
+
+@pytest.mark.slow
+def test_two_ranks_whose_batches_are_treated_each_by_itself_learn_the_same_to_the_bit(
+    exact_base, pages_folder, tmp_path
+):
+    """Under ZeRO-3, weights gathered once per step, beside a run that keeps everything."""
+    rate = {"learning_rate": 1e-2, "max_steps": 4, "num_train_epochs": 4, "gradient_accumulation_steps": 2}
+    flags, final, ways = small_run(exact_base, pages_folder, micro_batch=1, **rate), {}, {}
+    for kept in ("1", "0"):
+        place = tmp_path / kept
+        place.mkdir()
+        options = {"config": GATHERED, "script": str(PROGRAMS / "fills_memory.py"), "env": {"KEPT": kept}}
+        done = start_zero_3(flags, place, processes=2, **options)
+        assert done.returncode == 0, output(done)
+        final[kept] = weights(place / "holo1_dom_finetune_final")
+        ways[kept] = [(place / f"ways-{rank}").read_text().splitlines() for rank in (0, 1)]
+    assert all(torch.equal(final["0"][name], whole) for name, whole in final["1"].items())
+    begun = weights(exact_base)
+    assert any(not torch.equal(final["1"][name], before) for name, before in begun.items()), "nothing was learned"
+    assert ways["1"] == [["8 0.0 0.0 0.0"]] * 2 and all(len(own) > 1 for own in ways["0"]), ways
+    assert "and so does one that keeps most" in done.stdout and "; the mean one: recomputed" in done.stdout
+
+
+# -----------------------------------------------------------------------------
 # Restart
 
 
@@ -267,13 +471,13 @@ def test_a_typed_batch_size_that_does_not_fit_ends_the_run(argv, monkeypatch):
     assert raised.value is full
 
 
-def restarted(monkeypatch, argv: list[str], size: int, pages: int, **shares: float) -> list[str]:
+def restarted(monkeypatch, argv: list[str], size: int, pages: int, filled: bool = False, **shares: float) -> list[str]:
     """The command line that takes over; the test's process stays what it is."""
     monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", *argv])
     monkeypatch.setattr(os, "environ", {**os.environ})  # what it leaves there goes when the test ends
     started = []
     monkeypatch.setattr("os.execv", lambda program, command: started.append(command[1:]))
-    fit_of(*argv, size=size, **shares).restart(pages, None)
+    fit_of(*argv, size=size, **shares).restart(pages, None, filled)
     ((script, *again),) = started
     assert script == "train.py" and again[: len(argv)] == argv and os.environ[RESTARTED] == "1"
     return again
@@ -305,6 +509,18 @@ def test_a_plan_that_kept_some_layers_is_first_tried_with_all_recomputed(typed, 
             fit_of(*again, size=size).restart(8, None)
     else:
         assert restarted(monkeypatch, again, size, 8)[len(again) :] == ["--micro_batch", then]
+
+
+@pytest.mark.parametrize("typed", [[], ["--micro_batch", "4"], ["--checkpoint_share", "0.5"]], ids=str)
+def test_a_plan_that_was_too_bold_for_other_batches_treats_them_as_the_longest(typed, monkeypatch):
+    """Which fits as it is: neither its shares nor the pages at once change, until it fails, too."""
+    again = restarted(monkeypatch, typed, size=4, pages=8, filled=True, recomputed=0.5)
+    assert again == [*typed, "--micro_batch", "4", "--fill_memory", "False"]
+    resolved = resolve(["--plan", *again])
+    assert resolved.settings.fill_memory is False and not resolved.problems
+    if not typed:
+        then = restarted(monkeypatch, again, size=4, pages=8, recomputed=0.5)[len(again) :]
+        assert then == ["--micro_batch", "4", "--checkpoint_share", "1", "--offload_share", "0"]
 
 
 def test_a_restart_is_importing_to_the_wrapper_and_not_silent(monkeypatch, tmp_path):
@@ -339,20 +555,28 @@ def test_a_restart_recomputes_all_layers_unless_a_share_was_typed(typed, share, 
 
 
 @pytest.mark.parametrize(
-    ("at_once", "accumulated", "checkpoint", "wanted"),
+    ("at_once", "accumulated", "checkpoint", "fills", "wanted"),
     [
-        (4, 2, "checkpoint-3", {"micro_batch": 2, "resume": True}),
-        (6, 1, "checkpoint-best", {"micro_batch": 3, "resume": False}),
-        (1, 8, "checkpoint-3", None),
+        (4, 2, "checkpoint-3", None, {"micro_batch": 2, "resume": True}),
+        (6, 1, "checkpoint-best", None, {"micro_batch": 3, "resume": False}),
+        (1, 8, "checkpoint-3", None, None),
+        (4, 2, "checkpoint-3", True, {"micro_batch": 4, "resume": True, "fill_memory": False}),
+        (4, 2, "checkpoint-3", False, {"micro_batch": 2, "resume": True, "fill_memory": False}),
+        (1, 8, "checkpoint-3", True, {"micro_batch": 1, "resume": True, "fill_memory": False}),
+        (1, 8, "checkpoint-3", False, None),
     ],
 )
 def test_full_memory_leaves_what_a_smaller_start_should_ask_for(
-    at_once, accumulated, checkpoint, wanted, tmp_path, monkeypatch
+    at_once, accumulated, checkpoint, fills, wanted, tmp_path, monkeypatch
 ):
-    """The next smaller number that divides the pages of a step; nothing where a single page was too much."""
+    """As many pages where a batch had more kept than the longest, which was proved to fit; else the next smaller number
+    that divides the pages of a step, or nothing where a single page was too much. None fills the memory then."""
     (tmp_path / "output" / checkpoint).mkdir(parents=True)
     monkeypatch.setenv("HOLO1_STATUS_DIR", str(tmp_path))
     pages = {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": accumulated}
-    memory_fit.note_smaller(SimpleNamespace(**pages, output_dir=str(tmp_path / "output")))
+    batches = None if fills is None else SimpleNamespace(fills=fills)
+    memory_fit.note_smaller(
+        SimpleNamespace(**pages, output_dir=str(tmp_path / "output")), SimpleNamespace(batches=batches)
+    )
     found = tmp_path / "smaller"
     assert (json.loads(found.read_text()) if found.exists() else None) == wanted
