@@ -476,7 +476,7 @@ class Steps(TrainerCallback):
         heart.step_ends(state.global_step)
         if args.deepspeed and not args.fp16 and not zero3.step_was_applied(trainer.model_wrapped):
             raise NotFiniteError(NOT_FINITE.format("gradients are", state.global_step))
-        if world_size() == 1 and not args.deepspeed and memory_is_tight():
+        if world_size() == 1 and not args.deepspeed and trainer.batches is None and memory_is_tight():
             release_memory()
         # A signal reaches ranks at different moments; one that stopped alone would leave the others in a collective.
         self.stopped = agree(stop.wanted, args.device)

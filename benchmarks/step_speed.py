@@ -563,9 +563,9 @@ def run_way(
 
 
 def planned_beside_measured(plan: re.Match) -> dict[str, object]:
-    """Of the run's own line: GiB of the heaviest batch as planned, and of the peak; and both in a note."""
+    """Of the run's own line: GiB of the fullest batch as planned, and of the peak; and both in a note."""
     measured, planned = (float(size) for size in plan.groups())
-    note = f"{planned:.1f} GiB planned for the heaviest batch, {measured:.1f} measured ({planned / measured - 1:+.1%})"
+    note = f"{planned:.1f} GiB planned for the fullest batch, {measured:.1f} measured ({planned / measured - 1:+.1%})"
     return {"planned_gib": planned, "heaviest_gib": measured, "notes": [note]}
 
 

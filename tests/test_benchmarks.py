@@ -243,10 +243,10 @@ def test_a_rivals_line_is_read_as_it_is():
 
 
 def test_the_plan_stands_beside_the_measured_peak():
-    told = "peak: 63.2 GiB measured, 65.1 planned for the heaviest batch, +3.0%"
+    told = "peak: 63.2 GiB measured, 65.1 planned for the fullest batch, +3.0%; it had recomputed 0%"
     row = step_speed.planned_beside_measured(re.search(step_speed.PLAN, told))
     assert row["planned_gib"] == 65.1 and row["heaviest_gib"] == 63.2
-    assert row["notes"] == ["65.1 GiB planned for the heaviest batch, 63.2 measured (+3.0%)"]
+    assert row["notes"] == ["65.1 GiB planned for the fullest batch, 63.2 measured (+3.0%)"]
 
 
 def test_the_order_of_ours_is_taken_only_when_it_is_whole(tmp_path):

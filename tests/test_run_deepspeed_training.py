@@ -709,6 +709,22 @@ def test_a_new_start_goes_on_from_the_newest_checkpoint_not_from_the_one_that_wa
     assert "again with --micro_batch 1 --resume in place of --resume_from_checkpoint" in capsys.readouterr().err
 
 
+def test_what_filled_the_memory_is_asked_not_to(starts, monkeypatch):
+    """At every start: the second one has not run before its memory ran out, and remembers nothing."""
+    asked = iter([(4, False), (4, False), (2, False)])
+
+    def start(args, gpus, passed_on, arrived, real=wrapper.start):
+        real(args, gpus, passed_on, arrived)
+        size, fill = next(asked, (None, None))
+        return (0, {}) if size is None else (83, {"micro_batch": size, "resume": False, "fill_memory": fill})
+
+    monkeypatch.setattr(wrapper, "start", start)
+    args, passed_on = wrapper.read_command_line(["--num_nodes", "1"])
+    assert wrapper.train(args, [], passed_on) == 0
+    again = [["--micro_batch", str(size), "--fill_memory", "False"] for size in (4, 4, 2)]
+    assert starts[0] == [[], *again]
+
+
 def test_memory_that_ran_out_is_left_at_that_where_it_was_asked(starts):
     args, passed_on = wrapper.read_command_line(["--num_nodes", "1", "--no_retry_smaller"])
     assert wrapper.train(args, [], passed_on) == 83

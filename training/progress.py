@@ -116,7 +116,8 @@ def process_peak_gib() -> float:
 
 
 def memory_is_tight() -> bool:
-    """Whether a tenth or less is free. Clearing costs 0.3 s a step, several times a small model's whole step."""
+    """Whether a tenth or less is free, where no plan fills it on purpose. Clearing costs 0.3 s a step, several times a
+    small model's whole step."""
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
     else:

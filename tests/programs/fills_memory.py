@@ -6,7 +6,6 @@ its batches were treated.
 import os
 import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -23,7 +22,7 @@ treat, ways = Batches.treat, Counter()
 
 
 def choose(args, settings, config, pages, encoder) -> MemoryPlan:
-    deepspeed = args.hf_deepspeed_config.config
+    deepspeed = args.hf_deepspeed_config.config if args.deepspeed else None
     scope = memory_fit.scope_of(settings, vars(args), deepspeed, config)
     loads, mean = memory_fit.longest_loads(pages, encoder, scope), memory_fit.mean_load(pages, encoder, scope)
 
@@ -39,7 +38,7 @@ def choose(args, settings, config, pages, encoder) -> MemoryPlan:
         decision = decide(least + (most - least) / 10)
         plan = decision.chosen
         say(memory_fit.plan_words(plan, decision.mean, plan.rungs.limit_gib))
-    return replace(plan, rungs=plan.rungs)
+    return plan
 
 
 def watched(self, inputs) -> float:

@@ -7,14 +7,14 @@ import math
 import os
 import sys
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 import conftest
 import datasets
 import pytest
 import torch
-from conftest import GATHERED, PROGRAMS, ROOT, make_processor, output, small_run, start_zero_3, weights
+from conftest import GATHERED, PROGRAMS, ROOT, make_processor, output, small_run, start_torchrun, start_zero_3, weights
 
 import holo1_dom_finetune as pipeline
 from families import family_of
@@ -430,17 +430,19 @@ def test_a_proof_that_fails_restarts_by_what_has_failed(more, filled, shapes_of_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("deepspeed", [True, False], ids=["zero 3", "ddp"])
 def test_two_ranks_whose_batches_are_treated_each_by_itself_learn_the_same_to_the_bit(
-    exact_base, pages_folder, tmp_path
+    deepspeed, exact_base, pages_folder, tmp_path
 ):
-    """Under ZeRO-3, weights gathered once per step, beside a run that keeps everything."""
+    """Under ZeRO-3, weights gathered once per step, and under DDP, beside a run that keeps everything."""
     rate = {"learning_rate": 1e-2, "max_steps": 4, "num_train_epochs": 4, "gradient_accumulation_steps": 2}
     flags, final, ways = small_run(exact_base, pages_folder, micro_batch=1, **rate), {}, {}
     for kept in ("1", "0"):
         place = tmp_path / kept
         place.mkdir()
-        options = {"config": GATHERED, "script": str(PROGRAMS / "fills_memory.py"), "env": {"KEPT": kept}}
-        done = start_zero_3(flags, place, processes=2, **options)
+        options = {"processes": 2, "script": str(PROGRAMS / "fills_memory.py"), "env": {"KEPT": kept}}
+        start = partial(start_zero_3, config=GATHERED) if deepspeed else start_torchrun
+        done = start(flags, place, **options)
         assert done.returncode == 0, output(done)
         final[kept] = weights(place / "holo1_dom_finetune_final")
         ways[kept] = [(place / f"ways-{rank}").read_text().splitlines() for rank in (0, 1)]

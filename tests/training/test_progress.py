@@ -8,7 +8,7 @@ import pytest
 
 from training import processes
 from training.processes import DEPRECATED, SAID_IN_VAIN, in_columns, matters
-from training.progress import draw_loss, log_line
+from training.progress import Meter, draw_loss, log_line
 
 
 def test_loss_picture_survives_an_empty_history(tmp_path):
@@ -74,3 +74,11 @@ def test_a_hub_that_does_not_answer_is_told_once_with_the_remedy(monkeypatch, ca
         http_backoff("HEAD", "http://127.0.0.1:9/x", max_retries=2, base_wait_time=0.01)
     (said,) = (record.getMessage() for record in caplog.records)
     assert said.startswith("the Hub does not answer (") and "HF_HUB_OFFLINE=1" in said and "refused" in said
+
+
+def test_a_line_has_the_highest_plan_of_its_batches_where_they_are_planned():
+    meter, args = Meter(), SimpleNamespace(device="cpu")
+    assert "planned_gib" not in meter.read(args)
+    meter.planned_gib = 74.5
+    assert meter.read(args)["planned_gib"] == 74.5
+    assert "planned_gib" not in meter.read(args), "of the next line there is none yet"
