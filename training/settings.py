@@ -571,8 +571,8 @@ def finish_deepspeed_json(config: dict, values: dict, typed: dict, notes: list[s
     offload = get_json(config, "zero_optimization.offload_optimizer.device") not in (None, "none")
     if offload and "optimizer" not in config:
         config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW on the CPU; DeepSpeed would refuse it
-    # DeepSpeed times each micro-batch, which nobody reads here, and for that has its CPU wait until the GPU has done all.
-    # Then the GPU waits for the CPU: some 90 ms a micro-batch of 3B on one H100, by a profile.
+    # DeepSpeed times each micro-batch, which nobody reads here, and has the CPU wait for that until the GPU has done
+    # all. Then the GPU waits for the CPU: some 90 ms a micro-batch of 3B on one H100, by a profile.
     config.setdefault("timers", {"throughput": {"enabled": False}})
     notes.append(f"DeepSpeed {values['deepspeed']}: {deepspeed_words(config)}")
     if "activation_checkpointing" in config:  # of models that call DeepSpeed's own function, as none here does
