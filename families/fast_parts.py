@@ -184,9 +184,10 @@ def layer_forward(self, hidden_states: torch.Tensor, *positional, **options) -> 
         return type(self).forward(self, hidden_states, *positional, **options)
     block = functools.partial(self.block, self, **options)
     # As transformers' GradientCheckpointingLayer does around a layer's own forward (5.23), with the same function, so
-    # that whatever `gradient_checkpointing_enable` was told holds here, too.
+    # that whatever `gradient_checkpointing_enable` was told holds here, too. But a block draws no random numbers, whose
+    # state would be read and set around it by a CPU that launches a layer of the tower more slowly than that computes.
     if self.gradient_checkpointing and self.training:
-        return self._gradient_checkpointing_func(Recomputed(block), hidden_states)
+        return self._gradient_checkpointing_func(Recomputed(block), hidden_states, preserve_rng_state=False)
     return block(hidden_states)
 
 

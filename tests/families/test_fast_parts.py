@@ -149,6 +149,15 @@ def test_layers_that_are_recomputed_learn_the_same_without_their_last_product(ti
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
 
+def test_layers_that_are_recomputed_leave_the_random_state_alone(tiny, model, monkeypatch):
+    """A block draws nothing; to read the state and set it again costs each layer's CPU time twice."""
+    batch, twin = tiny.collate(tiny.pages(2), packed=True), fast_twin(model).train()
+    twin.gradient_checkpointing_enable()
+    monkeypatch.setattr(torch, "get_rng_state", lambda: pytest.fail("the random state was read"))
+    monkeypatch.setattr(torch, "set_rng_state", lambda state: pytest.fail("the random state was set"))
+    assert gradients(twin, batch)
+
+
 def test_a_page_of_a_pack_changes_no_other_pages_states(tiny, model):
     twin, made = fast_twin(model), tiny.pages(4)
     states = []

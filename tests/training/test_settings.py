@@ -79,6 +79,16 @@ def test_the_plainest_json_gets_what_it_lacks(tmp_path):
     assert resolved.deepspeed["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
 
 
+def test_no_micro_batch_makes_the_cpu_wait_for_the_gpu(tmp_path):
+    resolved = resolve(["--deepspeed", write_json(tmp_path, PLAIN_JSON)], Machine(True, True, "an H100"))
+    assert resolved.deepspeed["timers"] == {"throughput": {"enabled": False}}
+    assert resolved.training["accelerator_config"] == {"non_blocking": True}
+    asked = {"throughput": {"enabled": True, "synchronized": False}}
+    assert resolve(["--deepspeed", write_json(tmp_path, PLAIN_JSON | {"timers": asked})]).deepspeed["timers"] == asked
+    for flags in (["--dataloader_pin_memory", "False"], ["--use_cpu"]):  # what is not pinned cannot travel beside
+        assert not resolve(flags, Machine(True, True, "an H100")).training["accelerator_config"]
+
+
 def test_what_deepspeed_would_not_understand_or_not_do_is_told(tmp_path):
     zero = {"stage": 3, "offload_optimizer": "cpu"}
     path = write_json(tmp_path, {"zero_optimization": zero, "activation_checkpointing": {"cpu_checkpointing": True}})
