@@ -9,6 +9,8 @@ Rooms from top to bottom; each may import those below it, and none above:
     slot_attention   attention of new tokens over the slots of a static cache
     delta_step       one step of the gated delta rule for each slot
     skinny_products  products of a few rows with large weights
+    broad_products   the same of more rows, as Hopper's tensor cores take them
+    product_parts    what kernels of such products have in common
     norm_kernels     norms of many rows and their gradients, one pass over memory each
     row_kernels      norms and activations, one pass over memory each
     early            kernels that begin while the one before them ends

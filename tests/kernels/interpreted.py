@@ -174,6 +174,59 @@ def test_a_row_comes_out_the_same_whatever_stands_beside_it(kernels):
     assert torch.equal(whole[3:4], skinny.normed_product("qkv", alone, norm, weight))
 
 
+@pytest.mark.parametrize("kind", MULTIPLIED, ids=str)
+@pytest.mark.parametrize("count", [5, 20, 64])
+@pytest.mark.parametrize("sharers", [1, 3])
+def test_products_of_many_rows_by_broad_tiles_equal_torchs(kernels, count, sharers, kind):
+    """Columns that are no whole tiles; norms of which one half is in the rows already."""
+    skinny = kernels("skinny_products")
+    torch.manual_seed(7)
+
+    def draw(*shape):
+        return (torch.randn(*shape, device=DEVICE) / 8).to(kind)
+
+    hidden, inner, norm = draw(count, 256) * 8, draw(count, 320), (draw(256).float() * 8, 1e-6)
+    weight, bias, gated, down = draw(96, 256), draw(96), draw(2 * 96, 256), draw(256, 320)
+    normed = skinny.rms_norm(hidden.float(), *norm)
+    tile, squares = skinny.Broad(64, 64, 4, 3, sharers), hidden.float().pow(2).view(count, 4, -1).sum(-1)
+    done = skinny.launch(tile, False, hidden, weight, bias, norm, squares)[0]
+    close(done, normed @ weight.float().T + bias.float(), kind)
+    scaled = (hidden * norm[0]).to(kind)
+    again = skinny.launch(tile, False, hidden, weight, bias, norm, squares, scaled=scaled)[0]
+    assert torch.equal(done, again) and not torch.equal(done, skinny.launch(tile, False, hidden, weight, bias)[0])
+    both = skinny.launch(skinny.Broad(64, 64, 4, 3, 1), False, hidden, gated, None, norm, squares, gated=True)[0]
+    close(both, skinny.swiglu(normed @ gated.float().T), kind)
+    added, left, following = skinny.launch(tile, False, inner, down, residual=hidden, following=norm[0])
+    close(added, hidden.float() + inner.float() @ down.float().T, kind)
+    assert torch.equal(following, (added * norm[0]).to(kind)) and left.shape == (count, 4)
+    assert torch.allclose(left.sum(-1), added.float().pow(2).sum(-1), rtol=1e-5)
+    narrow = skinny.launch((16, 64, 2, 3, sharers, 1), False, inner, down, residual=hidden, following=norm[0])
+    close(narrow[0], added.float(), kind)
+    assert torch.equal(narrow[2], (narrow[0] * norm[0]).to(kind))
+
+
+def test_a_row_among_many_comes_out_the_same_whatever_stands_beside_it(kernels):
+    skinny = kernels("skinny_products")
+    torch.manual_seed(8)
+    hidden, inner = torch.randn(2, 40, 512, device=DEVICE).half()
+    weight = torch.randn(512, 512, device=DEVICE).half() / 8
+    whole = skinny.add_product("down", skinny.Rows(hidden), inner, weight)
+    fewer = skinny.add_product("down", skinny.Rows(hidden[3:36].clone()), inner[3:36].clone(), weight)
+    assert isinstance(skinny.tile_of("down", inner, 512)[0], skinny.Broad)
+    assert torch.equal(whole.hidden[3:36], fewer.hidden) and torch.equal(whole.squares[3:36], fewer.squares)
+
+
+def test_rows_that_met_the_next_norm_are_taken_by_it_alone(kernels):
+    skinny = kernels("skinny_products")
+    hidden, norm, other = torch.ones(20, 64).bfloat16(), torch.ones(64), torch.ones(64)
+    rows = skinny.Rows(hidden, None, 2 * hidden, norm)
+    assert torch.equal(rows.scaled_for((norm, 1e-6)), 2 * hidden) and rows.scaled_for((other, 1e-6)) is None
+    assert skinny.Rows(hidden).scaled_for((norm, 1e-6)) is None
+    # fp16 ends at 65,504: a large state times a large weight would be none any more.
+    assert isinstance(skinny.planned("down", hidden.half(), False), skinny.Broad)
+    assert skinny.planned("qkv", hidden.half(), True) is None
+
+
 def test_a_kernel_that_is_wrong_or_fails_is_not_used_and_that_is_said(kernels, monkeypatch):
     skinny, room = kernels("skinny_products"), kernels("slot_attention")
     hidden = torch.randn(4, 256, device=DEVICE).half()
@@ -181,8 +234,8 @@ def test_a_kernel_that_is_wrong_or_fails_is_not_used_and_that_is_said(kernels, m
     real = skinny.launch
 
     def wrong(*arguments, **options):
-        done, left = real(*arguments, **options)
-        return done + 0.05 * done.abs().max(), left
+        done, *left = real(*arguments, **options)
+        return done + 0.05 * done.abs().max(), *left
 
     monkeypatch.setattr(skinny, "launch", wrong)
     skinny.way_of.cache_clear()
@@ -210,11 +263,13 @@ def test_a_kernel_that_is_wrong_or_fails_is_not_used_and_that_is_said(kernels, m
         assert not room.way_of(*shapes)
 
 
-@pytest.mark.parametrize(("turns", "norm", "gated"), [(32, "half", False), (8, "whole", True), (16, None, True)])
-def test_heads_that_are_normed_gated_and_turned_in_part_equal_torchs(kernels, monkeypatch, turns, norm, gated):
+@pytest.mark.parametrize(
+    ("turns", "norm", "gated", "parts"), [(32, "half", False, 2), (8, "whole", True, 2), (16, None, True, 1)]
+)
+def test_heads_that_are_normed_gated_and_turned_in_part_equal_torchs(kernels, monkeypatch, turns, norm, gated, parts):
     room = kernels("slot_attention")
     monkeypatch.setattr(room, "PROOF_PLACES", 96)
-    monkeypatch.setattr(room, "MOST_PARTS", 2)
+    monkeypatch.setattr(room, "MOST_PARTS", parts)
     torch.manual_seed(4)
     slots, heads, fewer, width, new, kind = 2, 4, 2, 32, 3, torch.float16
     places = torch.tensor([0, 70], device=DEVICE)
