@@ -10,9 +10,9 @@ Rooms from top to bottom; each may import those below it, and none above:
     delta_step       one step of the gated delta rule for each slot
     skinny_products  products of a few rows with large weights
     broad_products   the same of more rows, as Hopper's tensor cores take them
-    product_parts    what kernels of such products have in common
     norm_kernels     norms of many rows and their gradients, one pass over memory each
-    row_kernels      norms and activations, one pass over memory each
+    row_kernels      norms, activations and the likeliest token, one pass over memory each
+    product_parts    what kernels have in common whose programs share a piece of work
     early            kernels that begin while the one before them ends
     rotary_kernel    rotary positions at the speed of a GPU's memory
     positions        where tokens and patches stand

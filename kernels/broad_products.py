@@ -24,8 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels.early import follow
 from kernels.product_parts import activated, arrived, inverse_of, is_last, store_for_norm, sum_of, tile_rows, warm_tile
 
-# Of an H100's 132 multiprocessors at least so many get work, where so few tiles can be shared by that many.
-PROGRAMS = 128
+PROGRAMS = 264  # no more share tiles: two on each multiprocessor of an H100
 WARMED = tl.constexpr(512)  # numbers of each row of a tile that are asked for early
 
 
@@ -41,7 +40,7 @@ class Broad(NamedTuple):
     def shared(self, columns: int) -> Broad:
         """For a weight of `columns`: no more programs share a tile than a GPU wants."""
         tiles = triton.cdiv(columns, self.columns)
-        return self._replace(sharers=min(self.sharers, triton.cdiv(PROGRAMS, tiles)))
+        return self._replace(sharers=max(1, min(self.sharers, PROGRAMS // tiles)))
 
 
 def takes(device: torch.device) -> bool:

@@ -1,4 +1,4 @@
-"""What kernels of products with large weights have in common: weights asked for early, norms, a depth that is shared.
+"""What kernels have in common whose programs share a piece of work, and those of products with large weights.
 
 warm_tile(weight, column, columns, begin, DEPTH, ASKED, GATED)      # inside a kernel, before it follows
 if not is_last(mine, done, arrived, SHARERS): return                # of several programs the last one adds up

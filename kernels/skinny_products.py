@@ -90,12 +90,10 @@ def tile_of(
     whole tiles only, and what has just given torch's own result, with such a weight of the norm before it, or of the
     one that it `scales` its result for."""
     tile = planned(kind, source, norm is not None and not scales)
-    if isinstance(tile, Broad):
-        tile = tile.shared(columns)
-    elif tile and columns % tile[0]:
+    broad = isinstance(tile, Broad)  # whose last tile need not be whole
+    if not tile or columns % (16 if broad else tile[0]) or source.shape[1] % tile[1]:
         return None, NEVER
-    if not tile or source.shape[1] % tile[1]:
-        return None, NEVER
+    tile = tile.shared(columns) if broad else tile
     weights = source.dtype if norm is None else norm.dtype
     way = way_of(kind, tile, tile_rows(len(source)), source.shape[1], source.dtype, source.device, weights, scales)
     return tile if way else None, way
@@ -117,7 +115,8 @@ def way_of(
     hidden, weight, norm = some(rows, depth), some(2 * columns, depth) / depth**0.5, (some(depth).to(norms), 1e-6)
     residual, half = some(rows, columns), weight[:columns]
     # In as many parts as a product of such tiles leaves: another number of them would be another kernel to compile.
-    squares = hidden.float().square().view(rows, depth // tile[0], -1).sum(-1)
+    parts = 1 if depth % tile[0] else depth // tile[0]
+    squares = hidden.float().square().view(rows, parts, -1).sum(-1)
     normed = rms_norm(hidden.float(), norm[0].float(), norm[1])
     if kind == "gated":
         wanted = (swiglu(normed @ weight.float().T),)

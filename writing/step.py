@@ -19,7 +19,7 @@ import torch
 
 import use_model_from_hub as use
 from families.slot_layers import Captured, Moment
-from kernels.row_kernels import embed
+from kernels.row_kernels import embed, likeliest
 from kernels.skinny_products import Rows, add_product, gated_product, normed_product
 from writing.drafts import drafts
 from writing.slots import Cache, State
@@ -43,7 +43,7 @@ class Chooser:
     def choose(self, logits: torch.Tensor, state: State, slots: int) -> torch.Tensor:
         """Tokens (S,) from `logits` (S, V) of the first `slots` slots."""
         if self.plain:
-            return logits.argmax(-1)
+            return likeliest(logits)
         scores = logits.float()
         for process in self.processors:
             scores = process(state.history[:slots], scores)
@@ -94,7 +94,7 @@ class Step:
         if self.new == 1:
             chosen, kept = self.chooser.choose(logits, state, count)[:, None], live
         else:
-            chosen = logits.argmax(-1).view(count, self.new)
+            chosen = likeliest(logits).view(count, self.new)
             # A draft was right where the token chosen before it is the draft; the first wrong one ends the row.
             right = (chosen[:, :-1] == tokens[:, 1:]).long().cumprod(-1).sum(-1)
             kept = (right + 1) * live

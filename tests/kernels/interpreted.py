@@ -113,6 +113,23 @@ def test_a_step_begins_with_the_rows_of_its_tokens_and_places(kernels, monkeypat
     assert all(torch.equal(one, other) for one, other in zip(found[::2], again[::2]))
 
 
+@pytest.mark.parametrize("kind", HALF, ids=str)
+def test_the_likeliest_token_is_the_first_of_the_largest(kernels, kind):
+    """Over several programs a row, the last of which is not full; the count of those that have ended is zero again."""
+    rows = kernels("row_kernels")
+    torch.manual_seed(9)
+    logits = torch.randn(4, 2 * rows.LIKELIEST + 9, device=DEVICE).to(kind)
+    logits[1, [3, 5, rows.LIKELIEST + 1]] = logits[2, -1] = logits[3, [rows.LIKELIEST, -1]] = 99
+    for _ in range(2):
+        assert torch.equal(rows.likeliest(logits)[1:], torch.tensor([3, logits.shape[1] - 1, rows.LIKELIEST]))
+        assert logits[0, rows.likeliest(logits)[0]] == logits[0].max()
+    assert rows.likeliest_proved.cache_info().currsize == 1 and rows.likeliest_proved(
+        *logits.shape[1:], kind, logits.device
+    )
+    logits[3, 7] = float("nan")
+    assert rows.likeliest(logits)[3] == logits[3].argmax() == 7
+
+
 def test_a_wrong_norm_is_not_used_and_that_is_said(kernels, monkeypatch):
     rows = kernels("row_kernels")
     hidden, weight = torch.randn(5, 80, device=DEVICE).half(), torch.randn(80, device=DEVICE).half()
