@@ -1,10 +1,14 @@
 """Kernels of a step and of windows: on a GPU as they are, elsewhere by Triton's own interpreter, no mock, but slow."""
 
 import importlib
+import os
 import sys
 
 import pytest
 import torch
+
+import use_model_from_hub as use
+from families import family_of, slot_layers
 
 pytest.importorskip("triton", reason="triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -231,6 +235,47 @@ def test_a_row_among_many_comes_out_the_same_whatever_stands_beside_it(kernels):
     fewer = skinny.add_product("down", skinny.Rows(hidden[3:36].clone()), inner[3:36].clone(), weight)
     assert isinstance(skinny.tile_of("down", inner, 512)[0], skinny.Broad)
     assert torch.equal(whole.hidden[3:36], fewer.hidden) and torch.equal(whole.squares[3:36], fewer.squares)
+
+
+@pytest.mark.skipif(DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="nothing is interpreted")
+@pytest.mark.parametrize("family", ["", "Qwen3-VL", "Qwen3.5"])
+def test_a_step_of_many_slots_by_broad_tiles_gives_torchs_logits(base_of, monkeypatch, family):
+    """Each norm but the first is half done where the rows come from; in fp16, which small states bear."""
+    import writing.step
+    from writing.slots import Cache, State
+
+    model, _ = use.load_model(str(base_of(family)), use.Recipe(prompt="write", max_html_tokens=8))
+    model = model.half().to(DEVICE)
+    room, slots, halves = writing.step.add_product.__globals__, 17, []
+    monkeypatch.setitem(slot_layers.attend_slots.__globals__, "PROOF_PLACES", 32)
+    layers = family_of(model.config).captured(model).layers
+    launch, on_triton = room["launch"], room["on_triton"]
+
+    def noted(tile, begins, source, *given, **options):
+        if len(source) == slots and "norm" not in options:  # proofs name it
+            halves.append((options.get("scaled") is not None, options.get("following") is not None))
+        return launch(tile, begins, source, *given, **options)
+
+    def logits(tiles):
+        monkeypatch.setitem(room, "TILES", {kind: {32: tile} for kind, tile in tiles.items()})
+        torch.manual_seed(10)
+        cache, state = Cache(layers, slots, 64, torch.float16, DEVICE), State(slots, 64, DEVICE, 0)
+        for part in (part for parts in cache.states for part in parts):
+            part.copy_(0.3 * torch.randn(part.shape))
+        tokens, places = torch.arange(5, 5 + slots, device=DEVICE)[:, None], torch.full_like(state.places, 20)
+        step = writing.step.Step(model, family_of(model.config).captured(model), cache, state, slots, 1, None)
+        with torch.inference_mode():
+            return step.forward(tokens, places, state.shifts, torch.ones_like(places)).float()
+
+    plain = room["planned"]
+    wanted = logits(dict.fromkeys(room["TILES"]))
+    monkeypatch.setitem(room, "launch", noted)
+    monkeypatch.setitem(room, "planned", lambda kind, source, normed: plain(kind, source, False))
+    broad = {kind: room["Broad"](64, 32, 4, 3, 1 if kind == "gated" else 2) for kind in room["TILES"]}
+    found = logits(broad)
+    assert (found - wanted).norm() < 0.002 * wanted.norm() and on_triton(model.lm_head.weight)
+    # Of two layers: out, gated and down go through tiles whatever the family; a gated product always finds its half.
+    assert halves.count((True, False)) >= 2 and halves.count((False, True)) == 4
 
 
 def test_rows_that_met_the_next_norm_are_taken_by_it_alone(kernels):
