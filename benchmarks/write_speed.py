@@ -23,11 +23,13 @@ import copy
 import functools
 import itertools
 import json
+import multiprocessing
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -573,6 +575,47 @@ def step_ms(engine, slots: int, spread: float = 0.0) -> float:
     return min(times[1:])
 
 
+def prove(asked: tuple) -> str:
+    """In a process of its own: what it compiles the others find on the disk."""
+    from kernels import skinny_products as skinny
+
+    return skinny.way_of(*asked)
+
+
+def compile_beside(model, every: list[int]) -> dict[str, str]:
+    """Compiles and proves the broad tiles that are tried for steps of so many slots, in processes side by side: a
+    kernel that reads what is not there ends its own process alone. Tiles that do not prove right are tried no more;
+    returns how each is launched, or why it is not."""
+    from families import family_of
+    from kernels import skinny_products as skinny
+
+    captured, asked, found = family_of(model.config).captured(model), [], {}
+    layer = captured.layers[0]
+    weights = {"qkv": layer.mixer.taken, "out": layer.mixer.out, "gated": layer.gated, "down": layer.down}
+    for kind, weight in (weights | {"head": model.lm_head.weight}).items():
+        columns, adds = len(weight) // (2 if kind == "gated" else 1), kind in ("out", "down")
+        for rows in sorted(set(map(skinny.tile_rows, every))):
+            for tile in BROAD[kind][max(rows, 16)]:
+                # What is added is scaled for the norm that follows where the next product has a broad tile, too.
+                for scales in ([True, False] if rows < 32 else [True]) if adds else [False]:
+                    norms = weight.dtype if adds and not scales else layer.norms[0][0].dtype
+                    shape = (rows, weight.shape[1], weight.dtype, weight.device, norms, scales)
+                    asked.append((tile, (kind, skinny.Broad(*tile).shared(columns), *shape)))
+    with ProcessPoolExecutor(min(12, os.cpu_count()), multiprocessing.get_context("spawn")) as pool:
+        for (tile, given), done in [(each, pool.submit(prove, each[1])) for each in asked]:
+            kind, _, rows, *_, scales = given
+            try:
+                way = done.result()
+            except Exception as error:  # of a process that a kernel has broken
+                way = f"fails: {str(error)[:200]}"
+            found[f"{kind} of {rows} rows by {tile}{', scaled' if scales else ''}"] = way or "wrong or too large"
+            if way not in ("early", "plain"):
+                BROAD[kind][max(rows, 16)] = [other for other in BROAD[kind][max(rows, 16)] if other != tile]
+                if skinny.TILES[kind][rows] == tile:
+                    skinny.TILES[kind][rows] = None
+    return found
+
+
 def tune(engine, slots: int, narrow: bool) -> dict:
     """Milliseconds of a step of `slots` slots by each tile of each product in turn, None for torch, and of how much
     less than torch that is in a layer, in microseconds. The fastest is what the engine uses from here on: beside the
@@ -729,7 +772,11 @@ def main() -> None:
         if args.out:
             args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
-    for slots in map(int, filter(None, args.tune.split(","))):
+    tuned = [int(slots) for slots in args.tune.split(",") if slots]
+    if tuned:
+        start = time.perf_counter()
+        keep("broad tiles", compile_beside(model, tuned) | {"seconds": time.perf_counter() - start})
+    for slots in tuned:
         tune_all(model, processor, recipe, slots, args.narrow, keep)
         keep(f"delta rule of {slots} slots, us", tune_delta(model, slots))
     if args.check_pages:
