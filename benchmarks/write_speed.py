@@ -673,13 +673,14 @@ def tune_attention(engine, slots: int) -> dict:
             took = step_ms(engine, slots), step_ms(engine, slots, spread=0.5)
         except Exception as error:
             print("attention", parts, shape, str(error)[:200], flush=True)
-            continue
-        found[f"{parts} parts, {shape}"] = {"step_ms": took[0], "spread_step_ms": took[1]}
-        if best is None or took[0] < best[0]:
-            best = took[0], room.PROGRAMS, dict(room.SHAPES)
+        else:
+            found[f"{parts} parts, {shape}"] = {"step_ms": took[0], "spread_step_ms": took[1]}
+            if best is None or took[0] < best[0]:
+                best = took[0], room.PROGRAMS, dict(room.SHAPES)
         room.SHAPES.update(before[1])
     room.PROGRAMS = best[1] if best else before[0]
     room.SHAPES.update(best[2] if best else before[1])
+    room.way_of.cache_clear()
     return dict(sorted(found.items(), key=lambda item: item[1]["step_ms"]))
 
 
@@ -687,9 +688,11 @@ def tune_all(model, processor, recipe, slots: int, narrow: bool, keep: Callable[
     """Hands to `keep`, by name, what a step of `slots` slots takes as it is, by torch's products, by each tile and each
     shape of attention, and by the fastest of them together, kernel by kernel."""
     from kernels import skinny_products as skinny
+    from kernels import slot_attention
     from writing import engine as room
 
     engine = room.Engine(model, processor, recipe, wanted=slots, drafts=False)
+    attention = slot_attention.PROGRAMS, dict(slot_attention.SHAPES)
     rows, start = skinny.tile_rows(slots), time.perf_counter()
     given = {kind: tiles[rows] for kind, tiles in skinny.TILES.items()}
     keep(f"{slots} slots as they are, ms", step_ms(engine, slots))
@@ -701,8 +704,16 @@ def tune_all(model, processor, recipe, slots: int, narrow: bool, keep: Callable[
     keep(f"{slots} slots by tiles", tune(engine, slots, narrow))
     keep(f"{slots} slots by shapes of attention", tune_attention(engine, slots))
     tuned = {"step_ms": step_ms(engine, slots), "tiles": {kind: tiles[rows] for kind, tiles in skinny.TILES.items()}}
+    tuned |= {
+        "PROGRAMS": slot_attention.PROGRAMS,
+        "SHAPES": {str(key): value for key, value in slot_attention.SHAPES.items()},
+    }
     tuned |= {"kernels_us": kernels_of(lambda: engine.step(slots).run(4), 4)}
     keep(f"{slots} slots tuned", tuned | {"seconds": time.perf_counter() - start})
+    # Those hold for all slots alike: what is best for these is no start for others.
+    slot_attention.PROGRAMS = attention[0]
+    slot_attention.SHAPES.update(attention[1])
+    slot_attention.way_of.cache_clear()
 
 
 def tune_delta(model, slots: int) -> dict:
