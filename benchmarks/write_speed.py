@@ -1,7 +1,8 @@
 """How fast pages are written: transformers' generate() and our engine beside each other, on the true shapes.
 
     python benchmarks/write_speed.py --base_model ./holo1_3b_shapes --out benchmarks/results/h100_3b_write.json
-    python benchmarks/write_speed.py --base_model ./holo1_3b_shapes --tune             # and kernel by kernel before
+    python benchmarks/write_speed.py --base_model ./holo1_3b_shapes --tune             # tiles are tried before
+    python benchmarks/write_speed.py --base_model ./holo1_3b_shapes --tune 8,32,64 --batches '' --check_pages 0
     python benchmarks/write_speed.py --base_model ./holo1_3b_shapes --batches '' --check_pages 0 --endings 8,64
 
 Random weights, so nothing ends, and drafts would come true as they never do in a page: they are left out of the
@@ -22,11 +23,13 @@ import copy
 import functools
 import itertools
 import json
+import multiprocessing
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -486,9 +489,10 @@ def processed(logits, ids, length: int, recipe):
 # -----------------------------------------------------------------------------
 # Tuning
 
-# (columns of a tile, depth of a block, warps, stages, programs that share a tile's depth, pieces of a block)
-CANDIDATES = [
-    None,
+LENGTH = 1_330  # tokens of each slot, and on average where they differ
+# (columns of a tile, depth of a block, warps, stages, programs that share a tile's depth, pieces of a block), which are
+# tried for up to 16 rows where that is asked for: each takes seconds to compile.
+NARROW = [
     (16, 256, 1, 5, 1, 1),
     (16, 256, 1, 8, 1, 1),
     (16, 256, 2, 4, 1, 1),
@@ -506,6 +510,35 @@ CANDIDATES = [
     (32, 128, 2, 5, 1, 1),
     (64, 128, 4, 3, 1, 1),
 ]
+# (columns, depth of a block, warps, stages, sharers) of kernels.broad_products.Broad, by the product's kind, for up to
+# 16 rows, 32 and 64; each takes half a second to compile. Two programs of up to 112 KB of blocks find room on a
+# multiprocessor: of one kernel, or one of the next that begins early beside one that ends.
+BROAD: dict[str, dict[int, list[tuple[int, int, int, int, int]]]] = {
+    "qkv": {
+        16: [(64, 128, 4, 5, 4), (64, 256, 4, 3, 4), (64, 128, 4, 5, 6)],
+        32: [(64, 128, 4, 4, 4), (64, 128, 4, 3, 6), (128, 64, 4, 5, 8), (128, 128, 8, 3, 8)],
+        64: [(64, 128, 4, 3, 4), (64, 128, 4, 4, 3), (64, 128, 4, 3, 6), (128, 64, 4, 4, 8), (128, 128, 8, 3, 8)],
+    },
+    "out": {
+        16: [(64, 128, 4, 5, 4), (64, 128, 4, 5, 8), (64, 256, 4, 3, 4)],
+        32: [(64, 128, 4, 4, 4), (64, 128, 4, 3, 4), (64, 128, 4, 4, 8), (128, 64, 4, 5, 8)],
+        64: [(64, 128, 4, 3, 4), (64, 128, 4, 4, 4), (64, 128, 4, 3, 8), (128, 64, 4, 4, 8), (128, 128, 8, 3, 8)],
+    },
+    "gated": {
+        16: [(64, 64, 4, 6, 1), (64, 128, 4, 3, 1), (64, 64, 4, 4, 1)],
+        32: [(64, 64, 4, 5, 1), (64, 64, 4, 4, 1), (128, 64, 8, 5, 1), (64, 128, 4, 3, 1)],
+        64: [(64, 64, 4, 4, 1), (64, 64, 4, 3, 1), (128, 64, 8, 4, 1), (128, 64, 8, 5, 1), (64, 128, 4, 3, 1)],
+    },
+    "down": {
+        16: [(64, 128, 4, 6, 4), (64, 128, 4, 6, 8), (64, 256, 4, 3, 4)],
+        32: [(64, 128, 4, 4, 4), (64, 128, 4, 4, 8), (64, 128, 4, 6, 4), (128, 64, 4, 5, 8)],
+        64: [(64, 128, 4, 3, 4), (64, 128, 4, 5, 4), (64, 128, 4, 3, 8), (128, 64, 4, 4, 8), (128, 128, 8, 4, 8)],
+    },
+    "head": {16: [(64, 128, 4, 6, 1)], 32: [(128, 64, 8, 5, 1), (64, 128, 4, 4, 1)], 64: [(128, 64, 8, 4, 1)]},
+}
+# Keys that are looked at together, warps and stages of kernels.slot_attention.SHAPES, by the parts of a slot's keys.
+WHOLE_SHAPES = [(64, 4, 4), (64, 4, 6), (64, 4, 3), (128, 8, 3), (128, 8, 4)]
+PART_SHAPES = [(64, 4, 4), (64, 4, 3), (64, 4, 6), (32, 4, 6), (128, 8, 3)]
 
 
 def replayed_us(work: Callable[[], object], times: int) -> float:
@@ -524,16 +557,72 @@ def replayed_us(work: Callable[[], object], times: int) -> float:
     return 1e6 * min(seconds(graph.replay) for _ in range(5)) / times
 
 
-def tune(model, processor, recipe, slots: int) -> dict:
-    """Milliseconds of a step of `slots` slots by each tile of each product in turn, None for torch. The fastest is what
-    the engine uses from here on: beside the kernels before and after it, of which it begins before the one ends, a
-    product takes another time than alone."""
-    from kernels import skinny_products as skinny
+def step_ms(engine, slots: int, spread: float = 0.0) -> float:
+    """Milliseconds of a step of `slots` slots, captured anew, which hold LENGTH tokens each, or up to a share of
+    `spread` more or fewer."""
+    import torch
+
     from writing import engine as room
 
-    engine = room.Engine(model, processor, recipe, wanted=slots, drafts=False)
+    engine.steps.clear()
+    lengths = torch.linspace(1 - spread, 1 + spread, slots, device="cuda") * LENGTH
+    times = []
+    for _ in range(4):
+        engine.state.places[:slots] = lengths.to(engine.state.places)
+        engine.state.live.fill_(1)
+        step = engine.step(slots)
+        times.append(1_000 * seconds(lambda step=step: step.run(room.BLOCK)) / room.BLOCK)
+    return min(times[1:])
 
-    real = skinny.tile_of
+
+def prove(asked: tuple) -> str:
+    """In a process of its own: what it compiles the others find on the disk."""
+    from kernels import skinny_products as skinny
+
+    return skinny.way_of(*asked)
+
+
+def compile_beside(model, every: list[int]) -> dict[str, str]:
+    """Compiles and proves the broad tiles that are tried for steps of so many slots, in processes side by side: a
+    kernel that reads what is not there ends its own process alone. Tiles that do not prove right are tried no more;
+    returns how each is launched, or why it is not."""
+    from families import family_of
+    from kernels import skinny_products as skinny
+
+    captured, asked, found = family_of(model.config).captured(model), [], {}
+    layer = captured.layers[0]
+    weights = {"qkv": layer.mixer.taken, "out": layer.mixer.out, "gated": layer.gated, "down": layer.down}
+    for kind, weight in (weights | {"head": model.lm_head.weight}).items():
+        columns, adds = len(weight) // (2 if kind == "gated" else 1), kind in ("out", "down")
+        for rows in sorted(set(map(skinny.tile_rows, every))):
+            for tile in BROAD[kind][max(rows, 16)]:
+                # What is added is scaled for the norm that follows where the next product has a broad tile, too.
+                for scales in ([True, False] if rows < 32 else [True]) if adds else [False]:
+                    norms = weight.dtype if adds and not scales else layer.norms[0][0].dtype
+                    shape = (rows, weight.shape[1], weight.dtype, weight.device, norms, scales)
+                    asked.append((tile, (kind, skinny.Broad(*tile).shared(columns), *shape)))
+    with ProcessPoolExecutor(min(12, os.cpu_count()), multiprocessing.get_context("spawn")) as pool:
+        for (tile, given), done in [(each, pool.submit(prove, each[1])) for each in asked]:
+            kind, _, rows, *_, scales = given
+            try:
+                way = done.result()
+            except Exception as error:  # of a process that a kernel has broken
+                way = f"fails: {str(error)[:200]}"
+            found[f"{kind} of {rows} rows by {tile}{', scaled' if scales else ''}"] = way or "wrong or too large"
+            if way not in ("early", "plain"):
+                BROAD[kind][max(rows, 16)] = [other for other in BROAD[kind][max(rows, 16)] if other != tile]
+                if skinny.TILES[kind][rows] == tile:
+                    skinny.TILES[kind][rows] = None
+    return found
+
+
+def tune(engine, slots: int, narrow: bool) -> dict:
+    """Milliseconds of a step of `slots` slots by each tile of each product in turn, None for torch, and of how much
+    less than torch that is in a layer, in microseconds. The fastest is what the engine uses from here on: beside the
+    kernels before and after it, of which it begins before the one ends, a product takes another time than alone."""
+    from kernels import skinny_products as skinny
+
+    real, rows, found, layers = skinny.tile_of, skinny.tile_rows(slots), {}, len(engine.captured.layers)
 
     def taken(name: str, *given) -> tuple:
         done = real(name, *given)
@@ -541,60 +630,90 @@ def tune(model, processor, recipe, slots: int) -> dict:
             raise ValueError("torch does it instead: a shape of no whole tiles, or a proof that failed")
         return done
 
-    def step_ms() -> float:
-        skinny.way_of.cache_clear()
-        engine.steps.clear()
-        engine.state.places.fill_(engine.capacity // 2)
-        step = engine.step(slots)
-        step.run(room.BLOCK)
-        return min(1_000 * seconds(lambda: step.run(room.BLOCK)) / room.BLOCK for _ in range(3))
-
-    rows, found = skinny.tile_rows(slots), {}
     skinny.tile_of = taken
     for kind, tiles in skinny.TILES.items():
         before, times = tiles[rows], {}
-        for tile in dict.fromkeys([before, *CANDIDATES]):
+        tried = [skinny.Broad(*tile) for tile in BROAD[kind][max(rows, 16)]] + (NARROW if narrow and rows < 32 else [])
+        for tile in dict.fromkeys([before, None, *tried]):
             if kind == "gated" and tile and tile[4] > 1:  # its two sums are not shared
                 continue
             tiles[rows] = tile
             try:
-                times[json.dumps(tile)] = step_ms()
+                times[tile] = step_ms(engine, slots)
             except Exception as error:  # too much shared memory, say: that tile is out of the question
                 print(kind, tile, str(error)[:200], flush=True)
-        found[kind] = dict(sorted(times.items(), key=lambda item: item[1]))
-        best = json.loads(next(iter(found[kind])))
-        tiles[rows] = best and tuple(best)
+        tiles[rows] = min(times, key=times.get)
+        found[kind] = {
+            json.dumps(tile): {"step_ms": took, "us_a_layer_under_torch": 1_000 * (times[None] - took) / layers}
+            for tile, took in sorted(times.items(), key=lambda item: item[1])
+        }
         print(slots, kind, json.dumps(found[kind]), flush=True)
     skinny.tile_of = real
     return found
 
 
-def tune_attention(model, slots: int, length: int) -> dict:
-    """Attention of one token over `slots` answers of `length` tokens, by the parts that its keys are cut into."""
-    import torch
-
-    from families import family_of
+def tune_attention(engine, slots: int) -> dict:
+    """Milliseconds of a step of `slots` slots by the parts that the keys of a slot are cut into and the shape of a
+    program, where all slots are as long and where some have three times as much as others. The fastest of the former
+    is used from here on."""
     from kernels import slot_attention as room
-    from writing.slots import Cache
 
-    layers = [layer for layer in family_of(model.config).captured(model).layers if layer.mixer.takes_back]
-    mixer = layers[0].mixer
-    cache = Cache(layers, slots, length + 64, model.dtype, "cuda")
-    qkv = torch.randn(slots, len(mixer.taken), device="cuda", dtype=model.dtype)
-    turns = model.model.language_model.rotary_emb.inv_freq.numel() * 2
-    cos, sin = torch.rand(2, slots, turns, device="cuda", dtype=model.dtype)
-    places = torch.full((slots,), length, device="cuda")
-    found = {"limit": sum(part[:, :, :length].nbytes for part in cache.states[0]) / 3.35e6}
-    for parts in (1, 2, 4, 8, 16, 32):
+    mixers = [layer.mixer for layer in engine.captured.layers if layer.mixer.takes_back]
+    pairs, before = slots * mixers[0].fewer, (room.PROGRAMS, dict(room.SHAPES))
+    usual = max(1, min(room.MOST_PARTS, room.PROGRAMS // pairs))
+    tried = [(usual, shape) for shape in (PART_SHAPES if usual > 1 else WHOLE_SHAPES)]
+    tried += [(2 * usual, room.SHAPES[True])]
+    if usual > 1:
+        tried += [(usual // 2, shape) for shape in (PART_SHAPES[2:3] if usual > 2 else WHOLE_SHAPES[:1])]
+    found, best = {}, None
+    for parts, shape in tried:
+        room.PROGRAMS, room.SHAPES[parts > 1] = parts * pairs, shape
+        room.way_of.cache_clear()  # which proves by the shape of the day
+        try:
+            took = step_ms(engine, slots), step_ms(engine, slots, spread=0.5)
+        except Exception as error:
+            print("attention", parts, shape, str(error)[:200], flush=True)
+        else:
+            found[f"{parts} parts, {shape}"] = {"step_ms": took[0], "spread_step_ms": took[1]}
+            if best is None or took[0] < best[0]:
+                best = took[0], room.PROGRAMS, dict(room.SHAPES)
+        room.SHAPES.update(before[1])
+    room.PROGRAMS = best[1] if best else before[0]
+    room.SHAPES.update(best[2] if best else before[1])
+    room.way_of.cache_clear()
+    return dict(sorted(found.items(), key=lambda item: item[1]["step_ms"]))
 
-        def run(parts=parts):
-            given = (places, mixer.heads, mixer.scale, parts)
-            for number in range(len(layers)):
-                room.attend_in_parts(qkv, cos, sin, *cache.states[number], *given, extras=mixer.extras)
 
-        found[parts] = replayed_us(run, len(layers))
-    print("attention", slots, length, json.dumps(found), flush=True)
-    return found
+def tune_all(model, processor, recipe, slots: int, narrow: bool, keep: Callable[[str, object], None]) -> None:
+    """Hands to `keep`, by name, what a step of `slots` slots takes as it is, by torch's products, by each tile and each
+    shape of attention, and by the fastest of them together, kernel by kernel."""
+    from kernels import skinny_products as skinny
+    from kernels import slot_attention
+    from writing import engine as room
+
+    engine = room.Engine(model, processor, recipe, wanted=slots, drafts=False)
+    attention = slot_attention.PROGRAMS, dict(slot_attention.SHAPES)
+    rows, start = skinny.tile_rows(slots), time.perf_counter()
+    given = {kind: tiles[rows] for kind, tiles in skinny.TILES.items()}
+    keep(f"{slots} slots as they are, ms", step_ms(engine, slots))
+    for tiles in skinny.TILES.values():
+        tiles[rows] = None
+    keep(f"{slots} slots by torch's products, ms", step_ms(engine, slots))
+    for kind, tile in given.items():
+        skinny.TILES[kind][rows] = tile
+    keep(f"{slots} slots by tiles", tune(engine, slots, narrow))
+    keep(f"{slots} slots by shapes of attention", tune_attention(engine, slots))
+    tuned = {"step_ms": step_ms(engine, slots), "tiles": {kind: tiles[rows] for kind, tiles in skinny.TILES.items()}}
+    tuned |= {
+        "PROGRAMS": slot_attention.PROGRAMS,
+        "SHAPES": {str(key): value for key, value in slot_attention.SHAPES.items()},
+    }
+    tuned |= {"kernels_us": kernels_of(lambda: engine.step(slots).run(4), 4)}
+    keep(f"{slots} slots tuned", tuned | {"seconds": time.perf_counter() - start})
+    # Those hold for all slots alike: what is best for these is no start for others.
+    slot_attention.PROGRAMS = attention[0]
+    slot_attention.SHAPES.update(attention[1])
+    slot_attention.way_of.cache_clear()
 
 
 def tune_delta(model, slots: int) -> dict:
@@ -642,7 +761,10 @@ def main() -> None:
     )
     parser.add_argument("--pages", type=Path, help="folder of HTML files that are dictated (default: invented pages)")
     parser.add_argument("--memory_tb_s", type=float, default=3.35, help="of the GPU's datasheet: H100 3.35, H200 4.8")
-    parser.add_argument("--tune", action="store_true", help="measure kernels one by one before, and use the fastest")
+    parser.add_argument(
+        "--tune", nargs="?", const="8,16,32,64", default="", help="slots: try tiles one by one before, use the fastest"
+    )
+    parser.add_argument("--narrow", action="store_true", help="try narrow tiles, too, for up to 16 rows: minutes more")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
@@ -661,12 +783,13 @@ def main() -> None:
         if args.out:
             args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
-    if args.tune:
-        for slots in (1, 8, 64):
-            keep(f"attention of {slots} slots, us", tune_attention(model, slots, 2_500))
-            keep(f"delta rule of {slots} slots, us", tune_delta(model, slots))
-        for slots in (8, 16, 32):
-            keep(f"a step of {slots} slots by tiles, ms", tune(model, processor, recipe, slots))
+    tuned = [int(slots) for slots in args.tune.split(",") if slots]
+    if tuned:
+        start = time.perf_counter()
+        keep("broad tiles", compile_beside(model, tuned) | {"seconds": time.perf_counter() - start})
+    for slots in tuned:
+        tune_all(model, processor, recipe, slots, args.narrow, keep)
+        keep(f"delta rule of {slots} slots, us", tune_delta(model, slots))
     if args.check_pages:
         checks(model, processor, recipe, args.check_pages, args.check_tokens, keep)
     for batch in filter(None, args.dictate.split(",")):

@@ -9,8 +9,10 @@ Rooms from top to bottom; each may import those below it, and none above:
     slot_attention   attention of new tokens over the slots of a static cache
     delta_step       one step of the gated delta rule for each slot
     skinny_products  products of a few rows with large weights
+    broad_products   the same of more rows, as Hopper's tensor cores take them
     norm_kernels     norms of many rows and their gradients, one pass over memory each
-    row_kernels      norms and activations, one pass over memory each
+    row_kernels      norms, activations and the likeliest token, one pass over memory each
+    product_parts    what kernels have in common whose programs share a piece of work
     early            kernels that begin while the one before them ends
     rotary_kernel    rotary positions at the speed of a GPU's memory
     positions        where tokens and patches stand

@@ -23,8 +23,8 @@ import triton.language as tl
 from torch.nn import functional
 
 from kernels.early import EARLY, PLAIN, early, follow, warm, way_that_agrees
+from kernels.product_parts import arrived, is_last
 from kernels.row_kernels import on_triton
-from kernels.skinny_products import arrived, is_last
 
 LEAST = tl.constexpr(1e-6)  # under the root of a query's and a key's norm
 # Columns of a state do not meet each other: so many programs share those of a head, each with so many warps. A whole

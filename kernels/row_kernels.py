@@ -1,7 +1,8 @@
-"""Element-wise work on rows, each function one kernel and one pass over memory.
+"""Work on rows, each function one kernel and one pass over memory.
 
     normed = rms_norm(hidden, weight, epsilon)
     inner = swiglu(gate_and_up)
+    tokens = likeliest(logits)
 
 Without gradients, for reading and writing; training has its own (families/elementwise.py). In half precision on a GPU
 by Triton, elsewhere by torch. Shapes: S rows, H and I their widths.
@@ -16,6 +17,7 @@ import triton
 import triton.language as tl
 
 from kernels.early import PLAIN, way_that_agrees
+from kernels.product_parts import arrived, is_last
 
 
 @triton.jit
@@ -59,6 +61,29 @@ def embed_kernel(
     tl.store(squares + row, tl.sum(wide * wide, 0))
     tl.store(cos_rows + row * angles + turn, cosine, mask=known)
     tl.store(sin_rows + row * angles + turn, sine, mask=known)
+
+
+@triton.jit
+def likeliest_kernel(
+    logits, tops, places, target, arrived, width, MANY: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One of MANY parts of a row; the program that ends last looks at what all parts of the row have left."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    place = part * BLOCK + tl.arange(0, BLOCK)
+    scores = tl.load(logits + row * width + place, mask=place < width, other=float("-inf")).to(tl.float32)
+    # What is no number is the largest, as torch has it.
+    scores = tl.where(scores == scores, scores, float("inf"))
+    top, index = tl.max(scores, 0, return_indices=True)
+    tl.store(tops + row * MANY + part, top)
+    if not is_last(places + row * MANY + part, part * BLOCK + index, arrived + row, MANY):
+        return
+    each = tl.arange(0, POWER)
+    inside = each < MANY
+    # Not out of this processor's own cache, which knows nothing of what the others have written.
+    top = tl.load(tops + row * MANY + each, mask=inside, other=float("-inf"), cache_modifier=".cg")
+    index = tl.load(places + row * MANY + each, mask=inside, other=width, cache_modifier=".cg")
+    # Of several that are as likely the first one.
+    tl.store(target + row, tl.min(tl.where(top == tl.max(top, 0), index, width), 0).to(tl.int64))
 
 
 def on_triton(states: torch.Tensor) -> bool:
@@ -149,3 +174,33 @@ def embed_by_kernel(
     sizes = {"WIDTH": triton.next_power_of_2(width), "ANGLES": triton.next_power_of_2(cos.shape[1])}
     embed_kernel[(rows,)](tokens, places, table, cos, sin, hidden, squares, *found, width, cos.shape[1], **sizes)
     return hidden, squares, *found
+
+
+LIKELIEST = 8192  # logits that one program looks at
+
+
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """The place of the largest of each row of `logits` (S, V), of several the first one; (S,)."""
+    if on_triton(logits) and likeliest_proved(logits.shape[1], logits.dtype, logits.device):
+        return likeliest_by_kernel(logits)
+    return logits.argmax(-1)
+
+
+@lru_cache
+def likeliest_proved(width: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Whether the kernel finds what stands largest in rows of `width`, twice in one of them."""
+    draw = torch.Generator(device).manual_seed(0)
+    logits = torch.randn(5, width, generator=draw, device=device).to(dtype)
+    wanted = torch.tensor([0, width - 1, width // 2, width // 3, 1], device=device)
+    logits[torch.arange(5, device=device), wanted] = 9
+    logits[3, width // 2 :] = 9
+    return way_that_agrees("likeliest", {PLAIN: lambda: (likeliest_by_kernel(logits) - wanted + 1,)}, (wanted * 0 + 1,))
+
+
+def likeliest_by_kernel(logits: torch.Tensor) -> torch.Tensor:
+    (rows, width), parts = logits.shape, triton.cdiv(logits.shape[1], LIKELIEST)
+    tops = torch.empty(rows, parts, dtype=torch.float32, device=logits.device)
+    places, target = torch.empty_like(tops, dtype=torch.int32), tops.new_empty(rows, dtype=torch.int64)
+    given, power = (logits, tops, places, target, arrived(logits.device), width), triton.next_power_of_2(parts)
+    likeliest_kernel[(rows, parts)](*given, MANY=parts, POWER=power, BLOCK=LIKELIEST, num_warps=8)
+    return target

@@ -2,12 +2,12 @@
 
     rows = skinny.Rows(hidden)                                           # the residual stream
     qkv = normed_product("qkv", rows, norm, weight, bias)                # rms_norm(hidden) @ weight.T + bias
-    rows = add_product("out", rows, attended, weight)                    # hidden + attended @ weight.T
+    rows = add_product("out", rows, attended, weight, ("gated", norm))   # hidden + attended @ weight.T
     inner = gated_product("gated", rows, norm, weight)                   # silu(gate) * up, of one weight for both
 
 A decoding step reads every weight once for a few rows, so only the bytes count, and what starts a kernel: norm, bias,
 activation and residual are part of the product that they stand beside. A row comes out the same to the bit whatever the
-others hold, of one to eight rows, of nine to sixteen, and of more.
+others hold, of one to eight rows, of nine to sixteen, to 32 and to 64. Many rows go through broad_products.py.
 
 Where no tile was measured to be faster (TILES), in full precision and on a CPU torch's products and the kernels of
 row_kernels.py do it. Shapes: R rows, K in, N out, T tiles of COLUMNS columns.
@@ -23,46 +23,90 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
-from kernels.early import EARLY, NEVER, PLAIN, early, follow, warm, way_that_agrees
+from kernels import broad_products
+from kernels.broad_products import Broad, takes
+from kernels.early import EARLY, NEVER, PLAIN, early, follow, way_that_agrees
+from kernels.product_parts import (
+    MOST_ROWS,
+    activated,
+    arrived,
+    inverse_of,
+    is_last,
+    store_for_norm,
+    sum_of,
+    tile_rows,
+    warm_tile,
+)
 from kernels.row_kernels import on_triton, rms_norm, swiglu
 
-MOST_ROWS = 32
-# Numbers of each row of a tile that are asked for early, and in one line of memory, of half precision.
-WARMED, LINE = tl.constexpr(1024), tl.constexpr(64)
-# (columns of a tile, depth of a block, warps, stages, programs that share a tile's depth, pieces of a block) by the
-# product's kind, for up to 8 rows, 16 and 32; None where torch is faster or nobody has looked. Measured on an H100
-# inside a whole step (benchmarks/write_speed.py --tune).
-Tile = tuple[int, int, int, int, int, int]
+WARMED = tl.constexpr(1024)  # numbers of each row of a tile that are asked for early
+# (columns of a tile, depth of a block, warps, stages, programs that share a tile's depth, pieces of a block), or a
+# `Broad`, by the product's kind, for up to 8 rows, 16, 32 and 64; None where torch is faster or nobody has looked.
+# Measured on an H100 inside a whole step (benchmarks/write_speed.py --tune), but those of 32 and 64 rows, which nobody
+# has measured: chosen so that a program of the next kernel finds room beside one of each, and may begin early.
+Tile = tuple[int, int, int, int, int, int] | Broad
 TILES: dict[str, dict[int, Tile | None]] = {
-    "qkv": {8: (16, 256, 2, 8, 1, 2), 16: (16, 256, 2, 6, 1, 2), 32: None},
-    "out": {8: (16, 256, 2, 8, 1, 2), 16: (16, 256, 2, 6, 1, 2), 32: None},
-    "gated": {8: (16, 512, 2, 3, 1, 2), 16: (16, 256, 2, 4, 1, 1), 32: None},
-    "down": {8: (16, 256, 1, 7, 3, 1), 16: (16, 256, 1, 5, 3, 1), 32: None},
-    "head": {8: (16, 256, 2, 6, 1, 1), 16: (16, 256, 2, 4, 1, 1), 32: None},
+    "qkv": {
+        8: (16, 256, 2, 8, 1, 2),
+        16: (16, 256, 2, 6, 1, 2),
+        32: Broad(64, 128, 4, 4, 4),
+        64: Broad(64, 128, 4, 3, 4),
+    },
+    "out": {
+        8: (16, 256, 2, 8, 1, 2),
+        16: (16, 256, 2, 6, 1, 2),
+        32: Broad(64, 128, 4, 4, 4),
+        64: Broad(64, 128, 4, 3, 4),
+    },
+    "gated": {
+        8: (16, 512, 2, 3, 1, 2),
+        16: (16, 256, 2, 4, 1, 1),
+        32: Broad(64, 64, 4, 5, 1),
+        64: Broad(64, 64, 4, 4, 1),
+    },
+    "down": {
+        8: (16, 256, 1, 7, 3, 1),
+        16: (16, 256, 1, 5, 3, 1),
+        32: Broad(64, 128, 4, 4, 4),
+        64: Broad(64, 128, 4, 3, 4),
+    },
+    "head": {8: (16, 256, 2, 6, 1, 1), 16: (16, 256, 2, 4, 1, 1), 32: None, 64: None},
 }
+Norm = tuple[torch.Tensor, float]  # weight (K,) and epsilon
 
 
-def tile_of(kind: str, source: torch.Tensor, columns: int, norm: torch.Tensor | None = None) -> tuple[Tile | None, str]:
-    """The tile for `source` (R, K) and a weight of `columns` (N), and how it is launched; None where torch does it:
-    whole tiles only, and what has just given torch's own result, with such a weight of the norm."""
+def planned(kind: str, source: torch.Tensor, normed: bool) -> Tile | None:
+    """The tile that was measured for so many rows, unless nobody can multiply them so here."""
     tile = TILES[kind][tile_rows(len(source))] if on_triton(source) and len(source) <= MOST_ROWS else None
-    if not tile or columns % tile[0] or source.shape[1] % tile[1]:
+    if isinstance(tile, Broad):
+        # fp16 has no room for rows that have met the norm's weight, but are not over their root mean square yet.
+        return tile if takes(source.device) and not (normed and source.dtype == torch.float16) else None
+    return tile
+
+
+def tile_of(
+    kind: str, source: torch.Tensor, columns: int, norm: torch.Tensor | None = None, scales: bool = False
+) -> tuple[Tile | None, str]:
+    """The tile for `source` (R, K) and a weight of `columns` (N), and how it is launched; None where torch does it:
+    whole tiles only, and what has just given torch's own result, with such a weight of the norm before it, or of the
+    one that it `scales` its result for."""
+    tile = planned(kind, source, norm is not None and not scales)
+    broad = isinstance(tile, Broad)  # whose last tile need not be whole
+    if not tile or columns % (16 if broad else tile[0]) or source.shape[1] % tile[1]:
         return None, NEVER
+    tile = tile.shared(columns) if broad else tile
     weights = source.dtype if norm is None else norm.dtype
-    way = way_of(kind, tile, tile_rows(len(source)), source.shape[1], source.dtype, source.device, weights)
+    way = way_of(kind, tile, tile_rows(len(source)), source.shape[1], source.dtype, source.device, weights, scales)
     return tile if way else None, way
-
-
-def tile_rows(rows: int) -> int:
-    """Rows of a tile that holds `rows`: a tensor core takes eight at least."""
-    return next(count for count in (8, 16, MOST_ROWS) if rows <= count)
 
 
 @lru_cache
 def way_of(
-    kind: str, tile: Tile, rows: int, depth: int, dtype: torch.dtype, device: torch.device, norms: torch.dtype
-) -> str:
-    """How the kernel is launched for weights of `depth`, and of norms in `norms`: by proof on some random tiles."""
+    kind: str, tile: Tile, rows: int, depth: int, dtype: torch.dtype, device: torch.device, norms: torch.dtype,
+    scales: bool,
+) -> str:  # fmt: skip
+    """How the kernel is launched for weights of `depth`, and of norms in `norms`, before it or, where it `scales`,
+    after it: by proof on some random tiles."""
     draw = torch.Generator(device).manual_seed(0)
     columns = 8 * tile[0]
 
@@ -72,85 +116,46 @@ def way_of(
     hidden, weight, norm = some(rows, depth), some(2 * columns, depth) / depth**0.5, (some(depth).to(norms), 1e-6)
     residual, half = some(rows, columns), weight[:columns]
     # In as many parts as a product of such tiles leaves: another number of them would be another kernel to compile.
-    squares = hidden.float().square().view(rows, depth // tile[0], -1).sum(-1)
+    parts = 1 if depth % tile[0] else depth // tile[0]
+    squares = hidden.float().square().view(rows, parts, -1).sum(-1)
     normed = rms_norm(hidden.float(), norm[0].float(), norm[1])
     if kind == "gated":
         wanted = (swiglu(normed @ weight.float().T),)
         options = {"weight": weight, "norm": norm, "squares": squares, "gated": True}
     elif kind in ("out", "down"):
-        added = hidden.float() @ half.float().T + residual.float()
+        added, scale = hidden.float() @ half.float().T + residual.float(), some(columns).to(norms)
         wanted, options = (added, added.square().sum(-1)), {"weight": half, "residual": residual}
+        if scales:
+            wanted, options = (*wanted, added * scale.float()), options | {"following": scale}
     else:
         wanted = (normed @ half.float().T + residual[0].float(),)
         options = {"weight": half, "bias": residual[0].contiguous(), "norm": norm, "squares": squares}
 
     def by(begins: bool) -> tuple[torch.Tensor, ...]:
-        done, left = launch(tile, begins, hidden, **options)
-        return (done, left.sum(-1)) if kind in ("out", "down") else (done,)
+        done, left, scaled = launch(tile, begins, hidden, **options)
+        return (done, left.sum(-1), scaled)[: len(wanted)]
 
     ways = {EARLY: lambda: by(True)} if early(device) else {}
     return way_that_agrees(f"products ({kind})", ways | {PLAIN: lambda: by(False)}, wanted)
 
 
-@lru_cache
-def arrived(device: torch.device) -> torch.Tensor:
-    """How many of the programs that share a piece of work have ended: zeros, as each kernel leaves them again. Kernels
-    that use it run one after another: one stream a device."""
-    return torch.zeros(1 << 16, dtype=torch.int32, device=device)
-
-
 @dataclass(frozen=True)
 class Rows:
     """A residual stream `hidden` (R, H), and `squares` (R, T), whose sum over T is that of the squares of a row: each
-    tile of the product that made the row has left its own. None where it was made in another way."""
+    tile of the product that made the row has left its own; `scaled` is the rows times the weight `by` (H,) of the norm
+    that follows. None where they were made in another way."""
 
     hidden: torch.Tensor
     squares: torch.Tensor | None = None
+    scaled: torch.Tensor | None = None
+    by: torch.Tensor | None = None
+
+    def scaled_for(self, norm: Norm) -> torch.Tensor | None:
+        """The rows times the weight of `norm`, where whoever made them knew of it."""
+        return self.scaled if self.by is norm[0] else None
 
     def sums(self) -> torch.Tensor:
         return self.hidden.float().square().sum(-1, keepdim=True) if self.squares is None else self.squares
-
-
-@triton.jit
-def warm_tile(
-    weight, column, columns, begin,
-    DEPTH: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr,
-):  # fmt: skip
-    """The weights are nobody's to write: their first blocks come while the kernel before this one ends."""
-    many: tl.constexpr = WARMED if MANY >= WARMED else BLOCK
-    line = tl.minimum(begin + tl.arange(0, many // LINE) * LINE, DEPTH - LINE)
-    ahead = weight + column.to(tl.int64)[:, None] * DEPTH + line[None, :]
-    warm(ahead)
-    if GATED:
-        warm(ahead + columns.to(tl.int64) * DEPTH)
-
-
-@triton.jit
-def inverse_of(sums, epsilon, DEPTH: tl.constexpr):
-    """One over the root mean square of each row, from the parts of the sum of its squares."""
-    return tl.rsqrt(tl.sum(sums, 1) / DEPTH + epsilon)
-
-
-@triton.jit
-def is_last(mine, done, arrived, SHARERS: tl.constexpr):
-    """Leaves `done` at `mine` for whoever of the SHARERS comes last: that one adds up, in their order, so that the sum
-    is the same each time. The count `arrived` is zero again then."""
-    tl.store(mine, done)
-    tl.debug_barrier()
-    last = tl.atomic_add(arrived, 1) == SHARERS - 1
-    if last:
-        tl.store(arrived, 0)
-    return last
-
-
-@triton.jit
-def sum_of(first, apart: tl.constexpr, SHARERS: tl.constexpr):
-    """Of what stands at `first` and `apart` numbers behind each other; not out of this processor's own cache, which
-    knows nothing of what the others have written."""
-    done = tl.load(first, cache_modifier=".cg")
-    for other in tl.static_range(1, SHARERS):
-        done += tl.load(first + other * apart, cache_modifier=".cg")
-    return done
 
 
 @triton.jit
@@ -191,14 +196,15 @@ def multiply(
 
 @triton.jit(do_not_specialize=["rows"])  # one row would be compiled anew, after the proof with eight
 def product_kernel(
-    source, weight, bias, residual, squares, norm, target, squares_done, shares, arrived,
+    source, weight, bias, residual, squares, norm, target, scaled, squares_done, shares, arrived,
     rows, columns, parts, epsilon,
     DEPTH: tl.constexpr, PARTS: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SHARERS: tl.constexpr,
-    PIECES: tl.constexpr, EARLY: tl.constexpr,
+    SCALED: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    SHARERS: tl.constexpr, PIECES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One tile of COLUMNS columns for all rows; DEPTH is a multiple of BLOCK, `columns` of COLUMNS. SHARERS programs
-    take a part of the depth each; PIECES of a block are multiplied by warps of their own, in fewer turns.
+    take a part of the depth each; PIECES of a block are multiplied by warps of their own, in fewer turns. `norm` is the
+    weight of the norm before the product where it is NORMED, of the one after it where it is SCALED.
 
     The weight is the left matrix and the rows the right one: a tensor core's tile has 16 of the former and 8 of the
     latter.
@@ -213,7 +219,8 @@ def product_kernel(
     end = tl.minimum(begin + many, DEPTH)
     known = row < rows
     if EARLY:
-        warm_tile(weight, column, columns, begin, DEPTH, many, BLOCK, GATED)
+        asked: tl.constexpr = WARMED if many >= WARMED else BLOCK
+        warm_tile(weight, column, columns, begin, DEPTH, asked, GATED)
     follow(EARLY)
     # Whatever comes after the products is asked for before them: a wait for memory less at the end.
     out = row[None, :] * columns + column[:, None]
@@ -225,9 +232,9 @@ def product_kernel(
         added = tl.load(bias + column).to(tl.float32)[:, None]
     if RESIDUAL:
         added = tl.load(residual + out, mask=known[None, :], other=0.0).to(tl.float32)
-    inverse = tl.full((ROWS,), 1.0, tl.float32)
-    if NORMED and kind != tl.bfloat16:
-        inverse = inverse_of(sums, epsilon, DEPTH)
+    if SCALED:
+        scale = tl.load(norm + column).to(tl.float32)
+    inverse = inverse_of(sums, epsilon, DEPTH) if NORMED and kind != tl.bfloat16 else tl.full((ROWS,), 1.0, tl.float32)
     at = (row, known, column, columns, begin, end)
     done, second = multiply(weight, source, norm, inverse, at, DEPTH, NORMED, GATED, ROWS, COLUMNS, BLOCK, PIECES)
     if NORMED and kind == tl.bfloat16:
@@ -240,15 +247,14 @@ def product_kernel(
             return
         done = sum_of(mine, COLUMNS * ROWS, SHARERS)
     if GATED:
-        gate = done.to(kind).to(tl.float32)
-        done = (gate * tl.sigmoid(gate)).to(kind).to(tl.float32) * second
+        done = activated(done, second, kind)
     if BIAS or RESIDUAL:
         done += added
     rounded = done.to(kind)
     tl.store(target + out, rounded, mask=known[None, :])
     if RESIDUAL:
-        wide = rounded.to(tl.float32)
-        tl.store(squares_done + row * tl.num_programs(0) + tile, tl.sum(wide * wide, 0), mask=known)
+        left = squares_done + row * tl.num_programs(0) + tile
+        store_for_norm(rounded, scale if SCALED else 0, left, scaled + out, known, known[None, :], SCALED)
 
 
 def launch(
@@ -257,56 +263,73 @@ def launch(
     source: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
-    norm: tuple[torch.Tensor, float] | None = None,
+    norm: Norm | None = None,
     squares: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    following: torch.Tensor | None = None,
     gated: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`source` (R, K) times `weight` (N, K), or (2N, K) where it is `gated`; returns (R, N) and the squares of what was
-    added to `residual` (R, T), which nobody has written where nothing was added. `squares` of the rows for `norm`;
-    `begins` before the kernel that was launched before has ended."""
+    scaled: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`source` (R, K) times `weight` (N, K), or (2N, K) where it is `gated`; returns (R, N), with `residual` added, the
+    squares of that (R, T), and it times the weight (N,) of the norm that is `following`; the latter two hold nothing
+    where nothing was added or follows. `squares` of the rows for `norm`, of which broad tiles take what `scaled` holds,
+    the rows times its weight; `begins` before the kernel that was launched before has ended."""
+    if isinstance(tile, Broad):
+        if norm:
+            source = (source * norm[0]).to(source.dtype) if scaled is None else scaled
+        given = (bias, norm[1] if norm else None, squares, residual, following, gated)
+        return broad_products.launch(tile, begins, source, weight, *given)
     width, block, warps, stages, sharers, pieces = tile
     rows, depth = source.shape
     columns = weight.shape[0] // (2 if gated else 1)
     target = source.new_empty(rows, columns)
+    done = target if following is None else torch.empty_like(target)
     left = source.new_empty(rows, columns // width if residual is not None else 1, dtype=torch.float32)
-    parts = squares.shape[1] if norm else 1
+    parts, scale = squares.shape[1] if norm else 1, norm[0] if norm else following
     shares = target.new_empty(sharers * columns * tile_rows(rows) if sharers > 1 else 1, dtype=torch.float32)
     product_kernel[(columns // width, sharers)](
         source, weight, weight if bias is None else bias, source if residual is None else residual,
-        squares if norm else left, norm[0] if norm else weight, target, left,
+        squares if norm else left, weight if scale is None else scale, target, done, left,
         shares, arrived(source.device) if sharers > 1 else shares,
         rows, columns, parts, norm[1] if norm else 0.0,
         DEPTH=depth, PARTS=triton.next_power_of_2(parts), NORMED=norm is not None, BIAS=bias is not None,
-        RESIDUAL=residual is not None, GATED=gated, ROWS=tile_rows(rows), COLUMNS=width,
+        RESIDUAL=residual is not None, SCALED=following is not None, GATED=gated, ROWS=tile_rows(rows), COLUMNS=width,
         BLOCK=block, SHARERS=sharers, PIECES=pieces, EARLY=begins, num_warps=warps, num_stages=stages,
         **({"launch_pdl": True} if begins else {}),
     )  # fmt: skip
-    return target, left
+    return target, left, done
 
 
 def normed_product(
-    kind: str, rows: Rows, norm: tuple[torch.Tensor, float], weight: torch.Tensor, bias: torch.Tensor | None = None
+    kind: str, rows: Rows, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """rms_norm of the rows, by weight (K,) and epsilon in `norm`, times `weight` (N, K) and plus `bias` (N,):
     (R, N)."""
     tile, way = tile_of(kind, rows.hidden, len(weight), norm[0])
     if tile is None:
         return functional.linear(rms_norm(rows.hidden, *norm), weight, bias)
-    return launch(tile, way == EARLY, rows.hidden, weight, bias, norm, rows.sums())[0]
+    return launch(tile, way == EARLY, rows.hidden, weight, bias, norm, rows.sums(), scaled=rows.scaled_for(norm))[0]
 
 
-def gated_product(kind: str, rows: Rows, norm: tuple[torch.Tensor, float], weight: torch.Tensor) -> torch.Tensor:
+def gated_product(kind: str, rows: Rows, norm: Norm, weight: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up of the normed rows, of `weight` (2N, K), gate before up; (R, N)."""
     tile, way = tile_of(kind, rows.hidden, len(weight) // 2, norm[0])
     if tile is None:
         return swiglu(functional.linear(rms_norm(rows.hidden, *norm), weight))
-    return launch(tile, way == EARLY, rows.hidden, weight, None, norm, rows.sums(), gated=True)[0]
+    given = (rows.hidden, weight, None, norm, rows.sums())
+    return launch(tile, way == EARLY, *given, gated=True, scaled=rows.scaled_for(norm))[0]
 
 
-def add_product(kind: str, rows: Rows, inner: torch.Tensor, weight: torch.Tensor) -> Rows:
-    """`rows` plus `inner` (R, K) times `weight` (N, K); what was in `rows` may be written over."""
-    tile, way = tile_of(kind, inner, len(weight))
+def add_product(
+    kind: str, rows: Rows, inner: torch.Tensor, weight: torch.Tensor, following: tuple[str, Norm] | None = None
+) -> Rows:
+    """`rows` plus `inner` (R, K) times `weight` (N, K); what was in `rows` may be written over. `following` is the
+    product that takes them next, with its norm."""
+    scale = None
+    if following and isinstance(planned(following[0], rows.hidden, True), Broad):
+        scale = following[1][0]
+    tile, way = tile_of(kind, inner, len(weight), scale, scale is not None)
     if tile is None:
         return Rows(rows.hidden.addmm_(inner, weight.T))
-    return Rows(*launch(tile, way == EARLY, inner, weight, residual=rows.hidden))
+    hidden, squares, scaled = launch(tile, way == EARLY, inner, weight, residual=rows.hidden, following=scale)
+    return Rows(hidden, squares, None if scale is None else scaled, scale)

@@ -3,8 +3,8 @@
     attended = attend_slots(qkv, cos, sin, keys, values, places, heads, scale)
 
 Each slot holds one answer; its new tokens see all that stands before them and themselves. On a GPU in half precision
-two kernels do it for any lengths (FlashDecoding: Dao, Haziza, Massa, Sizov 2023), which a CUDA graph can hold since
-lengths are read on the GPU; elsewhere torch's SDPA.
+one or two kernels do it for any lengths (FlashDecoding: Dao, Haziza, Massa, Sizov 2023), which a CUDA graph can hold
+since lengths are read on the GPU; elsewhere torch's SDPA.
 
 Shapes: S slots, each with Q new tokens (R = S x Q rows), C places a slot; D the width of a head, the first of which
 are turned, an even number.
@@ -22,10 +22,13 @@ import triton.language as tl
 from kernels.early import EARLY, PLAIN, early, follow, warm, way_that_agrees
 from kernels.row_kernels import on_triton, rms_norm
 
-BLOCK = 64  # keys that are looked at together
+# Keys that are looked at together, warps and stages, where a slot's keys are cut into parts, and where they are not; of
+# 104 KB a program, so that one of the kernel before or after finds room beside it.
+SHAPES = {True: (64, 4, 4), False: (64, 4, 4)}
 PROOF_PLACES = 1_024  # of each slot on which the kernels are tried
-# Parts of one slot's keys, each by a program of its own; as many as keep an H100 busy (write_speed.py --tune).
-LEAST_PARTS, MOST_PARTS, PROGRAMS = 2, 32, 128
+# Parts of one slot's keys, each by a program of its own; as many as keep an H100 busy (write_speed.py --tune). A single
+# one needs no kernel that joins them.
+MOST_PARTS, PROGRAMS = 32, 128
 
 
 class Extras(NamedTuple):
@@ -155,50 +158,70 @@ def turned(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 
 @triton.jit
-def turned_rows(
-    source, cos, sin, row, known, norm, epsilon, WIDTH: tl.constexpr, TURNS: tl.constexpr, NORMED: tl.constexpr
-):  # fmt: skip
-    """The states at `source` (rows,), pointers, over their root mean square where they are NORMED, the first TURNS of
-    them turned by the angles of each `row`, in fp32 (rows, D)."""
+def states_at(source, cos, sin, row, known, WIDTH: tl.constexpr, TURNS: tl.constexpr):
+    """The states at `source` (rows,), pointers, those that each is turned against, and cos and sin of each `row`, all
+    (rows, D)."""
     wide = tl.arange(0, WIDTH)
     turns = known[:, None] & (wide < TURNS)[None, :]
     angles = row[:, None] * TURNS + wide[None, :]
-    cosine = tl.load(cos + angles, mask=turns, other=1.0).to(tl.float32)
-    sine = tl.load(sin + angles, mask=turns, other=0.0).to(tl.float32)
-    states = tl.load(source[:, None] + wide[None, :], mask=known[:, None], other=0.0).to(tl.float32)
-    # The other half of each, the first one negated.
+    cosine = tl.load(cos + angles, mask=turns, other=1.0)
+    sine = tl.load(sin + angles, mask=turns, other=0.0)
+    states = tl.load(source[:, None] + wide[None, :], mask=known[:, None], other=0.0)
     other = tl.where(wide < TURNS, (wide + TURNS // 2) % TURNS, wide)
-    halves = tl.load(source[:, None] + other[None, :], mask=known[:, None], other=0.0).to(tl.float32)
+    halves = tl.load(source[:, None] + other[None, :], mask=known[:, None], other=0.0)
+    return states, halves, cosine, sine
+
+
+@triton.jit
+def turned_rows(found, norm, epsilon, WIDTH: tl.constexpr, TURNS: tl.constexpr, NORMED: tl.constexpr):
+    """What was `found` by states_at, over its root mean square where it is NORMED, the first TURNS of it turned by its
+    angles, in fp32 (rows, D)."""
+    states, halves, cosine, sine = found
+    given: tl.constexpr = states.dtype
+    states, halves = states.to(tl.float32), halves.to(tl.float32)
+    wide = tl.arange(0, WIDTH)
     if NORMED:
         # Rounded as row_kernels.norm_kernel does, before and after it meets the weight.
+        other = tl.where(wide < TURNS, (wide + TURNS // 2) % TURNS, wide)
         inverse = tl.rsqrt(tl.sum(states * states, 1) / WIDTH + epsilon)[:, None]
         kind: tl.constexpr = norm.dtype.element_ty
         states = (states * inverse).to(kind).to(tl.float32) * tl.load(norm + wide)[None, :].to(tl.float32)
         halves = (halves * inverse).to(kind).to(tl.float32) * tl.load(norm + other)[None, :].to(tl.float32)
-        states = states.to(source.dtype.element_ty).to(tl.float32)
-        halves = halves.to(source.dtype.element_ty).to(tl.float32)
-    return states * cosine + halves * tl.where(wide < TURNS // 2, -1.0, 1.0)[None, :] * sine
+        states, halves = states.to(given).to(tl.float32), halves.to(given).to(tl.float32)
+    signs = tl.where(wide < TURNS // 2, -1.0, 1.0)[None, :]
+    return states * cosine.to(tl.float32) + halves * signs * sine.to(tl.float32)
 
 
 @triton.jit
-def store_fresh(
-    qkv, cos, sin, keys, values, norm, epsilon, slot, head, place, begin, end,
-    HEADS: tl.constexpr, FEWER: tl.constexpr, NEW: tl.constexpr, WIDTH: tl.constexpr, NEW_ROWS: tl.constexpr,
-    TURNS: tl.constexpr, NORMED: tl.constexpr, GATED: tl.constexpr,
-):  # fmt: skip
-    """New keys and values of a slot and head, whose first place is at `keys` and `values`: from `begin` to `end`."""
-    fresh, wide = tl.arange(0, NEW_ROWS), tl.arange(0, WIDTH)
-    mine = (fresh < NEW) & (place + fresh >= begin) & (place + fresh < end)
-    row = slot * NEW + fresh
-    across: tl.constexpr = HEADS * 2 if GATED else HEADS
-    source = qkv + row * ((across + 2 * FEWER) * WIDTH) + (across + head) * WIDTH
-    key = turned_rows(source, cos, sin, row, mine, norm, epsilon, WIDTH, TURNS, NORMED)
-    value = tl.load(source[:, None] + FEWER * WIDTH + wide[None, :], mask=mine[:, None], other=0.0)
-    stored = (place + fresh)[:, None] * WIDTH + wide[None, :]
-    tl.store(keys + stored, key.to(keys.dtype.element_ty), mask=mine[:, None])
-    tl.store(values + stored, value, mask=mine[:, None])
-    # The warps of this program read below what its other warps have just written.
-    tl.debug_barrier()
+def gate_with(done, gate, kind: tl.constexpr):
+    """`done` times the sigmoid of `gate`, rounded as torch's own functions round it."""
+    return done.to(kind).to(tl.float32) * tl.sigmoid(gate.to(tl.float32)).to(kind).to(tl.float32)
+
+
+@triton.jit
+def attended(query, keys, values, at, scale, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """`query` (ROWS, D) over the keys and values of a slot and head: (ROWS, D) times the sum of its weights, that sum,
+    and by which score they are. A query sees the places up to `last` (ROWS,), here from `begin` to `end`."""
+    last, begin, end = at
+    wide = tl.arange(0, WIDTH)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    weights = tl.zeros((ROWS,), tl.float32)
+    done = tl.zeros((ROWS, WIDTH), tl.float32)
+    for start in range(begin, end, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < end
+        # A slot and head has fewer than 2**31 numbers.
+        place = column[:, None] * WIDTH + wide[None, :]
+        scores = tl.dot(query, tl.trans(tl.load(keys + place, mask=inside[:, None], other=0.0))) * scale
+        scores = tl.where(inside[None, :] & (column[None, :] <= last[:, None]), scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        # A row that has seen nothing yet: minus infinity less itself is no number.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        chances, fade = tl.exp(scores - base[:, None]), tl.exp(top - base)
+        weights, top = weights * fade + tl.sum(chances, 1), higher
+        value = tl.load(values + place, mask=inside[:, None], other=0.0)
+        done = done * fade[:, None] + tl.dot(chances.to(value.dtype), value)
+    return done, weights, top
 
 
 @triton.jit
@@ -206,59 +229,62 @@ def attend_kernel(
     qkv, cos, sin, keys, values, places, sums, tops, partial, capacity, scale, parts,
     query_norm, key_norm, epsilon,
     HEADS: tl.constexpr, FEWER: tl.constexpr, NEW: tl.constexpr, WIDTH: tl.constexpr,
-    TURNS: tl.constexpr, NORMED: tl.constexpr, GATED: tl.constexpr,
+    TURNS: tl.constexpr, NORMED: tl.constexpr, GATED: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, NEW_ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One part of the keys of one slot and one head of keys, for all NEW x (HEADS / FEWER) queries that share it."""
+    """One part of the keys of one slot and one head of keys, for all NEW x (HEADS / FEWER) queries that share it; where
+    the part is the WHOLE, `partial` gets what was attended."""
     slot, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     shared: tl.constexpr = HEADS // FEWER
+    across: tl.constexpr = HEADS * 2 if GATED else HEADS
+    apart: tl.constexpr = 2 if GATED else 1
     # Moved on at the end of the step before: there already.
-    place = tl.load(places + slot)
-    total = place + NEW
-    chunk = tl.cdiv(tl.cdiv(total, parts), BLOCK) * BLOCK
+    place = tl.load(places + slot).to(tl.int32)
+    chunk = tl.cdiv(tl.cdiv(place + NEW, parts), 16) * 16
     begin = part * chunk
-    end = tl.minimum(begin + chunk, total)
+    end = tl.minimum(begin + chunk, place + NEW)
     wide = tl.arange(0, WIDTH)
-    cache = (slot * FEWER + head).to(tl.int64) * capacity * WIDTH
+    keys += (slot * FEWER + head).to(tl.int64) * capacity * WIDTH
+    values += (slot * FEWER + head).to(tl.int64) * capacity * WIDTH
     if EARLY:
         # What is in the cache comes nearer while the kernel before this one ends.
-        old = tl.minimum(begin + tl.arange(0, 2 * BLOCK), capacity - 1).to(tl.int64)
+        old = tl.minimum(begin + tl.arange(0, 2 * BLOCK), capacity - 1)
         for line in tl.static_range(0, WIDTH, 64):
-            warm(keys + cache + old * WIDTH + line)
-            warm(values + cache + old * WIDTH + line)
+            warm(keys + old * WIDTH + line)
+            warm(values + old * WIDTH + line)
     follow(EARLY)
-    store_fresh(
-        qkv, cos, sin, keys + cache, values + cache, key_norm, epsilon, slot, head, place, begin, end,
-        HEADS, FEWER, NEW, WIDTH, NEW_ROWS, TURNS, NORMED, GATED,
-    )  # fmt: skip
-    lane = tl.arange(0, ROWS)
+    # All that the kernel before has left is asked for at once: queries, and new keys and values of this part.
+    lane, fresh = tl.arange(0, ROWS), tl.arange(0, NEW_ROWS)
     token, of_head = lane // shared, head * shared + lane % shared
-    known, row = lane < NEW * shared, slot * NEW + lane // shared
-    apart: tl.constexpr = 2 if GATED else 1
-    source = qkv + row * ((HEADS * apart + 2 * FEWER) * WIDTH) + of_head * (WIDTH * apart)
-    query = turned_rows(source, cos, sin, row, known, query_norm, epsilon, WIDTH, TURNS, NORMED)
-    query = query.to(qkv.dtype.element_ty)
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    weights = tl.zeros((ROWS,), tl.float32)
-    done = tl.zeros((ROWS, WIDTH), tl.float32)
-    for start in range(begin, end, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = column < end
-        at = cache + column.to(tl.int64)[:, None] * WIDTH + wide[None, :]
-        scores = tl.dot(query, tl.trans(tl.load(keys + at, mask=inside[:, None], other=0.0))) * scale
-        scores = tl.where(inside[None, :] & (column[None, :] <= place + token[:, None]), scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        # A row that has seen nothing yet: minus infinity less itself is no number.
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        chances, fade = tl.exp(scores - base[:, None]), tl.exp(top - base)
-        weights, top = weights * fade + tl.sum(chances, 1), higher
-        value = tl.load(values + at, mask=inside[:, None], other=0.0)
-        done = done * fade[:, None] + tl.dot(chances.to(value.dtype), value)
+    known, row = lane < NEW * shared, slot * NEW + token
+    line_of_row: tl.constexpr = (across + 2 * FEWER) * WIDTH
+    asked = states_at(qkv + row * line_of_row + of_head * (WIDTH * apart), cos, sin, row, known, WIDTH, TURNS)
+    mine = (fresh < NEW) & (place + fresh >= begin) & (place + fresh < end)
+    source = qkv + (slot * NEW + fresh) * line_of_row + (across + head) * WIDTH
+    made = states_at(source, cos, sin, slot * NEW + fresh, mine, WIDTH, TURNS)
+    passed = tl.load(source[:, None] + FEWER * WIDTH + wide[None, :], mask=mine[:, None], other=0.0)
+    if WHOLE and GATED:
+        opened = qkv + row * line_of_row + of_head * (WIDTH * 2) + WIDTH
+        gate = tl.load(opened[:, None] + wide[None, :], mask=known[:, None], other=0.0)
+    key = turned_rows(made, key_norm, epsilon, WIDTH, TURNS, NORMED).to(keys.dtype.element_ty)
+    stored = (place + fresh)[:, None] * WIDTH + wide[None, :]
+    tl.store(keys + stored, key, mask=mine[:, None])
+    tl.store(values + stored, passed, mask=mine[:, None])
+    # The warps of this program read below what its other warps have just written.
+    tl.debug_barrier()
+    query = turned_rows(asked, query_norm, epsilon, WIDTH, TURNS, NORMED).to(qkv.dtype.element_ty)
+    at = (place + token, begin, end)
+    done, weights, top = attended(query, keys, values, at, scale, ROWS, WIDTH, BLOCK)
     # (R, heads, parts) and (R, heads, parts, D)
     out = (row * HEADS + of_head) * parts + part
-    tl.store(tops + out, top, mask=known)
-    tl.store(sums + out, weights, mask=known)
-    tl.store(partial + out[:, None] * WIDTH + wide[None, :], done, mask=known[:, None])
+    if WHOLE:
+        done = done / weights[:, None]
+        if GATED:
+            done = gate_with(done, gate, qkv.dtype.element_ty)
+    else:
+        tl.store(tops + out, top, mask=known)
+        tl.store(sums + out, weights, mask=known)
+    tl.store(partial + out[:, None] * WIDTH + wide[None, :], done.to(partial.dtype.element_ty), mask=known[:, None])
 
 
 @triton.jit
@@ -280,9 +306,7 @@ def join_kernel(
     if GATED:
         # Each query and its gate, all heads of a row, then the keys and values.
         at = qkv + (row // HEADS) * ((HEADS * 2 + 2 * FEWER) * WIDTH) + (row % HEADS * 2 + 1) * WIDTH
-        kind: tl.constexpr = target.dtype.element_ty
-        gate = tl.sigmoid(tl.load(at + wide).to(tl.float32)).to(kind).to(tl.float32)
-        done = done.to(kind).to(tl.float32) * gate
+        done = gate_with(done, tl.load(at + wide), target.dtype.element_ty)
     tl.store(target + row * WIDTH + wide, done.to(target.dtype.element_ty))
 
 
@@ -298,15 +322,19 @@ def attend_in_parts(
     parts: int | None = None,
     begins: bool = False,
     extras: Extras = NO_EXTRAS,
+    shape: tuple[int, int, int] | None = None,
 ) -> torch.Tensor:
     """`attend_slots` by the kernels above, the first of which `begins` before the one before has ended; the keys of a
-    slot in `parts` parts, as many as keep a GPU busy."""
+    slot in `parts` parts, as many as keep a GPU busy, by programs of such a `shape` as in SHAPES."""
     slots, fewer, capacity, width = keys.shape
     new, rows = len(qkv) // slots, len(qkv)
-    parts = parts or max(LEAST_PARTS, min(MOST_PARTS, PROGRAMS // (slots * fewer)))
-    sums = qkv.new_empty(rows, heads, parts, dtype=torch.float32)
-    tops, partial = torch.empty_like(sums), qkv.new_empty(rows, heads, parts, width, dtype=torch.float32)
+    parts = parts or max(1, min(MOST_PARTS, PROGRAMS // (slots * fewer)))
+    block, warps, stages = shape or SHAPES[parts > 1]
     target = qkv.new_empty(rows, heads * width)
+    sums = tops = partial = target
+    if parts > 1:
+        sums, tops = torch.empty(2, rows, heads, parts, dtype=torch.float32, device=qkv.device)
+        partial = qkv.new_empty(rows, heads, parts, width, dtype=torch.float32)
     launch = {"launch_pdl": True} if begins else {}
     lanes = max(16, triton.next_power_of_2(new * heads // fewer))
     # What is not there is not read.
@@ -314,12 +342,13 @@ def attend_in_parts(
     attend_kernel[(slots, fewer, parts)](
         qkv, cos, sin, keys, values, places, sums, tops, partial, capacity, scale, parts,
         query_norm, key_norm, extras.epsilon, TURNS=cos.shape[-1], NORMED=extras.norms is not None, GATED=extras.gated,
-        HEADS=heads, FEWER=fewer, NEW=new, WIDTH=width, ROWS=lanes, NEW_ROWS=triton.next_power_of_2(new), BLOCK=BLOCK,
-        EARLY=begins, num_warps=4, num_stages=4 if width < 256 else 2, **launch,
+        WHOLE=parts == 1, HEADS=heads, FEWER=fewer, NEW=new, WIDTH=width, ROWS=lanes,
+        NEW_ROWS=triton.next_power_of_2(new), BLOCK=block, EARLY=begins, num_warps=warps,
+        num_stages=stages if width < 256 else 2, **launch,
     )  # fmt: skip
-    join_kernel[(rows * heads,)](
-        sums, tops, partial, target, parts, qkv,
-        PARTS=triton.next_power_of_2(parts), WIDTH=width, EARLY=begins, HEADS=heads, FEWER=fewer, GATED=extras.gated,
-        num_warps=2, **launch,
-    )  # fmt: skip
+    if parts > 1:
+        join_kernel[(rows * heads,)](
+            sums, tops, partial, target, parts, qkv, PARTS=triton.next_power_of_2(parts), WIDTH=width, EARLY=begins,
+            HEADS=heads, FEWER=fewer, GATED=extras.gated, num_warps=2, **launch,
+        )  # fmt: skip
     return target

@@ -473,6 +473,35 @@ def test_tokens_are_held_against_the_plain_model_as_they_were_chosen(tiny_base, 
     assert found["would_have_ended"] == 0 and 0.1 < found["with_over_without"] < 10
 
 
+def test_tuning_leaves_the_fastest_tile_and_says_what_it_saves_in_a_layer(monkeypatch):
+    """A tile that fails is left out, and attention goes back to what was the fastest of all that was tried."""
+    from kernels import skinny_products as skinny
+    from kernels import slot_attention
+
+    monkeypatch.setattr(skinny, "TILES", {kind: dict(tiles) for kind, tiles in skinny.TILES.items()})
+    monkeypatch.setattr(slot_attention, "SHAPES", dict(slot_attention.SHAPES))
+    monkeypatch.setattr(slot_attention, "PROGRAMS", slot_attention.PROGRAMS)
+    fastest, failing = skinny.Broad(128, 128, 8, 3, 8), skinny.Broad(64, 128, 4, 3, 6)
+
+    def step_ms(engine, slots, spread=0.0):
+        tile = skinny.TILES["qkv"][64]
+        if tile == failing:
+            raise RuntimeError("out of resource: shared memory")
+        wide = 4 * slots == slot_attention.PROGRAMS and slot_attention.SHAPES[True] == (64, 4, 4)
+        return {None: 5.0, fastest: 4.0}.get(tile, 4.5) - 0.5 * wide + spread
+
+    monkeypatch.setattr(write_speed, "step_ms", step_ms)
+    mixer = SimpleNamespace(takes_back=True, fewer=2)
+    engine = SimpleNamespace(captured=SimpleNamespace(layers=[SimpleNamespace(mixer=mixer)] * 10))
+    found = write_speed.tune(engine, 64, narrow=False)
+    assert skinny.TILES["qkv"][64] == fastest and json.dumps(failing) not in found["qkv"]
+    assert next(iter(found["qkv"].values())) == {"step_ms": 4.0, "us_a_layer_under_torch": 100.0}
+    assert found["qkv"]["null"]["us_a_layer_under_torch"] == 0
+    shapes = write_speed.tune_attention(engine, 64)
+    assert next(iter(shapes.items())) == ("2 parts, (64, 4, 4)", {"step_ms": 3.5, "spread_step_ms": 4.0})
+    assert slot_attention.PROGRAMS == 256 and len(shapes) == len(write_speed.WHOLE_SHAPES) + 1
+
+
 def test_pages_that_end_by_themselves_are_compared_to_the_byte():
     whole, cut = "<html><head></head><body>a</body></html>", "<html><body>a"
     alone = [

@@ -3,8 +3,8 @@
     step = Step(model, captured, cache, state, slots=8, new=1, chooser=Chooser([], drawn=False))
     step.run(16)                                    # sixteen steps, for which nobody waits
 
-A GPU that is told each kernel by Python is idle for 98 % of such a step; a graph starts all of them at once. Up to 16
-rows go through kernels that read each weight once (kernels/skinny_products.py), more through cuBLAS.
+A GPU that is told each kernel by Python is idle for 98 % of such a step; a graph starts all of them at once. Up to 64
+rows go through kernels that read each weight once (kernels/skinny_products.py).
 
 Shapes: S slots, Q new tokens of each, R = S x Q rows; H, D, V as in kernels/.
 """
@@ -19,7 +19,7 @@ import torch
 
 import use_model_from_hub as use
 from families.slot_layers import Captured, Moment
-from kernels.row_kernels import embed
+from kernels.row_kernels import embed, likeliest
 from kernels.skinny_products import Rows, add_product, gated_product, normed_product
 from writing.drafts import drafts
 from writing.slots import Cache, State
@@ -43,7 +43,7 @@ class Chooser:
     def choose(self, logits: torch.Tensor, state: State, slots: int) -> torch.Tensor:
         """Tokens (S,) from `logits` (S, V) of the first `slots` slots."""
         if self.plain:
-            return logits.argmax(-1)
+            return likeliest(logits)
         scores = logits.float()
         for process in self.processors:
             scores = process(state.history[:slots], scores)
@@ -94,7 +94,7 @@ class Step:
         if self.new == 1:
             chosen, kept = self.chooser.choose(logits, state, count)[:, None], live
         else:
-            chosen = logits.argmax(-1).view(count, self.new)
+            chosen = likeliest(logits).view(count, self.new)
             # A draft was right where the token chosen before it is the draft; the first wrong one ends the row.
             right = (chosen[:, :-1] == tokens[:, 1:]).long().cumprod(-1).sum(-1)
             kept = (right + 1) * live
@@ -113,13 +113,16 @@ class Step:
         table = self.core.get_input_embeddings().weight
         hidden, squares, *angles = embed(tokens.flatten(), positions.flatten(), table, *self.angles)
         moment, rows = Moment(angles, places, live), Rows(hidden, squares)
-        for number, layer in enumerate(self.captured.layers):
+        layers = self.captured.layers
+        # Each product that adds to the residual stream knows whose norm comes next.
+        following = [("qkv", layer.norms[0]) for layer in layers[1:]] + [("head", self.captured.norm)]
+        for number, (layer, after) in enumerate(zip(layers, following)):
             mixer = layer.mixer
             wide = normed_product("qkv", rows, layer.norms[0], mixer.taken, mixer.taken_bias)
             done = mixer.step(wide, moment, self.cache.layer(number, self.slots))
-            rows = add_product("out", rows, done, mixer.out)
+            rows = add_product("out", rows, done, mixer.out, ("gated", layer.norms[1]))
             inner = gated_product("gated", rows, layer.norms[1], layer.gated)
-            rows = add_product("down", rows, inner, layer.down)
+            rows = add_product("down", rows, inner, layer.down, after)
         return normed_product("head", rows, self.captured.norm, self.head.weight)
 
     # -- capture and replay

@@ -1,10 +1,14 @@
 """Kernels of a step and of windows: on a GPU as they are, elsewhere by Triton's own interpreter, no mock, but slow."""
 
 import importlib
+import os
 import sys
 
 import pytest
 import torch
+
+import use_model_from_hub as use
+from families import family_of, slot_layers
 
 pytest.importorskip("triton", reason="triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -113,6 +117,23 @@ def test_a_step_begins_with_the_rows_of_its_tokens_and_places(kernels, monkeypat
     assert all(torch.equal(one, other) for one, other in zip(found[::2], again[::2]))
 
 
+@pytest.mark.parametrize("kind", HALF, ids=str)
+def test_the_likeliest_token_is_the_first_of_the_largest(kernels, kind):
+    """Over several programs a row, the last of which is not full; the count of those that have ended is zero again."""
+    rows = kernels("row_kernels")
+    torch.manual_seed(9)
+    logits = torch.randn(4, 2 * rows.LIKELIEST + 9, device=DEVICE).to(kind)
+    logits[1, [3, 5, rows.LIKELIEST + 1]] = logits[2, -1] = logits[3, [rows.LIKELIEST, -1]] = 99
+    for _ in range(2):
+        assert torch.equal(rows.likeliest(logits)[1:], torch.tensor([3, logits.shape[1] - 1, rows.LIKELIEST]))
+        assert logits[0, rows.likeliest(logits)[0]] == logits[0].max()
+    assert rows.likeliest_proved.cache_info().currsize == 1 and rows.likeliest_proved(
+        *logits.shape[1:], kind, logits.device
+    )
+    logits[3, 7] = float("nan")
+    assert rows.likeliest(logits)[3] == logits[3].argmax() == 7
+
+
 def test_a_wrong_norm_is_not_used_and_that_is_said(kernels, monkeypatch):
     rows = kernels("row_kernels")
     hidden, weight = torch.randn(5, 80, device=DEVICE).half(), torch.randn(80, device=DEVICE).half()
@@ -174,6 +195,100 @@ def test_a_row_comes_out_the_same_whatever_stands_beside_it(kernels):
     assert torch.equal(whole[3:4], skinny.normed_product("qkv", alone, norm, weight))
 
 
+@pytest.mark.parametrize("kind", MULTIPLIED, ids=str)
+@pytest.mark.parametrize("count", [5, 20, 64])
+@pytest.mark.parametrize("sharers", [1, 3])
+def test_products_of_many_rows_by_broad_tiles_equal_torchs(kernels, count, sharers, kind):
+    """Columns that are no whole tiles; norms of which one half is in the rows already."""
+    skinny = kernels("skinny_products")
+    torch.manual_seed(7)
+
+    def draw(*shape):
+        return (torch.randn(*shape, device=DEVICE) / 8).to(kind)
+
+    hidden, inner, norm = draw(count, 256) * 8, draw(count, 320), (draw(256).float() * 8, 1e-6)
+    weight, bias, gated, down = draw(96, 256), draw(96), draw(2 * 96, 256), draw(256, 320)
+    normed = skinny.rms_norm(hidden.float(), *norm)
+    tile, squares = skinny.Broad(64, 64, 4, 3, sharers), hidden.float().pow(2).view(count, 4, -1).sum(-1)
+    done = skinny.launch(tile, False, hidden, weight, bias, norm, squares)[0]
+    close(done, normed @ weight.float().T + bias.float(), kind)
+    scaled = (hidden * norm[0]).to(kind)
+    again = skinny.launch(tile, False, hidden, weight, bias, norm, squares, scaled=scaled)[0]
+    assert torch.equal(done, again) and not torch.equal(done, skinny.launch(tile, False, hidden, weight, bias)[0])
+    both = skinny.launch(skinny.Broad(64, 64, 4, 3, 1), False, hidden, gated, None, norm, squares, gated=True)[0]
+    close(both, skinny.swiglu(normed @ gated.float().T), kind)
+    added, left, following = skinny.launch(tile, False, inner, down, residual=hidden, following=norm[0])
+    close(added, hidden.float() + inner.float() @ down.float().T, kind)
+    assert torch.equal(following, (added * norm[0]).to(kind)) and left.shape == (count, 4)
+    assert torch.allclose(left.sum(-1), added.float().pow(2).sum(-1), rtol=1e-5)
+    narrow = skinny.launch((16, 64, 2, 3, sharers, 1), False, inner, down, residual=hidden, following=norm[0])
+    close(narrow[0], added.float(), kind)
+    assert torch.equal(narrow[2], (narrow[0] * norm[0]).to(kind))
+
+
+def test_a_row_among_many_comes_out_the_same_whatever_stands_beside_it(kernels):
+    skinny = kernels("skinny_products")
+    torch.manual_seed(8)
+    hidden, inner = torch.randn(2, 40, 512, device=DEVICE).half()
+    weight = torch.randn(512, 512, device=DEVICE).half() / 8
+    whole = skinny.add_product("down", skinny.Rows(hidden), inner, weight)
+    fewer = skinny.add_product("down", skinny.Rows(hidden[3:36].clone()), inner[3:36].clone(), weight)
+    assert isinstance(skinny.tile_of("down", inner, 512)[0], skinny.Broad)
+    assert torch.equal(whole.hidden[3:36], fewer.hidden) and torch.equal(whole.squares[3:36], fewer.squares)
+
+
+@pytest.mark.skipif(DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="nothing is interpreted")
+@pytest.mark.parametrize("family", ["", "Qwen3-VL", "Qwen3.5"])
+def test_a_step_of_many_slots_by_broad_tiles_gives_torchs_logits(base_of, monkeypatch, family):
+    """Each norm but the first is half done where the rows come from; in fp16, which small states bear."""
+    import writing.step
+    from writing.slots import Cache, State
+
+    model, _ = use.load_model(str(base_of(family)), use.Recipe(prompt="write", max_html_tokens=8))
+    model = model.half().to(DEVICE)
+    room, slots, halves = writing.step.add_product.__globals__, 17, []
+    monkeypatch.setitem(slot_layers.attend_slots.__globals__, "PROOF_PLACES", 32)
+    layers = family_of(model.config).captured(model).layers
+    launch, on_triton = room["launch"], room["on_triton"]
+
+    def noted(tile, begins, source, *given, **options):
+        if len(source) == slots and "norm" not in options:  # proofs name it
+            halves.append((options.get("scaled") is not None, options.get("following") is not None))
+        return launch(tile, begins, source, *given, **options)
+
+    def logits(tiles):
+        monkeypatch.setitem(room, "TILES", {kind: {32: tile} for kind, tile in tiles.items()})
+        torch.manual_seed(10)
+        cache, state = Cache(layers, slots, 64, torch.float16, DEVICE), State(slots, 64, DEVICE, 0)
+        for part in (part for parts in cache.states for part in parts):
+            part.copy_(0.3 * torch.randn(part.shape))
+        tokens, places = torch.arange(5, 5 + slots, device=DEVICE)[:, None], torch.full_like(state.places, 20)
+        step = writing.step.Step(model, family_of(model.config).captured(model), cache, state, slots, 1, None)
+        with torch.inference_mode():
+            return step.forward(tokens, places, state.shifts, torch.ones_like(places)).float()
+
+    plain = room["planned"]
+    wanted = logits(dict.fromkeys(room["TILES"]))
+    monkeypatch.setitem(room, "launch", noted)
+    monkeypatch.setitem(room, "planned", lambda kind, source, normed: plain(kind, source, False))
+    broad = {kind: room["Broad"](64, 32, 4, 3, 1 if kind == "gated" else 2) for kind in room["TILES"]}
+    found = logits(broad)
+    assert (found - wanted).norm() < 0.002 * wanted.norm() and on_triton(model.lm_head.weight)
+    # Of two layers: out, gated and down go through tiles whatever the family; a gated product always finds its half.
+    assert halves.count((True, False)) >= 2 and halves.count((False, True)) == 4
+
+
+def test_rows_that_met_the_next_norm_are_taken_by_it_alone(kernels):
+    skinny = kernels("skinny_products")
+    hidden, norm, other = torch.ones(20, 64).bfloat16(), torch.ones(64), torch.ones(64)
+    rows = skinny.Rows(hidden, None, 2 * hidden, norm)
+    assert torch.equal(rows.scaled_for((norm, 1e-6)), 2 * hidden) and rows.scaled_for((other, 1e-6)) is None
+    assert skinny.Rows(hidden).scaled_for((norm, 1e-6)) is None
+    # fp16 ends at 65,504: a large state times a large weight would be none any more.
+    assert isinstance(skinny.planned("down", hidden.half(), False), skinny.Broad)
+    assert skinny.planned("qkv", hidden.half(), True) is None
+
+
 def test_a_kernel_that_is_wrong_or_fails_is_not_used_and_that_is_said(kernels, monkeypatch):
     skinny, room = kernels("skinny_products"), kernels("slot_attention")
     hidden = torch.randn(4, 256, device=DEVICE).half()
@@ -181,8 +296,8 @@ def test_a_kernel_that_is_wrong_or_fails_is_not_used_and_that_is_said(kernels, m
     real = skinny.launch
 
     def wrong(*arguments, **options):
-        done, left = real(*arguments, **options)
-        return done + 0.05 * done.abs().max(), left
+        done, *left = real(*arguments, **options)
+        return done + 0.05 * done.abs().max(), *left
 
     monkeypatch.setattr(skinny, "launch", wrong)
     skinny.way_of.cache_clear()
@@ -210,11 +325,13 @@ def test_a_kernel_that_is_wrong_or_fails_is_not_used_and_that_is_said(kernels, m
         assert not room.way_of(*shapes)
 
 
-@pytest.mark.parametrize(("turns", "norm", "gated"), [(32, "half", False), (8, "whole", True), (16, None, True)])
-def test_heads_that_are_normed_gated_and_turned_in_part_equal_torchs(kernels, monkeypatch, turns, norm, gated):
+@pytest.mark.parametrize(
+    ("turns", "norm", "gated", "parts"), [(32, "half", False, 2), (8, "whole", True, 2), (16, None, True, 1)]
+)
+def test_heads_that_are_normed_gated_and_turned_in_part_equal_torchs(kernels, monkeypatch, turns, norm, gated, parts):
     room = kernels("slot_attention")
     monkeypatch.setattr(room, "PROOF_PLACES", 96)
-    monkeypatch.setattr(room, "MOST_PARTS", 2)
+    monkeypatch.setattr(room, "MOST_PARTS", parts)
     torch.manual_seed(4)
     slots, heads, fewer, width, new, kind = 2, 4, 2, 32, 3, torch.float16
     places = torch.tensor([0, 70], device=DEVICE)

@@ -1,0 +1,87 @@
+"""What kernels have in common whose programs share a piece of work, and those of products with large weights.
+
+warm_tile(weight, column, columns, begin, DEPTH, ASKED, GATED)      # inside a kernel, before it follows
+if not is_last(mine, done, arrived, SHARERS): return                # of several programs the last one adds up
+done = sum_of(first, apart, SHARERS)
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.early import warm
+
+MOST_ROWS = 64
+LINE = tl.constexpr(64)  # numbers of half precision in one line of memory
+
+
+def tile_rows(rows: int) -> int:
+    """Rows of a tile that holds `rows`: a tensor core takes eight at least."""
+    return next(count for count in (8, 16, 32, MOST_ROWS) if rows <= count)
+
+
+@lru_cache
+def arrived(device: torch.device) -> torch.Tensor:
+    """How many of the programs that share a piece of work have ended: zeros, as each kernel leaves them again. Kernels
+    that use it run one after another: one stream a device."""
+    return torch.zeros(1 << 16, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def warm_tile(weight, column, columns, begin, DEPTH: tl.constexpr, ASKED: tl.constexpr, GATED: tl.constexpr):
+    """The weights are nobody's to write: the first ASKED numbers of each `column` come while the kernel before this one
+    ends."""
+    line = tl.minimum(begin + tl.arange(0, ASKED // LINE) * LINE, DEPTH - LINE)
+    ahead = weight + column.to(tl.int64)[:, None] * DEPTH + line[None, :]
+    warm(ahead)
+    if GATED:
+        warm(ahead + columns.to(tl.int64) * DEPTH)
+
+
+@triton.jit
+def inverse_of(sums, epsilon, DEPTH: tl.constexpr):
+    """One over the root mean square of each row, from the parts of the sum of its squares."""
+    return tl.rsqrt(tl.sum(sums, 1) / DEPTH + epsilon)
+
+
+@triton.jit
+def is_last(mine, done, arrived, SHARERS: tl.constexpr):
+    """Leaves `done` at `mine` for whoever of the SHARERS comes last: that one adds up, in their order, so that the sum
+    is the same each time. The count `arrived` is zero again then."""
+    tl.store(mine, done)
+    tl.debug_barrier()
+    last = tl.atomic_add(arrived, 1) == SHARERS - 1
+    if last:
+        tl.store(arrived, 0)
+    return last
+
+
+@triton.jit
+def sum_of(first, apart: tl.constexpr, SHARERS: tl.constexpr):
+    """Of what stands at `first` and `apart` numbers behind each other; not out of this processor's own cache, which
+    knows nothing of what the others have written."""
+    done = tl.load(first, cache_modifier=".cg")
+    for other in tl.static_range(1, SHARERS):
+        done += tl.load(first + other * apart, cache_modifier=".cg")
+    return done
+
+
+@triton.jit
+def store_for_norm(rounded, scale, squares, scaled, known, both, SCALED: tl.constexpr):
+    """What the norm that follows takes of a tile (COLUMNS, ROWS) of the residual stream: each row's sum of squares and,
+    where it is SCALED, the numbers times the norm's weight."""
+    wide = rounded.to(tl.float32)
+    tl.store(squares, tl.sum(wide * wide, 0), mask=known)
+    if SCALED:
+        tl.store(scaled, (wide * scale[:, None]).to(rounded.dtype), mask=both)
+
+
+@triton.jit
+def activated(gate, up, kind: tl.constexpr):
+    """silu(gate) * up, rounded as row_kernels.swiglu_kernel rounds it."""
+    gate = gate.to(kind).to(tl.float32)
+    return (gate * tl.sigmoid(gate)).to(kind).to(tl.float32) * up
