@@ -221,7 +221,8 @@ def test_heads_of_odd_widths_are_filled_up_for_flash_attn_4(monkeypatch, width, 
     for kernel in (attention.flash_4, attention.segment_by_segment):
         done = kernel(*parts, bounds, 4, width**-0.5, True)
         found.append([done, *torch.autograd.grad(done.square().sum(), parts)])
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found))
+    # Gradients of up to 20; how fp32 rounds them differs by processor.
+    assert all(torch.allclose(a, b, atol=2e-5) for a, b in zip(*found))
 
 
 @pytest.fixture
