@@ -87,7 +87,7 @@ class Engine:
         asked = processor.tokenizer([use.ask(processor, recipe.prompt)], padding=True, padding_side="left")
         question = len(asked["input_ids"][0])
         self.capacity = -(-(picture + question + recipe.max_html_tokens + BLOCK * MOST_NEW) // 64) * 64
-        self.read_patches = READ_PATCHES
+        self.read_patches, self.writing = READ_PATCHES, False
         # No more than one of WIDTHS that holds all who want one, and no more than fit.
         enough = next((width for width in WIDTHS if width >= (wanted or WIDTHS[-1])), WIDTHS[-1])
         self.allocate(min(enough, self.slots_that_fit()))
@@ -129,7 +129,7 @@ class Engine:
         raises is raised here, but for a `UseError`, which is that request's answer. `shown` gets each answer's text in
         pieces as it is written. One at a time: raises RuntimeError where another is under way; one that is closed early
         leaves nothing behind."""
-        if any(self.slots):
+        if self.writing:
             raise RuntimeError("this engine is writing already: end or close that first, or make another one")
         # Those that were closed early would move on, out of their slots.
         self.state.stop(slice(None))
@@ -137,6 +137,7 @@ class Engine:
             make = functools.partial(question_of, self.processor, self.recipe, dtype=self.model.dtype)
             waiting, under_way, ended = Waiting(requests, pool, make), False, []
             self.compile(compiler, [self.count])  # while screenshots are read
+            self.writing = True  # also where all slots are free, between an answer that has ended and the next question
             try:
                 for block in itertools.count():
                     self.meanwhile()
@@ -173,7 +174,7 @@ class Engine:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
                 compiler.shutdown(wait=False, cancel_futures=True)
-                self.slots = [None] * self.count
+                self.slots, self.writing = [None] * self.count, False
 
     # -- slots
 

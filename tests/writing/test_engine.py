@@ -370,6 +370,10 @@ def test_writing_that_is_closed_early_leaves_nothing_to_the_next(loaded, shots, 
     assert len(opened) < 14
     answers = {it.place: page.raw for it, page in engine.write(requests_of(shots, [12]))}
     assert answers == {12: alone[0]["greedy", 12, 0].raw}
+    with contextlib.closing(engine.write(requests_of(shots, [0, 1]))) as answers:
+        assert len([next(answers), next(answers)]) == 2 and not any(engine.slots)  # ended, yet not at its end
+        with pytest.raises(RuntimeError, match="is writing already"):
+            next(engine.write(requests_of(shots, [0])))
 
 
 @pytest.mark.parametrize("name", WAYS)
