@@ -9,6 +9,7 @@ Rooms from top to bottom; each may import those below it, and none above:
     slot_attention   attention of new tokens over the slots of a static cache
     delta_step       one step of the gated delta rule for each slot
     skinny_products  products of a few rows with large weights
+    adamw_8bit_kernel  AdamW's step with moments in 8 bits, one pass over memory
     norm_kernels     norms of many rows and their gradients, one pass over memory each
     row_kernels      norms and activations, one pass over memory each
     early            kernels that begin while the one before them ends
