@@ -10,6 +10,7 @@ Rooms from top to bottom; each may import those below it, and none above:
     delta_step       one step of the gated delta rule for each slot
     skinny_products  products of a few rows with large weights
     broad_products   the same of more rows, as Hopper's tensor cores take them
+    adamw_8bit_kernel  AdamW's step with moments in 8 bits, one pass over memory
     norm_kernels     norms of many rows and their gradients, one pass over memory each
     row_kernels      norms, activations and the likeliest token, one pass over memory each
     product_parts    what kernels have in common whose programs share a piece of work

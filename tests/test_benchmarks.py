@@ -31,6 +31,7 @@ import linear_attention
 import make_pages_like_real
 import make_pages_speed
 import make_shapes
+import optimizer_speed
 import other_order
 import random_weights
 import rivals
@@ -585,3 +586,11 @@ def test_text_without_a_pixel_is_counted_to_the_character():
             document(["shadow", "stroke", "gradient", "drawing", "emoji"]), 1280, 720, renderer
         )
         assert facts["unseen"] == 0 < facts["characters"]
+
+
+def test_without_a_gpu_no_speed_of_an_optimizer_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["optimizer_speed.py", "--out", str(tmp_path / "told.json")])
+    with pytest.raises(SystemExit, match="there is no GPU"):
+        optimizer_speed.main()
+    assert not list(tmp_path.iterdir())

@@ -4,6 +4,8 @@
     eight_bit.is_asked(training["optim"])              # --optim adamw_8bit, and its other name
     eight_bit.begin(args.optim, args.device, zero3.flat_tensors(engine))    # (all ranks) before step one
 
+bitsandbytes keeps the moments, in its own format. On a GPU a kernel of ours (kernels/adamw_8bit_kernel.py) takes the
+steps on them, where it proves to take those of bitsandbytes: checkpoints of either way go on by the other.
 It changes what is learned, if little, and is therefore never chosen by itself. No torch here before `begin`.
 """
 
@@ -13,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from training.errors import SettingsError
-from training.processes import say
+from training.processes import say, say_from_here
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +82,7 @@ def begin(optim: Any, device: torch.device, tensors: Sequence[tuple[Sequence[tor
     # transformers 5.23 keeps those of embeddings in fp32, too, where they are no part of a longer tensor.
     kept = {id(tensor) for tensor in small} | {id(getattr(*which[:2])) for which in manager.module_weight_config_triple}
     numbers = [(tensor.numel(), tensor.numel() >= SHORTEST and id(tensor) not in kept) for _, tensor in tensors]
+    quicken(name, device)
     eight, all_ = sum(count for count, narrow in numbers if narrow), sum(count for count, _ in numbers)
     say(f"optimizer: moments in 8 bits for {eight:,} of {all_:,} numbers in each process, in 32 bits for the others")
 
@@ -87,6 +90,35 @@ def begin(optim: Any, device: torch.device, tensors: Sequence[tuple[Sequence[tor
 def dimensions(parameter: torch.Tensor) -> int:
     """Of the whole parameter: what ZeRO-3 leaves of it may be empty, or flat."""
     return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def quicken(name: str, device: torch.device) -> None:
+    """Have AdamW's steps on a GPU taken by our kernel, in place of bitsandbytes' function, where it proves right.
+
+    A rank decides for itself: both ways take the same step.
+    """
+    if name not in NAMES or device.type != "cuda":
+        return
+    import torch
+    from bitsandbytes import functional
+
+    theirs = getattr(functional.optimizer_update_8bit_blockwise, "theirs", functional.optimizer_update_8bit_blockwise)
+    functional.optimizer_update_8bit_blockwise = theirs
+    try:
+        from kernels import adamw_8bit_kernel  # needs triton
+
+        reason = adamw_8bit_kernel.why_not(theirs, device)
+    except torch.OutOfMemoryError:  # says nothing of the kernel
+        raise
+    except Exception as error:  # a compiler may raise anything, and bitsandbytes is there
+        if "out of memory" in str(error).lower():  # Triton's own words, when it loads a kernel
+            raise torch.OutOfMemoryError(str(error)) from error
+        reason = f"fails: {type(error).__name__}: {str(error)[:200]}"
+    if reason:
+        say_from_here(f"optimizer: our kernel of AdamW's step in 8 bits {reason}; bitsandbytes takes the steps, slower")
+        return
+    functional.optimizer_update_8bit_blockwise = adamw_8bit_kernel.stand_in(theirs, device.type)
+    say("optimizer: steps in 8 bits by a kernel of our own, which has taken bitsandbytes' own steps on this GPU")
 
 
 def try_step(name: str, device: torch.device) -> None:

@@ -460,3 +460,222 @@ def test_windows_equal_segments_by_torch(kernels, width, kind):
     with pytest.raises(ValueError, match="a window of 65 places is longer than the 64"):
         room.see(*found, bounds, 65, 1.0)
     assert attention.WINDOW == room.LONGEST
+
+
+def moments_of(room, count):
+    """bitsandbytes' state of `count` numbers before their first step."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    maps = (create_dynamic_map(signed).to(DEVICE) for signed in (True, False))
+    scales = torch.zeros(2, -(-count // 256), device=DEVICE)
+    return room.Moments(*torch.zeros(2, count, dtype=torch.uint8, device=DEVICE), *maps, *scales)
+
+
+def copy_of(moments):
+    return type(moments)(*(part.clone() for part in moments))
+
+
+def eight_bit_step_by_torch(gradients, weights, moments, rule, number):
+    """What bitsandbytes' CUDA kernel does, in fp64; gives weights, and both moments before they are rounded to codes,
+    each with the codes that are nearest to less and to more of it by a millionth, and with the largest of its block."""
+    (beta1, beta2), finite = (torch.tensor(beta).item() for beta in rule.betas), gradients.isfinite()
+    gradient, told = gradients.double(), []
+    for square, beta in ((False, beta1), (True, beta2)):
+        codes, table, scales = moments[square], moments[2 + square], moments[4 + square].repeat_interleave(256)
+        moment = beta * table[codes.long()].double() * scales[: len(codes)]
+        moment += (1 - beta) * (gradient**2 if square else gradient)
+        moment = torch.where(finite, moment, 0.0)
+        most = torch.nn.functional.pad(moment.abs(), (0, -len(moment) % 256)).view(-1, 256).amax(1).float()
+        most[most < torch.finfo(torch.float32).tiny] = 0.0
+        share = moment / most.double().repeat_interleave(256)[: len(moment)].clamp(min=1e-300)
+        middles = (table[1:].double() + table[:-1].double()) / 2
+        around = [torch.searchsorted(middles, share * (1 + off)) for off in (-1e-6, 1e-6)]
+        if not square:  # what is very small keeps its sign
+            around = [torch.where(moment.signbit(), code.clamp(max=126), code) for code in around]
+        told.append((moment, *around, most))
+    bias, root = 1 - beta1**number, (1 - beta2**number) ** 0.5
+    moved = weights.double() - rule.lr * root / bias * told[0][0] / (told[1][0].sqrt() + rule.eps * root)
+    moved *= 1 - rule.lr * rule.weight_decay
+    return torch.where(finite, moved, weights.double()), told
+
+
+def gradients_of_all_sizes(count, draw):
+    """Of `count` numbers: blocks of one size and of many, of zeros, of what fp32 holds in fewer digits, of large ones;
+    and some that are no numbers, one block of them only."""
+    gradients = torch.randn(count, generator=draw, device=DEVICE)
+    gradients[256:768] *= 10.0 ** torch.linspace(-9, 1, 512, device=DEVICE)
+    gradients[768:1024] = 0.0
+    gradients[1024:1280] *= 1e-39
+    gradients[1280:1536] *= 1e18
+    gradients[1536:1546] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0] * 2)
+    gradients[1792:2048] = torch.nan
+    return gradients
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+def test_steps_in_8_bits_have_the_weights_and_codes_of_bitsandbytes_kernel(kernels, kind):
+    """Twenty steps, each from what the one before has left, the last block being short."""
+    room = kernels("adamw_8bit_kernel")
+    draw, count = torch.Generator(DEVICE).manual_seed(8), 2_500
+    rule = room.Rule(1e-3, (0.9, 0.999), 1e-8, 0.1)
+    moments, scale = moments_of(room, count), torch.full((), 0.37, device=DEVICE)
+    weights, between = torch.randn(count, generator=draw, device=DEVICE), 0
+    for number in range(1, 21):
+        gradients = gradients_of_all_sizes(count, draw).to(kind)
+        wanted, told = eight_bit_step_by_torch(gradients.float() * scale, weights, moments, rule, number)
+        room.step(gradients, weights, moments, rule, number, scale)
+        assert ((weights - wanted).abs() <= 2.0**-22 * wanted.abs() + 1e-5 * rule.lr).all()
+        for codes, scales, (_, low, high, most) in zip(moments[:2], moments[4:], told):
+            assert torch.allclose(scales, most, rtol=1e-6, atol=0)
+            there = most.repeat_interleave(256)[:count] > 0
+            assert ((codes == low) | (codes == high))[there].all()
+            assert (~there).sum() >= 768  # of which any code says zero
+            between += (low != high).sum().item()
+    assert between < 20  # numbers whose code may be one of two
+    assert not moments.scales1[[3, 4, 7]].any() and not moments.scales2[[3, 4, 7]].any()
+    assert moments.scales1[5] > 1e16 and moments.codes1.unique().numel() > 230 and weights.isfinite().all()
+
+
+def test_steps_in_8_bits_are_bitsandbytes_own_on_a_cpu_up_to_its_table_of_shares(kernels):
+    """bitsandbytes' CPU implementation finds codes by shares rounded to 1 / 32,768; on a GPU it is its kernel."""
+    from bitsandbytes.functional import optimizer_update_8bit_blockwise
+
+    room = kernels("adamw_8bit_kernel")
+    draw, count = torch.Generator(DEVICE).manual_seed(9), 2_500
+    rule = room.Rule(1e-3, tuple(torch.tensor(beta).item() for beta in (0.9, 0.999)), 1e-8, 0.1)
+    ours = moments_of(room, count)
+    weights = torch.randn(count, generator=draw, device=DEVICE)
+    for number in range(1, 21):
+        gradients = gradients_of_all_sizes(count, draw)
+        gradients[~gradients.isfinite()] = 0.0  # the CPU would make everything of them
+        theirs, moved, before = copy_of(ours), weights.clone(), weights.clone()
+        rates = *rule.betas, 0.0, 0.0, rule.eps, number, rule.lr
+        states = theirs.map1, theirs.map2, theirs.scales1, theirs.scales2, rule.weight_decay
+        optimizer_update_8bit_blockwise("adam", gradients, moved, *theirs[:2], *rates, *states)
+        room.step(gradients, weights, ours, rule, number)
+        # There the decay comes before the step.
+        apart, length = (weights - moved).abs(), (moved - before).abs()
+        assert (apart <= 2.0**-22 * moved.abs() + (1e-6 + 1.1 * rule.lr * rule.weight_decay) * length + 1e-9).all()
+        for place in (0, 1):
+            found, wanted = (part[4 + place] for part in (ours, theirs))
+            assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-38)
+            shares = [part[2 + place][part[place].long()] for part in (ours, theirs)]
+            there = wanted.repeat_interleave(256)[:count] > 1e-37
+            assert ((shares[0] - shares[1]).abs() <= 0.015)[there].all()
+            near = (ours[place].int() - theirs[place].int()).abs() <= 1
+            assert near[there & (shares[0].abs() > 2e-3)].all()
+
+
+def test_weights_in_bf16_with_their_rests_take_the_same_step_in_8_bits(kernels):
+    room = kernels("adamw_8bit_kernel")
+    draw, count = torch.Generator(DEVICE).manual_seed(10), 1_500
+    rule, wide = room.Rule(1e-3, (0.9, 0.999), 1e-8, 0.1), torch.randn(count, generator=draw, device=DEVICE)
+    narrow = wide.to(torch.bfloat16)
+    upper = narrow.view(torch.int16)
+    rests = (wide.view(torch.int32) - (upper.int() << 16)).clamp(max=0x7FFF).to(torch.int16)
+    wide = ((upper.int() << 16) + rests).view(torch.float32)
+    moments = moments_of(room, count)
+    same = copy_of(moments)
+    for number in (1, 2, 3):
+        gradients = torch.randn(count, generator=draw, device=DEVICE).to(torch.bfloat16)
+        room.step(gradients, wide, moments, rule, number)
+        room.step(gradients, narrow, same, rule, number, rests=rests)
+        found = ((upper.int() << 16) + rests).view(torch.int32)
+        assert (found - wide.view(torch.int32)).abs().max() <= number  # a tie is moved by one
+        assert torch.equal(narrow, found.view(torch.float32).to(torch.bfloat16))
+        assert all(torch.equal(one, other) for one, other in zip(moments, same))
+
+
+def bitsandbytes_kernel(name, gradients, weights, *states):
+    """`eight_bit_step_by_torch` in place of bitsandbytes' function."""
+    room = sys.modules["kernels.adamw_8bit_kernel"]
+    codes1, codes2, *betas, _, _, eps, number, lr, map1, map2, scales1, scales2, decay = states
+    moments = room.Moments(codes1, codes2, map1, map2, scales1, scales2)
+    moved, told = eight_bit_step_by_torch(gradients, weights, moments, room.Rule(lr, betas, eps, decay), number)
+    weights.copy_(moved)
+    for codes, scales, (_, low, _, most) in zip(moments[:2], moments[4:], told):
+        codes.copy_(low)
+        scales.copy_(most)
+
+
+def test_the_step_in_8_bits_has_to_be_bitsandbytes_own(kernels, monkeypatch):
+    """On a GPU against its kernel, here against the same in fp64; its CPU implementation is another one."""
+    from bitsandbytes.functional import optimizer_update_8bit_blockwise
+
+    room = kernels("adamw_8bit_kernel")
+    device, right = torch.device(DEVICE), room.step
+    if DEVICE == "cpu":
+        monkeypatch.setattr(room, "NUMBERS", 2**14 + 100)
+    theirs = bitsandbytes_kernel if DEVICE == "cpu" else optimizer_update_8bit_blockwise
+    assert room.why_not(theirs, device) == ""
+    if DEVICE == "cpu":
+        assert "otherwise in step 1" in room.why_not(optimizer_update_8bit_blockwise, device)
+
+    def early(gradients, weights, moments, rule, number):  # the decay before the step
+        weights *= 1 - rule.lr * rule.weight_decay
+        right(gradients, weights, moments, rule._replace(weight_decay=0.0), number)
+
+    def doubled(gradients, weights, moments, rule, number):
+        right(gradients, weights, moments, rule, number)
+        moments.scales2.mul_(1.001)
+
+    def next_code(gradients, weights, moments, rule, number):
+        right(gradients, weights, moments, rule, number)
+        moments.codes1[1::100] -= (moments.codes1[1::100] > 130).byte()
+
+    def a_single_code(gradients, weights, moments, rule, number):
+        right(gradients, weights, moments, rule, number)
+        moments.codes2[600] += number == 1
+
+    wrong = {
+        "has 1 of": a_single_code,
+        "has moved weights by up to": early,
+        "other blocks' largest": doubled,
+        "codes otherwise": next_code,
+    }
+    for told, step in wrong.items():
+        monkeypatch.setattr(room, "step", step)
+        assert told in room.why_not(theirs, device)
+
+
+def test_bitsandbytes_optimizer_steps_by_our_kernel_in_8_bits(kernels, monkeypatch):
+    """Its own states, its own checkpoint: the halves of a run by either way; what is not AdamW in fp32 is its own."""
+    import bitsandbytes
+
+    room, theirs, taken = kernels("adamw_8bit_kernel"), bitsandbytes.functional.optimizer_update_8bit_blockwise, []
+    monkeypatch.setattr(room, "step", lambda *given, step=room.step: taken.append(given[-1]) or step(*given))
+    draw = torch.Generator(DEVICE).manual_seed(11)
+    start = torch.randn(70, 60, generator=draw, device=DEVICE)
+    gradients = torch.randn(6, 70, 60, generator=draw, device=DEVICE)
+    ways = {"theirs": theirs, "ours": room.stand_in(theirs, DEVICE)}
+
+    def run(*halves, kind=torch.float32, of=bitsandbytes.optim.AdamW):
+        weights, state = torch.nn.Parameter(start.clone().to(kind)), None
+        for half, way in enumerate(halves):
+            monkeypatch.setattr(bitsandbytes.functional, "optimizer_update_8bit_blockwise", ways[way])
+            optimizer = of([weights], lr=1e-3, optim_bits=8)
+            if state:
+                optimizer.load_state_dict(state)
+            for gradient in gradients[3 * half : 3 * half + 3]:
+                weights.grad = gradient.to(kind)
+                optimizer.step()
+            state = optimizer.state_dict()
+        return weights.detach(), optimizer.state[weights]
+
+    (plain, before), *others = (run(*halves) for halves in (("theirs",) * 2, ("ours", "theirs"), ("theirs", "ours")))
+    assert taken == [1, 2, 3, 4, 5, 6]
+    for weights, state in others:
+        assert (weights - plain).abs().max() < 0.05 * (plain - start).abs().max()
+        assert {name: getattr(value, "dtype", int) for name, value in state.items()} == {
+            name: getattr(value, "dtype", int) for name, value in before.items()
+        }
+    run("ours", kind=torch.bfloat16)
+    run("ours", of=bitsandbytes.optim.Lion)
+    start = torch.randn(4201, generator=draw, device=DEVICE)[1:].view(70, 60)
+    odd = torch.nn.Parameter(start)  # begins between two places where four numbers may be read at once
+    odd.grad = gradients[0]
+    monkeypatch.setattr(bitsandbytes.functional, "optimizer_update_8bit_blockwise", ways["ours"])
+    bitsandbytes.optim.AdamW([odd], optim_bits=8).step()
+    assert len(taken) == 6
+    with pytest.raises(ValueError, match="begin where four numbers may be read"):
+        room.step(gradients[0].view(-1), start.view(-1), moments_of(room, 4200), room.Rule(0.0, (0, 0), 0.0, 0.0), 1)

@@ -71,6 +71,39 @@ def test_a_device_without_its_library_and_a_tensor_too_long_are_refused(monkeypa
     eight_bit.begin("adamw_torch_fused", CPU, [([too_long], too_long)])  # is nobody's business here
 
 
+def test_a_kernel_that_is_wrong_or_fails_leaves_the_steps_to_bitsandbytes_and_says_so(monkeypatch, capsys):
+    from bitsandbytes import functional
+
+    kernel = pytest.importorskip("kernels.adamw_8bit_kernel", reason="triton is not installed")
+    theirs, gpu = functional.optimizer_update_8bit_blockwise, torch.device("cuda")
+    monkeypatch.setattr(functional, "optimizer_update_8bit_blockwise", theirs)
+    asked, verdict = [], [""]
+
+    def proof(of, device):
+        asked.append((of, device))
+        return 1 / 0 if verdict[0] is None else verdict[0]
+
+    monkeypatch.setattr(kernel, "why_not", proof)
+    for name, device in (("adamw_8bit", CPU), ("lion_8bit", gpu)):
+        eight_bit.quicken(name, device)
+    assert not asked and not capsys.readouterr().out
+    eight_bit.quicken("adamw_8bit", gpu)
+    assert functional.optimizer_update_8bit_blockwise.theirs is theirs
+    assert "by a kernel of our own, which has taken bitsandbytes' own steps" in capsys.readouterr().out
+    for verdict[0], told in (("is wrong", "is wrong; bitsandbytes takes"), (None, "fails: ZeroDivisionError")):
+        eight_bit.quicken("adamw_bnb_8bit", gpu)
+        assert functional.optimizer_update_8bit_blockwise is theirs
+        assert f"rank 0: optimizer: our kernel of AdamW's step in 8 bits {told}" in capsys.readouterr().out
+    assert asked == [(theirs, gpu)] * 3
+
+    def full(of, device):
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    monkeypatch.setattr(kernel, "why_not", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        eight_bit.quicken("adamw_8bit", gpu)
+
+
 def test_a_checkpoint_takes_6_bytes_less_for_each_number():
     billions = {"optim": "adamw_8bit", "tensors": {}, "trained": 10**9, "whole": False}
     moments = moment_bytes(**billions)
