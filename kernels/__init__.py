@@ -9,8 +9,10 @@ Rooms from top to bottom; each may import those below it, and none above:
     slot_attention   attention of new tokens over the slots of a static cache
     delta_step       one step of the gated delta rule for each slot
     skinny_products  products of a few rows with large weights
+    adamw_kernel     AdamW's step on split masters, one pass over memory
     norm_kernels     norms of many rows and their gradients, one pass over memory each
     row_kernels      norms and activations, one pass over memory each
+    masters          fp32 masters as bf16 weights and 16-bit rests, and AdamW's step on them by torch
     early            kernels that begin while the one before them ends
     rotary_kernel    rotary positions at the speed of a GPU's memory
     positions        where tokens and patches stand
