@@ -2,7 +2,7 @@
 
     split(masters, weights, rests)                              # masters into both, in place
     masters = join(weights, rests)
-    step_by_torch(gradients, Shard(weights, rests, first, second), rule, scale, count)      # on a GPU: adamw_kernel.step
+    step_by_torch(gradients, Shard(weights, rests, first, second), rule, scale, count)     # on a GPU: adamw_kernel.step
 
 A master is 32 bits, of which its bf16 weight holds the upper 16 already: kept beside it they would be kept twice. As a
 whole number a master is its weight's bits times 65,536, plus a rest from -32,768 to 32,767; the weight is the master
