@@ -169,7 +169,7 @@ def test_training_chooses_what_the_plan_prints(flags, gib, processes, shapes_of_
     on_gpus(monkeypatch, gib, processes)
     config = SimpleNamespace(config=resolved.deepspeed)
     named = ("per_device_train_batch_size", "gradient_accumulation_steps", "activation_checkpointing", "deepspeed")
-    args = SimpleNamespace(**{name: resolved.training[name] for name in named})
+    args = SimpleNamespace(**{name: resolved.training[name] for name in (*named, "optim", "bf16")})
     args.device, args.hf_deepspeed_config = torch.device("cuda"), config
     scope = memory_fit.scope_of(settings, resolved.training, resolved.deepspeed, shapes_of_3b)
     page = memory_fit.longest_page(family, shapes_of_3b, image, html + 1)
