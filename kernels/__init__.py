@@ -11,9 +11,11 @@ Rooms from top to bottom; each may import those below it, and none above:
     skinny_products  products of a few rows with large weights
     broad_products   the same of more rows, as Hopper's tensor cores take them
     adamw_8bit_kernel  AdamW's step with moments in 8 bits, one pass over memory
+    adamw_kernel     AdamW's step on split masters, one pass over memory
     norm_kernels     norms of many rows and their gradients, one pass over memory each
     row_kernels      norms, activations and the likeliest token, one pass over memory each
     product_parts    what kernels have in common whose programs share a piece of work
+    masters          fp32 masters as bf16 weights and 16-bit rests, and AdamW's step on them by torch
     early            kernels that begin while the one before them ends
     rotary_kernel    rotary positions at the speed of a GPU's memory
     positions        where tokens and patches stand

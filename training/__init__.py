@@ -33,6 +33,7 @@ Rooms from top to bottom; each may import those below it, and none above:
     progress        what a run tells of itself: rates, waits, memory, the loss as a picture
     stopping        how a run is asked to stop, and when it does
     heartbeat       where each rank is, and when it hangs
+    split_masters   fp32 masters under ZeRO-3 as bf16 shards and 16-bit rests, and the step on them
     zero3           all that is known of DeepSpeed's insides
     memory_plan     how much memory a step takes, and which way to train is fastest among those that fit
     settings        every setting, how command line and JSON meet, what is refused

@@ -25,7 +25,7 @@ import torch
 
 from families import Family, family_of, page_costs, trains_fast
 from scoring.report_values import plural
-from training import eight_bit, fp8_training, zero3
+from training import eight_bit, fp8_training, split_masters, zero3
 from training.activation_offload import link_rate, pinnable_gib
 from training.checkpoints import RESTARTED, STAGING, checkpoints_in
 from training.errors import PipelineError, SettingsError, is_out_of_memory
@@ -124,6 +124,7 @@ def scope_of(
         frozen_vision=settings.freeze_vision,
         fused=settings.fuse != "no",
         eight_bit=eight_bit.is_asked(training.get("optim")),
+        split=split_masters.are_planned(settings, training, deepspeed),
         fp8=settings.fp8,
     )
     # resolve() has put a number here wherever one was typed, for this or for --per_device_train_batch_size
@@ -367,8 +368,12 @@ class Fit:
         if self.settings.offload_share and not offload:
             layers = plural(len(treatment.text), "layer")
             say(f"--offload_share {self.settings.offload_share}: less than one of {layers}, so no activations wait")
-        if collate.packed and zero3.is_on():
-            zero3.lean_steps(trainer.model_wrapped)
+        if zero3.is_on():
+            deepspeed = args.hf_deepspeed_config.config
+            planned = split_masters.are_planned(self.settings, vars(args), deepspeed)
+            split_masters.begin(trainer.model_wrapped, planned)
+            if collate.packed:
+                zero3.lean_steps(trainer.model_wrapped)
         if self.plain_loss is not None:
             with torch.no_grad():
                 loss = self.forward(trainer, collate(list(held_out.select(range(min(2, len(held_out)))))))

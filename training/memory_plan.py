@@ -59,6 +59,7 @@ class Way:
     frozen_vision: bool = False
     fused: bool = True
     eight_bit: bool = False  # moments
+    split: bool = False  # masters: of 32 bits the lower 16, the others being the weights (split_masters.py)
     fp8: bool = False  # products of the language model's layers
 
     @property
@@ -165,7 +166,8 @@ def state(shape: Shape, way: Way) -> dict[str, float]:
         stored = (0.55 * language + 2 * (vision + embedding)) if way.four_bit else (2 if way.adapters else 6) * total
         moments = (MOMENT_BYTES if way.eight_bit else 8) * learning
         return {"weights": stored, "gradients": 4 * learning, "optimizer": moments, "gathered": kept_fp8}
-    optimizer = (4 + (MOMENT_BYTES if way.eight_bit else 8)) * learning  # an fp32 copy, and two moments
+    # What of an fp32 copy the weights do not hold, and two moments.
+    optimizer = ((2 if way.split else 4) + (MOMENT_BYTES if way.eight_bit else 8)) * learning
     live = total if way.whole else min(total, LIVE_WEIGHTS)
     parts = {"weights": 2 * total / shared, "gradients": 2 * learning / shared, "optimizer": optimizer / shared}
     parts["gathered"] = 2 * live * (shared > 1 or way.offload)  # one process: DeepSpeed gathers without a copy

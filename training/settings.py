@@ -454,8 +454,8 @@ def record_of(checkpoint: str, problems: list[str]) -> dict | None:
 
 
 def resolve_precision(values: dict, machine: Machine, gpu: bool | None, notes: list[str]) -> None:
-    """bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
-    if gpu is None:
+    """bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU; a plan is for GPUs, wherever it is made."""
+    if gpu is None or (values["plan"] and not gpu):
         return
     if not gpu and (values["bf16"] or values["fp16"]):
         values["bf16"] = values["fp16"] = False

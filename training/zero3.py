@@ -5,8 +5,9 @@
     zero3.set_leaves(model, fast_layers.architecture_of(model).leaves)      # before DeepSpeed takes the model
     zero3.lean_steps(engine)                                                # after that, before the first step
 
-Whatever touches a private name of DeepSpeed, or stands in for one of its functions, stands here and names the version
-that it was read in: 0.19.8. DeepSpeed itself is imported inside the functions, since the plain path does without it.
+Whatever touches a private name of DeepSpeed, or stands in for one of its functions, stands here, or in split_masters.py
+what is about masters, and names the version that it was read in: 0.19.8. DeepSpeed itself is imported inside the
+functions, since the plain path does without it.
 Sections: Configuration, Loading, Whole weights, Steps.
 """
 
@@ -179,7 +180,8 @@ def count_steps_apart(engine: DeepSpeedEngine) -> None:
 
 def flat_tensors(model: DeepSpeedEngine | torch.nn.Module) -> list[tuple[list[torch.Tensor], torch.Tensor]]:
     """What the optimizer steps on, each with the parameters that lie in it: under ZeRO this rank's shards of many, in
-    fp32, one after the other (deepspeed 0.19.8), elsewhere each trained parameter by itself."""
+    fp32, one after the other (deepspeed 0.19.8), elsewhere each trained parameter by itself. Once masters are split
+    (split_masters.py) these tensors are as long as before, but hold no numbers."""
     optimizer = getattr(model, "optimizer", None)
     if (tensors := getattr(optimizer, "fp32_partitioned_groups_flat", None)) is not None:  # stage 3
         return list(zip(optimizer.fp16_groups, tensors))

@@ -25,6 +25,10 @@ def test_parts_add_up_to_the_state_of_mixed_precision_adam():
     assert four.parts_gib["optimizer"] == pytest.approx(alone.parts_gib["optimizer"] / 4)
     assert alone.total_gib == pytest.approx(sum(alone.parts_gib.values()))
     assert alone.parts_gib["gathered"] == 0 < four.parts_gib["gathered"]
+    for kind in ({}, {"eight_bit": True}):  # of the fp32 copy the lower halves alone
+        both = [memory_plan.state(SHAPE, Way(processes=4, split=split, **kind)) for split in (False, True)]
+        assert both[0].pop("optimizer") - both[1].pop("optimizer") == pytest.approx(2 * weights / 4)
+        assert both[0] == both[1]
     cast = estimate(SHAPE, PAGE, Way(processes=1, fp8=True)).parts_gib["gathered"]
     assert cast == pytest.approx(memory_plan.weights_of(SHAPE)[0] / 2**30), "a byte for each weight that is kept in fp8"
 
@@ -36,6 +40,7 @@ def test_parts_add_up_to_the_state_of_mixed_precision_adam():
         ({"recomputed_vision": 1.0}, "activations"),
         ({"offloaded": 0.5}, "activations"),
         ({"eight_bit": True}, "optimizer"),
+        ({"split": True}, "optimizer"),
         ({"frozen_vision": True}, "activations"),
         ({"adapters": True}, "optimizer"),
         ({"offload": True}, "optimizer"),

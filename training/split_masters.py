@@ -1,0 +1,240 @@
+"""fp32 masters under ZeRO-3 kept as the bf16 shards and 16-bit rests: 2 bytes a parameter less, and a leaner step.
+
+    split_masters.are_planned(settings, training, deepspeed)    # whether a run will have them, for the memory plan
+    split_masters.begin(engine, planned)    # (all ranks) once DeepSpeed's engine is made and has read its checkpoint
+
+DeepSpeed 0.19.8 holds each master beside its upper half, the bf16 weight (kernels/masters.py). Its own step goes on
+here, group by group, with its norm, its check and its clip; replaced, on this one optimizer, is what it does with a
+group of masters. With torch's AdamW the step is taken on the shards as they are, in one pass that needs no fp32 copy of
+gradients; with moments in 8 bits a group's masters are joined, and split again after bitsandbytes' step. Checkpoints
+are DeepSpeed's own, in and out: masters are joined for them. Like zero3.py this room knows DeepSpeed's private names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kernels import masters
+from training import eight_bit
+from training.errors import is_out_of_memory
+from training.processes import say, say_from_here
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    from training.settings import PageSettings
+
+GIB = 2**30
+TORCHS = ("adamw_torch", "adamw_torch_fused")  # of --optim: torch.optim.AdamW, told how to go over its tensors
+FP32_GROUPS = "fp32_flat_groups"  # in what DeepSpeed saves
+# One number for all masters of a group, seen as so many: whoever reads them gets no numbers, and whoever writes them an
+# error of torch's, that they share one place. The tensor itself stays, since moments are found by it.
+NOTHING = float("nan")
+
+
+def are_planned(settings: PageSettings, training: Mapping[str, Any], deepspeed: Mapping[str, Any] | None) -> bool:
+    """Whether these settings train with split masters, as far as can be known before anything is loaded: AdamW under
+    ZeRO-3 in bf16, of all weights, with nothing moved to the CPU."""
+    zero = (deepspeed or {}).get("zero_optimization", {})
+    moved = any((zero.get(f"offload_{name}") or {}).get("device", "none") != "none" for name in ("optimizer", "param"))
+    whole = not settings.lora and settings.quantize != "4bit" and "optimizer" not in (deepspeed or {})
+    known = eight_bit.name_of(training.get("optim")) in (*TORCHS, *eight_bit.NAMES)
+    return bool(zero.get("stage") == 3 and not moved and training.get("bf16") and whole and known)
+
+
+def obstacle(optimizer: DeepSpeedZeroOptimizer_Stage3) -> str:
+    """What keeps these masters whole all the same; "" where nothing does."""
+    inner = optimizer.optimizer
+    for wide, half in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat):
+        if (wide.dtype, half.dtype) != (torch.float32, torch.bfloat16) or wide.device != half.device:
+            return f"weights are {half.dtype} on {half.device}, masters {wide.dtype} on {wide.device}"
+    known = type(inner) is torch.optim.AdamW or type(inner).__module__ == "bitsandbytes.optim.adamw"
+    if not known or any(group.get("amsgrad") or group.get("maximize") for group in inner.param_groups):
+        return f"{type(inner).__module__}.{type(inner).__name__} takes another step than AdamW"
+    return "tensor parallelism has a norm of its own" if optimizer.model_parallel_group is not None else ""
+
+
+def begin(engine: DeepSpeedEngine, planned: bool) -> SplitMasters | None:
+    """(all ranks) Split the masters of `engine`, DeepSpeed's of stage 3, where that is `planned`; None where they stay
+    whole, which is said where it was not planned so."""
+    if not planned:
+        return None
+    if why := obstacle(engine.optimizer):
+        say(f"masters: whole, in fp32, which takes more memory than was planned: {why}")
+        return None
+    split = SplitMasters(engine.optimizer)
+    numbers = sum(map(len, split.rests))
+    say(f"masters: bf16 weights and 16-bit rests, {2 * numbers / GIB:.1f} GiB less for {numbers:,} of each process")
+    return split
+
+
+class SplitMasters:
+    """The masters of one optimizer of DeepSpeed's stage 3: `rests` of each of its groups (None: its masters are joined
+    for now), and in the step under way the number by which gradients are multiplied, `scale`, a scalar on the GPU."""
+
+    def __init__(self, optimizer: DeepSpeedZeroOptimizer_Stage3):
+        self.optimizer = optimizer
+        self.groups = range(len(optimizer.fp16_groups))
+        self.rests: list[torch.Tensor | None] = [None for _ in self.groups]
+        self.scale: torch.Tensor | None = None
+        device = self.parts(0)[1].device
+        self.adamw = step_on(device)
+        for number in self.groups:
+            self.split(number)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what the masters took: 4 GB each, else cut into pieces for what is small
+        self.state_dict, self.load_state_dict = optimizer.state_dict, optimizer.load_state_dict
+        self.restore, self.prepare = optimizer._restore_from_bit16_weights, optimizer._prepare_sub_group
+        optimizer.state_dict, optimizer.load_state_dict = self.saved, self.load
+        optimizer._restore_from_bit16_weights = self.forget_rests
+        if type(optimizer.optimizer) is torch.optim.AdamW:
+            optimizer._prepare_sub_group = self.check_gradients
+            optimizer.unscale_and_clip_grads = self.note_scale
+            optimizer._optimizer_step = self.step
+            optimizer._reassign_or_swap_out_partitioned_parameters = optimizer._unflatten_partitioned_parameters
+            optimizer._release_sub_group = self.let_gradients_go
+        else:
+            optimizer._prepare_sub_group = self.join_and_prepare
+            optimizer._reassign_or_swap_out_partitioned_parameters = self.split_again
+
+    # Masters
+
+    def parts(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a group: the tensor of its masters, by which its moments are found, and its weights (N,)."""
+        return self.optimizer.fp32_partitioned_groups_flat[number], self.optimizer.fp16_partitioned_groups_flat[number]
+
+    def split(self, number: int) -> None:
+        """Keep of a group's masters, which are joined, only what their weights do not hold; those become the masters
+        rounded."""
+        tensor, weights = self.parts(number)
+        rests = torch.empty_like(weights, dtype=torch.int16)
+        masters.split(tensor.data, weights.data, rests)
+        self.rests[number] = rests
+        tensor.data = tensor.new_full((), NOTHING).expand(len(weights))
+
+    def join(self, number: int) -> None:
+        """Put a group's masters where DeepSpeed looks for them."""
+        tensor, weights = self.parts(number)
+        if self.rests[number] is not None:
+            tensor.data = masters.join(weights.data, self.rests[number])
+            self.rests[number] = None
+
+    # AdamW's step: what DeepSpeed calls for each group, in this order
+
+    def check_gradients(self, number: int, timers: set[str]) -> None:
+        """In place of their fp32 copy. Raises ValueError where there are not as many as weights."""
+        there = sum(part.numel() for part in self.optimizer.averaged_gradients[number])
+        if there != len(weights := self.parts(number)[1]):
+            raise ValueError(f"group {number}: {there} gradients for {len(weights)} weights")
+
+    def note_scale(self, number: int, norm: torch.Tensor) -> None:
+        """By what a group's gradients are multiplied: nobody waits for the GPU to know `norm`, of all gradients."""
+        optimizer = self.optimizer
+        scale = norm.new_full((), optimizer.loss_scale, dtype=torch.float32)
+        if optimizer.clip_grad > 0.0:
+            scale *= ((norm / optimizer.loss_scale + 1e-6) / optimizer.clip_grad).clamp(min=1.0)
+        self.scale = 1.0 / scale
+
+    def step(self, number: int) -> None:
+        """AdamW's step of a group, its state kept as torch keeps it."""
+        tensor, weights = self.parts(number)
+        inner = self.optimizer.optimizer
+        group, state = inner.param_groups[self.optimizer.sub_group_to_group_id[number]], inner.state[tensor]
+        if not state:
+            there = weights.device if group["fused"] or group["capturable"] else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float32, device=there)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(weights, dtype=torch.float32)
+        state["step"] += 1
+        rule = masters.Rule(float(group["lr"]), group["betas"], group["eps"], group["weight_decay"])
+        shard = masters.Shard(weights.data, self.rests[number], state["exp_avg"], state["exp_avg_sq"])
+        start = 0
+        for gradients in neighbours(self.optimizer.averaged_gradients[number]):
+            part = masters.Shard(*(each[start : start + len(gradients)] for each in shard))
+            self.adamw(gradients, part, rule, self.scale, state["step"])
+            start += len(gradients)
+        inner._opt_called = True  # torch's schedules would warn that they come before any step
+
+    def let_gradients_go(self, number: int, timers: set[str]) -> None:
+        """They lie in a buffer that the next step fills again."""
+        self.optimizer.averaged_gradients[number] = None
+
+    # bitsandbytes' step
+
+    def join_and_prepare(self, number: int, timers: set[str]) -> None:
+        """A group's masters and its gradients in fp32, when activations take nothing any more."""
+        self.join(number)
+        self.prepare(number, timers)
+
+    def split_again(self, number: int) -> None:
+        """In place of the copy to bf16."""
+        self.split(number)
+        self.optimizer._unflatten_partitioned_parameters(number)
+
+    # Checkpoints
+
+    def saved(self) -> dict[str, Any]:
+        """DeepSpeed's own state, with masters joined aside: whatever becomes of it, nothing has changed here."""
+        state = self.state_dict()
+        state[FP32_GROUPS] = [self.copy_of(number) for number in self.groups]
+        return state
+
+    def copy_of(self, number: int) -> torch.Tensor:
+        """A group's masters as DeepSpeed would have them: on its device, or in the CPU's memory where it is full."""
+        tensor, weights = self.parts(number)
+        if self.rests[number] is None:
+            return tensor
+        try:
+            joined = masters.join(weights.data, self.rests[number])
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or not weights.is_cuda:
+                raise
+            say_from_here("masters: no memory on the GPU to join them for a checkpoint, so it is done on the CPU")
+            joined = masters.join(weights.data.cpu(), self.rests[number].cpu())
+        joined.requires_grad_(tensor.requires_grad)
+        vars(joined).update(vars(tensor))  # DeepSpeed's names of it
+        return joined
+
+    def load(self, *state: Any, **options: Any) -> None:
+        """(all ranks) DeepSpeed's own loading, into joined masters; failed or not, they are split after it."""
+        try:
+            for number in self.groups:
+                self.join(number)
+            self.load_state_dict(*state, **options)
+        finally:
+            for number in self.groups:
+                if self.rests[number] is None:
+                    self.split(number)
+
+    def forget_rests(self) -> None:
+        """Masters become what the weights are, once these alone were loaded."""
+        if all(rest is not None for rest in self.rests):
+            for rest in self.rests:
+                rest.zero_()
+        else:
+            self.restore()
+
+
+def step_on(device: torch.device) -> Callable[..., None]:
+    """What takes AdamW's step there, as masters.step_by_torch does it."""
+    if device.type != "cuda":
+        return masters.step_by_torch
+    from kernels import adamw_kernel
+
+    return adamw_kernel.step
+
+
+def neighbours(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Flat tensors as one where they lie one after the other in one piece of memory, as DeepSpeed's gradients do; else
+    as they are."""
+    first, end = parts[0], parts[0].data_ptr()
+    for part in parts:
+        same = part.dtype == first.dtype and part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (same and part.is_contiguous() and part.data_ptr() == end):
+            return [part.reshape(-1) for part in parts]
+        end += part.nbytes
+    return [first.as_strided((sum(part.numel() for part in parts),), (1,))]
