@@ -273,6 +273,41 @@ def why_not(theirs: Callable[..., None], device: torch.device) -> str:
     return ""
 
 
+def why_not_on_rests(device: torch.device) -> str:
+    """What the kernel does otherwise on bf16 weights with rests than on the same masters whole, by gradients in bf16
+    that it multiplies itself; "" for nothing. Codes and scales are the same then, and masters but for ties (`split`),
+    which are moved by one unit of their last place."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    maps = [create_dynamic_map(signed).to(device) for signed in (True, False)]
+    draw, rule = torch.Generator(device).manual_seed(1), Rule(0.1, (0.9, 0.999), 1e-8, 0.1)
+    count = NUMBERS
+    gradients = torch.randn(count, generator=draw, device=device).to(torch.bfloat16)
+    bits = torch.randn(count, generator=draw, device=device).view(torch.int32)
+    bits -= (bits & 0xFFFF == 0x8000).int()  # no ties before
+    scale = torch.full((), 0.37, device=device)
+    kept = [
+        Moments(
+            *torch.zeros(2, count, dtype=torch.uint8, device=device),
+            *maps,
+            *torch.zeros(2, triton.cdiv(count, BLOCK), device=device),
+        )
+        for _ in range(2)
+    ]
+    whole = bits.view(torch.float32).clone()
+    upper = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    weights, rests = upper.to(torch.int16).view(torch.bfloat16), (bits - (upper << 16)).to(torch.int16)
+    for number in STEPS:
+        step(gradients.float() * scale, whole, kept[0], rule, number)
+        step(gradients, weights, kept[1], rule, number, scale, rests)
+        after = (weights.view(torch.int16).int() << 16) + rests
+        apart = (after - whole.view(torch.int32)).abs()
+        if apart.max() > 1 or any(not torch.equal(a, b) for a, b in zip(*kept)):
+            return f"has moved split masters otherwise than whole ones in step {number}"
+        whole = after.view(torch.float32).clone()
+    return ""
+
+
 def odd_gradients(maps: list[torch.Tensor], draw: torch.Generator) -> torch.Tensor:
     """(NUMBERS,) in fp32: blocks just beside the middles between parts, of zeros, of what fp32 holds in fewer digits,
     of large ones, of no numbers among others and alone; then of all sizes; the last block is short."""

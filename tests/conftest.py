@@ -687,15 +687,17 @@ def in_background(
             process.wait(10)
 
 
-def call_in_processes(function: Callable, arguments: list[list], folder: Path, timeout: float = 120) -> None:
+def call_in_processes(
+    function: Callable, arguments: list[list], folder: Path, timeout: float = 120, env: dict | None = None
+) -> None:
     """A function of a test file in as many processes at once as there are lists of arguments (paths arrive as text);
-    each must end with 0."""
+    each must end with 0. What is in `env` is there when they begin, cold."""
     file, calls = sys.modules[function.__module__].__file__, str(PROGRAMS / "calls.py")
     with contextlib.ExitStack() as block:
         processes = []
         for number, own in enumerate(arguments):
             flags = [file, function.__name__, json.dumps(own, default=str)]
-            run = in_background(flags, folder, script=calls, log=f"said-{number}.log")
+            run = in_background(flags, folder, script=calls, cold=bool(env), env=env, log=f"said-{number}.log")
             processes.append(block.enter_context(run))
         codes = [process.wait(timeout) for process in processes]
         assert codes == [0] * len(codes), [process.said()[-3000:] for process in processes]

@@ -12,6 +12,7 @@ It changes what is learned, if little, and is therefore never chosen by itself. 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from training.errors import SettingsError
@@ -119,6 +120,21 @@ def quicken(name: str, device: torch.device) -> None:
         return
     functional.optimizer_update_8bit_blockwise = adamw_8bit_kernel.stand_in(theirs, device.type)
     say("optimizer: steps in 8 bits by a kernel of our own, which has taken bitsandbytes' own steps on this GPU")
+
+
+def step_on_rests(device: torch.device) -> ModuleType | None:
+    """The kernel's module where steps on `device` are taken by it (`quicken`) and it has proved right on split masters,
+    too; else None: bitsandbytes, which knows of none, steps on joined ones."""
+    from bitsandbytes import functional
+
+    if device.type != "cuda" or not hasattr(functional.optimizer_update_8bit_blockwise, "theirs"):
+        return None
+    from kernels import adamw_8bit_kernel
+
+    if reason := adamw_8bit_kernel.why_not_on_rests(device):
+        say_from_here(f"optimizer: our kernel of AdamW's step in 8 bits {reason}; masters are joined for each step")
+        return None
+    return adamw_8bit_kernel
 
 
 def try_step(name: str, device: torch.device) -> None:

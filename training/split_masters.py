@@ -6,8 +6,9 @@
 DeepSpeed 0.19.8 holds each master beside its upper half, the bf16 weight (kernels/masters.py). Its own step goes on
 here, group by group, with its norm, its check and its clip; replaced, on this one optimizer, is what it does with a
 group of masters. With torch's AdamW the step is taken on the shards as they are, in one pass that needs no fp32 copy of
-gradients; with moments in 8 bits a group's masters are joined, and split again after bitsandbytes' step. Checkpoints
-are DeepSpeed's own, in and out: masters are joined for them. Like zero3.py this room knows DeepSpeed's private names.
+gradients; so it is with moments in 8 bits where our kernel has proved right (eight_bit.step_on_rests), else a group's
+masters are joined for bitsandbytes' step, and split again. Checkpoints are DeepSpeed's own, in and out: masters are
+joined for them. Like zero3.py this room knows DeepSpeed's private names.
 """
 
 from __future__ import annotations
@@ -98,7 +99,11 @@ class SplitMasters:
             optimizer._reassign_or_swap_out_partitioned_parameters = optimizer._unflatten_partitioned_parameters
             optimizer._release_sub_group = self.let_gradients_go
         else:
-            optimizer._prepare_sub_group = self.join_and_prepare
+            self.unscale, self.step_joined = optimizer.unscale_and_clip_grads, optimizer._optimizer_step
+            self.in_8_bits = eight_bit.step_on_rests(device)
+            optimizer._prepare_sub_group = self.prepare_8_bits
+            optimizer.unscale_and_clip_grads = self.scale_8_bits
+            optimizer._optimizer_step = self.step_8_bits
             optimizer._reassign_or_swap_out_partitioned_parameters = self.split_again
 
     # Masters
@@ -163,16 +168,49 @@ class SplitMasters:
         """They lie in a buffer that the next step fills again."""
         self.optimizer.averaged_gradients[number] = None
 
-    # bitsandbytes' step
+    # The same with moments in 8 bits: by our kernel, or on joined masters by bitsandbytes
 
-    def join_and_prepare(self, number: int, timers: set[str]) -> None:
-        """A group's masters and its gradients in fp32, when activations take nothing any more."""
+    def prepare_8_bits(self, number: int, timers: set[str]) -> None:
+        """A group's masters are joined, and its gradients copied in fp32, unless our kernel takes them as they are:
+        activations take nothing any more. The first step makes the moments, as bitsandbytes has them."""
+        if self.takes_8_bits(number):
+            return self.check_gradients(number, timers)
         self.join(number)
         self.prepare(number, timers)
 
+    def takes_8_bits(self, number: int) -> bool:
+        """Whether our kernel steps on a group: not where its moments are in fp32, as those of norms alone are, or not
+        made yet; nor where its gradients lie apart, since blocks of 256 go over their ends."""
+        tensor, weights = self.parts(number)
+        codes = self.optimizer.optimizer.state[tensor].get("state1")
+        if self.in_8_bits is None or codes is None or codes.dtype != torch.uint8:
+            return False
+        gradients = neighbours(self.optimizer.averaged_gradients[number])
+        return len(gradients) == 1 and self.in_8_bits.read_by_fours(gradients[0], weights, self.rests[number], codes)
+
+    def scale_8_bits(self, number: int, norm: torch.Tensor) -> None:
+        joined = self.rests[number] is None
+        self.unscale(number, norm) if joined else self.note_scale(number, norm)
+
+    def step_8_bits(self, number: int) -> None:
+        if self.rests[number] is None:
+            return self.step_joined(number)
+        tensor, weights = self.parts(number)
+        inner = self.optimizer.optimizer
+        group, state = inner.param_groups[self.optimizer.sub_group_to_group_id[number]], inner.state[tensor]
+        state["step"] += 1
+        (gradients,) = neighbours(self.optimizer.averaged_gradients[number])
+        names = ("state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2")
+        moments = self.in_8_bits.Moments(*(state[name] for name in names))
+        rule = self.in_8_bits.Rule(float(group["lr"]), group["betas"][:2], group["eps"], group["weight_decay"])
+        self.in_8_bits.step(gradients, weights.data, moments, rule, state["step"], self.scale, self.rests[number])
+
     def split_again(self, number: int) -> None:
         """In place of the copy to bf16."""
-        self.split(number)
+        if self.rests[number] is None:
+            self.split(number)
+        else:
+            self.optimizer.averaged_gradients[number] = None  # they lie in a buffer that the next step fills again
         self.optimizer._unflatten_partitioned_parameters(number)
 
     # Checkpoints

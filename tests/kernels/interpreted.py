@@ -681,6 +681,28 @@ def test_bitsandbytes_optimizer_steps_by_our_kernel_in_8_bits(kernels, monkeypat
         room.step(gradients[0].view(-1), start.view(-1), moments_of(room, 4200), room.Rule(0.0, (0, 0), 0.0, 0.0), 1)
 
 
+def test_steps_in_8_bits_on_split_masters_are_proved(kernels, monkeypatch):
+    """By those on whole ones; a kernel that forgets the scale, or a rest, is found out."""
+    room = kernels("adamw_8bit_kernel")
+    monkeypatch.setattr(room, "NUMBERS", 5 * 1024 + 100)
+    assert room.why_not_on_rests(torch.device(DEVICE)) == ""
+    step = room.step
+
+    def forgets_scale(*given):
+        step(*given[:5], *([None, given[6]] if len(given) > 6 else []))
+
+    def forgets_rest(*given):
+        step(*given)
+        if len(given) > 6:
+            given[6][4_200] += 2
+
+    for wrong in (forgets_scale, forgets_rest):
+        monkeypatch.setattr(room, "step", wrong)
+        assert "has moved split masters otherwise than whole ones in step 1" in room.why_not_on_rests(
+            torch.device(DEVICE)
+        )
+
+
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32], ids=str)
 def test_adamws_step_on_split_masters_is_torchs(kernels, monkeypatch, kind):
     """Three steps of a length that is no multiple of a block; on a GPU to the bit those of torch's fused AdamW."""

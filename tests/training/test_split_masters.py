@@ -31,6 +31,10 @@ CONFIG = {
     "steps_per_print": 1_000_000,
     "zero_allow_untested_optimizer": True,  # bitsandbytes'
 }
+EIGHT_BIT = ("adamw_8bit", KERNEL := "adamw_8bit by our kernel")
+OPTIMS = ("adamw_torch", "adamw_torch_fused", *EIGHT_BIT)
+INTERPRETED = dict.fromkeys(OPTIMS) | {KERNEL: {"TRITON_INTERPRET": "1"}}
+ON_RESTS = []  # of each step that the kernel took in this process, whether masters were split
 WIDE = 61  # shards that no power of two divides: the last one of two is padded
 
 
@@ -54,16 +58,33 @@ def engine_of(optim: str = "adamw_torch", whole: bool = False, **config):
     )
     groups = [[p for p in model.parameters() if p.dim() > 1], [p for p in model.parameters() if p.dim() == 1]]
     groups = [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}]
-    if optim == "adamw_8bit":
+    if optim in EIGHT_BIT:
         from bitsandbytes.optim import AdamW
 
-        optimizer = AdamW(groups, lr=1e-2, optim_bits=8)
+        optimizer = AdamW(groups, lr=1e-2, optim_bits=8, min_8bit_size=256)
+        if optim == KERNEL:
+            by_kernel()
     else:
         optimizer = torch.optim.AdamW(groups, lr=1e-2, fused=optim == "adamw_torch_fused")
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=CONFIG | config)
     kept = split_masters.begin(engine, not whole)
     assert (kept is None) == whole
     return engine
+
+
+def by_kernel() -> None:
+    """As on a GPU, but interpreted: on whole masters in place of bitsandbytes' function, on split ones as such."""
+    from bitsandbytes import functional
+
+    from kernels import adamw_8bit_kernel
+
+    if not hasattr(functional.optimizer_update_8bit_blockwise, "theirs"):
+        functional.optimizer_update_8bit_blockwise = adamw_8bit_kernel.stand_in(
+            functional.optimizer_update_8bit_blockwise, "cpu"
+        )
+        step = adamw_8bit_kernel.step
+        adamw_8bit_kernel.step = lambda *given: ON_RESTS.append(len(given) > 6) or step(*given)
+    split_masters.eight_bit.step_on_rests = lambda device: adamw_8bit_kernel
 
 
 def train(engine, steps: int, first: int = 0, spoil: int | None = None) -> list[tuple]:
@@ -113,6 +134,10 @@ def learn_alike(rank: int, world: int, port: int, optim: str) -> None:
     for one, other in zip(*weights):
         assert (one.view(torch.int16) - other.view(torch.int16)).abs().max() <= 1
     assert all(rests.dtype == torch.int16 and rests.any() for rests in split_of(split).rests)
+    if optim in EIGHT_BIT:
+        states = split.optimizer.optimizer.state.values()
+        assert {state["state1"].dtype for state in states} == {torch.uint8, torch.float32}
+        assert {*ON_RESTS} == ({True, False} if optim == KERNEL else set())
     tensors = split.optimizer.fp32_partitioned_groups_flat
     assert not any(tensor.grad is not None for tensor in tensors)
     assert all(tensor.isnan().all() and tensor.untyped_storage().nbytes() == 4 for tensor in tensors)
@@ -166,19 +191,22 @@ def same_kinds(value):
     return type(value)
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adamw_8bit"])
+@pytest.mark.parametrize("optim", OPTIMS)
 @pytest.mark.parametrize("world", [1, 2])
 def test_steps_are_those_of_whole_masters(world, optim, tmp_path):
     """Losses and norms as they are told, a step whose norm is no number left out, masters, weights."""
     port = free_port()
-    call_in_processes(learn_alike, [[rank, world, port, optim] for rank in range(world)], tmp_path)
+    call_in_processes(
+        learn_alike, [[rank, world, port, optim] for rank in range(world)], tmp_path, env=INTERPRETED[optim]
+    )
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adamw_8bit"])
+@pytest.mark.parametrize("optim", OPTIMS)
 @pytest.mark.parametrize("world", [1, 2])
 def test_checkpoints_are_deepspeeds_own_and_either_kind_goes_on_from_the_others(world, optim, tmp_path):
     port = free_port()
-    call_in_processes(keep_and_go_on, [[rank, world, port, tmp_path, optim] for rank in range(world)], tmp_path)
+    given = [[rank, world, port, tmp_path, optim] for rank in range(world)]
+    call_in_processes(keep_and_go_on, given, tmp_path, env=INTERPRETED[optim])
 
 
 def fail_and_go_on(rank: int, world: int, port: int, folder: str) -> None:
