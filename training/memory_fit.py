@@ -31,6 +31,7 @@ from training.checkpoints import RESTARTED, STAGING, checkpoints_in
 from training.errors import PipelineError, SettingsError, is_out_of_memory
 from training.heartbeat import heart
 from training.memory_plan import (
+    FILLED_SHARE,
     MEMORY_SHARE,
     Hardware,
     Load,
@@ -176,7 +177,7 @@ def rungs_of(scope: Scope, longest: MemoryPlan, group: list[Way], limit_gib: flo
     """What batches may do beside the `longest`, of the ways in `group` that differ from its own in shares: what is
     faster, and pins no more of the CPU's memory than the longest one has taken before step one."""
     ways = group[: group.index(longest.way) + 1] if may_fill(scope, longest.way) else [longest.way]
-    return Rungs(scope.shape, ways, limit_gib, longest.pinned_gib, scope.bucket)
+    return Rungs(scope.shape, ways, FILLED_SHARE * limit_gib, longest.pinned_gib, scope.bucket)
 
 
 def may_fill(scope: Scope, way: Way) -> bool:

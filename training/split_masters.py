@@ -88,6 +88,8 @@ class SplitMasters:
             self.split(number)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what the masters took: 4 GB each, else cut into pieces for what is small
+        for number in self.groups:
+            self.make_moments(number)
         self.state_dict, self.load_state_dict = optimizer.state_dict, optimizer.load_state_dict
         self.restore, self.prepare = optimizer._restore_from_bit16_weights, optimizer._prepare_sub_group
         optimizer.state_dict, optimizer.load_state_dict = self.saved, self.load
@@ -128,6 +130,28 @@ class SplitMasters:
             tensor.data = masters.join(weights.data, self.rests[number])
             self.rests[number] = None
 
+    # Moments
+
+    def group_of(self, number: int) -> dict[str, Any]:
+        """The optimizer's settings for a group."""
+        return self.optimizer.optimizer.param_groups[self.optimizer.sub_group_to_group_id[number]]
+
+    def make_moments(self, number: int) -> None:
+        """Zeros, unless a checkpoint has brought them. Not in the first step, where torch and bitsandbytes make theirs:
+        the proof before it, whether the longest batch fits, has to be made beside them."""
+        tensor, weights = self.parts(number)
+        inner, group = self.optimizer.optimizer, self.group_of(number)
+        if inner.state[tensor]:
+            return
+        if type(inner) is torch.optim.AdamW:
+            there = weights.device if group["fused"] or group["capturable"] else "cpu"
+            made = {name: torch.zeros_like(weights, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
+            inner.state[tensor] = {"step": torch.zeros((), dtype=torch.float32, device=there), **made}
+            return
+        kept, group["params"] = group["params"], [tensor]  # as DeepSpeed has it for a group's step
+        inner.init_state(group, tensor, self.optimizer.sub_group_to_group_id[number], 0)
+        group["params"] = kept
+
     # AdamW's step: what DeepSpeed calls for each group, in this order
 
     def check_gradients(self, number: int, timers: set[str]) -> None:
@@ -148,12 +172,7 @@ class SplitMasters:
         """AdamW's step of a group, its state kept as torch keeps it."""
         tensor, weights = self.parts(number)
         inner = self.optimizer.optimizer
-        group, state = inner.param_groups[self.optimizer.sub_group_to_group_id[number]], inner.state[tensor]
-        if not state:
-            there = weights.device if group["fused"] or group["capturable"] else "cpu"
-            state["step"] = torch.zeros((), dtype=torch.float32, device=there)
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(weights, dtype=torch.float32)
+        group, state = self.group_of(number), inner.state[tensor]
         state["step"] += 1
         rule = masters.Rule(float(group["lr"]), group["betas"], group["eps"], group["weight_decay"])
         shard = masters.Shard(weights.data, self.rests[number], state["exp_avg"], state["exp_avg_sq"])
@@ -196,8 +215,7 @@ class SplitMasters:
         if self.rests[number] is None:
             return self.step_joined(number)
         tensor, weights = self.parts(number)
-        inner = self.optimizer.optimizer
-        group, state = inner.param_groups[self.optimizer.sub_group_to_group_id[number]], inner.state[tensor]
+        group, state = self.group_of(number), self.optimizer.optimizer.state[tensor]
         state["step"] += 1
         (gradients,) = neighbours(self.optimizer.averaged_gradients[number])
         names = ("state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2")

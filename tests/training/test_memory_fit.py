@@ -21,7 +21,7 @@ from families import family_of
 from training import memory_fit, zero3
 from training.checkpoints import RESTARTED
 from training.errors import SettingsError
-from training.memory_plan import MEMORY_SHARE, Hardware, Load, MemoryPlan, Way
+from training.memory_plan import FILLED_SHARE, MEMORY_SHARE, Hardware, Load, MemoryPlan, Way
 from training.prompt_and_mask import PageEncoder
 from training.settings import PageSettings, resolve
 from training.treatment import Treatment
@@ -278,7 +278,7 @@ def test_pages_at_once_are_chosen_by_the_time_of_the_mean_batch(gib, processes, 
         longest, shape = fitting[0], decision.chosen.rungs.shape
         bucket = decision.chosen.rungs.bucket
         mean = memory_fit.estimate(shape, MEAN.times(way.micro_batch), way, bucket)
-        fits = mean.total_gib <= gib and mean.pinned_gib <= longest.pinned_gib
+        fits = mean.total_gib <= FILLED_SHARE * gib and mean.pinned_gib <= longest.pinned_gib
         if way == longest.way or (fits and not way.by_layers):
             best = (way, longest.way)
             break
