@@ -257,6 +257,7 @@ def why_not(theirs: Callable[..., None], device: torch.device) -> str:
             given = *rule.betas, 0.0, 0.0, rule.eps, number, rule.lr, *kept[2:]
             update("adam", gradients, after, *kept[:2], *given, rule.weight_decay)
         apart, length = (found[0] - wanted[0]).abs(), (wanted[0] - weights).abs()
+        length += rule.lr * rule.weight_decay * weights.abs()  # an update and a decay may cancel each other
         if not (apart <= 2.0**-22 * wanted[0].abs() + LENGTH * length).all():
             return f"has moved weights by up to {apart.max().item():.2g} otherwise in step {number}"
         for codes, largest_ in ((1, 5), (2, 6)):

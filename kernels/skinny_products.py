@@ -42,35 +42,34 @@ from kernels.row_kernels import on_triton, rms_norm, swiglu
 WARMED = tl.constexpr(1024)  # numbers of each row of a tile that are asked for early
 # (columns of a tile, depth of a block, warps, stages, programs that share a tile's depth, pieces of a block), or a
 # `Broad`, by the product's kind, for up to 8 rows, 16, 32 and 64; None where torch is faster or nobody has looked.
-# Measured on an H100 inside a whole step (benchmarks/write_speed.py --tune), but those of 32 and 64 rows, which nobody
-# has measured: chosen so that a program of the next kernel finds room beside one of each, and may begin early.
+# Measured on an H100 inside a whole step (benchmarks/write_speed.py --tune).
 Tile = tuple[int, int, int, int, int, int] | Broad
 TILES: dict[str, dict[int, Tile | None]] = {
     "qkv": {
         8: (16, 256, 2, 8, 1, 2),
         16: (16, 256, 2, 6, 1, 2),
-        32: Broad(64, 128, 4, 4, 4),
-        64: Broad(64, 128, 4, 3, 4),
+        32: None,
+        64: None,
     },
     "out": {
         8: (16, 256, 2, 8, 1, 2),
         16: (16, 256, 2, 6, 1, 2),
         32: Broad(64, 128, 4, 4, 4),
-        64: Broad(64, 128, 4, 3, 4),
+        64: Broad(64, 128, 4, 4, 4),
     },
     "gated": {
         8: (16, 512, 2, 3, 1, 2),
         16: (16, 256, 2, 4, 1, 1),
-        32: Broad(64, 64, 4, 5, 1),
-        64: Broad(64, 64, 4, 4, 1),
+        32: Broad(64, 64, 4, 4, 1),
+        64: Broad(64, 64, 4, 3, 1),
     },
     "down": {
         8: (16, 256, 1, 7, 3, 1),
         16: (16, 256, 1, 5, 3, 1),
-        32: Broad(64, 128, 4, 4, 4),
-        64: Broad(64, 128, 4, 3, 4),
+        32: Broad(64, 128, 4, 6, 4),
+        64: Broad(64, 128, 4, 5, 4),
     },
-    "head": {8: (16, 256, 2, 6, 1, 1), 16: (16, 256, 2, 4, 1, 1), 32: None, 64: None},
+    "head": {8: (16, 256, 2, 6, 1, 1), 16: (16, 256, 2, 4, 1, 1), 32: None, 64: Broad(128, 64, 8, 4, 1)},
 }
 Norm = tuple[torch.Tensor, float]  # weight (K,) and epsilon
 
