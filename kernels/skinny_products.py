@@ -6,8 +6,9 @@
     inner = gated_product("gated", rows, norm, weight)                   # silu(gate) * up, of one weight for both
 
 A decoding step reads every weight once for a few rows, so only the bytes count, and what starts a kernel: norm, bias,
-activation and residual are part of the product that they stand beside. A row comes out the same to the bit whatever the
-others hold, of one to eight rows, of nine to sixteen, to 32 and to 64. Many rows go through broad_products.py.
+activation and residual are part of the product that they stand beside. Where these kernels do all of it, a row comes
+out the same to the bit whatever the others hold, of one to eight rows, of nine to sixteen, to 32 and to 64. Many rows
+go through broad_products.py.
 
 Where no tile was measured to be faster (TILES), in full precision and on a CPU torch's products and the kernels of
 row_kernels.py do it. Shapes: R rows, K in, N out, T tiles of COLUMNS columns.

@@ -23,7 +23,7 @@ from kernels.early import EARLY, PLAIN, early, follow, warm, way_that_agrees
 from kernels.row_kernels import on_triton, rms_norm
 
 # Keys that are looked at together, warps and stages, where a slot's keys are cut into parts, and where they are not: on
-# an H100 the fastest, or within 1 % of it, over slots that differ in length, at 8, 32 and 64 of them.
+# an H100 the fastest, or within 1.2 % of it, over slots that differ in length, at 8, 32 and 64 of them.
 SHAPES = {True: (64, 4, 4), False: (128, 8, 3)}
 PROOF_PLACES = 1_024  # of each slot on which the kernels are tried
 # Parts of one slot's keys, each by a program of its own; as many as keep an H100 busy (write_speed.py --tune). A single
@@ -329,7 +329,8 @@ def attend_in_parts(
     slots, fewer, capacity, width = keys.shape
     new, rows = len(qkv) // slots, len(qkv)
     parts = parts or max(1, min(MOST_PARTS, PROGRAMS // (slots * fewer)))
-    block, warps, stages = shape or SHAPES[parts > 1]
+    # Wider heads take more of a program's memory, and nobody has measured them: the smaller shape.
+    block, warps, stages = shape or SHAPES[parts > 1 or width > 128]
     target = qkv.new_empty(rows, heads * width)
     sums = tops = partial = target
     if parts > 1:
