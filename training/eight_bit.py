@@ -11,7 +11,7 @@ It changes what is learned, if little, and is therefore never chosen by itself. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -100,26 +100,39 @@ def quicken(name: str, device: torch.device) -> None:
     """
     if name not in NAMES or device.type != "cuda":
         return
-    import torch
     from bitsandbytes import functional
 
     theirs = getattr(functional.optimizer_update_8bit_blockwise, "theirs", functional.optimizer_update_8bit_blockwise)
     functional.optimizer_update_8bit_blockwise = theirs
-    try:
+
+    def proof() -> str:
         from kernels import adamw_8bit_kernel  # needs triton
 
-        reason = adamw_8bit_kernel.why_not(theirs, device)
-    except torch.OutOfMemoryError:  # says nothing of the kernel
-        raise
-    except Exception as error:  # a compiler may raise anything, and bitsandbytes is there
-        if "out of memory" in str(error).lower():  # Triton's own words, when it loads a kernel
-            raise torch.OutOfMemoryError(str(error)) from error
-        reason = f"fails: {type(error).__name__}: {str(error)[:200]}"
+        return adamw_8bit_kernel.why_not(theirs, device)
+
+    reason = reason_of(proof)
     if reason:
         say_from_here(f"optimizer: our kernel of AdamW's step in 8 bits {reason}; bitsandbytes takes the steps, slower")
         return
+    from kernels import adamw_8bit_kernel
+
     functional.optimizer_update_8bit_blockwise = adamw_8bit_kernel.stand_in(theirs, device.type)
     say("optimizer: steps in 8 bits by a kernel of our own, which has taken bitsandbytes' own steps on this GPU")
+
+
+def reason_of(proof: Callable[[], str]) -> str:
+    """What a proof of our kernel says, or how it fails: there is another way. Raises torch.OutOfMemoryError, which says
+    nothing of the kernel."""
+    import torch
+
+    try:
+        return proof()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a compiler may raise anything
+        if "out of memory" in str(error).lower():  # Triton's own words, when it loads a kernel
+            raise torch.OutOfMemoryError(str(error)) from error
+        return f"fails: {type(error).__name__}: {str(error)[:200]}"
 
 
 def step_on_rests(device: torch.device) -> ModuleType | None:
@@ -131,7 +144,7 @@ def step_on_rests(device: torch.device) -> ModuleType | None:
         return None
     from kernels import adamw_8bit_kernel
 
-    if reason := adamw_8bit_kernel.why_not_on_rests(device):
+    if reason := reason_of(lambda: adamw_8bit_kernel.why_not_on_rests(device)):
         say_from_here(f"optimizer: our kernel of AdamW's step in 8 bits {reason}; masters are joined for each step")
         return None
     return adamw_8bit_kernel

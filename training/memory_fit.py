@@ -40,6 +40,7 @@ from training.memory_plan import (
     Way,
     candidates,
     estimate,
+    moments_gib,
     remedy,
     state_table,
     table,
@@ -465,8 +466,8 @@ class Fit:
         if self.plan.rungs is None:
             return peak, 0.0
         planned = self.plan.rungs.plan_of(load, way)
-        # Without DeepSpeed the first step makes the moments.
-        missing = planned.parts_gib["optimizer"] * (not trainer.args.deepspeed and not trainer.optimizer.state)
+        # Most optimizers make their moments in the first step.
+        missing = 0.0 if has_moments(trainer) else moments_gib(planned)
         return peak, max(0.0, peak + missing - planned.total_gib)
 
     def fullest(self, encoder: PageEncoder, pages: Dataset, order: list[int]) -> tuple[list[int], Way] | None:
@@ -518,9 +519,15 @@ class Fit:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *again])
 
 
+def has_moments(trainer: Trainer) -> bool:
+    """Whether the optimizer that takes the steps, DeepSpeed's own inner one under it, has its moments already."""
+    outer = getattr(trainer.model_wrapped, "optimizer", None) if trainer.args.deepspeed else trainer.optimizer
+    return bool(getattr(getattr(outer, "optimizer", outer), "state", True))
+
+
 def note_smaller(args: TrainingArguments, fit: Fit) -> None:
     """(any rank) Memory ran out in training: tell the wrapper what a new start should ask for, and whether there is a
-    checkpoint. No batch is to fill the memory then. Where one did, that is all, since the longest was proved to fit;
+    checkpoint. No batch is to fill the memory then. Where some did, that is all, since the longest was proved to fit;
     else it is the next smaller micro-batch that divides the pages of a step, too. Nothing where no smaller one is."""
     size = args.per_device_train_batch_size
     smaller = [fewer for fewer in sizes_of(size * args.gradient_accumulation_steps) if fewer < size]

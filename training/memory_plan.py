@@ -155,8 +155,17 @@ def estimate(shape: Shape, load: Load, way: Way, bucket: int = 0) -> MemoryPlan:
     parts["buckets"] = 2 * BUCKETS * bucket * way.sharded * (way.processes > 1 or way.offload)
     parts["activations"] = activations(shape, load, way)
     parts["head"] = head(shape, load, way)
+    if way.split:  # a run that goes on reads its masters whole, beside its moments, when there are no activations yet
+        least = sum(state(shape, replace(way, split=False)).values()) - sum(parts.values())
+        parts["activations"] += max(0.0, least)
     pinned = pinned_rate(shape, way) * load.tokens
     return MemoryPlan(way, {name: size / GIB for name, size in parts.items()}, pinned / GIB)
+
+
+def moments_gib(plan: MemoryPlan) -> float:
+    """Of a plan's optimizer, what is no master."""
+    moments, masters = MOMENT_BYTES if plan.way.eight_bit else 8, (2 if plan.way.split else 4) * plan.way.sharded
+    return plan.parts_gib["optimizer"] * moments / (moments + masters)
 
 
 def state(shape: Shape, way: Way) -> dict[str, float]:

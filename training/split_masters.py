@@ -279,8 +279,11 @@ def step_on(device: torch.device) -> Callable[..., None]:
     """What takes AdamW's step there, as masters.step_by_torch does it."""
     if device.type != "cuda":
         return masters.step_by_torch
-    from kernels import adamw_kernel
-
+    try:
+        from kernels import adamw_kernel
+    except ImportError as error:
+        say_from_here(f"masters: triton is missing ({error}), so torch's functions take the steps, slower")
+        return masters.step_by_torch
     return adamw_kernel.step
 
 

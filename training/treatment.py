@@ -69,7 +69,7 @@ class Batches:
     so much the proof before step one has measured more than was planned for it."""
 
     def __init__(self, treatment: Treatment, plan: MemoryPlan, excess_gib: float = 0.0):
-        self.treatment, self.longest = treatment, plan.way
+        self.treatment = treatment
         self.rungs = plan.rungs.below(max(0.0, excess_gib))
         self.way = plan.way  # of the last batch
         self.highest: MemoryPlan | None = None
@@ -77,8 +77,9 @@ class Batches:
 
     @property
     def fills(self) -> bool:
-        """Whether the last batch had more activations kept than the longest one has."""
-        return self.way != self.longest
+        """Whether batches may keep more activations than the longest one. What one has filled leaves gaps in the
+        allocator's memory, in which a later one may not fit, the longest included."""
+        return len(self.rungs.ways) > 1
 
     def treat(self, inputs: Mapping[str, Any]) -> float:
         """(any rank) Before the forward pass of a packed batch; returns the GiB that are planned for it."""

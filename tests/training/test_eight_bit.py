@@ -155,3 +155,18 @@ def moments_in(file) -> list[torch.Tensor]:
     state = state.get("optimizer_state_dict", state)["state"]
     wrapped = [of_one.get("__bnb_optimizer_quant_state__", of_one) for of_one in state.values()]
     return [of_one[name] for of_one in wrapped for name in ("state1", "state2")]
+
+
+def test_a_proof_that_fails_in_any_way_leaves_the_step_to_bitsandbytes():
+    """But for a full memory, which says nothing of a kernel."""
+
+    def failing(error):
+        raise error
+
+    assert eight_bit.reason_of(lambda: "differs") == "differs"
+    assert eight_bit.reason_of(lambda: failing(RuntimeError("PassManager::run failed"))) == (
+        "fails: RuntimeError: PassManager::run failed"
+    )
+    for error in (torch.OutOfMemoryError("CUDA"), RuntimeError("Triton Error [CUDA]: out of memory")):
+        with pytest.raises(torch.OutOfMemoryError):
+            eight_bit.reason_of(lambda error=error: failing(error))

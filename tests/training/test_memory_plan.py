@@ -150,3 +150,15 @@ def test_the_table_names_remedies_that_are_not_taken_yet():
     )
     refused_beside = memory_plan.remedy(Way(fp8=True, eight_bit=True), 24)
     assert refused_beside.endswith("no --fp8, --deepspeed ds_z3_offload.json instead of --optim adamw_8bit")
+
+
+def test_a_run_that_goes_on_has_room_for_its_whole_masters():
+    """DeepSpeed reads them beside the moments before they are split, when there are no activations."""
+    small, split = Load(10, 10, 5), Way(processes=4, split=True, eight_bit=True)
+    whole = sum(memory_plan.state(SHAPE, replace(split, split=False)).values()) / memory_plan.GIB
+    assert memory_plan.estimate(SHAPE, small, split).total_gib == pytest.approx(whole)
+    alike = memory_plan.estimate(SHAPE, Load(80_000, 80_000, 40_000), split).parts_gib["activations"]
+    without = memory_plan.estimate(SHAPE, Load(80_000, 80_000, 40_000), replace(split, split=False))
+    assert alike == without.parts_gib["activations"]  # which are more than that
+    plan = memory_plan.estimate(SHAPE, small, split)
+    assert 0 < memory_plan.moments_gib(plan) < plan.parts_gib["optimizer"]

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -276,6 +277,12 @@ def test_the_names_that_are_replaced_are_deepspeeds():
     names += "_optimizer_step _reassign_or_swap_out_partitioned_parameters _unflatten_partitioned_parameters"
     assert [name for name in [*names.split(), "_release_sub_group"] if not callable(getattr(Zero, name, None))] == []
     assert split_masters.FP32_GROUPS == FP32_FLAT_GROUPS
+
+
+def test_without_triton_torch_takes_the_steps_and_that_is_said(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "kernels.adamw_kernel", None)
+    assert split_masters.step_on(torch.device("cuda")) is split_masters.masters.step_by_torch
+    assert "masters: triton is missing" in capsys.readouterr().out
 
 
 def test_neighbours_are_one_and_others_stay_apart():
