@@ -37,6 +37,7 @@ import other_order
 import random_weights
 import rivals
 import same_curve
+import step_profile
 import step_speed
 import unseen_text
 import write_speed
@@ -531,6 +532,48 @@ def test_linear_attention_that_fails_is_told_and_the_torch_way_is_measured_alone
     monkeypatch.setitem(gated_delta.WAYS, gated_delta.FLA, gated_delta.page_by_page)
     found = linear_attention.measure(16, (5, 3), "cpu")
     assert found["agrees"] and {*found} == {"errors", "agrees", gated_delta.FLA, gated_delta.PAGES}
+
+
+def test_a_profile_tells_what_a_gpu_waited_for(capsys):
+    """A kernel launched in time, one behind a copy, one that the CPU launched late, since it loaded it before."""
+
+    def event(kind, name, start, length, number=None, stream=None):
+        arguments = {"correlation": number} | ({} if stream is None else {"stream": stream})
+        return {"ph": "X", "cat": kind, "name": name, "ts": start, "dur": length, "args": arguments}
+
+    events = [
+        {"ph": "M", "name": "process_name"},
+        event("cuda_runtime", "cudaLaunchKernel", 0, 5, 1),
+        event("cuda_runtime", "cudaMemcpyAsync", 6, 5, 2),
+        event("cuda_runtime", "cudaLaunchKernel", 12, 5, 3),
+        event("cuda_runtime", "cudaDeviceSynchronize", 20, 4_000),
+        event("cuda_runtime", "cudaMemsetAsync", 9_000, 4, 4),
+        event("cuda_driver", "cuLaunchKernelEx", 9_005, 5, 5),
+        event("kernel", "nvjet_sm90_64x8", 10, 1_000, 1, 7),
+        event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 20, 3_000, 2, 9),
+        event(
+            "kernel",
+            "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>",
+            3_010,
+            990,
+            3,
+            7,
+        ),
+        event("gpu_memset", "Memset (Device)", 9_010, 1, 4, 7),
+        event("kernel", "nvjet_sm90_128x8", 9_011, 2_000, 5, 7),
+    ]
+    found = step_profile.analyse(events)
+    assert found == {
+        "span_ms": 11.0,
+        "busy_ms": 4.0,
+        "idle_until_the_cpu_launched_ms": 5.0,
+        "idle_otherwise_ms": 2.0,
+        "first_uses_ms": 5.0,
+        "device_synchronisations_ms": [4.0],
+        "kernels_ms": {"products": 3.0, "sums": 1.0, "Memset": 0.0},
+    }
+    assert step_profile.kind_of("triton_poi_fused_mul_silu_0") == "triton_poi_fused_mul_silu"
+    assert step_profile.main() == 2 and "--out" in capsys.readouterr().out
 
 
 def test_a_step_of_the_optimizer_is_measured_beside_deepspeeds(monkeypatch):
