@@ -7,7 +7,7 @@ Takes the training's own flags. Everything up to step 4 is the real run's, under
 under torch's profiler, and the run ends. On the stream that computes, `busy_ms` is the time in which a kernel runs.
 Where none does, `idle_until_the_cpu_launched_ms` is the time until kernels that the CPU launched only after the one
 before them had ended, `idle_otherwise_ms` the rest, such as waiting for copies. `first_uses_ms` is the CPU's time
-between two calls where the second is the first in these steps for a kernel of cuBLAS, which is loaded then. Needs a GPU.
+between two calls where the second is the first in these steps for a kernel of cuBLAS, which is loaded then.
 """
 
 from __future__ import annotations
@@ -102,9 +102,6 @@ def inside(argv: list[str], out: Path) -> None:
 
     import holo1_dom_finetune as training
 
-    if not torch.cuda.is_available():
-        training.say("step_profile.py needs a GPU: a CPU launches nothing that it could wait for")
-        training.leave(2)
     step, done, running = training.PageTrainer.training_step, [0], []
 
     def watched(self, *given, **options):
@@ -144,6 +141,11 @@ def main() -> int:
     if "--out" not in argv or {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0 if {"-h", "--help"} & set(argv) else 2
+    import torch
+
+    if not torch.cuda.is_available():
+        print("step_profile.py needs a GPU: a CPU launches nothing that it could wait for", file=sys.stderr)
+        return 2
     place = argv.index("--out")
     out = Path(argv[place + 1]).resolve()
     del argv[place : place + 2]

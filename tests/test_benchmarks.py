@@ -534,7 +534,7 @@ def test_linear_attention_that_fails_is_told_and_the_torch_way_is_measured_alone
     assert found["agrees"] and {*found} == {"errors", "agrees", gated_delta.FLA, gated_delta.PAGES}
 
 
-def test_a_profile_tells_what_a_gpu_waited_for(capsys):
+def test_a_profile_tells_what_a_gpu_waited_for(monkeypatch, capsys):
     """A kernel launched in time, one behind a copy, one that the CPU launched late, since it loaded it before."""
 
     def event(kind, name, start, length, number=None, stream=None):
@@ -574,6 +574,8 @@ def test_a_profile_tells_what_a_gpu_waited_for(capsys):
     }
     assert step_profile.kind_of("triton_poi_fused_mul_silu_0") == "triton_poi_fused_mul_silu"
     assert step_profile.main() == 2 and "--out" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["step_profile.py", "--out", "found.json"])
+    assert step_profile.main() == 2 and "needs a GPU" in capsys.readouterr().err
 
 
 def test_a_step_of_the_optimizer_is_measured_beside_deepspeeds(monkeypatch):
