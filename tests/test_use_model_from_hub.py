@@ -602,7 +602,7 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_folder_that_was_killed_goes_on_where_it_was(here):
     """SIGKILL leaves whole files, SIGTERM and Ctrl-C say how far they came; the same command writes the rest."""
-    make_pages(here / "many", 40)
+    make_pages(here / "many", 80)
     command = ["--image", "many", "--model", "./model", "--output", "out", "--max_html_tokens", "60"]
     times: dict[str, int] = {}
     for sign, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143), (signal.SIGINT, 130)):
@@ -613,17 +613,17 @@ def test_a_folder_that_was_killed_goes_on_where_it_was(here):
                 time.sleep(0.01)
             run.send_signal(sign)
             assert run.wait(60) == code, run.said()
-            assert sign == signal.SIGKILL or f"out: {len(times)} of 40 pages were there" in run.said()
+            assert sign == signal.SIGKILL or f"out: {len(times)} of 80 pages were there" in run.said()
         pages = {page.name: page.stat().st_mtime_ns for page in (here / "out").glob("*.html")}
-        assert times.items() <= pages.items() and 5 <= len(pages) - len(times) < 40
+        assert times.items() <= pages.items() and 5 <= len(pages) - len(times) < 80
         for name in pages:
             html, record = here / "out" / name, json.loads((here / "out" / name).with_suffix(".json").read_text())
             assert html.read_text().endswith("\n") and record["max_html_tokens"] == 60
         times = pages
     done = start_plain(command, here, script=SCRIPT)
-    assert done.returncode == 0 and f"out: {len(times)} of 40 pages were there" in done.stderr, done.stderr
+    assert done.returncode == 0 and f"out: {len(times)} of 80 pages were there" in done.stderr, done.stderr
     assert times.items() <= {page.name: page.stat().st_mtime_ns for page in (here / "out").glob("*.html")}.items()
-    assert names(here / "out") == sorted(f"{number:03d}.{end}" for number in range(40) for end in ("html", "json"))
+    assert names(here / "out") == sorted(f"{number:03d}.{end}" for number in range(80) for end in ("html", "json"))
 
 
 @pytest.mark.slow

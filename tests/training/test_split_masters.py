@@ -202,8 +202,9 @@ def test_steps_are_those_of_whole_masters(world, optim, tmp_path):
     )
 
 
-@pytest.mark.parametrize("optim", OPTIMS)
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(
+    ("world", "optim"), [(1, "adamw_torch"), (2, "adamw_torch_fused"), (2, "adamw_8bit"), (1, KERNEL)]
+)
 def test_checkpoints_are_deepspeeds_own_and_either_kind_goes_on_from_the_others(world, optim, tmp_path):
     port = free_port()
     given = [[rank, world, port, tmp_path, optim] for rank in range(world)]
@@ -324,6 +325,8 @@ def test_a_training_is_that_of_whole_masters(processes, config, exact_base, page
     learned = length(final["split"], before)
     assert plain["whole"].keys() == plain["split"].keys()
     assert length(plain["whole"], plain["split"]) < 1e-3 * learned
+    if processes == 1:  # how runs go on does not depend on what is gathered
+        return
     # A checkpoint of whole masters goes on with split ones.
     shutil.rmtree(tmp_path / "whole" / OUT / "checkpoint-4")
     assert f"going on from {OUT}/checkpoint-2" in end("whole", ["--resume"], processes, "split")
