@@ -237,9 +237,9 @@ LENGTH = 1e-3  # of an update: bitsandbytes' corrections are the GPU's short log
 def why_not(theirs: Callable[..., None], device: torch.device) -> str:
     """What the kernel does otherwise than `theirs`, bitsandbytes' function, from the same states; "" for nothing.
 
-    Weights may differ by two units of their last place and `LENGTH` of an update, the largest of blocks by a millionth,
-    codes by one and only so few of them as lie within rounding of the middle between two, of some 1,000 numbers just
-    beside all middles none. Raises whatever a compiler
+    Weights may differ by two units of their last place and `LENGTH` of what an update and the decay move them by, which
+    may cancel each other; the largest of blocks by a millionth; codes by one, and only so few of them as lie within
+    rounding of the middle between two: of some 1,000 numbers just beside all middles none. Raises whatever a compiler
     may raise.
     """
     from bitsandbytes.functional import create_dynamic_map
