@@ -176,7 +176,8 @@ def decide(scope: Scope, load_of: Callable[[int], Load], page: Load, processes: 
 
 def rungs_of(scope: Scope, longest: MemoryPlan, group: list[Way], limit_gib: float) -> Rungs:
     """What batches may do beside the `longest`, of the ways in `group` that differ from its own in shares: what is
-    faster, and pins no more of the CPU's memory than the longest one has taken before step one."""
+    faster, fits FILLED_SHARE of the limit, and pins no more of the CPU's memory than the longest one has taken before
+    step one."""
     ways = group[: group.index(longest.way) + 1] if may_fill(scope, longest.way) else [longest.way]
     return Rungs(scope.shape, ways, FILLED_SHARE * limit_gib, longest.pinned_gib, scope.bucket)
 
