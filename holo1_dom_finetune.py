@@ -44,7 +44,6 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -67,6 +66,7 @@ from training.final_folder import copy_base_files, load_weights, save_final, who
 from training.heartbeat import heart, on_main_alone
 from training.loss import plain_loss
 from training.memory_fit import Fit, choose_micro_batch, compare_with_plan, costs_of, note_smaller, print_plan
+from training.metered_trainer import NOT_FINITE, MeteredTrainer
 from training.model_card import describe
 from training.packing import pack
 from training.page_order import PageSampler, check_steps, write_page_order
@@ -85,13 +85,12 @@ from training.processes import (
     say_from_here,
     world_size,
 )
-from training.progress import Meter, draw_loss, memory_is_tight, release_memory, say_batch, say_memory, say_step
+from training.progress import draw_loss, memory_is_tight, release_memory, say_batch, say_memory
 from training.prompt_and_mask import IGNORED, PageEncoder, check_same_question, colour_supervision
 from training.publishing import check_hub_access, push_final_folder, saved_words
 from training.recipe import gather_facts, make_recipe
 from training.results import Results
 from training.stopping import stop
-from training.treatment import Batches
 
 EMERGENCY_FOLDER = "holo1_dom_finetune_checkpoint"
 
@@ -310,11 +309,7 @@ class PageCollator:
 # Training
 
 
-# The step is left out on every rank together, before the optimizer: one poisoned update ruins all weights for good.
-NOT_FINITE = "the {} not finite at step {}, which was left out; lower --learning_rate"
-
-
-class PageTrainer(Trainer):
+class PageTrainer(MeteredTrainer):
     """The HF Trainer with an exact token mean, steps of equal cost, a line per step, and the base's shapes on disk.
 
     `costs` are the operations of each training page, `tensors` what the base checkpoint holds, `checkpoints` where and
@@ -331,13 +326,8 @@ class PageTrainer(Trainer):
         **options,
     ):
         super().__init__(**options)
-        self.base, self.costs, self.settings, self.checkpoints, self.meter = base, costs, settings, checkpoints, Meter()
+        self.base, self.costs, self.settings, self.checkpoints = base, costs, settings, checkpoints
         self.shapes = {tensor.name: tensor.shape for tensor in tensors.values()}
-        # How each batch is treated by its own size, which `Fit` knows before step one; None: all as they are.
-        self.batches: Batches | None = None
-        # Qwen2.5-VL declares False, and the Trainer would average micro-batch means: an 8-token page as heavy as a
-        # 4,000-token one. Its forward does take num_items_in_batch, so the loss is the mean over all supervised tokens.
-        self.model_accepts_loss_kwargs = True
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> PageSampler:
         """The Trainer's own would deal pages out by number; ranks then wait for whoever got the long ones."""
@@ -353,49 +343,6 @@ class PageTrainer(Trainer):
         # would draw the first epoch's pages again.
         self.sampler.epoch = state["epoch"]
         super()._run_epoch(**state)
-
-    def get_batch_samples(self, *arguments) -> tuple[list[dict], torch.Tensor | None]:
-        """The micro-batches of a step; the time that the step waited for them is the meter's."""
-        start = time.monotonic()
-        batches = super().get_batch_samples(*arguments)
-        self.meter.waited += time.monotonic() - start
-        return batches
-
-    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor | None:
-        """(all ranks) Supervised tokens of the whole optimizer step over all ranks.
-
-        The loss is divided by them, so that 1 x 8, 2 x 4 and 8 x 1 pages give the same gradient."""
-        if self.data_collator.packed:  # whose labels are `targets` alone, already shifted
-            batch_samples = [{"labels": b["targets"], "shift_labels": b["targets"]} for b in batch_samples]
-        return super()._get_num_items_in_batch(batch_samples, device)
-
-    def floating_point_ops(self, inputs: dict) -> int:
-        """Nothing: `page_flops` counts. The Trainer's own count walks through all modules at every micro-batch."""
-        return 0
-
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict,
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, object]:
-        """The Trainer's own, after the batch was counted, and told which layers keep what they compute."""
-        self.meter.count(inputs, self.data_collator.encoder.image_token_id)
-        if self.batches is not None:
-            self.meter.planned_gib = max(self.meter.planned_gib, self.batches.treat(inputs))
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-    def log(self, logs: dict, start_time: float | None = None) -> None:
-        """(all ranks) One line a step. Raises `NotFiniteError` for a loss that is no number."""
-        if "loss" in logs:
-            # The mean over all ranks, so that all of them see it and stop together. DeepSpeed reports a norm of 1.0 for
-            # gradients that are all NaN: the loss is the better witness.
-            if not math.isfinite(logs["loss"]):
-                raise NotFiniteError(NOT_FINITE.format(f"loss is {logs['loss']},", self.state.global_step))
-            logs |= self.meter.read(self.args)
-            say_step(logs, self.state)
-        super().log(logs, start_time)
 
     def _get_output_dir(self, trial: object) -> str:
         return str(self.checkpoints.staging)

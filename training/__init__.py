@@ -12,6 +12,7 @@ Rooms from top to bottom; each may import those below it, and none above:
     origins         which names on the Hub a local folder comes from
     memory_fit      the one decision what fits, for --plan and for training, and its proof before step one
     fp8_training    the language model's products in fp8: proved on the run's own pages, weights cast anew
+    metered_trainer the HF Trainer with an exact token mean and a line a step
     treatment       what each layer does with its activations, set anew for each batch by its own size
     resuming        how a run goes on: its checkpoint, its own settings, what was typed anew
     disk_space      what a run will write, and whether the disks have room for it

@@ -1,0 +1,77 @@
+"""The HF Trainer with an exact token mean and a line a step: what a step's line tells is counted and said here.
+
+class PageTrainer(MeteredTrainer): ...
+trainer.meter.reset()                                # before step one
+trainer.batches = Batches(treatment, plan)           # where each batch is treated by its own size
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from transformers import Trainer
+
+from training.errors import NotFiniteError
+from training.progress import Meter, say_step
+from training.treatment import Batches
+
+# The step is left out on every rank together, before the optimizer: one poisoned update ruins all weights for good.
+NOT_FINITE = "the {} not finite at step {}, which was left out; lower --learning_rate"
+
+
+class MeteredTrainer(Trainer):
+    """The HF Trainer of packed or padded pages, whose loss is the mean over all supervised tokens of a step."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.meter = Meter()
+        # How each batch is treated by its own size, which `Fit` knows before step one; None: all as they are.
+        self.batches: Batches | None = None
+        # Qwen2.5-VL declares False, and the Trainer would average micro-batch means: an 8-token page as heavy as a
+        # 4,000-token one. Its forward does take num_items_in_batch, so the loss is the mean over all supervised tokens.
+        self.model_accepts_loss_kwargs = True
+
+    def get_batch_samples(self, *arguments) -> tuple[list[dict], torch.Tensor | None]:
+        """The micro-batches of a step; the time that the step waited for them is the meter's."""
+        start = time.monotonic()
+        batches = super().get_batch_samples(*arguments)
+        self.meter.waited += time.monotonic() - start
+        return batches
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor | None:
+        """(all ranks) Supervised tokens of the whole optimizer step over all ranks.
+
+        The loss is divided by them, so that 1 x 8, 2 x 4 and 8 x 1 pages give the same gradient."""
+        if self.data_collator.packed:  # whose labels are `targets` alone, already shifted
+            batch_samples = [{"labels": b["targets"], "shift_labels": b["targets"]} for b in batch_samples]
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def floating_point_ops(self, inputs: dict) -> int:
+        """Nothing: `page_flops` counts. The Trainer's own count walks through all modules at every micro-batch."""
+        return 0
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, object]:
+        """The Trainer's own, after the batch was counted, and told which layers keep what they compute."""
+        self.meter.count(inputs, self.data_collator.encoder.image_token_id)
+        if self.batches is not None:
+            self.meter.planned_gib = max(self.meter.planned_gib, self.batches.treat(inputs))
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def log(self, logs: dict, start_time: float | None = None) -> None:
+        """(all ranks) One line a step. Raises `NotFiniteError` for a loss that is no number."""
+        if "loss" in logs:
+            # The mean over all ranks, so that all of them see it and stop together. DeepSpeed reports a norm of 1.0 for
+            # gradients that are all NaN: the loss is the better witness.
+            if not math.isfinite(logs["loss"]):
+                raise NotFiniteError(NOT_FINITE.format(f"loss is {logs['loss']},", self.state.global_step))
+            logs |= self.meter.read(self.args)
+            say_step(logs, self.state)
+        super().log(logs, start_time)
