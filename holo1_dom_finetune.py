@@ -409,6 +409,8 @@ class Steps(TrainerCallback):
         **unused: object,
     ) -> None:
         """(all ranks) Raises `NotFiniteError` before gradients that are no numbers reach a weight."""
+        if args.deepspeed:  # which has looked itself, and has none left here; on_step_end hears of it
+            return
         # DDP has averaged them, so every rank sees the same. fp16 overflows now and then; its scaler skips those.
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if not args.fp16 and not torch.nn.utils.get_total_norm(gradients).isfinite():
@@ -426,7 +428,7 @@ class Steps(TrainerCallback):
         if world_size() == 1 and not args.deepspeed and trainer.batches is None and memory_is_tight():
             release_memory()
         # A signal reaches ranks at different moments; one that stopped alone would leave the others in a collective.
-        self.stopped = agree(stop.wanted, args.device)
+        self.stopped = trainer.meter.stops()
         if not self.stopped and every and state.global_step % every == 0 and state.global_step < state.max_steps:
             self.judging = True
             with trainer.meter.pause(), contextlib.suppress(StoppedError):  # agreed upon again here

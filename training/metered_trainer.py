@@ -14,7 +14,8 @@ import torch
 from transformers import Trainer
 
 from training.errors import NotFiniteError
-from training.progress import Meter, say_step
+from training.processes import add_up
+from training.progress import Meter, on_device, say_step
 from training.treatment import Batches
 
 # The step is left out on every rank together, before the optimizer: one poisoned update ruins all weights for good.
@@ -41,12 +42,15 @@ class MeteredTrainer(Trainer):
         return batches
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor | None:
-        """(all ranks) Supervised tokens of the whole optimizer step over all ranks.
+        """(all ranks) Supervised tokens of the whole optimizer step over all ranks, a scalar.
 
         The loss is divided by them, so that 1 x 8, 2 x 4 and 8 x 1 pages give the same gradient."""
-        if self.data_collator.packed:  # whose labels are `targets` alone, already shifted
-            batch_samples = [{"labels": b["targets"], "shift_labels": b["targets"]} for b in batch_samples]
-        return super()._get_num_items_in_batch(batch_samples, device)
+        if not (batch_samples and self.data_collator.packed):
+            return super()._get_num_items_in_batch(batch_samples, device)
+        # The Trainer's own copies the number to the GPU in a way that waits for the step before.
+        count = on_device([sum(len(batch["targets"]) for batch in batch_samples)], device, torch.float32)
+        add_up(count)
+        return count[0]
 
     def floating_point_ops(self, inputs: dict) -> int:
         """Nothing: `page_flops` counts. The Trainer's own count walks through all modules at every micro-batch."""
@@ -59,11 +63,48 @@ class MeteredTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, object]:
-        """The Trainer's own, after the batch was counted, and told which layers keep what they compute."""
+        """The Trainer's own, once the batch is counted and layers are told what to keep; (all ranks) of a step's last
+        micro-batch, what its line tells starts on its way."""
         self.meter.count(inputs, self.data_collator.encoder.image_token_id)
         if self.batches is not None:
             self.meter.planned_gib = max(self.meter.planned_gib, self.batches.treat(inputs))
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.meter.add(result[0] if return_outputs else result)
+        if self.accelerator.sync_gradients:  # the last micro-batch of a step
+            self.meter.send(self.args.device)
+        return result
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | float | None = None) -> float | None:
+        """The Trainer's own, as a number before the optimizer's step: after it, asking would be a wait for that."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return norm.item() if isinstance(norm, torch.Tensor) else norm
+
+    def _maybe_log_save_evaluate(
+        self,
+        tr_loss: torch.Tensor,
+        grad_norm: float | None,
+        model: torch.nn.Module,
+        trial: object,
+        epoch: float,
+        ignore_keys_for_eval: list[str] | None,
+        start_time: float,
+        learning_rate: float | None = None,
+    ) -> None:
+        """(all ranks) The Trainer's own, with the loss that the meter knows: `tr_loss` comes behind the optimizer's
+        step, and a GPU whose Python waits for that has nothing to do after it."""
+        steps = self.state.global_step - self._globalstep_last_logged
+        if self.control.should_log and steps:
+            logs = self.meter.read(self.args)
+            loss = logs.pop("loss")
+            own = {} if grad_norm is None else {"grad_norm": grad_norm}
+            own["learning_rate"] = self._get_learning_rate() if learning_rate is None else learning_rate
+            self._total_loss_scalar += loss
+            self._globalstep_last_logged = self.state.global_step
+            tr_loss.zero_()
+            self.log({"loss": loss / steps} | own | logs, start_time)
+        super()._maybe_log_save_evaluate(
+            tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=learning_rate
+        )
 
     def log(self, logs: dict, start_time: float | None = None) -> None:
         """(all ranks) One line a step. Raises `NotFiniteError` for a loss that is no number."""
@@ -72,6 +113,5 @@ class MeteredTrainer(Trainer):
             # gradients that are all NaN: the loss is the better witness.
             if not math.isfinite(logs["loss"]):
                 raise NotFiniteError(NOT_FINITE.format(f"loss is {logs['loss']},", self.state.global_step))
-            logs |= self.meter.read(self.args)
             say_step(logs, self.state)
         super().log(logs, start_time)

@@ -2,6 +2,8 @@
 
     meter = Meter()
     meter.count(batch, image_token_id)          # every micro-batch, on this rank
+    meter.add(loss)                             # its loss, on the GPU
+    meter.send(device)                          # (all ranks) of a step's last micro-batch, before its backward pass
     logs |= meter.read(args)                    # (all ranks) since the last line
 
 Everything is per optimizer step and over all ranks, in seconds and GiB; pauses for evaluation do not count.
@@ -13,7 +15,7 @@ import contextlib
 import gc
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,8 +27,9 @@ from families.page_costs import peak_tflops
 from scoring.bar import draw, erase, on_terminal
 from scoring.report_values import plural
 from training.heartbeat import heart
-from training.processes import add_up, is_main, say, take_largest, world_size
+from training.processes import add_up, is_main, say, several, take_largest, world_size
 from training.prompt_and_mask import IGNORED
+from training.stopping import stop
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -48,7 +51,11 @@ def say_batch(args: TrainingArguments) -> None:
 
 
 class Meter:
-    """What went through the model since the last log line, on this rank."""
+    """What went through the model since the last log line, on this rank.
+
+    It is sent before a step's last backward pass: who asked a GPU for it after the step would wait for the optimizer,
+    and the GPU then for whoever asked.
+    """
 
     def __init__(self):
         self.reset()
@@ -58,6 +65,10 @@ class Meter:
         self.start, self.paused, self.waited = time.monotonic(), 0.0, 0.0
         self.pages = self.supervised = self.image = self.steps = 0
         self.flops = self.planned_gib = 0.0  # the highest plan of a batch
+        self.losses: torch.Tensor | float = 0.0  # the sum over micro-batches
+        # Sums over all ranks, the largest of each number, and what there is to wait for until both are in the CPU's
+        # memory.
+        self.sent: tuple[torch.Tensor, torch.Tensor, torch.cuda.Event | None] | None = None
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -81,33 +92,78 @@ class Meter:
             self.supervised = self.supervised + inputs["labels"].ne(IGNORED).sum()
             self.image = self.image + inputs["input_ids"].eq(image_token_id).sum()
 
-    def read(self, args: TrainingArguments) -> dict[str, float]:
-        """(all ranks) Rates over all ranks, the longest wait for data, and the highest peak memory of one; where
-        batches are planned, the highest of their plans since the last line."""
-        seconds, steps = time.monotonic() - self.start - self.paused, max(1, self.steps)
-        cuda = torch.cuda.is_available()
-        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else process_peak_gib()
-        counts = [self.pages, float(self.supervised), float(self.image), self.flops / 1e12]
-        sums = torch.tensor(counts, device=args.device, dtype=torch.float64 if cuda else torch.float32)
-        worst = torch.tensor([peak, self.waited / seconds, self.planned_gib], device=args.device)
+    def add(self, loss: torch.Tensor) -> None:
+        """Adds a micro-batch's loss, a scalar, which stays where it is."""
+        self.losses = self.losses + loss.detach()
+
+    def send(self, device: torch.device) -> None:
+        """(all ranks) What was counted so far starts on its way to all ranks and to the CPU; nobody waits for it."""
+        counts = [self.losses, self.pages, self.supervised, self.image, self.flops / 1e12]
+        sums = on_device(counts, device, torch.float64 if device.type == "cuda" else torch.float32)
+        worst = on_device([peak_gib(), self.waited, self.planned_gib, stop.wanted], device, torch.float32)
         add_up(sums)
         take_largest(worst)
-        pages, supervised, image, tflops = (sums / seconds).tolist()
-        peak, waited, planned = worst.tolist()
+        arrived = None
+        if device.type == "cuda":
+            sums, worst = (part.to("cpu", non_blocking=True) for part in (sums, worst))  # into pinned memory
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.sent = sums, worst, arrived
+
+    def arrived(self) -> tuple[list[float], list[float]]:
+        """Sums over all ranks, and the largest of each number, as they were sent last."""
+        sums, worst, arrived = self.sent
+        if arrived:
+            arrived.synchronize()
+        return sums.tolist(), worst.tolist()
+
+    def stops(self) -> bool:
+        """(all ranks) Whether any of them was asked to stop when this step was sent."""
+        return self.arrived()[1][3] > 0 if several() else stop.wanted
+
+    def read(self, args: TrainingArguments) -> dict[str, float]:
+        """(all ranks) The mean loss of all ranks, summed over the steps, rates over all ranks, the longest wait for
+        data, and the highest peak memory of one; where batches are planned, the highest of their plans since the last
+        line."""
+        if self.sent is None:
+            self.send(torch.device(args.device))
+        seconds, steps = time.monotonic() - self.start - self.paused, max(1, self.steps)
+        (loss, *sums), (peak, waited, planned, _) = self.arrived()
+        pages, supervised, image, tflops = (number / seconds for number in sums)
         self.reset()
-        most = peak_tflops(torch.cuda.get_device_name()) if cuda else None
+        most = peak_tflops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         return (
             {
+                "loss": loss / world_size(),
                 "pages_per_second": pages,
                 "supervised_tokens_per_second": supervised,
                 "image_tokens_per_second": image,
                 "seconds_per_step": seconds / steps,
-                "data_wait_share": waited,
-                "peak_gib": peak,
+                "data_wait_share": waited / seconds,
+                "peak_gib": max(peak, peak_gib()),  # the last backward pass of other ranks is in the next line
             }
             | ({"mfu": tflops / most / world_size()} if most and tflops else {})
             | ({"planned_gib": planned} if planned else {})
         )
+
+
+def on_device(numbers: Sequence[torch.Tensor | float], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """`numbers` as one tensor (N,) on `device`, where some of them may be already, without waiting for a GPU."""
+    known = torch.tensor([0.0 if torch.is_tensor(number) else number for number in numbers], dtype=dtype)
+    if device.type == "cuda":
+        known = known.pin_memory()  # from other memory torch would wait until all before is done
+    known = known.to(device, non_blocking=True)
+    for place, number in enumerate(numbers):
+        if torch.is_tensor(number):
+            known[place] += number
+    return known
+
+
+def peak_gib() -> float:
+    """The most memory that this process has held so far, in GiB: of a GPU where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return process_peak_gib()
 
 
 def process_peak_gib() -> float:

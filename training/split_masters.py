@@ -162,11 +162,18 @@ class SplitMasters:
 
     def note_scale(self, number: int, norm: torch.Tensor) -> None:
         """By what a group's gradients are multiplied: nobody waits for the GPU to know `norm`, of all gradients."""
+        self.keep_norm(number, norm)
         optimizer = self.optimizer
         scale = norm.new_full((), optimizer.loss_scale, dtype=torch.float32)
         if optimizer.clip_grad > 0.0:
             scale *= ((norm / optimizer.loss_scale + 1e-6) / optimizer.clip_grad).clamp(min=1.0)
         self.scale = 1.0 / scale
+
+    def keep_norm(self, number: int, norm: torch.Tensor) -> None:
+        """The norm that the engine reports, as a number before the first group's step: DeepSpeed has just waited for
+        it, and who asks the GPU later waits for the whole step."""
+        if number == 0:
+            self.optimizer._global_grad_norm = norm.item() / self.optimizer.loss_scale
 
     def step(self, number: int) -> None:
         """AdamW's step of a group, its state kept as torch keeps it."""
@@ -208,8 +215,10 @@ class SplitMasters:
         return len(gradients) == 1 and self.in_8_bits.read_by_fours(gradients[0], weights, self.rests[number], codes)
 
     def scale_8_bits(self, number: int, norm: torch.Tensor) -> None:
-        joined = self.rests[number] is None
-        self.unscale(number, norm) if joined else self.note_scale(number, norm)
+        if self.rests[number] is not None:
+            return self.note_scale(number, norm)
+        self.keep_norm(number, norm)
+        self.unscale(number, norm)
 
     def step_8_bits(self, number: int) -> None:
         if self.rests[number] is None:

@@ -42,10 +42,14 @@ def noted(engine) -> bool:
     return True
 
 
-if __name__ == "__main__":
+def take_bf16() -> None:
     settings.resolve_precision = in_bf16
     training_args.is_torch_bf16_gpu_available = lambda: True
     split_masters.begin = watched
+
+
+if __name__ == "__main__":
+    take_bf16()
     if "OVERFLOW" in os.environ:
         zero3.step_was_applied = noted  # the training would end there
     code = pipeline.main(sys.argv[1:])
