@@ -48,6 +48,14 @@ class LinearAttention:
         return 4 * self.keys + 4 * self.values + (64 + 6) * self.heads
 
     @property
+    def made(self) -> int:
+        """Numbers per token that stand in memory besides while flash-linear-attention takes one layer's backward pass:
+        of each chunk of 64 tokens the states and their gradients; as wide as a state's side for each head, what is
+        taken from it and four gradients; and values four times. Counted in fla-core 0.6.0, all alive at its end; with
+        what is `kept`, within 2 % of what one layer took (benchmarks/results/h100_linear_attention.json)."""
+        return 2 * self.values * self.state // 64 + 5 * self.heads * self.state + 4 * self.values
+
+    @property
     def flops(self) -> int:
         """Operations of one layer's state for a token, forward: read with the key, written, read with the query."""
         return 6 * self.values * self.state
