@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,6 +25,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -30,6 +33,8 @@ from packaging.version import Version
 from torch.nn.functional import softplus
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+
+from kernels.trials import keep_trials, once_aside
 
 # Tokens of a page that transformers' function takes at once, a multiple of its chunks, which changes no more than how
 # gradients are rounded: for each chunk its backward pass makes zeros as long as all that it was given, and twice the
@@ -192,6 +197,7 @@ def reads_by_fla(shape: DeltaShape, dtype: torch.dtype, device: torch.device) ->
     """Whether flash-linear-attention gives values and states as the torch way does; with no gradients to compile."""
     if obstacle(device.type, dtype.itemsize == 2):
         return False
+    try_aside(shape, dtype, device)
     # It needs triton, as flash-linear-attention does, which a machine that trains on a CPU may lack.
     from kernels.early import PLAIN, way_that_agrees
 
@@ -236,10 +242,12 @@ def missing() -> str:
     """Why what is used of flash-linear-attention cannot be imported; built for another triton, it may fail in any way.
     Empty where it can."""
     parts = ("fla.modules.causal_conv1d", "causal_conv1d"), ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule")
+    keep_trials()
     # A broken package must cost speed, not the training: it is said which way is used (`delta_words`).
     try:
         for module, name in parts:
             getattr(importlib.import_module(module), name)
+        try_once(importlib.import_module("fla.modules.norm.l2norm"))
     except ModuleNotFoundError as error:
         return f"not installed; {INSTALL}" if error.name == "fla" else f"broken: {error}"
     except Exception as error:
@@ -293,6 +301,7 @@ def flaw(shape: DeltaShape, dtype: torch.dtype, device: str = "cuda") -> str:
 
     Raises torch.OutOfMemoryError, which says nothing about the kernels.
     """
+    try_aside(shape, dtype, torch.device(device))
     with torch.inference_mode(False), torch.enable_grad(), OWN_TENSORS():
         trial = trial_of(shape, dtype, device)
         wanted = outcome(PAGES, shape, *trial)
@@ -309,6 +318,46 @@ def flaw(shape: DeltaShape, dtype: torch.dtype, device: str = "cuda") -> str:
     if told:
         warnings.warn(f"{FLA}, for {shape}, {told}; {PAGES} is used there", stacklevel=2)
     return told
+
+
+def try_once(module: ModuleType) -> None:
+    """Have the norms of heads tried once for all batches: fla-core 0.6.0 tries 25 shapes of each anew for any other
+    number of 65,536 heads, in the middle of a training."""
+    for kernel in (module.l2norm_fwd_kernel, module.l2norm_bwd_kernel):
+        if list(kernel.keys) == ["D", "NB"]:
+            kernel.keys = ["D"]
+
+
+def try_aside(shape: DeltaShape, dtype: torch.dtype, device: torch.device) -> None:
+    """Have its kernels for layers of `shape` tried in a process of their own, once on a machine (kernels/trials.py)."""
+    if device.type != "cuda":
+        return
+    number = torch.cuda.current_device() if device.index is None else device.index
+    told = json.dumps({"shape": shape, "dtype": str(dtype).removeprefix("torch."), "device": number})
+    known = [shape, str(dtype), torch.cuda.get_device_name(number), *map(version_of, ("triton", "fla-core", "torch"))]
+    once_aside(FLA, "kernels.gated_delta", told, known)
+
+
+def version_of(package: str) -> str:
+    """Empty where it is not installed by that name."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def try_kernels(told: str) -> None:
+    """What `try_aside` has its process do."""
+    given = json.loads(told)
+    shape, dtype = DeltaShape(*given["shape"]), getattr(torch, given["dtype"])
+    torch.cuda.set_device(given["device"])
+    if why := missing():
+        raise SystemExit(why)
+    trial = trial_of(shape, dtype, "cuda")
+    outcome(FLA, shape, *trial)
+    with torch.no_grad():
+        fla_with_ends(trial[0], shape, trial[1])
+    torch.cuda.synchronize()
 
 
 def difference(wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> str:
@@ -349,3 +398,7 @@ def outcome(
     done = WAYS[way](DeltaInputs(**parts), shape, bounds)
     found = torch.autograd.grad(done, list(parts.values()), outer)
     return {"values": done.detach().float(), **{name: part.float() for name, part in zip(parts, found)}}
+
+
+if __name__ == "__main__":
+    try_kernels(sys.argv[1])
