@@ -16,7 +16,7 @@ Rooms from top to bottom; each may import those below it, and none above:
     row_kernels      norms, activations and the likeliest token, one pass over memory each
     product_parts    what kernels have in common whose programs share a piece of work
     masters          fp32 masters as bf16 weights and 16-bit rests, and AdamW's step on them by torch
-    trials           kernels whose shapes are tried on the machine that runs them, aside
+    trials           what kernels' libraries find out on a machine, kept and tried aside
     early            kernels that begin while the one before them ends
     rotary_kernel    rotary positions at the speed of a GPU's memory
     positions        where tokens and patches stand

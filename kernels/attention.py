@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from kernels.trials import keep_on_disk
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
@@ -205,6 +207,7 @@ def attention_kernel(device: str, half: bool) -> str:
     or Blackwell (9, 10)."""
     if device != "cuda" or not half or torch.cuda.get_device_capability() < (8, 0):
         return SEGMENTS
+    keep_on_disk()
     if torch.cuda.get_device_capability()[0] in (9, 10) and importable("flash_attn.cute"):
         return FLASH_4
     return FLASH if importable("flash_attn") else VARLEN

@@ -34,7 +34,7 @@ from torch.nn.functional import softplus
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from kernels.trials import keep_trials, once_aside
+from kernels.trials import keep_on_disk, once_aside
 
 # Tokens of a page that transformers' function takes at once, a multiple of its chunks, which changes no more than how
 # gradients are rounded: for each chunk its backward pass makes zeros as long as all that it was given, and twice the
@@ -242,7 +242,7 @@ def missing() -> str:
     """Why what is used of flash-linear-attention cannot be imported; built for another triton, it may fail in any way.
     Empty where it can."""
     parts = ("fla.modules.causal_conv1d", "causal_conv1d"), ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule")
-    keep_trials()
+    keep_on_disk()
     # A broken package must cost speed, not the training: it is said which way is used (`delta_words`).
     try:
         for module, name in parts:

@@ -1,6 +1,6 @@
-"""Kernels whose shapes triton tries on the machine that runs them, tried in a process of their own.
+"""What kernels' libraries find out on the machine that runs them: kept on its disk, and tried in a process of its own.
 
-    keep_trials()                                           # before such kernels are imported
+    keep_on_disk()                                          # before such kernels are imported
     once_aside("the library", "kernels.gated_delta", told, known)   # `python -m kernels.gated_delta told`
 
 Of the shapes that lose some spill so much that CUDA sets gigabytes aside for them, which a process has back only when
@@ -20,14 +20,22 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-KEPT = ("TRITON_CACHE_AUTOTUNING", "1")  # triton leaves what it has tried on the disk
+# What is found in the environment stays. Of what triton has tried it keeps the times; flash-attn 4 (4.0.0b36) what it
+# has compiled, some 20 s of a start, in a folder of all users' unless it is told another one.
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+KEPT = {
+    "TRITON_CACHE_AUTOTUNING": "1",
+    "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",
+    "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": str(CACHE / "flash_attention_cute_dsl_cache"),
+}
 SECONDS = 1_800  # 198 were measured for flash-linear-attention's, none of them compiled
 OF_A_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def keep_trials() -> None:
-    """Has triton keep on the disk what it tries from here on, unless the environment says otherwise."""
-    os.environ.setdefault(*KEPT)
+def keep_on_disk() -> None:
+    """Has them keep what they find out from here on, unless the environment says otherwise."""
+    for name, value in KEPT.items():
+        os.environ.setdefault(name, value)
 
 
 def once_aside(name: str, module: str, told: str, known: list[Any]) -> None:
@@ -55,7 +63,7 @@ def once_aside(name: str, module: str, told: str, known: list[Any]) -> None:
 def run_aside(module: str, told: str) -> str:
     """Why `module` has failed; empty where it has not."""
     root = str(Path(__file__).parents[1])
-    kept = {name: value for name, value in os.environ.items() if name not in OF_A_GROUP} | dict([KEPT])
+    kept = KEPT | {name: value for name, value in os.environ.items() if name not in OF_A_GROUP}
     kept["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     try:
         done = subprocess.run(

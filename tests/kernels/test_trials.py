@@ -1,6 +1,8 @@
 """What triton tries on a machine is tried once, in a process of its own: real ones, which note that they were run."""
 
+import os
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +30,16 @@ def test_processes_that_come_together_try_once_and_later_ones_not_again(tmp_path
     assert (tmp_path / "noted").read_text() == "tried "
     for other in (["one", 3], ["one"]):
         assert not trials.mark_of("notes_its_call", other).exists()
+
+
+def test_what_libraries_find_out_is_kept_unless_the_environment_says_otherwise(monkeypatch):
+    for name in trials.KEPT:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "0")
+    trials.keep_on_disk()
+    found = {name: os.environ.pop(name) for name in trials.KEPT}
+    assert found == trials.KEPT | {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "0"}
+    assert str(Path.home()) in found["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"], "what is loaded as code is nobody else's"
 
 
 def test_what_fails_is_said_and_tried_again(tmp_path, monkeypatch):
