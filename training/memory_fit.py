@@ -53,10 +53,11 @@ from training.processes import (
     least,
     leave_note,
     say,
+    say_from_here,
     together,
     world_size,
 )
-from training.progress import say_memory
+from training.progress import gpu_memory_words, say_memory
 from training.prompt_and_mask import PageEncoder
 from training.settings import PageSettings, Resolved
 from training.treatment import Batches, Treatment, load_of
@@ -428,6 +429,8 @@ class Fit:
             told += f", and so does one that keeps most, {peak:.1f}"
         told += f" (up to {excess:.1f} more than planned, which is left free)" if excess >= 0.05 else ""
         say_memory(f"{told},", start)
+        if words := gpu_memory_words():
+            say(f"GPU 0 after it: {words}")
         return excess
 
     def attempt(
@@ -454,6 +457,8 @@ class Fit:
             if not is_out_of_memory(error):
                 raise
             failure = error
+            which = "the longest batch" if way == self.way else "one that keeps most"
+            say_from_here(f"memory ran out for {which}, {planned_words(self.plan, load, way)}: {gpu_memory_words()}")
         if not trainer.args.deepspeed:
             trainer.model.zero_grad(set_to_none=True)
         peak = torch.cuda.max_memory_allocated() / GIB
@@ -518,6 +523,14 @@ class Fit:
         os.environ[RESTARTED] = "1"  # its own evaluation before training is no earlier run's
         heart.falls_silent()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *again])
+
+
+def planned_words(plan: MemoryPlan, load: Load | None, way: Way) -> str:
+    """What was planned for a batch, in GiB; `load` is None where there was no batch yet."""
+    if plan.rungs is None or load is None:
+        return f"{plan.total_gib:.1f} GiB planned for the longest"
+    planned = plan.rungs.plan_of(load, way)
+    return f"{planned.total_gib:.1f} GiB planned, {way_words(planned)}"
 
 
 def has_moments(trainer: Trainer) -> bool:

@@ -166,6 +166,18 @@ def peak_gib() -> float:
     return process_peak_gib()
 
 
+def gpu_memory_words() -> str:
+    """Who has a GPU's memory at this moment, in GiB; empty without one."""
+    if not torch.cuda.is_available():
+        return ""
+    free, total = torch.cuda.mem_get_info()
+    reserved, allocated = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
+    peak, outside = torch.cuda.max_memory_allocated(), total - free - reserved
+    gib = [f"{size / 2**30:.1f}" for size in (allocated, peak, reserved - allocated, outside, free)]
+    # Outside are CUDA's own, NCCL's, what kernels that spill have had set aside, and other processes.
+    return "{} GiB in tensors (at most {}), {} in gaps between them, {} outside of torch, {} free".format(*gib)
+
+
 def process_peak_gib() -> float:
     """The most memory that this process has held so far, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB

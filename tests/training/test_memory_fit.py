@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import replace
 from functools import cache, partial
@@ -431,8 +432,11 @@ def test_the_proof_is_of_the_longest_batch_and_of_the_fullest_one(
 
 
 @pytest.mark.parametrize(("more", "filled"), [([None], False), ([0.0, None], True)])
-def test_a_proof_that_fails_restarts_by_what_has_failed(more, filled, shapes_of_3b, monkeypatch):
-    asked = []
+def test_a_proof_that_fails_restarts_by_what_has_failed_and_says_what_that_was(
+    more, filled, shapes_of_3b, monkeypatch, capsys
+):
+    asked, words = [], "1.0 GiB in tensors"
+    monkeypatch.setattr(memory_fit, "gpu_memory_words", lambda: words)
 
     def restart(self, pages, failure, filled):
         asked.append((pages, filled))
@@ -442,6 +446,9 @@ def test_a_proof_that_fails_restarts_by_what_has_failed(more, filled, shapes_of_
     with pytest.raises(torch.OutOfMemoryError):
         proved(monkeypatch, shapes_of_3b, more)
     assert asked == [(8, filled)]
+    which = "one that keeps most" if filled else "the longest batch"
+    said = rf"memory ran out for {which}, \d+\.\d GiB planned, recomputed \d+% of .*: {words}"
+    assert re.search(said, "".join(capsys.readouterr()))
 
 
 @pytest.mark.slow
