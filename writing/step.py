@@ -119,7 +119,7 @@ class Step:
         for number, (layer, after) in enumerate(zip(layers, following)):
             mixer = layer.mixer
             wide = normed_product("qkv", rows, layer.norms[0], mixer.taken, mixer.taken_bias)
-            done = mixer.step(wide, moment, self.cache.layer(number, self.slots))
+            done = mixer.step(wide, moment, self.cache.layer(number, self.slots), (mixer.out, layer.gated))
             rows = add_product("out", rows, done, mixer.out, ("gated", layer.norms[1]))
             inner = gated_product("gated", rows, layer.norms[1], layer.gated)
             rows = add_product("down", rows, inner, layer.down, after)
