@@ -2,7 +2,8 @@
 
     warm(weight, ...)                   # inside a kernel: what nobody writes may come nearer already
     follow(EARLY)                       # all that was written before is there from here on
-    way_that_agrees("name", {EARLY: work, PLAIN: work}, wanted, device)     # which of them may be used
+    way_that_agrees("name", {EARLY: work, PLAIN: work}, wanted)     # which of them may be used
+    @once                               # what is proved is kept, and proved by one thread
 
 A decoding step is some two hundred kernels of ten microseconds; what each needs to begin, two or three of them, is
 time in which no weight moves. (CUDA C++ Programming Guide, section "Programmatic Dependent Launch".)
@@ -11,9 +12,10 @@ time in which no weight moves. (CUDA C++ Programming Guide, section "Programmati
 from __future__ import annotations
 
 import ctypes
+import threading
 import warnings
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, wraps
 
 import torch
 import triton
@@ -48,6 +50,22 @@ def way_that_agrees(
             reason = f"differs by {max(errors):.2g} of the norm"
         warnings.warn(f"the kernel of {name}, launched {way}, {reason}; another way is used", stacklevel=2)
     return NEVER
+
+
+def once(work: Callable) -> Callable:
+    """`work`, whose results are kept, each of them worked out by one thread while others that want it wait: a kernel
+    that two threads prove at once is compiled twice, which `lru_cache` alone does not see."""
+    kept, locks, guard = lru_cache(maxsize=None)(work), {}, threading.Lock()
+
+    @wraps(work)
+    def asked(*given):
+        with guard:
+            lock = locks.setdefault(given, threading.Lock())
+        with lock:
+            return kept(*given)
+
+    asked.cache_clear, asked.cache_info = kept.cache_clear, kept.cache_info
+    return asked
 
 
 def driver_version() -> int:

@@ -7,13 +7,11 @@ done = sum_of(first, apart, SHARERS)
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 
-from kernels.early import warm
+from kernels.early import once, warm
 
 MOST_ROWS = 64
 LINE = tl.constexpr(64)  # numbers of half precision in one line of memory
@@ -24,7 +22,7 @@ def tile_rows(rows: int) -> int:
     return next(count for count in (8, 16, 32, MOST_ROWS) if rows <= count)
 
 
-@lru_cache
+@once
 def arrived(device: torch.device) -> torch.Tensor:
     """How many of the programs that share a piece of work have ended: zeros, as each kernel leaves them again. Kernels
     that use it run one after another: one stream a device, and one that begins early counts only once it has waited for

@@ -17,7 +17,6 @@ row_kernels.py do it. Shapes: R rows, K in, N out, T tiles of COLUMNS columns.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
@@ -26,7 +25,7 @@ from torch.nn import functional
 
 from kernels import broad_products
 from kernels.broad_products import Broad, takes
-from kernels.early import EARLY, NEVER, PLAIN, early, follow, way_that_agrees
+from kernels.early import EARLY, NEVER, PLAIN, early, follow, once, way_that_agrees
 from kernels.product_parts import (
     MOST_ROWS,
     activated,
@@ -101,7 +100,7 @@ def tile_of(
     return tile if way else None, way
 
 
-@lru_cache
+@once
 def way_of(
     kind: str, tile: Tile, rows: int, depth: int, dtype: torch.dtype, device: torch.device, norms: torch.dtype,
     scales: bool,
@@ -326,14 +325,35 @@ def gated_product(kind: str, rows: Rows, norm: Norm, weight: torch.Tensor) -> to
     return launch(tile, way == EARLY, *given, gated=True, **asked)[0]
 
 
+def scale_for(following: tuple[str, Norm] | None, source: torch.Tensor) -> torch.Tensor | None:
+    """The weight of the norm of the product that is `following` where that takes rows that have met it."""
+    broad = following and isinstance(planned(following[0], source, True), Broad)
+    return following[1][0] if broad else None
+
+
+def prove(
+    kind: str,
+    source: torch.Tensor,
+    weight: torch.Tensor,
+    norm: Norm | None = None,
+    following: tuple[str, Norm] | None = None,
+) -> None:
+    """Has all compiled and proved that the product of `kind` takes for such a `source` (R, K), without the product."""
+    scale = scale_for(following, source)
+    columns = len(weight) // (2 if kind == "gated" else 1)
+    tile, _ = tile_of(kind, source, columns, norm[0] if norm else scale, scale is not None)
+    if tile is None and norm:
+        rms_norm(source, *norm)
+    if tile is None and kind == "gated":
+        swiglu(source.new_zeros(len(source), len(weight)))
+
+
 def add_product(
     kind: str, rows: Rows, inner: torch.Tensor, weight: torch.Tensor, following: tuple[str, Norm] | None = None
 ) -> Rows:
     """`rows` plus `inner` (R, K) times `weight` (N, K); what was in `rows` may be written over. `following` is the
     product that takes them next, with its norm."""
-    scale = None
-    if following and isinstance(planned(following[0], rows.hidden, True), Broad):
-        scale = following[1][0]
+    scale = scale_for(following, rows.hidden)
     tile, way = tile_of(kind, inner, len(weight), scale, scale is not None)
     if tile is None:
         return Rows(rows.hidden.addmm_(inner, weight.T))

@@ -15,14 +15,14 @@ are turned, an even number.
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels.early import EARLY, PLAIN, early, follow, warm, warm_bytes, way_that_agrees
+from kernels.early import EARLY, PLAIN, early, follow, once, warm, warm_bytes, way_that_agrees
 from kernels.product_parts import LINE, MOST_ROWS, arrived, comes_last, tile_rows
 from kernels.row_kernels import on_triton, rms_norm
 
@@ -110,7 +110,7 @@ def parts_of(slots: int, fewer: int) -> int:
     return max(1, min(MOST_PARTS, PROGRAMS // (slots * fewer)))
 
 
-@lru_cache
+@once
 def way_of(
     slots: int, heads: int, fewer: int, width: int, new: int,
     turns: int, norm: torch.dtype | None, gated: bool, dtype: torch.dtype, device: torch.device,

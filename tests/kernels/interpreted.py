@@ -279,6 +279,39 @@ def test_a_step_of_many_slots_by_broad_tiles_gives_torchs_logits(base_of, monkey
     assert halves.count((True, False)) >= 2 and halves.count((False, True)) == 4
 
 
+@pytest.mark.skipif(DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="nothing is interpreted")
+@pytest.mark.parametrize(("slots", "family"), [(3, ""), (17, "Qwen3.5")])
+def test_the_parts_of_a_step_prove_all_that_it_takes(base_of, monkeypatch, slots, family):
+    """One that were missing would be compiled alone, after all the others."""
+    import writing.step
+    from kernels import delta_step, row_kernels
+    from writing.slots import Cache, State
+
+    model, _ = use.load_model(str(base_of(family)), use.Recipe(prompt="write", max_html_tokens=8))
+    model = model.half().to(DEVICE)
+    skinny, attention = (work.__globals__ for work in (writing.step.add_product, slot_layers.attend_slots))
+    monkeypatch.setitem(attention, "PROOF_PLACES", 32)
+    plain = skinny["planned"]
+    monkeypatch.setitem(skinny, "planned", lambda kind, source, normed: plain(kind, source, False))
+    tiles = {kind: {8: (16, 32, 2, 3, 1, 1), 32: skinny["Broad"](64, 32, 4, 3, 1)} for kind in skinny["TILES"]}
+    tiles["gated"] = dict.fromkeys(tiles["gated"])  # by torch, with the kernels of the rows
+    monkeypatch.setitem(skinny, "TILES", tiles)
+    layers = family_of(model.config).captured(model)
+    cache, state = Cache(layers.layers, slots, 64, torch.float16, DEVICE), State(slots, 64, DEVICE, 0)
+    step = writing.step.Step(model, layers, cache, state, slots, 1, writing.step.Chooser([], drawn=False))
+    works = [skinny["way_of"], attention["way_of"], delta_step.way_of]
+    works += [row_kernels.proved, row_kernels.embed_proved, row_kernels.likeliest_proved]
+    for work in works:
+        work.cache_clear()
+    with torch.inference_mode():
+        for part in step.parts():
+            part()
+    proved = [work.cache_info().misses for work in works]
+    assert proved[0] == 3 and bool(proved[1]) == bool(family) and proved[3:] == [2, 1, 1], proved
+    step.advance()
+    assert [work.cache_info().misses for work in works] == proved
+
+
 def test_rows_that_met_the_next_norm_are_taken_by_it_alone(kernels):
     skinny = kernels("skinny_products")
     hidden, norm, other = torch.ones(20, 64).bfloat16(), torch.ones(64), torch.ones(64)
