@@ -68,6 +68,14 @@ def once(work: Callable) -> Callable:
     return asked
 
 
+def read_compiler() -> None:
+    """What Triton (3.8) does before it compiles a first kernel, which is to read all of itself: half a second, in each
+    of the threads that compile a first one at once. It is kept for later ones."""
+    from triton.runtime import cache
+
+    getattr(cache, "triton_key", lambda: None)()
+
+
 def driver_version() -> int:
     """The newest CUDA that the GPU's driver knows, 12030 for 12.3; 0 where it cannot be asked."""
     found = ctypes.c_int()

@@ -21,6 +21,7 @@ import torch
 
 import use_model_from_hub as use
 from families.slot_layers import Captured, Layer, Moment, Norm
+from kernels.early import read_compiler
 from kernels.row_kernels import embed, likeliest
 from kernels.skinny_products import Rows, add_product, gated_product, normed_product, prove
 from writing.drafts import drafts
@@ -216,8 +217,10 @@ def side_by_side(parts: Sequence[Callable[[], object]], device: torch.device) ->
         with torch.inference_mode():
             part()
 
-    # Triton (3.8) reads all of itself before the first kernel, half a second, and each thread would.
-    run(parts[0])
     with ThreadPoolExecutor(len(parts)) as pool:
+        # For the first kernel of a machine Triton has a C compiler build what loads kernels, 0.7 s, meanwhile.
+        if device.type == "cuda":
+            pool.submit(read_compiler)
+        run(parts[0])
         for done in [pool.submit(run, part) for part in parts[1:]]:
             done.result()

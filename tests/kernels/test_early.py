@@ -77,3 +77,11 @@ def test_what_several_threads_ask_for_at_once_is_worked_out_once():
         with pytest.raises(torch.OutOfMemoryError):
             fails("none")
     assert asked[3:] == ["none", "none"]
+
+
+def test_what_triton_reads_before_its_first_kernel_is_kept():
+    from triton.runtime.cache import triton_key
+
+    triton_key.cache_clear()
+    early.read_compiler()
+    assert triton_key.cache_info().currsize == 1
