@@ -34,8 +34,8 @@ PROOF_PLACES = 1_024  # of each slot on which the kernels are tried
 # one needs no kernel that joins them.
 MOST_PARTS, PROGRAMS = 32, 128
 # Numbers in fp32 that the last of the programs that share a slot's keys may join by itself, which saves the launch of
-# another kernel: one program reads them some ten times slower than all programs of that kernel together. 0 for none.
-LAST_JOINS = 32_768
+# another kernel; one program reads many of them slower than all programs of that kernel would. 0 for none.
+LAST_JOINS = 16_384
 LAST = ", the last one joins"  # such a way, behind how it is launched
 
 
