@@ -192,10 +192,17 @@ PLACES = 64  # of a slot in which nothing is written; kernels ask whether it is 
 
 
 def compile_step(
-    model: PreTrainedModel, captured: Captured, slots: int, new: int, chooser: Chooser, chances: int
+    model: PreTrainedModel,
+    captured: Captured,
+    slots: int,
+    new: int,
+    chooser: Chooser,
+    chances: int,
+    at_once: bool,
 ) -> None:
     """Compiles and proves the kernels of such a step, in any thread, while others write: it takes a step over slots of
-    its own, through the first layers, of which one follows another and each kind is there. `chances` as in `State`."""
+    its own, through the first layers, of which one follows another and each kind is there. `chances` as in `State`;
+    `at_once` in as many threads as there are kernels."""
     kinds = [type(layer.mixer) for layer in captured.layers]
     layers = captured.layers[: max(2, 1 + max(map(kinds.index, kinds)))]
     device = model.device
@@ -203,7 +210,8 @@ def compile_step(
         torch.cuda.set_device(device)  # each thread has its own
     cache, state = Cache(layers, slots, PLACES, model.dtype, device), State(slots, PLACES, device, chances)
     step = Step(model, replace(captured, layers=layers), cache, state, slots, new, chooser)
-    side_by_side(step.parts(), device)
+    if at_once:
+        side_by_side(step.parts(), device)
     step.advance()
 
 

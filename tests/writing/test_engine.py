@@ -400,6 +400,7 @@ def test_kernels_of_fewer_slots_are_compiled_beside_the_writing(loaded, shots, a
     steps, compile_step = [], room.compile_step
 
     def compiled(model, captured, slots, *more):
+        assert more[-1] == (slots == 4)  # at once what is waited for, one by one beside the writing
         steps.append((slots, threading.current_thread()))
         if name == "greedy":
             raise RuntimeError("no memory for that now")
