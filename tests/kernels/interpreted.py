@@ -284,12 +284,12 @@ def test_a_step_of_many_slots_by_broad_tiles_gives_torchs_logits(base_of, monkey
 def test_the_parts_of_a_step_prove_all_that_it_takes(base_of, monkeypatch, slots, family):
     """One that were missing would be compiled alone, after all the others."""
     import writing.step
-    from kernels import delta_step, row_kernels
     from writing.slots import Cache, State
 
     model, _ = use.load_model(str(base_of(family)), use.Recipe(prompt="write", max_html_tokens=8))
     model = model.half().to(DEVICE)
-    skinny, attention = (work.__globals__ for work in (writing.step.add_product, slot_layers.attend_slots))
+    used = (writing.step.add_product, slot_layers.attend_slots, slot_layers.delta_step, writing.step.embed)
+    skinny, attention, delta, rows = (work.__globals__ for work in used)
     monkeypatch.setitem(attention, "PROOF_PLACES", 32)
     plain = skinny["planned"]
     monkeypatch.setitem(skinny, "planned", lambda kind, source, normed: plain(kind, source, False))
@@ -299,8 +299,8 @@ def test_the_parts_of_a_step_prove_all_that_it_takes(base_of, monkeypatch, slots
     layers = family_of(model.config).captured(model)
     cache, state = Cache(layers.layers, slots, 64, torch.float16, DEVICE), State(slots, 64, DEVICE, 0)
     step = writing.step.Step(model, layers, cache, state, slots, 1, writing.step.Chooser([], drawn=False))
-    works = [skinny["way_of"], attention["way_of"], delta_step.way_of]
-    works += [row_kernels.proved, row_kernels.embed_proved, row_kernels.likeliest_proved]
+    works = [skinny["way_of"], attention["way_of"], delta["way_of"]]
+    works += [skinny["rms_norm"].__globals__["proved"], rows["embed_proved"], rows["likeliest_proved"]]
     for work in works:
         work.cache_clear()
     with torch.inference_mode():
