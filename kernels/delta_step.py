@@ -14,7 +14,6 @@ convolution over K tokens.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
-from kernels.early import EARLY, PLAIN, early, follow, warm, way_that_agrees
+from kernels.early import EARLY, PLAIN, early, follow, once, warm, way_that_agrees
 from kernels.product_parts import arrived, is_last
 from kernels.row_kernels import on_triton
 
@@ -67,7 +66,7 @@ def delta_step(
     return step_plain(*given)
 
 
-@lru_cache
+@once
 def way_of(
     heads: int, fewer: int, key: int, value: int, taps: int,
     norm: torch.dtype, decay: torch.dtype, dtype: torch.dtype, device: torch.device,

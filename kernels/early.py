@@ -2,7 +2,8 @@
 
     warm(weight, ...)                   # inside a kernel: what nobody writes may come nearer already
     follow(EARLY)                       # all that was written before is there from here on
-    way_that_agrees("name", {EARLY: work, PLAIN: work}, wanted, device)     # which of them may be used
+    way_that_agrees("name", {EARLY: work, PLAIN: work}, wanted)     # which of them may be used
+    @once                               # what is proved is kept, and proved by one thread
 
 A decoding step is some two hundred kernels of ten microseconds; what each needs to begin, two or three of them, is
 time in which no weight moves. (CUDA C++ Programming Guide, section "Programmatic Dependent Launch".)
@@ -11,9 +12,10 @@ time in which no weight moves. (CUDA C++ Programming Guide, section "Programmati
 from __future__ import annotations
 
 import ctypes
+import threading
 import warnings
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, wraps
 
 import torch
 import triton
@@ -50,6 +52,30 @@ def way_that_agrees(
     return NEVER
 
 
+def once(work: Callable) -> Callable:
+    """`work`, whose results are kept, each of them worked out by one thread while others that want it wait: a kernel
+    that two threads prove at once is compiled twice, which `lru_cache` alone does not see."""
+    kept, locks, guard = lru_cache(maxsize=None)(work), {}, threading.Lock()
+
+    @wraps(work)
+    def asked(*given):
+        with guard:
+            lock = locks.setdefault(given, threading.Lock())
+        with lock:
+            return kept(*given)
+
+    asked.cache_clear, asked.cache_info = kept.cache_clear, kept.cache_info
+    return asked
+
+
+def read_compiler() -> None:
+    """What Triton (3.8) does before it compiles a first kernel, which is to read all of itself: half a second, in each
+    of the threads that compile a first one at once. It is kept for later ones."""
+    from triton.runtime import cache
+
+    getattr(cache, "triton_key", lambda: None)()
+
+
 def driver_version() -> int:
     """The newest CUDA that the GPU's driver knows, 12030 for 12.3; 0 where it cannot be asked."""
     found = ctypes.c_int()
@@ -84,3 +110,22 @@ def warm(places):
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [places], dtype=tl.int32, is_pure=False, pack=1
     )
+
+
+@triton.jit
+def warm_bytes(place, size):
+    """Asks for `size` bytes from `place` on, one pointer, both multiples of 16, at once: the copy engine brings them
+    into the second-level cache. On compute capability 9.0 and up."""
+    # Each thread of a program is told so; one is enough.
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred one;
+        .reg .b32 thread;
+        mov.u32 thread, %tid.x;
+        setp.eq.u32 one, thread, 0;
+        setp.gt.and.s32 one, $2, 0, one;
+        @one cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.b32 $0, 0;
+        }""",
+        "=r,l,r", [place, size], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip

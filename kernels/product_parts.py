@@ -7,13 +7,11 @@ done = sum_of(first, apart, SHARERS)
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 
-from kernels.early import warm
+from kernels.early import once, warm
 
 MOST_ROWS = 64
 LINE = tl.constexpr(64)  # numbers of half precision in one line of memory
@@ -24,10 +22,11 @@ def tile_rows(rows: int) -> int:
     return next(count for count in (8, 16, 32, MOST_ROWS) if rows <= count)
 
 
-@lru_cache
+@once
 def arrived(device: torch.device) -> torch.Tensor:
     """How many of the programs that share a piece of work have ended: zeros, as each kernel leaves them again. Kernels
-    that use it run one after another: one stream a device."""
+    that use it run one after another: one stream a device, and one that begins early counts only once it has waited for
+    the one before, all of it (`follow`)."""
     return torch.zeros(1 << 16, dtype=torch.int32, device=device)
 
 
@@ -49,15 +48,23 @@ def inverse_of(sums, epsilon, DEPTH: tl.constexpr):
 
 
 @triton.jit
+def comes_last(arrived, SHARERS: tl.constexpr):
+    """Whether this program is the last of SHARERS to come here; then it sees all that they have stored before, past its
+    processor's own cache. The count `arrived` is zero again then."""
+    # All warps have stored before one of them says so to the others (acquire and release, Triton's own default).
+    tl.debug_barrier()
+    last = tl.atomic_add(arrived, 1, sem="acq_rel") == SHARERS - 1
+    if last:
+        tl.store(arrived, 0)
+    return last
+
+
+@triton.jit
 def is_last(mine, done, arrived, SHARERS: tl.constexpr):
     """Leaves `done` at `mine` for whoever of the SHARERS comes last: that one adds up, in their order, so that the sum
     is the same each time. The count `arrived` is zero again then."""
     tl.store(mine, done)
-    tl.debug_barrier()
-    last = tl.atomic_add(arrived, 1) == SHARERS - 1
-    if last:
-        tl.store(arrived, 0)
-    return last
+    return comes_last(arrived, SHARERS)
 
 
 @triton.jit

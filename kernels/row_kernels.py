@@ -10,13 +10,11 @@ by Triton, elsewhere by torch. Shapes: S rows, H and I their widths.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 
-from kernels.early import PLAIN, way_that_agrees
+from kernels.early import PLAIN, once, way_that_agrees
 from kernels.product_parts import arrived, is_last
 
 
@@ -106,7 +104,7 @@ def swiglu_by_kernel(gate_and_up: torch.Tensor) -> torch.Tensor:
     return target
 
 
-@lru_cache
+@once
 def proved(name: str, width: int, dtype: torch.dtype, device: torch.device, weights: torch.dtype | None = None) -> str:
     """Whether the kernel called `name` gives for rows of `width` what torch gives, in fp32, up to rounding; with norms
     whose weights are of another precision."""
@@ -147,7 +145,7 @@ def embed(
     return way(tokens, places, table, cos, sin)
 
 
-@lru_cache
+@once
 def embed_proved(width: int, turns: int, dtype: torch.dtype, angles: torch.dtype, device: torch.device) -> str:
     """Whether the kernel gives for rows of `width`, and `turns` angles, what torch gives."""
     draw = torch.Generator(device).manual_seed(0)
@@ -186,7 +184,7 @@ def likeliest(logits: torch.Tensor) -> torch.Tensor:
     return logits.argmax(-1)
 
 
-@lru_cache
+@once
 def likeliest_proved(width: int, dtype: torch.dtype, device: torch.device) -> str:
     """Whether the kernel finds what stands largest in rows of `width`, twice in one of them."""
     draw = torch.Generator(device).manual_seed(0)

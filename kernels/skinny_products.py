@@ -17,7 +17,6 @@ row_kernels.py do it. Shapes: R rows, K in, N out, T tiles of COLUMNS columns.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
@@ -26,7 +25,7 @@ from torch.nn import functional
 
 from kernels import broad_products
 from kernels.broad_products import Broad, takes
-from kernels.early import EARLY, NEVER, PLAIN, early, follow, way_that_agrees
+from kernels.early import EARLY, NEVER, PLAIN, early, follow, once, way_that_agrees
 from kernels.product_parts import (
     MOST_ROWS,
     activated,
@@ -40,7 +39,8 @@ from kernels.product_parts import (
 )
 from kernels.row_kernels import on_triton, rms_norm, swiglu
 
-WARMED = tl.constexpr(1024)  # numbers of each row of a tile that are asked for early
+# Numbers of each column of a tile that are asked for early, by the product's kind: a power of two.
+WARMED = {"qkv": 1_024, "out": 1_024, "gated": 1_024, "down": 1_024, "head": 1_024}
 # (columns of a tile, depth of a block, warps, stages, programs that share a tile's depth, pieces of a block), or a
 # `Broad`, by the product's kind, for up to 8 rows, 16, 32 and 64; None where torch is faster or nobody has looked.
 # Measured on an H100 inside a whole step (benchmarks/write_speed.py --tune).
@@ -100,7 +100,7 @@ def tile_of(
     return tile if way else None, way
 
 
-@lru_cache
+@once
 def way_of(
     kind: str, tile: Tile, rows: int, depth: int, dtype: torch.dtype, device: torch.device, norms: torch.dtype,
     scales: bool,
@@ -132,7 +132,7 @@ def way_of(
         options = {"weight": half, "bias": residual[0].contiguous(), "norm": norm, "squares": squares}
 
     def by(begins: bool) -> tuple[torch.Tensor, ...]:
-        done, left, scaled = launch(tile, begins, hidden, **options)
+        done, left, scaled = launch(tile, begins, hidden, **options, warmed=WARMED[kind])
         return (done, left.sum(-1), scaled)[: len(wanted)]
 
     ways = {EARLY: lambda: by(True)} if early(device) else {}
@@ -200,7 +200,7 @@ def product_kernel(
     rows, columns, parts, epsilon,
     DEPTH: tl.constexpr, PARTS: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     SCALED: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-    SHARERS: tl.constexpr, PIECES: tl.constexpr, EARLY: tl.constexpr,
+    SHARERS: tl.constexpr, PIECES: tl.constexpr, EARLY: tl.constexpr, WARMED: tl.constexpr,
 ):  # fmt: skip
     """One tile of COLUMNS columns for all rows; DEPTH is a multiple of BLOCK, `columns` of COLUMNS. SHARERS programs
     take a part of the depth each; PIECES of a block are multiplied by warps of their own, in fewer turns. `norm` is the
@@ -269,11 +269,13 @@ def launch(
     following: torch.Tensor | None = None,
     gated: bool = False,
     scaled: torch.Tensor | None = None,
+    warmed: int = 1_024,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`source` (R, K) times `weight` (N, K), or (2N, K) where it is `gated`; returns (R, N), with `residual` added, the
     squares of that (R, T), and it times the weight (N,) of the norm that is `following`; the latter two hold nothing
     where nothing was added or follows. `squares` of the rows for `norm`, of which broad tiles take what `scaled` holds,
-    the rows times its weight; `begins` before the kernel that was launched before has ended."""
+    the rows times its weight; `begins` before the kernel that was launched before has ended, and narrow tiles ask for
+    `warmed` numbers of each column until then."""
     if isinstance(tile, Broad):
         if norm:
             source = (source * norm[0]).to(source.dtype) if scaled is None else scaled
@@ -294,7 +296,8 @@ def launch(
         rows, columns, parts, norm[1] if norm else 0.0,
         DEPTH=depth, PARTS=triton.next_power_of_2(parts), NORMED=norm is not None, BIAS=bias is not None,
         RESIDUAL=residual is not None, SCALED=following is not None, GATED=gated, ROWS=tile_rows(rows), COLUMNS=width,
-        BLOCK=block, SHARERS=sharers, PIECES=pieces, EARLY=begins, num_warps=warps, num_stages=stages,
+        BLOCK=block, SHARERS=sharers, PIECES=pieces, EARLY=begins, WARMED=warmed,
+        num_warps=warps, num_stages=stages,
         **({"launch_pdl": True} if begins else {}),
     )  # fmt: skip
     return target, left, done
@@ -308,7 +311,8 @@ def normed_product(
     tile, way = tile_of(kind, rows.hidden, len(weight), norm[0])
     if tile is None:
         return functional.linear(rms_norm(rows.hidden, *norm), weight, bias)
-    return launch(tile, way == EARLY, rows.hidden, weight, bias, norm, rows.sums(), scaled=rows.scaled_for(norm))[0]
+    given = (rows.hidden, weight, bias, norm, rows.sums())
+    return launch(tile, way == EARLY, *given, scaled=rows.scaled_for(norm), warmed=WARMED[kind])[0]
 
 
 def gated_product(kind: str, rows: Rows, norm: Norm, weight: torch.Tensor) -> torch.Tensor:
@@ -317,7 +321,31 @@ def gated_product(kind: str, rows: Rows, norm: Norm, weight: torch.Tensor) -> to
     if tile is None:
         return swiglu(functional.linear(rms_norm(rows.hidden, *norm), weight))
     given = (rows.hidden, weight, None, norm, rows.sums())
-    return launch(tile, way == EARLY, *given, gated=True, scaled=rows.scaled_for(norm))[0]
+    asked = {"scaled": rows.scaled_for(norm), "warmed": WARMED[kind]}
+    return launch(tile, way == EARLY, *given, gated=True, **asked)[0]
+
+
+def scale_for(following: tuple[str, Norm] | None, source: torch.Tensor) -> torch.Tensor | None:
+    """The weight of the norm of the product that is `following` where that takes rows that have met it."""
+    broad = following and isinstance(planned(following[0], source, True), Broad)
+    return following[1][0] if broad else None
+
+
+def prove(
+    kind: str,
+    source: torch.Tensor,
+    weight: torch.Tensor,
+    norm: Norm | None = None,
+    following: tuple[str, Norm] | None = None,
+) -> None:
+    """Has all compiled and proved that the product of `kind` takes for such a `source` (R, K), without the product."""
+    scale = scale_for(following, source)
+    columns = len(weight) // (2 if kind == "gated" else 1)
+    tile, _ = tile_of(kind, source, columns, norm[0] if norm else scale, scale is not None)
+    if tile is None and norm:
+        rms_norm(source, *norm)
+    if tile is None and kind == "gated":
+        swiglu(source.new_zeros(len(source), len(weight)))
 
 
 def add_product(
@@ -325,11 +353,10 @@ def add_product(
 ) -> Rows:
     """`rows` plus `inner` (R, K) times `weight` (N, K); what was in `rows` may be written over. `following` is the
     product that takes them next, with its norm."""
-    scale = None
-    if following and isinstance(planned(following[0], rows.hidden, True), Broad):
-        scale = following[1][0]
+    scale = scale_for(following, rows.hidden)
     tile, way = tile_of(kind, inner, len(weight), scale, scale is not None)
     if tile is None:
         return Rows(rows.hidden.addmm_(inner, weight.T))
-    hidden, squares, scaled = launch(tile, way == EARLY, inner, weight, residual=rows.hidden, following=scale)
+    given = {"residual": rows.hidden, "following": scale, "warmed": WARMED[kind]}
+    hidden, squares, scaled = launch(tile, way == EARLY, inner, weight, **given)
     return Rows(hidden, squares, None if scale is None else scaled, scale)

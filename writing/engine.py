@@ -136,7 +136,7 @@ class Engine:
         with short_turns(), ThreadPoolExecutor(READERS) as pool, ThreadPoolExecutor(1) as compiler:
             make = functools.partial(question_of, self.processor, self.recipe, dtype=self.model.dtype)
             waiting, under_way, ended = Waiting(requests, pool, make), False, []
-            self.compile(compiler, [self.count])  # while screenshots are read
+            self.compile(compiler, [self.count], at_once=True)  # while screenshots are read
             self.writing = True  # also where all slots are free, between an answer that has ended and the next question
             try:
                 for block in itertools.count():
@@ -249,13 +249,14 @@ class Engine:
         """Tokens of a slot in one step over `width` slots, drafts included."""
         return max(1, min(MOST_NEW, ROWS // width)) if self.drafted() else 1
 
-    def compile(self, compiler: Executor, widths: Iterable[int]) -> None:
+    def compile(self, compiler: Executor, widths: Iterable[int], at_once: bool = False) -> None:
         """Kernels of the steps over so many slots, one step after the other: each takes a second the first time, in
-        which a GPU that waited for it would be idle."""
+        which a GPU that waited for it would be idle. Those of a step `at_once` where somebody waits for them; in many
+        threads they would keep the interpreter from who starts the GPU's work meanwhile."""
         for width in widths if self.compiles else ():
             if width not in self.compiling or self.compiling[width].cancelled():
                 kinds = (self.captured, width, self.new(width), self.chooser, self.chances)
-                self.compiling[width] = compiler.submit(compile_step, self.model, *kinds)
+                self.compiling[width] = compiler.submit(compile_step, self.model, *kinds, at_once)
 
     def drafted(self) -> bool:
         """Whether there are drafts. Not where a layer keeps a state instead of keys and values: a wrong draft has gone

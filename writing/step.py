@@ -11,16 +11,19 @@ Shapes: S slots, Q new tokens of each, R = S x Q rows; H, D, V as in kernels/.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 import use_model_from_hub as use
-from families.slot_layers import Captured, Moment
+from families.slot_layers import Captured, Layer, Moment, Norm
+from kernels.early import read_compiler
 from kernels.row_kernels import embed, likeliest
-from kernels.skinny_products import Rows, add_product, gated_product, normed_product
+from kernels.skinny_products import Rows, add_product, gated_product, normed_product, prove
 from writing.drafts import drafts
 from writing.slots import Cache, State
 
@@ -113,19 +116,45 @@ class Step:
         table = self.core.get_input_embeddings().weight
         hidden, squares, *angles = embed(tokens.flatten(), positions.flatten(), table, *self.angles)
         moment, rows = Moment(angles, places, live), Rows(hidden, squares)
-        layers = self.captured.layers
-        # Each product that adds to the residual stream knows whose norm comes next.
-        following = [("qkv", layer.norms[0]) for layer in layers[1:]] + [("head", self.captured.norm)]
-        for number, (layer, after) in enumerate(zip(layers, following)):
+        for number, (layer, after) in enumerate(self.chain()):
             mixer = layer.mixer
             wide = normed_product("qkv", rows, layer.norms[0], mixer.taken, mixer.taken_bias)
-            done = mixer.step(wide, moment, self.cache.layer(number, self.slots))
+            done = mixer.step(wide, moment, self.cache.layer(number, self.slots), (mixer.out, layer.gated))
             rows = add_product("out", rows, done, mixer.out, ("gated", layer.norms[1]))
             inner = gated_product("gated", rows, layer.norms[1], layer.gated)
             rows = add_product("down", rows, inner, layer.down, after)
         return normed_product("head", rows, self.captured.norm, self.head.weight)
 
+    def chain(self) -> Iterator[tuple[Layer, tuple[str, Norm]]]:
+        """Each layer and the product that comes after it, with its norm: what is added to the residual stream knows
+        whose norm comes next."""
+        layers = self.captured.layers
+        return zip(layers, [*(("qkv", layer.norms[0]) for layer in layers[1:]), ("head", self.captured.norm)])
+
     # -- capture and replay
+
+    def parts(self) -> list[Callable[[], object]]:
+        """All of a step that takes kernels, each on states of its own, so that it does not matter which is first."""
+        slots, rows, state, (_, width) = self.slots, self.slots * self.new, self.state, self.head.weight.shape
+        made = self.head.weight.new_zeros
+        places, live = state.places[:slots], state.live[:slots]
+        angles = [part[:1].expand(rows, -1).contiguous() for part in self.angles]
+        tokens, table = places.new_zeros(rows), self.core.get_input_embeddings().weight
+        found = [partial(embed, tokens, tokens, table, *self.angles)]
+        for number, (layer, after) in enumerate(self.chain()):
+            mixer, moment, kept = layer.mixer, Moment(angles, places, live), self.cache.layer(number, slots)
+            ahead = mixer.out, layer.gated
+            # The longest first.
+            found += [
+                partial(mixer.step, made(rows, len(mixer.taken)), moment, kept, ahead),
+                partial(prove, "out", made(rows, mixer.out.shape[1]), mixer.out, None, ("gated", layer.norms[1])),
+                partial(prove, "down", made(rows, layer.down.shape[1]), layer.down, None, after),
+                partial(prove, "gated", made(rows, width), layer.gated, layer.norms[1]),
+                partial(prove, "qkv", made(rows, width), mixer.taken, layer.norms[0]),
+            ]
+        found += [partial(prove, "head", made(rows, width), self.head.weight, self.captured.norm)]
+        plain = self.new > 1 or self.chooser.plain
+        return found + ([partial(likeliest, made(rows, len(self.head.weight)))] if plain else [])
 
     def warm(self) -> None:
         """A step that compiles and proves kernels, and leaves the state as it was: a token that it left in the history
@@ -163,14 +192,43 @@ PLACES = 64  # of a slot in which nothing is written; kernels ask whether it is 
 
 
 def compile_step(
-    model: PreTrainedModel, captured: Captured, slots: int, new: int, chooser: Chooser, chances: int
+    model: PreTrainedModel,
+    captured: Captured,
+    slots: int,
+    new: int,
+    chooser: Chooser,
+    chances: int,
+    at_once: bool,
 ) -> None:
     """Compiles and proves the kernels of such a step, in any thread, while others write: it takes a step over slots of
-    its own, through the first layers, of which one follows another and each kind is there. `chances` as in `State`."""
+    its own, through the first layers, of which one follows another and each kind is there. `chances` as in `State`;
+    `at_once` in as many threads as there are kernels."""
     kinds = [type(layer.mixer) for layer in captured.layers]
     layers = captured.layers[: max(2, 1 + max(map(kinds.index, kinds)))]
     device = model.device
     if device.type == "cuda":
         torch.cuda.set_device(device)  # each thread has its own
     cache, state = Cache(layers, slots, PLACES, model.dtype, device), State(slots, PLACES, device, chances)
-    Step(model, replace(captured, layers=layers), cache, state, slots, new, chooser).advance()
+    step = Step(model, replace(captured, layers=layers), cache, state, slots, new, chooser)
+    if at_once:
+        side_by_side(step.parts(), device)
+    step.advance()
+
+
+def side_by_side(parts: Sequence[Callable[[], object]], device: torch.device) -> None:
+    """Each of `parts` in a thread of its own, once the first one has ended: most of what compiles a kernel lets go of
+    the interpreter. What one of them raises is raised here."""
+
+    def run(part: Callable[[], object]) -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # each thread has its own, as it has its own mode
+        with torch.inference_mode():
+            part()
+
+    with ThreadPoolExecutor(len(parts)) as pool:
+        # For the first kernel of a machine Triton has a C compiler build what loads kernels, 0.7 s, meanwhile.
+        if device.type == "cuda":
+            pool.submit(read_compiler)
+        run(parts[0])
+        for done in [pool.submit(run, part) for part in parts[1:]]:
+            done.result()

@@ -10,7 +10,8 @@ import torch
 import use_model_from_hub as use
 from families import family_of, slot_layers
 
-pytest.importorskip("triton", reason="triton is not installed")
+triton = pytest.importorskip("triton", reason="triton is not installed")
+tl = triton.language
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = [torch.bfloat16, torch.float16]
 # Triton's interpreter multiplies the bits of bf16 matrices as whole numbers (3.8).
@@ -278,6 +279,39 @@ def test_a_step_of_many_slots_by_broad_tiles_gives_torchs_logits(base_of, monkey
     assert halves.count((True, False)) >= 2 and halves.count((False, True)) == 4
 
 
+@pytest.mark.skipif(DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="nothing is interpreted")
+@pytest.mark.parametrize(("slots", "family"), [(3, ""), (17, "Qwen3.5")])
+def test_the_parts_of_a_step_prove_all_that_it_takes(base_of, monkeypatch, slots, family):
+    """One that were missing would be compiled alone, after all the others."""
+    import writing.step
+    from writing.slots import Cache, State
+
+    model, _ = use.load_model(str(base_of(family)), use.Recipe(prompt="write", max_html_tokens=8))
+    model = model.half().to(DEVICE)
+    used = (writing.step.add_product, slot_layers.attend_slots, slot_layers.delta_step, writing.step.embed)
+    skinny, attention, delta, rows = (work.__globals__ for work in used)
+    monkeypatch.setitem(attention, "PROOF_PLACES", 32)
+    plain = skinny["planned"]
+    monkeypatch.setitem(skinny, "planned", lambda kind, source, normed: plain(kind, source, False))
+    tiles = {kind: {8: (16, 32, 2, 3, 1, 1), 32: skinny["Broad"](64, 32, 4, 3, 1)} for kind in skinny["TILES"]}
+    tiles["gated"] = dict.fromkeys(tiles["gated"])  # by torch, with the kernels of the rows
+    monkeypatch.setitem(skinny, "TILES", tiles)
+    layers = family_of(model.config).captured(model)
+    cache, state = Cache(layers.layers, slots, 64, torch.float16, DEVICE), State(slots, 64, DEVICE, 0)
+    step = writing.step.Step(model, layers, cache, state, slots, 1, writing.step.Chooser([], drawn=False))
+    works = [skinny["way_of"], attention["way_of"], delta["way_of"]]
+    works += [skinny["rms_norm"].__globals__["proved"], rows["embed_proved"], rows["likeliest_proved"]]
+    for work in works:
+        work.cache_clear()
+    with torch.inference_mode():
+        for part in step.parts():
+            part()
+    proved = [work.cache_info().misses for work in works]
+    assert proved[0] == 3 and bool(proved[1]) == bool(family) and proved[3:] == [2, 1, 1], proved
+    step.advance()
+    assert [work.cache_info().misses for work in works] == proved
+
+
 def test_rows_that_met_the_next_norm_are_taken_by_it_alone(kernels):
     skinny = kernels("skinny_products")
     hidden, norm, other = torch.ones(20, 64).bfloat16(), torch.ones(64), torch.ones(64)
@@ -402,6 +436,80 @@ def test_attention_over_slots_equals_torchs(kernels, heads, fewer, new, parts, k
         for slot, place in enumerate(places.tolist()):
             assert torch.equal(cache[slot, :, :place], old[slot, :, :place])
             assert torch.equal(cache[slot, :, place + new :], old[slot, :, place + new :])
+
+
+@pytest.mark.parametrize(("parts", "new", "gated"), [(2, 1, False), (11, 2, True), (8, 3, False)])
+def test_the_last_of_the_programs_of_a_slot_joins_what_all_have_left(kernels, monkeypatch, parts, new, gated):
+    """As the kernel that joins does, the same to the bit each time and whatever the other slots hold; the count of
+    those that have come is zero again. Some parts of the short slots are empty."""
+    room = kernels("slot_attention")
+    torch.manual_seed(12)
+    slots, heads, fewer, width, kind = 3, 6, 2, 32, torch.float16
+    qkv = torch.randn(slots * new, (heads * (1 + gated) + 2 * fewer) * width, device=DEVICE).to(kind)
+    angles = torch.randn(slots * new, width // 2, device=DEVICE)
+    cos, sin = (torch.cat((part, part), -1).to(kind) for part in (angles.cos(), angles.sin()))
+    states = torch.randn(2, slots, fewer, 192, width, device=DEVICE).to(kind)
+    options = {"heads": heads, "scale": width**-0.5, "extras": room.Extras(None, 1e-6, gated)}
+
+    def attended(places, rows=qkv, before=states, **how):
+        return room.attend_in_parts(
+            rows, cos, sin, *before.clone(), torch.tensor(places, device=DEVICE), **options, **how
+        )
+
+    places = [150, 0, 40]
+    wide = [part.float() for part in (qkv, cos, sin, *states)]
+    wanted = room.attend_plain(*wide, torch.tensor(places, device=DEVICE), **options)
+    found = attended(places, parts=parts, joins=True)
+    close(found, wanted, kind)
+    close(found, attended(places, parts=parts, joins=False).float(), kind)
+    assert torch.equal(found, attended(places, parts=parts, joins=True))
+    assert not room.arrived(qkv.device).any()
+    # The second slot alone stays as it was.
+    others, stood = torch.randn_like(qkv), torch.randn_like(states)
+    others[new : 2 * new], stood[:, 1] = qkv[new : 2 * new], states[:, 1]
+    again = attended([7, 0, 180], others, stood, parts=parts, joins=True)
+    assert torch.equal(again[new : 2 * new], found[new : 2 * new]) and not torch.equal(again, found)
+
+
+def test_a_join_that_is_wrong_is_done_by_another_kernel(kernels, monkeypatch):
+    """And no program joins alone what would take it longer than another kernel."""
+    room = kernels("slot_attention")
+    monkeypatch.setattr(room, "PROOF_PLACES", 96)
+    monkeypatch.setattr(room, "MOST_PARTS", 2)
+    real, joins, shapes = (
+        room.attend_in_parts,
+        [],
+        (2, 4, 2, 32, 1, 32, None, False, torch.float16, torch.device(DEVICE)),
+    )
+
+    def wrong(*given, **options):
+        joins.append(options["joins"])
+        done = real(*given, **options)
+        return 1.1 * done if options["joins"] else done
+
+    assert room.way_of(*shapes).endswith(room.LAST)
+    monkeypatch.setattr(room, "attend_in_parts", wrong)
+    room.way_of.cache_clear()
+    with pytest.warns(UserWarning, match="the kernel of attention over slots, .*, the last one joins, differs by 0.1"):
+        assert room.way_of(*shapes) in (room.EARLY, room.PLAIN)
+    assert joins == [True, False]
+    monkeypatch.setattr(room, "LAST_JOINS", 2 * 2 * 32 - 1)  # two queries, two parts
+    room.way_of.cache_clear()
+    assert room.way_of(*shapes) in (room.EARLY, room.PLAIN) and joins == [True, False, False]
+
+
+def mark_lines(marked, SHARE: tl.constexpr, LINES: tl.constexpr, PROGRAMS: tl.constexpr):
+    """What slot_attention.ask_for asks for, as ones in `marked`."""
+    for piece in tl.static_range(0, (LINES + PROGRAMS - 1) // PROGRAMS, 256):
+        tl.store(marked + SHARE(tl.program_id(0), piece, LINES, PROGRAMS, 256), 1)
+
+
+@pytest.mark.parametrize(("lines", "programs"), [(1, 4), (64, 4), (1_000, 3), (5, 64), (513, 2)])
+def test_all_lines_that_are_asked_for_are_asked_for_by_someone(kernels, lines, programs):
+    room = kernels("slot_attention")
+    marked = torch.zeros(lines + 9, dtype=torch.int32, device=DEVICE)
+    triton.jit(mark_lines)[(programs,)](marked, room.share_of, lines, programs)
+    assert marked[:lines].all() and not marked[lines:].any()
 
 
 @pytest.mark.parametrize("name", ["E4M3", "E5M2"])

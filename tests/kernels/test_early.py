@@ -1,5 +1,8 @@
 """How kernels are launched, and what that is decided by; the kernels themselves: tests/kernels/interpreted.py."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -39,3 +42,46 @@ def test_the_driver_itself_is_asked_for_its_version():
     """12030 for CUDA 12.3; where there is no driver nothing may begin early, and nothing fails."""
     found = early.driver_version()
     assert found >= 11_000 if torch.cuda.is_available() else found >= 0
+
+
+def test_what_several_threads_ask_for_at_once_is_worked_out_once():
+    """Other things meanwhile, and again what failed; `lru_cache` would work it out in each thread."""
+    asked, all_here, gate = [], threading.Barrier(3, timeout=20), threading.Event()
+
+    @early.once
+    def work(name):
+        asked.append(name)
+        if name == "long":
+            assert gate.wait(20)
+        return object()
+
+    def ask(name):
+        all_here.wait()
+        return work(name)
+
+    with ThreadPoolExecutor(3) as pool:
+        one, other, short = [pool.submit(ask, name) for name in ("long", "long", "short")]
+        assert short.result(20) and not one.done() and not other.done()
+        gate.set()
+        assert one.result(20) is other.result(20)
+    assert sorted(asked) == ["long", "short"] and work.cache_info().currsize == 2
+    work.cache_clear()
+    assert work("short") is not short.result() and asked[2:] == ["short"]
+
+    @early.once
+    def fails(name):
+        asked.append(name)
+        raise torch.OutOfMemoryError(name)
+
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            fails("none")
+    assert asked[3:] == ["none", "none"]
+
+
+def test_what_triton_reads_before_its_first_kernel_is_kept():
+    from triton.runtime.cache import triton_key
+
+    triton_key.cache_clear()
+    early.read_compiler()
+    assert triton_key.cache_info().currsize == 1

@@ -400,6 +400,7 @@ def test_kernels_of_fewer_slots_are_compiled_beside_the_writing(loaded, shots, a
     steps, compile_step = [], room.compile_step
 
     def compiled(model, captured, slots, *more):
+        assert more[-1] == (slots == 4)  # at once what is waited for, one by one beside the writing
         steps.append((slots, threading.current_thread()))
         if name == "greedy":
             raise RuntimeError("no memory for that now")
@@ -414,6 +415,29 @@ def test_kernels_of_fewer_slots_are_compiled_beside_the_writing(loaded, shots, a
     assert answers == {place: alone[0][name, place, 0].raw for place in range(5)}
     assert [slots for slots, _ in steps] == [4, 2, 1] and threading.main_thread() not in {thread for _, thread in steps}
     assert all(bool(future.exception()) == (name == "greedy") for future in engine.compiling.values())
+
+
+def test_the_parts_of_a_step_are_compiled_side_by_side_once_the_first_is():
+    """Each waits for all others here: one after another none would go on. What one of them raises is not lost."""
+    from writing.step import side_by_side
+
+    together, ended, modes = threading.Barrier(3, timeout=20), [], []
+
+    def part(number):
+        modes.append(torch.is_inference_mode_enabled())
+        if number:
+            assert ended[0] == 0
+            together.wait()
+        ended.append(number)
+
+    side_by_side([partial(part, number) for number in range(4)], torch.device("cpu"))
+    assert ended[0] == 0 and sorted(ended) == [0, 1, 2, 3] and modes == [True] * 4
+
+    def fails():
+        raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        side_by_side([list, fails, list], torch.device("cpu"))
 
 
 def test_threads_find_the_tokenizer_as_they_need_it(loaded, shots):
