@@ -74,6 +74,7 @@ from training.preparation import Pages, one_page, prepare_pages
 from training.processes import (
     agree,
     all_ranks_arrive,
+    cpu_group,
     emergency_group,
     here,
     is_main,
@@ -428,13 +429,13 @@ class Steps(TrainerCallback):
         if world_size() == 1 and not args.deepspeed and trainer.batches is None and memory_is_tight():
             release_memory()
         # A signal reaches ranks at different moments; one that stopped alone would leave the others in a collective.
-        self.stopped = trainer.meter.stops()
+        self.stopped = agree(stop.wanted)
         if not self.stopped and every and state.global_step % every == 0 and state.global_step < state.max_steps:
             self.judging = True
             with trainer.meter.pause(), contextlib.suppress(StoppedError):  # agreed upon again here
                 control.should_training_stop |= self.evaluator.step(state.global_step, self.save)
             self.judging = False
-            self.stopped = agree(stop.wanted, args.device)
+            self.stopped = agree(stop.wanted)
         if self.stopped:
             control.should_save = control.should_training_stop = True
 
@@ -477,7 +478,7 @@ def train(trainer: PageTrainer, steps: Steps, checkpoint: Path | None) -> TrainO
     Raises `StoppedError` after a signal, whose step is saved, and whatever ended the training otherwise.
     """
     args = trainer.args
-    emergency_group()  # now, while nothing has failed: a group cannot be made once a rank hangs
+    emergency_group(), cpu_group()  # now, while nothing has failed: no group can be made once a rank hangs
     started = resuming.steps_before(checkpoint)
     if world_size() > 1:
         say_from_here(f"of {world_size()} on {args.device}, process {os.getpid()}")

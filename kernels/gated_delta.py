@@ -354,9 +354,9 @@ def try_kernels(told: str) -> None:
     if why := missing():
         raise SystemExit(why)
     trial = trial_of(shape, dtype, "cuda")
-    outcome(FLA, shape, *trial)
-    with torch.no_grad():
+    with torch.no_grad():  # first, as it is all that writing takes: a triton may refuse gradients alone
         fla_with_ends(trial[0], shape, trial[1])
+    outcome(FLA, shape, *trial)
     torch.cuda.synchronize()
 
 

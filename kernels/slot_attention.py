@@ -34,8 +34,9 @@ PROOF_PLACES = 1_024  # of each slot on which the kernels are tried
 # one needs no kernel that joins them.
 MOST_PARTS, PROGRAMS = 32, 128
 # Numbers in fp32 that the last of the programs that share a slot's keys may join by itself, which saves the launch of
-# another kernel; one program reads many of them slower than all programs of that kernel would. 0 for none.
-LAST_JOINS = 16_384
+# another kernel; one program reads many of them slower than all programs of that kernel would. 0 for none: what it
+# gains, and from how many on it loses, has not been measured yet (write_speed.py --tune_ahead).
+LAST_JOINS = 0
 LAST = ", the last one joins"  # such a way, behind how it is launched
 
 
@@ -51,8 +52,9 @@ class Ahead(NamedTuple):
 
 
 # By the number of slots, as in skinny_products.TILES. Keys and values of more slots would push out of the second-level
-# cache, of 50 MB on an H100, what was asked for before them: it would come from memory twice.
-AHEAD: dict[int, Ahead | None] = {8: Ahead(2**24), 16: Ahead(2**24), 32: None, 64: None}
+# cache, of 50 MB on an H100, what was asked for before them: it would come from memory twice. Not measured yet either;
+# of up to 16 slots it should be Ahead(2**24), all of the first weight.
+AHEAD: dict[int, Ahead | None] = {8: None, 16: None, 32: None, 64: None}
 
 
 class Extras(NamedTuple):

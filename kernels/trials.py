@@ -20,29 +20,53 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-# What is found in the environment stays. Of what triton has tried it keeps the times; flash-attn 4 (4.0.0b36) what it
-# has compiled, some 20 s of a start, in a folder of all users' unless it is told another one.
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-KEPT = {
-    "TRITON_CACHE_AUTOTUNING": "1",
-    "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",
-    "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": str(CACHE / "flash_attention_cute_dsl_cache"),
-}
+ROOT = Path(__file__).parents[1]
 SECONDS = 1_800  # 198 were measured for flash-linear-attention's, none of them compiled
 OF_A_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+def home() -> Path:
+    """The user's folder; the working folder of a user who has none, as of a number in a container."""
+    return Path(os.path.expanduser("~")).absolute()
+
+
+def kept() -> dict[str, str]:
+    """What has libraries keep what they find out, where the environment says nothing: triton the times of what it has
+    tried, flash-attn 4 (4.0.0b36) what it has compiled, some 20 s of a start; that is loaded as code, so it lies in a
+    folder of the user's, and nowhere if no file can be made there."""
+    found = {"TRITON_CACHE_AUTOTUNING": "1"}
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or home() / ".cache") / "flash_attention_cute_dsl_cache"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError:
+        return found
+    name = "FLASH_ATTENTION_CUTE_DSL_CACHE"
+    return found | {f"{name}_ENABLED": "1", f"{name}_DIR": str(folder)}
+
+
 def keep_on_disk() -> None:
     """Has them keep what they find out from here on, unless the environment says otherwise."""
-    for name, value in KEPT.items():
+    for name, value in kept().items():
         os.environ.setdefault(name, value)
 
 
 def once_aside(name: str, module: str, told: str, known: list[Any]) -> None:
     """Runs `module` on `told`, once on a machine for what is `known`; whoever comes meanwhile waits for it.
 
-    What goes wrong there is said by a warning and left: kernels are tried where they are used, then.
+    What goes wrong is said by a warning and left: kernels are tried where they are used, then. Where that was the
+    module itself it is not run again: it would fail again, for each process, at each start.
     """
+    try:
+        run_once(name, module, told, known)
+    except OSError as error:  # a home that nobody may write to, a full disk, one whose files have no locks
+        warnings.warn(f"{name}: its kernels are tried by each process itself ({error})", stacklevel=3)
+
+
+def run_once(name: str, module: str, told: str, known: list[Any]) -> None:
+    """`once_aside`. Raises OSError where the mark or its lock cannot be had."""
     import fcntl  # not on Windows, which has no such kernels
 
     mark = mark_of(module, known)
@@ -52,22 +76,26 @@ def once_aside(name: str, module: str, told: str, known: list[Any]) -> None:
         if mark.exists():
             return
         warnings.warn(
-            f"{name}: the shapes of its kernels are tried, once on this machine, which may take minutes", stacklevel=3
+            f"{name}: the shapes of its kernels are tried, once on this machine, which may take minutes", stacklevel=4
         )
-        if why := run_aside(module, told):
-            warnings.warn(f"{name}: what should try its kernels in a process of its own {why}", stacklevel=3)
-        else:
-            mark.touch()
+        # It holds the lock, too: of a run that is ended meanwhile, the next one waits for what was begun.
+        why = run_aside(module, told, lock.fileno())
+        if why:
+            told_once = f"{name}: what tries its kernels in a process of its own {why}; it is not tried again ({mark})"
+            warnings.warn(told_once, stacklevel=4)
+        mark.write_text(why, encoding="utf-8")
 
 
-def run_aside(module: str, told: str) -> str:
-    """Why `module` has failed; empty where it has not."""
-    root = str(Path(__file__).parents[1])
-    kept = KEPT | {name: value for name, value in os.environ.items() if name not in OF_A_GROUP}
-    kept["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+def run_aside(module: str, told: str, *passed: int) -> str:
+    """Why `module` has failed; empty where it has not. It is given the open files `passed`."""
+    environment = {name: value for name, value in os.environ.items() if name not in OF_A_GROUP}
+    environment = kept() | environment | {"TRITON_CACHE_DIR": str(triton_folder())}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", module, told]
     try:
+        # In our own folder: Python looks for modules where it is started, before anywhere else.
         done = subprocess.run(
-            [sys.executable, "-m", module, told], env=kept, timeout=SECONDS, capture_output=True, text=True
+            command, env=environment, cwd=ROOT, timeout=SECONDS, capture_output=True, text=True, pass_fds=passed
         )
     except subprocess.TimeoutExpired:
         return f"was not done in {SECONDS:,} s"
@@ -75,7 +103,13 @@ def run_aside(module: str, told: str) -> str:
     return f"ended with {done.returncode}: {last[0][:200]}" if done.returncode else ""
 
 
+def triton_folder() -> Path:
+    """Where triton keeps what it compiles (3.6 to 3.8)."""
+    typed = os.environ.get("TRITON_CACHE_DIR")
+    return Path(typed or Path(os.environ.get("TRITON_HOME") or home()) / ".triton" / "cache").absolute()
+
+
 def mark_of(module: str, known: list[Any]) -> Path:
-    """The file that says that it was done. It goes when triton's own files do, which lie beside it."""
-    folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
-    return folder / f"tried-{hashlib.sha256(json.dumps([module, known]).encode()).hexdigest()[:16]}"
+    """The file that says that it was done, and what went wrong. It goes when triton's own files do, beside which it
+    lies."""
+    return triton_folder() / f"tried-{hashlib.sha256(json.dumps([module, known]).encode()).hexdigest()[:16]}"

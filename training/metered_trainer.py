@@ -49,7 +49,8 @@ class MeteredTrainer(Trainer):
             return super()._get_num_items_in_batch(batch_samples, device)
         # The Trainer's own copies the number to the GPU in a way that waits for the step before.
         count = on_device([sum(len(batch["targets"]) for batch in batch_samples)], device, torch.float32)
-        add_up(count)
+        if self.args.average_tokens_across_devices:  # else each rank's own: then compute_loss does not multiply either
+            add_up(count)
         return count[0]
 
     def floating_point_ops(self, inputs: dict) -> int:

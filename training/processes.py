@@ -2,7 +2,7 @@
 
     say("one line, by the main process")
     base = on_main(lambda: fetch_base(settings))        # one works, everyone gets the result or its error
-    if agree(stop.wanted, args.device): ...             # true everywhere when it is true anywhere
+    if agree(stop.wanted): ...                          # true everywhere when it is true anywhere
 
 (all ranks) marks what every process must call, in the same order, or the others wait for ever. Every collective of this
 project stands here, but for those inside DeepSpeed's own groups (zero3). Torch is imported on use: --help and the
@@ -302,15 +302,29 @@ def take_largest(numbers: torch.Tensor, group: Any = None) -> None:
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=group)
 
 
-def agree(flag: bool, device: torch.device) -> bool:
-    """(all ranks) True everywhere when it is true anywhere. Called at every step: alone it costs nothing."""
+def agree(flag: bool) -> bool:
+    """(all ranks) True everywhere when it is true anywhere. Called at every step: alone it costs nothing, and among
+    several no GPU is waited for."""
     if not several():
         return flag
     import torch
 
-    votes = torch.tensor(float(flag), device=device)
-    take_largest(votes)
+    votes = torch.tensor(float(flag))
+    take_largest(votes, cpu_group())
     return bool(votes)
+
+
+_cpu_group: list = []  # at most one
+
+
+def cpu_group() -> Any:
+    """(all ranks, the first time) The group that talks through the CPU's memory; None for the usual one, where that
+    does, or for a process alone."""
+    import torch.distributed as dist
+
+    if several() and not _cpu_group and dist.get_backend() != "gloo":
+        _cpu_group.append(dist.new_group(backend="gloo"))
+    return _cpu_group[0] if _cpu_group else None
 
 
 def on_main(work: Callable[[], Result]) -> Result:

@@ -27,9 +27,8 @@ from families.page_costs import peak_tflops
 from scoring.bar import draw, erase, on_terminal
 from scoring.report_values import plural
 from training.heartbeat import heart
-from training.processes import add_up, is_main, say, several, take_largest, world_size
+from training.processes import add_up, is_main, say, take_largest, world_size
 from training.prompt_and_mask import IGNORED
-from training.stopping import stop
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -100,12 +99,12 @@ class Meter:
         """(all ranks) What was counted so far starts on its way to all ranks and to the CPU; nobody waits for it."""
         counts = [self.losses, self.pages, self.supervised, self.image, self.flops / 1e12]
         sums = on_device(counts, device, torch.float64 if device.type == "cuda" else torch.float32)
-        worst = on_device([peak_gib(), self.waited, self.planned_gib, stop.wanted], device, torch.float32)
+        worst = on_device([peak_gib(), self.waited, self.planned_gib], device, torch.float32)
         add_up(sums)
         take_largest(worst)
         arrived = None
         if device.type == "cuda":
-            sums, worst = (part.to("cpu", non_blocking=True) for part in (sums, worst))  # into pinned memory
+            sums, worst = to_cpu(sums), to_cpu(worst)
             arrived = torch.cuda.Event()
             arrived.record()
         self.sent = sums, worst, arrived
@@ -117,10 +116,6 @@ class Meter:
             arrived.synchronize()
         return sums.tolist(), worst.tolist()
 
-    def stops(self) -> bool:
-        """(all ranks) Whether any of them was asked to stop when this step was sent."""
-        return self.arrived()[1][3] > 0 if several() else stop.wanted
-
     def read(self, args: TrainingArguments) -> dict[str, float]:
         """(all ranks) The mean loss of all ranks, summed over the steps, rates over all ranks, the longest wait for
         data, and the highest peak memory of one; where batches are planned, the highest of their plans since the last
@@ -128,7 +123,7 @@ class Meter:
         if self.sent is None:
             self.send(torch.device(args.device))
         seconds, steps = time.monotonic() - self.start - self.paused, max(1, self.steps)
-        (loss, *sums), (peak, waited, planned, _) = self.arrived()
+        (loss, *sums), (peak, waited, planned) = self.arrived()
         pages, supervised, image, tflops = (number / seconds for number in sums)
         self.reset()
         most = peak_tflops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
@@ -151,12 +146,24 @@ def on_device(numbers: Sequence[torch.Tensor | float], device: torch.device, dty
     """`numbers` as one tensor (N,) on `device`, where some of them may be already, without waiting for a GPU."""
     known = torch.tensor([0.0 if torch.is_tensor(number) else number for number in numbers], dtype=dtype)
     if device.type == "cuda":
-        known = known.pin_memory()  # from other memory torch would wait until all before is done
+        # From other memory torch waits until all before is done; a container may allow none to be pinned.
+        with contextlib.suppress(RuntimeError):
+            known = known.pin_memory()
     known = known.to(device, non_blocking=True)
     for place, number in enumerate(numbers):
         if torch.is_tensor(number):
             known[place] += number
     return known
+
+
+def to_cpu(numbers: torch.Tensor) -> torch.Tensor:
+    """On their way into pinned memory, for which nobody waits; there already where none may be pinned."""
+    try:
+        return numbers.to("cpu", non_blocking=True)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return numbers.cpu()
 
 
 def peak_gib() -> float:

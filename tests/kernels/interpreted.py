@@ -239,7 +239,7 @@ def test_a_row_among_many_comes_out_the_same_whatever_stands_beside_it(kernels):
 
 
 @pytest.mark.skipif(DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="nothing is interpreted")
-@pytest.mark.parametrize("family", ["", "Qwen3-VL", "Qwen3.5"])
+@pytest.mark.parametrize("family", ["", "Qwen3.5"])
 def test_a_step_of_many_slots_by_broad_tiles_gives_torchs_logits(base_of, monkeypatch, family):
     """Each norm but the first is half done where the rows come from; in fp16, which small states bear."""
     import writing.step
@@ -474,6 +474,7 @@ def test_the_last_of_the_programs_of_a_slot_joins_what_all_have_left(kernels, mo
 def test_a_join_that_is_wrong_is_done_by_another_kernel(kernels, monkeypatch):
     """And no program joins alone what would take it longer than another kernel."""
     room = kernels("slot_attention")
+    monkeypatch.setattr(room, "LAST_JOINS", 1 << 14)
     monkeypatch.setattr(room, "PROOF_PLACES", 96)
     monkeypatch.setattr(room, "MOST_PARTS", 2)
     real, joins, shapes = (

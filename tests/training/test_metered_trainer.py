@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import GATHERED, PROGRAMS, call_in_processes, free_port, output, small_run, start_zero_3
 
+from training.metered_trainer import MeteredTrainer
+from training.processes import agree
 from training.progress import Meter
-from training.stopping import stop
 
 
 @pytest.mark.slow
@@ -24,19 +25,23 @@ def test_nobody_asks_for_a_number_between_a_step_and_the_next_forward_pass(exact
 
 
 def measure(rank: int, world: int, port: int) -> None:
-    """On each rank: two steps of two micro-batches; rank 1 alone is asked to stop, after the first."""
+    """On each rank: two steps of two micro-batches; rank 1 alone is asked to stop, in the second."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    # The loss is divided by what compute_loss then multiplies by: all ranks' tokens, or this one's.
+    batches = [{"targets": torch.zeros(10 * (1 + rank))}, {"targets": torch.zeros(3)}]
+    for together, wanted in ((True, 36.0), (False, 13.0 + 10 * rank)):
+        trainer = SimpleNamespace(data_collator=SimpleNamespace(packed=True))
+        trainer.args = SimpleNamespace(average_tokens_across_devices=together)
+        assert MeteredTrainer._get_num_items_in_batch(trainer, batches, torch.device("cpu")) == wanted
     meter, args = Meter(), SimpleNamespace(device=torch.device("cpu"))
-    stop.ends = None
     for step, loss in enumerate((1.0, 5.0)):
-        stop.signal = 15 if step and rank else 0
         for micro in range(2):
             meter.count(batch_of(pages=2 + rank, supervised=10 * (1 + rank)), image_token_id=0)
             meter.add(torch.tensor(loss + rank + micro))
         meter.waited, meter.planned_gib = float(rank), 70.0 + rank
         meter.send(args.device)
-        assert meter.stops() == bool(step)
+        assert agree(bool(step and rank)) == bool(step)
         meter.steps += 1
     meter.planned_gib = 99.0  # of a batch of the next step: not sent yet
     line = meter.read(args)

@@ -49,7 +49,7 @@ def what_a_rank_finds(folder: Path) -> dict:
         "gathered": processes.gather({"rank": rank}),
         "least": processes.least([float(rank), -float(rank)]),
         "same": [processes.same_everywhere("a"), processes.same_everywhere(str(rank))],
-        "agreed": [processes.agree(rank == 2, CPU), processes.agree(False, CPU)],
+        "agreed": [processes.agree(rank == 2), processes.agree(False)],
         "agreed after a failure": [processes.together(rank == 1), processes.together(False)],
         "on main": told(lambda: processes.on_main(lambda: prepare("main's"))),
         "on main, refused": told(lambda: processes.on_main(lambda: fail(SettingsError("--x 0: at least 1")))),
@@ -120,7 +120,7 @@ def test_a_process_alone_asks_nobody(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     assert processes.is_main() and not processes.several() and processes.local_world_size() == 1
     assert processes.gather(3) == [3] and processes.least([3.0]) == [3.0] and processes.same_everywhere("a")
-    assert processes.agree(True, CPU) and processes.together(True) and processes.all_ranks_arrive()
+    assert processes.agree(True) and processes.together(True) and processes.all_ranks_arrive()
     assert processes.on_main(lambda: 4) == 4 and processes.on_each_machine(lambda: 5, lambda result: False) == 5
     with pytest.raises(PipelineError, match="mend"):
         processes.on_main(lambda: fail(PipelineError("mend it")))
