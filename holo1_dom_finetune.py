@@ -34,6 +34,10 @@ from training.settings import PageSettings, Resolved, answer, ask_before_cpu, ch
 if __name__ == "__main__":
     answer(sys.argv[1:])  # what can be answered without torch, which takes seconds to load, and end there
 
+# Packed rows differ in length from step to step; growing segments instead of gaps between fixed ones. Set before torch
+# is there, which may read it as it is loaded.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -690,8 +694,6 @@ def make_arguments(resolved: Resolved) -> TrainingArguments:
 
 def run(argv: list[str]) -> None:
     """(all ranks) One page's way from the dataset to the Hub."""
-    # Packed rows differ in length from step to step; growing segments instead of gaps between fixed ones.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     resolved = resolve(argv)
     check_settings(resolved)
     settings = resolved.settings

@@ -601,3 +601,8 @@ def test_the_copy_that_wrote_goes_while_the_last_pages_are_rendered_unless_it_wr
     )
     assert pipeline.Evaluator.evaluate(judge, "step 1") == {}
     assert there == [compare_base] and copies[0]() is None
+
+
+def test_torchs_memory_grows_in_segments_from_the_moment_that_torch_is_loaded(tmp_path):
+    done = run_script(str(PROGRAMS / "allocator.py"), cwd=tmp_path)
+    assert done.stdout.strip().splitlines()[-1] == "['expandable_segments:True']", output(done)
