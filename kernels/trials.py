@@ -56,8 +56,8 @@ def keep_on_disk() -> None:
 def once_aside(name: str, module: str, told: str, known: list[Any]) -> None:
     """Runs `module` on `told`, once on a machine for what is `known`; whoever comes meanwhile waits for it.
 
-    What goes wrong is said by a warning and left: kernels are tried where they are used, then. Where that was the
-    module itself it is not run again: it would fail again, for each process, at each start.
+    What goes wrong is said by a warning, at each start, and left: kernels are tried where they are used, then. Where
+    that was the module itself it is not run again: it would fail again, for each process, for minutes.
     """
     try:
         run_once(name, module, told, known)
@@ -73,17 +73,16 @@ def run_once(name: str, module: str, told: str, known: list[Any]) -> None:
     mark.parent.mkdir(parents=True, exist_ok=True)
     with mark.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if mark.exists():
-            return
-        warnings.warn(
-            f"{name}: the shapes of its kernels are tried, once on this machine, which may take minutes", stacklevel=4
-        )
-        # It holds the lock, too: of a run that is ended meanwhile, the next one waits for what was begun.
-        why = run_aside(module, told, lock.fileno())
-        if why:
-            told_once = f"{name}: what tries its kernels in a process of its own {why}; it is not tried again ({mark})"
-            warnings.warn(told_once, stacklevel=4)
-        mark.write_text(why, encoding="utf-8")
+        if not mark.exists():
+            warnings.warn(
+                f"{name}: the shapes of its kernels are tried, once on this machine, which may take minutes",
+                stacklevel=4,
+            )
+            # It holds the lock, too: of a run that is ended meanwhile, the next one waits for what was begun.
+            mark.write_text(run_aside(module, told, lock.fileno()), encoding="utf-8")
+        if why := mark.read_text(encoding="utf-8"):
+            told_each_time = f"{name}: what tries its kernels in a process of its own {why}; remove {mark} to try again"
+            warnings.warn(told_each_time, stacklevel=4)
 
 
 def run_aside(module: str, told: str, *passed: int) -> str:

@@ -305,13 +305,18 @@ def take_largest(numbers: torch.Tensor, group: Any = None) -> None:
 def agree(flag: bool) -> bool:
     """(all ranks) True everywhere when it is true anywhere. Called at every step: alone it costs nothing, and among
     several no GPU is waited for."""
+    return bool(largest(flag))
+
+
+def largest(number: float) -> float:
+    """(all ranks) The largest that any of them has, through the CPU's memory: no GPU is waited for."""
     if not several():
-        return flag
+        return number
     import torch
 
-    votes = torch.tensor(float(flag))
-    take_largest(votes, cpu_group())
-    return bool(votes)
+    most = torch.tensor(float(number), dtype=torch.float64)
+    take_largest(most, cpu_group())
+    return most.item()
 
 
 _cpu_group: list = []  # at most one

@@ -27,7 +27,7 @@ from families.page_costs import peak_tflops
 from scoring.bar import draw, erase, on_terminal
 from scoring.report_values import plural
 from training.heartbeat import heart
-from training.processes import add_up, is_main, say, take_largest, world_size
+from training.processes import add_up, is_main, largest, say, take_largest, world_size
 from training.prompt_and_mask import IGNORED
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Meter:
         """(all ranks) What was counted so far starts on its way to all ranks and to the CPU; nobody waits for it."""
         counts = [self.losses, self.pages, self.supervised, self.image, self.flops / 1e12]
         sums = on_device(counts, device, torch.float64 if device.type == "cuda" else torch.float32)
-        worst = on_device([peak_gib(), self.waited, self.planned_gib], device, torch.float32)
+        worst = on_device([self.waited, self.planned_gib], device, torch.float32)
         add_up(sums)
         take_largest(worst)
         arrived = None
@@ -123,7 +123,8 @@ class Meter:
         if self.sent is None:
             self.send(torch.device(args.device))
         seconds, steps = time.monotonic() - self.start - self.paused, max(1, self.steps)
-        (loss, *sums), (peak, waited, planned) = self.arrived()
+        (loss, *sums), (waited, planned) = self.arrived()
+        peak = largest(peak_gib())  # of this moment, with the backward pass that came after the rest was sent
         pages, supervised, image, tflops = (number / seconds for number in sums)
         self.reset()
         most = peak_tflops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
@@ -135,7 +136,7 @@ class Meter:
                 "image_tokens_per_second": image,
                 "seconds_per_step": seconds / steps,
                 "data_wait_share": waited / seconds,
-                "peak_gib": max(peak, peak_gib()),  # the last backward pass of other ranks is in the next line
+                "peak_gib": peak,
             }
             | ({"mfu": tflops / most / world_size()} if most and tflops else {})
             | ({"planned_gib": planned} if planned else {})

@@ -60,7 +60,7 @@ def test_the_mark_lies_beside_tritons_own_files(tmp_path, monkeypatch):
         assert trials.mark_of("x", []).parent == Path(knobs.cache.dir)
 
 
-def test_what_fails_is_said_and_not_run_again(tmp_path, monkeypatch):
+def test_what_fails_is_said_each_time_and_not_run_again(tmp_path, monkeypatch):
     """For the same; it would fail again, for each process, at each start."""
     monkeypatch.setenv("FAILS", "1")
     with pytest.warns(UserWarning) as said:
@@ -69,11 +69,11 @@ def test_what_fails_is_said_and_not_run_again(tmp_path, monkeypatch):
     assert words[0].startswith("these: the shapes of its kernels are tried, once on this machine")
     mark = trials.mark_of("notes_its_call", ["one", 2])
     ended = "in a process of its own ended with 1: no such shape"
-    assert words[1].endswith(f"{ended}; it is not tried again ({mark})")
+    assert words[1].endswith(f"{ended}; remove {mark} to try again")
     monkeypatch.delenv("FAILS")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with pytest.warns(UserWarning) as again:
         try_there(str(tmp_path))
+    assert [str(warning.message) for warning in again] == words[1:]
     assert not (tmp_path / "noted").exists() and mark.read_text() in ended
     mark.unlink()
     monkeypatch.setattr(trials, "SECONDS", 0.1)
@@ -106,6 +106,18 @@ def test_norms_of_heads_are_tried_once_for_all_batches():
     gated_delta.try_once(library)
     assert library.l2norm_fwd_kernel.keys == ["D"]
     assert library.l2norm_bwd_kernel.keys == ["D", "NB", "other"], "another version's is left alone"
+
+
+def test_another_version_whose_norms_are_elsewhere_is_used_all_the_same(monkeypatch):
+    parts = SimpleNamespace(causal_conv1d=None, chunk_gated_delta_rule=None)
+
+    def found(name):
+        if name.endswith("l2norm"):
+            raise ModuleNotFoundError(name, name=name)
+        return parts
+
+    monkeypatch.setattr(gated_delta.importlib, "import_module", found)
+    assert gated_delta.missing.__wrapped__() == ""
 
 
 def test_the_process_that_tries_says_what_is_missing():

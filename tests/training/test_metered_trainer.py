@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import GATHERED, PROGRAMS, call_in_processes, free_port, output, small_run, start_zero_3
 
+from training import progress
 from training.metered_trainer import MeteredTrainer
 from training.processes import agree
 from training.progress import Meter
@@ -44,7 +45,9 @@ def measure(rank: int, world: int, port: int) -> None:
         assert agree(bool(step and rank)) == bool(step)
         meter.steps += 1
     meter.planned_gib = 99.0  # of a batch of the next step: not sent yet
+    progress.process_peak_gib = lambda: 5.0 + rank  # after it was sent
     line = meter.read(args)
+    assert line["peak_gib"] == 6.0
     seconds = line["seconds_per_step"] * 2
     # Of both ranks: 1 + 2 + 5 + 6 and 2 + 3 + 6 + 7, over two ranks.
     assert line["loss"] == 16.0
