@@ -1,8 +1,10 @@
 """A forked start is as good as a fresh one: what the script sees, how it ends, and that nobody stays behind."""
 
 import json
+import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -83,3 +85,20 @@ def test_loading_starts_no_thread(tmp_path):
     complaint = warm.neutral().complaint
     complaint.seek(0)
     assert "started threads" not in complaint.read().decode()
+
+
+def test_a_process_that_has_ended_unheard_can_be_signalled():
+    """Its parent has waited for it, and has yet to tell so: nobody has that number any more."""
+    gone = subprocess.Popen(["true"])
+    assert gone.wait() == 0
+    hearing, telling = os.pipe()
+    os.write(telling, json.dumps({"pid": gone.pid}).encode() + b"\n")
+    process = warm.Forked(hearing, None)
+    process.send_signal(signal.SIGTERM)
+    end = json.dumps({"returncode": 7, "cpu_seconds": 0.5}).encode() + b"\n"
+    late = threading.Timer(0.2, os.write, (telling, end))
+    late.start()
+    process.kill_all()
+    late.join()
+    os.close(telling)
+    assert (process.returncode, process.cpu_seconds) == (7, 0.5)

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -91,14 +92,18 @@ class Forked:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
+        self.signal_by(os.kill, number)
 
     def kill_all(self) -> None:
         """The process and its data workers, which share its session."""
+        self.signal_by(os.killpg, signal.SIGKILL)
+        self.wait()
+
+    def signal_by(self, send: Callable[[int, int], None], number: int) -> None:
+        """Its parent has waited for it, and its number is gone, a moment before the parent tells of its end."""
         if self.poll() is None:
-            os.killpg(self.pid, signal.SIGKILL)
-            self.wait()
+            with contextlib.suppress(ProcessLookupError):
+                send(self.pid, number)
 
 
 class Warm:
