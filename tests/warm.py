@@ -32,7 +32,7 @@ AT_RUN_TIME |= set("GROUP_WORLD_SIZE ROLE_WORLD_SIZE ROLE_NAME PATH PYTHONUNBUFF
 AT_RUN_TIME |= {"PYTORCH_NVML_BASED_CUDA_CHECK"}  # which accelerate sets in the middle of a test
 AT_RUN_TIME |= set("PLAYWRIGHT_BROWSERS_PATH PYTEST_CURRENT_TEST".split())
 AT_RUN_TIME |= set("PLANNED UNRENDERED OUT_OF_MEMORY IN_THE_COPY PLAIN_STEPS FAILING_RANKS FAULT TRAINED".split())
-AT_RUN_TIME |= set("HOW AT_RANK AT_STEP OTHERS".split())
+AT_RUN_TIME |= set("HOW AT_RANK AT_STEP OTHERS MASTERS OVERFLOW KEPT STEPS".split())
 OURS = ("HOLO1_", "TORCHELASTIC_", "FAULT_")  # prefixes of such names
 
 # Loaded by all; nothing of it reads what huggingface_hub and DeepSpeed read.
