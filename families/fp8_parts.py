@@ -302,9 +302,10 @@ class InBoth(torch.autograd.Function):
         given, asked = ctx.saved_tensors, ctx.needs_input_grad[4:]
         made = [alone(way, given, asked, outer) for way in ways]
         (right, wanted), (done, found) = made
-        before = 0.0 if residual is None else given[residual]
+        nothing = torch.zeros((1, 1), device=given[0].device)
+        before = nothing if residual is None else given[residual]
         forward = torch.stack([off_in_rows(*pair, before) for pair in zip(done, right)]).amax()
-        told = [forward, off_in_rows(found[0], wanted[0], outer[0] if residual == 0 else 0.0)]
+        told = [forward, off_in_rows(found[0], wanted[0], outer[0] if residual == 0 else nothing)]
         # After the states, and not vectors: gradients of biases and norms are made in bf16 either way.
         pairs = list(zip(found, wanted))[1 if residual is None else residual + 1 :]
         offs = [off_in_all(one, other) for one, other in pairs if one is not None and one.dim() > 1]
@@ -335,10 +336,12 @@ def alone(
     return tuple(part.detach() for part in done), [next(found) if want else None for want in asked]
 
 
-def off_in_rows(found: torch.Tensor, wanted: torch.Tensor, rest: torch.Tensor | float) -> torch.Tensor:
-    """Of the norm of `wanted` less `rest` (S, N), in the median one of its rows that are not zeros: few tokens may be
-    so large that what they are rounded to says nothing of what was added to them."""
-    size, off = (wanted.float() - rest).norm(dim=1), (found.float() - wanted.float()).norm(dim=1)
+def off_in_rows(found: torch.Tensor, wanted: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+    """Of the norm of `wanted` less the `rest` (S, N) that was added to it, in the median one of its rows that are not
+    zeros: few tokens may be so large that what they are rounded to says nothing of what was added to them. A 64th of
+    the rest counts, too: in bf16 both sums are rounded by some 0.2 % of it."""
+    size, off = (wanted.float() - rest.float()).norm(dim=1), (found.float() - wanted.float()).norm(dim=1)
+    size = torch.hypot(size, rest.float().norm(dim=-1) / 64)
     return (off[size > 0] / size[size > 0]).median()
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # A part of a layer by itself is off by its own rounding, of whatever depth and width the model is: by 3.7 % of the
 # norm a product, by 7 % an MLP, and along the gradient of a weight by 1 %. The least that can be wrong with a scale,
 # which is a power of two, is half of it all.
-PART_LIMIT = 0.2
+PART_LIMIT = 0.15
 # Through a whole model rounding adds up, with layers and width: in 3B's shapes, 36 layers 2,048 wide, random weights
 # put all gradients together off by 41 % of their norm and the worst weight's by 61 %, of which most points elsewhere;
 # along the gradient in bf16 none was off by more than 28 %. What parts by themselves do not show, a gradient that is
