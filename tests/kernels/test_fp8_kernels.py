@@ -60,7 +60,8 @@ def test_casts_of_the_widest_rows_spill_nothing_and_are_written_by_the_wide():
         assert re.search(r"\bLDG\b", code["sass"]) and not re.search(r"\b(STL|LDL)\b", code["sass"]), name
         told = "cvt.rn.satfinite.e4m3x2" in code["ptx"]
         assert told == (name != ("transpose", 0)), f"{name}: by the GPU's own conversion"
-        # 16 bytes at once, but of what is scaled alone.
+        # The casts' scales come from bits: a GPU's division is off by one at times. 16 bytes at once.
+        assert name[0] in ("transpose", "swiglu", "backward", "norm") or "div" not in code["ptx"], name
         assert {"ld.global.v4.b32"} <= {*re.findall(r"ld\.global\S*", code["ptx"])}, name
 
 
