@@ -9,7 +9,7 @@ Rooms from top to bottom; each may import those below it, and none above:
     qwen3_vl        what Qwen3-VL has of its own
     qwen2_5_vl      what Qwen2.5-VL has of its own
     family          the list of what to write for another one
-    fp8_parts       the products of layers in fp8
+    fp8_parts       the products of layers in fp8, and beside those in bf16
     fast_parts      layers that take packed pages, which families share
     elementwise     the element-wise parts of layers, fused
     towers          vision towers without gradients, for reading

@@ -9,12 +9,15 @@ waits elsewhere is the same. Shapes as in fast_parts.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from families.fast_parts import epsilon_of
+from families.fast_parts import AddMlp as PlainMlp
+from families.fast_parts import AddProduct as PlainProduct
+from families.fast_parts import NormedProducts as PlainProducts
+from families.fast_parts import Products, epsilon_of
 from kernels import fp8
 
 
@@ -57,8 +60,7 @@ class Fp8:
     ) -> tuple[torch.Tensor, ...]:
         """`fast_parts.normed_products`, of an RMSNorm."""
         self.used.update(linears)
-        both = [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
-        return NormedProducts.apply(hidden, norm, self, linears[0], norm.weight, *both)
+        return NormedProducts.apply(hidden, norm, self, linears[0], norm.weight, *flat(linears))
 
     def add_product(self, residual: torch.Tensor, hidden: torch.Tensor, linear: torch.nn.Linear) -> torch.Tensor:
         """`fast_parts.add_product`."""
@@ -73,7 +75,7 @@ class Fp8:
         return AddMlp.apply(hidden, norm, self, linears, again, norm.weight, *(linear.weight for linear in linears))
 
 
-def put_into_fp8(layers: torch.nn.Module, way: Fp8 | None) -> None:
+def put_into_fp8(layers: torch.nn.Module, way: Products | None) -> None:
     """Let the products in `layers` be computed by `way`, or as they were (None); but for those whose widths are no
     multiples of 16, and those that a block computes otherwise: `way.used` has those that have been."""
     for module in layers.modules():
@@ -218,3 +220,132 @@ class AddMlp(torch.autograd.Function):
         inner = way.weights(ctx.linears[0], gate_weight, up_weight).for_input(both, way.quick_input)
         for_hidden, for_norm = fused.rms_norm_backward(hidden, norm_weight, epsilon, inner, outer)
         return for_hidden, None, None, None, None, for_norm, for_gate, for_up, for_down
+
+
+# -----------------------------------------------------------------------------
+# Proof
+
+
+@dataclass
+class Beside:
+    """Computes what fast_parts does, and in the backward pass each part of a layer by `way`, too, of the same inputs
+    and the same gradients: what that is off by is its own rounding, however many layers there are.
+
+    `errors` are told for each part by the `names` of its linear layers: of the norm, of the median token forward, of
+    the median token backward, and of the gradients of all weights together; and along its gradient, of its length, of
+    the weight that is furthest. (4,)
+    """
+
+    way: Fp8
+    names: dict[torch.nn.Linear, str]
+    errors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def normed_products(
+        self, hidden: torch.Tensor, norm: torch.nn.Module, *linears: torch.nn.Linear
+    ) -> tuple[torch.Tensor, ...]:
+        """`Fp8.normed_products`."""
+
+        def ours(hidden: torch.Tensor, norm_weight: torch.Tensor, *weights: torch.Tensor | None) -> tuple:
+            return NormedProducts.apply(hidden, norm, self.way, linears[0], norm_weight, *weights)
+
+        def theirs(hidden: torch.Tensor, norm_weight: torch.Tensor, *weights: torch.Tensor | None) -> tuple:
+            return PlainProducts.apply(hidden, norm, len(linears), norm_weight, None, *weights)
+
+        return InBoth.apply(self, linears, (theirs, ours), None, hidden, norm.weight, *flat(linears))
+
+    def add_product(self, residual: torch.Tensor, hidden: torch.Tensor, linear: torch.nn.Linear) -> torch.Tensor:
+        """`Fp8.add_product`."""
+
+        def ours(hidden: torch.Tensor, residual: torch.Tensor, *weights: torch.Tensor | None) -> tuple:
+            return (AddProduct.apply(residual, hidden, self.way, linear, *weights),)
+
+        def theirs(hidden: torch.Tensor, residual: torch.Tensor, *weights: torch.Tensor | None) -> tuple:
+            return (PlainProduct.apply(residual, hidden, *weights),)
+
+        return InBoth.apply(self, (linear,), (theirs, ours), 1, hidden, residual, *flat((linear,)))[0]
+
+    def add_mlp(
+        self, hidden: torch.Tensor, norm: torch.nn.Module, *linears: torch.nn.Linear, again: bool = False
+    ) -> torch.Tensor:
+        """`Fp8.add_mlp`; `again` makes what nobody needs, too."""
+
+        def ours(hidden: torch.Tensor, norm_weight: torch.Tensor, *weights: torch.Tensor | None) -> tuple:
+            return (AddMlp.apply(hidden, norm, self.way, linears, False, norm_weight, *weights[::2]),)
+
+        def theirs(hidden: torch.Tensor, norm_weight: torch.Tensor, *weights: torch.Tensor | None) -> tuple:
+            return (PlainMlp.apply(hidden, norm, False, norm_weight, *weights),)
+
+        return InBoth.apply(self, linears, (theirs, ours), 0, hidden, norm.weight, *flat(linears))[0]
+
+
+class InBoth(torch.autograd.Function):
+    """The first of two `ways` to a part of a layer, of what is `given`: (S, in) first, weights last. The other beside
+    it in the backward pass, where nothing has to be kept for it. `residual` is the place of what is added to."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        beside: Beside,
+        linears: Sequence[torch.nn.Linear],
+        ways: Sequence[Callable[..., tuple]],
+        residual: int | None,
+        *given: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(*given)
+        ctx.rest = beside, linears, ways, residual
+        return ways[0](*given)
+
+    @staticmethod
+    def backward(ctx, *outer: torch.Tensor) -> tuple:
+        beside, linears, ways, residual = ctx.rest
+        # Once: what a checkpoint has made again may be had no second time.
+        given, asked = ctx.saved_tensors, ctx.needs_input_grad[4:]
+        made = [alone(way, given, asked, outer) for way in ways]
+        (right, wanted), (done, found) = made
+        nothing = torch.zeros((1, 1), device=given[0].device)
+        before = nothing if residual is None else given[residual]
+        forward = torch.stack([off_in_rows(*pair, before) for pair in zip(done, right)]).amax()
+        told = [forward, off_in_rows(found[0], wanted[0], outer[0] if residual == 0 else nothing)]
+        # After the states, and not vectors: gradients of biases and norms are made in bf16 either way.
+        pairs = list(zip(found, wanted))[1 if residual is None else residual + 1 :]
+        offs = [off_in_all(one, other) for one, other in pairs if one is not None and one.dim() > 1]
+        if offs:
+            off, along, size = torch.stack(offs, 1)
+            told += [off.norm() / size.norm(), (along / size**2).amax()]
+        beside.errors[", ".join(beside.names[linear] for linear in linears)] = torch.stack(told)
+        beside.way.used.update(linears)
+        return *[None] * 4, *wanted
+
+
+def flat(linears: Sequence[torch.nn.Linear]) -> list[torch.Tensor | None]:
+    """Weight and bias of each, one after another."""
+    return [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
+
+
+def alone(
+    way: Callable[..., tuple],
+    given: Sequence[torch.Tensor | None],
+    asked: Sequence[bool],
+    outer: Sequence[torch.Tensor],
+) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor | None]]:
+    """What `way` makes of what is `given`, and for those that are `asked` for the gradients of `outer`."""
+    apart = [part if part is None else part.detach().requires_grad_(want) for part, want in zip(given, asked)]
+    with torch.enable_grad():
+        done = way(*apart)
+    found = iter(torch.autograd.grad(done, [part for part, want in zip(apart, asked) if want], outer))
+    return tuple(part.detach() for part in done), [next(found) if want else None for want in asked]
+
+
+def off_in_rows(found: torch.Tensor, wanted: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+    """Of the norm of `wanted` less the `rest` (S, N) that was added to it, in the median one of its rows that are not
+    zeros: few tokens may be so large that what they are rounded to says nothing of what was added to them. A 64th of
+    the rest counts, too: in bf16 both sums are rounded by some 0.2 % of it."""
+    size, off = (wanted.float() - rest.float()).norm(dim=1), (found.float() - wanted.float()).norm(dim=1)
+    size = torch.hypot(size, rest.float().norm(dim=-1) / 64)
+    return (off[size > 0] / size[size > 0]).median()
+
+
+def off_in_all(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The norm of what `found` is off by, what of it lies along `wanted`, times the norm of that, and that. (3,)"""
+    right, difference = wanted.float(), found.float() - wanted.float()
+    return torch.stack([difference.norm(), torch.sum(difference * right).abs(), right.norm()])

@@ -546,6 +546,20 @@ def test_rows_are_cast_and_transposed_to_fp8_as_by_torch(kernels, monkeypatch, n
     assert apart.abs().max() <= torch.finfo(kind).tiny * torch.finfo(kind).eps
 
 
+@pytest.mark.parametrize("name", ["E4M3", "E5M2"])
+def test_a_rows_scale_is_the_least_power_of_two_that_holds_it(kernels, name):
+    """To the bit, where its largest number is all but that of fp8, is that, and is all but a bit more."""
+    room = kernels("fp8")
+    kind, powers = getattr(room, name), 2.0 ** torch.arange(-50, 51, device=DEVICE)
+    edge = torch.finfo(kind).max * powers
+    below, above = (torch.nextafter(edge, torch.full_like(edge, to)) for to in (0.0, torch.inf))
+    for largest, wanted in ((below, powers), (edge, powers), (above, 2 * powers)):
+        rows = torch.zeros(len(powers), 16, device=DEVICE)
+        rows[:, 3] = -largest
+        assert torch.equal(room.cast(rows, kind).scales[:, 0], wanted)
+        assert torch.equal(room.scales_by_torch(largest[:, None], kind)[:, 0], wanted)
+
+
 @pytest.mark.parametrize("kind", MULTIPLIED, ids=str)
 @pytest.mark.parametrize("width", [80, 24])
 def test_windows_equal_segments_by_torch(kernels, width, kind):
