@@ -1,6 +1,7 @@
 """What is known of DeepSpeed's insides holds for the version that is installed."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,9 +60,9 @@ def test_models_are_whole_inside_and_sharded_again_after():
 @pytest.mark.parametrize("processes", [1, 2])
 def test_lean_steps_learn_what_deepspeeds_own_do(processes, exact_base, pages_folder, tmp_path):
     """On one process whose weights stay gathered they are never released, and gradients need no bucket; two hold only
-    their shards between steps."""
+    their shards between steps, and a layer's weights travel while the layers before it compute."""
     flags = small_run(exact_base, pages_folder, max_steps=4, learning_rate=1e-2, max_grad_norm=0.1)
-    final, released, whole = {}, {}, {}
+    final, released, whole, coming = {}, {}, {}, {}
     for plain in (True, False):
         place = tmp_path / str(plain)
         place.mkdir()
@@ -74,8 +75,24 @@ def test_lean_steps_learn_what_deepspeeds_own_do(processes, exact_base, pages_fo
         done = start_zero_3(flags, place, processes=processes, **options)
         assert done.returncode == 0, output(done)
         final[plain] = weights(place / "holo1_dom_finetune_final")
-        released[plain], whole[plain] = re.search(r"^released (\d+) times, whole \[(.*)\]$", done.stdout, re.M).groups()
+        told = re.search(r"^released (\d+) times, whole \[(.*)\], coming \[(.*)\]$", done.stdout, re.M)
+        released[plain], whole[plain], coming[plain] = told.groups()
     assert max((final[True][name] - final[False][name]).abs().max() for name in final[True]) <= 1e-6
     assert int(released[True]) - int(released[False]) == 4, released  # one for each step
     assert set(whole[True].split(", ")) != {"0"} and len(whole[True].split(", ")) == 4
     assert whole[False] == (whole[True] if processes == 1 else "0, 0, 0, 0"), whole
+    assert coming[True] == "", "DeepSpeed's own"
+    # The proof of the fast path gathers what the first step trains with.
+    gathered = [int(number) for number in filter(None, coming[False].split(", "))]
+    assert len(gathered) == (4 if processes == 2 else 0) and all(number > 10 for number in gathered), coming
+
+
+def test_python_goes_on_where_deepspeed_lets_it_wait_for_the_last_gradients(monkeypatch):
+    """Streams are played: there is no GPU here. That they wait for each other is all that the step needs."""
+    done = []
+    computing = SimpleNamespace(wait_stream=lambda stream: done.append(("computing waits for", stream)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
+    reducing = SimpleNamespace(device="cuda:1", synchronize=lambda: done.append("Python waits"))
+    zero3.wait_in_order(reducing)
+    reducing.synchronize()  # as independent_gradient_partition_epilogue does
+    assert done == [("computing waits for", reducing)]
