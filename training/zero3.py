@@ -385,9 +385,13 @@ class Gathering:
             parameter.ds_status = ZeroParamStatus.AVAILABLE
 
     def end(self, model: torch.nn.Module, inputs: tuple, outputs: object) -> None:
-        """Of layers that were not asked: who releases or saves weights afterwards finds none on its way."""
+        """After an error, who saves weights finds none on its way. Raises `PipelineError` where there was none and some
+        layers have not waited for theirs: they have computed with whatever stood there."""
+        late = len(self.coming)
         for layer in [*self.coming]:
             self.wait_for(layer)
+        if late and outputs is not None:
+            raise PipelineError(f"{late} layers were not called as modules, and did not wait for their weights")
 
 
 def missing_of(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
