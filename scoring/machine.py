@@ -2,6 +2,7 @@
 
 with Workers(most_at_once(), ...) as workers: ...
 free_bytes()                                    # of memory, for whoever wants it for something else
+free_gpu_bytes()                                # of a GPU's
 """
 
 from __future__ import annotations
@@ -10,6 +11,10 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 GB_PER_BROWSER = 0.4
 CGROUPS = Path("/sys/fs/cgroup")
@@ -28,6 +33,16 @@ def free_bytes(cgroups: Path = CGROUPS, own: Path = OWN_GROUPS) -> float:
     import psutil
 
     return min([float(psutil.virtual_memory().available), *map(_free_bytes, _groups(cgroups, own))])
+
+
+def free_gpu_bytes(device: torch.device | None = None) -> float:
+    """Of a GPU's memory what is free, and torch may still take for this process, beside what it has taken: a share may
+    have been set (PYTORCH_CUDA_ALLOC_CONF), of which the driver knows nothing."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return min(float(free), share * total - torch.cuda.memory_reserved(device))
 
 
 def _groups(cgroups: Path, own: Path) -> Iterator[Path]:

@@ -41,6 +41,7 @@ from training.memory_plan import (
     candidates,
     estimate,
     moments_gib,
+    plannable_gib,
     remedy,
     state_table,
     table,
@@ -293,8 +294,9 @@ def whole_words(way: Way) -> str:
 
 def memory_limit(device: torch.device) -> float:
     """GiB of a GPU that may be planned for, of the share that torch may use of it (PYTORCH_CUDA_ALLOC_CONF)."""
-    total = torch.cuda.get_device_properties(device).total_memory
-    return MEMORY_SHARE * torch.cuda.get_per_process_memory_fraction(device) * total / GIB
+    size = torch.cuda.get_device_properties(device).total_memory / GIB
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return min(MEMORY_SHARE * share * size, plannable_gib(size, world_size()))
 
 
 def page_loads(counted: Iterable[Mapping[str, int]], encoder: PageEncoder, shape: page_costs.Shape) -> list[tuple]:
@@ -602,7 +604,8 @@ def fast_table(scope: Scope, page: Load) -> str:
     rows = []
     for processes in PROCESSES:
         for size in SIZES_GIB:
-            decision = decide(scope, page.times, page, processes, Hardware(MEMORY_SHARE * size, link_gb_s=LINK_GB_S))
+            hardware = Hardware(plannable_gib(size, processes), link_gb_s=LINK_GB_S)
+            decision = decide(scope, page.times, page, processes, hardware)
             rows.append((processes, size, decision.chosen))
     told = table(rows, scope.way)
     if any(plan and len(plan.rungs.ways) > 1 for _, _, plan in rows):

@@ -139,11 +139,19 @@ LIVE_WEIGHTS = 1_000_000_000  # gathered at once at most: DeepSpeed's stage3_max
 BUCKETS = 3  # reduce_bucket_size in flight: two to overlap, one being copied
 FP8_BYTES = 1  # for each weight of the language model's layers whose e4m3 stays for a step
 ADAPTER_SHARE = 0.01  # of the weights; rank 16 on 3B is 0.8 %
-MEMORY_SHARE = 0.93  # of a GPU that is planned for: the rest is the driver's, NCCL's, and the allocator's gaps
+MEMORY_SHARE = 0.93  # of a GPU that is planned for: the rest is the driver's, and the allocator's gaps
+# What several processes take besides, outside of torch: two groups of theirs, ours and DeepSpeed's, and for each of
+# some 24 channels NCCL's buffers of 10 MB to and from another one. By count; not measured.
+NCCL_GIB = 1.0
 # Of that, what batches fill that are not the longest. Every one of them does, and their sizes differ: on one H100 torch
 # ran out in a second step of which 75.2 of 79.2 GiB were planned, with 3.7 GiB in gaps between what it had allocated.
 # So filled, 14 steps of 3B went through there, 71.5 GiB at the peak, and torch gave its cache back once.
 FILLED_SHARE = 0.965
+
+
+def plannable_gib(size: float, processes: int) -> float:
+    """Of a GPU of `size` GiB, one of `processes`, what torch's tensors may take."""
+    return MEMORY_SHARE * size - NCCL_GIB * (processes > 1)
 
 
 def estimate(shape: Shape, load: Load, way: Way, bucket: int = 0) -> MemoryPlan:
@@ -497,9 +505,8 @@ def state_table(shape: Shape, way: Way, counts: Iterable[int], sizes_gib: Iterab
     for processes in counts:
         part = {name: size / GIB for name, size in state(shape, replace(way, processes=processes)).items()}
         there = sum(part.values())
-        rest = "".join(
-            f"{MEMORY_SHARE * size - there:8.1f}" if there < MEMORY_SHARE * size else "    none" for size in sizes
-        )
+        rooms = [plannable_gib(size, processes) - there for size in sizes]
+        rest = "".join(f"{room:8.1f}" if room > 0 else "    none" for room in rooms)
         lines.append(
             f"{processes:4d} {part['weights']:8.1f} {part['gradients']:10.1f} {part['optimizer']:10.1f} "
             f"{part['gathered']:9.1f} {there:6.1f}       {rest}"

@@ -55,7 +55,9 @@ class PageSampler(BatchRebalanceSampler):  # the Trainer deals with its kind, ra
         self.kept -= self.left_out
 
     def steps(self) -> Iterator[list[list[int]]]:
-        """The pages of each optimizer step, in groups: one for each rank and micro-batch, rank by rank."""
+        """The pages of each optimizer step, in groups: one for each rank and micro-batch, rank by rank. They come
+        dearest first, so every second micro-batch is dealt out the other way round: else the first rank would have the
+        dearest of each, and the others wait for it at the end of the step."""
         ranks = world_size()
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(len(self.costs), generator=generator).tolist()
@@ -65,7 +67,9 @@ class PageSampler(BatchRebalanceSampler):  # the Trainer deals with its kind, ra
             groups = page_costs.deal(
                 [self.costs[page] for page in pages], math.ceil(len(pages) / self.micro_batch / ranks) * ranks
             )
-            yield [[pages[place] for place in group] for group in groups]
+            rows = [groups[row : row + ranks] for row in range(0, len(groups), ranks)]
+            turned = [row[::-1] if number % 2 else row for number, row in enumerate(rows)]
+            yield [[pages[place] for place in group] for row in turned for group in row]
 
     def __iter__(self) -> Iterator[list[int]]:
         for groups in self.steps():

@@ -25,6 +25,7 @@ from transformers import TrainerState, TrainingArguments
 
 from families.page_costs import peak_tflops
 from scoring.bar import draw, erase, on_terminal
+from scoring.machine import free_gpu_bytes
 from scoring.report_values import plural
 from training.heartbeat import heart
 from training.processes import add_up, is_main, largest, say, take_largest, world_size
@@ -96,17 +97,18 @@ class Meter:
         self.losses = self.losses + loss.detach()
 
     def send(self, device: torch.device) -> None:
-        """(all ranks) What was counted so far starts on its way to all ranks and to the CPU; nobody waits for it."""
-        counts = [self.losses, self.pages, self.supervised, self.image, self.flops / 1e12]
-        sums = on_device(counts, device, torch.float64 if device.type == "cuda" else torch.float32)
-        worst = on_device([self.waited, self.planned_gib], device, torch.float32)
-        add_up(sums)
-        take_largest(worst)
-        arrived = None
-        if device.type == "cuda":
-            sums, worst = to_cpu(sums), to_cpu(worst)
-            arrived = torch.cuda.Event()
-            arrived.record()
+        """(all ranks) What was counted so far starts on its way to all ranks and to the CPU; nobody waits for it, nor a
+        GPU for another one, which may be at a longer page."""
+        counts, arrived = [self.losses, self.pages, self.supervised, self.image, self.flops / 1e12], None
+        with beside(device, [number for number in counts if torch.is_tensor(number)]):
+            sums = on_device(counts, device, torch.float64 if device.type == "cuda" else torch.float32)
+            worst = on_device([self.waited, self.planned_gib], device, torch.float32)
+            add_up(sums)
+            take_largest(worst)
+            if device.type == "cuda":
+                sums, worst = to_cpu(sums), to_cpu(worst)
+                arrived = torch.cuda.Event()
+                arrived.record()
         self.sent = sums, worst, arrived
 
     def arrived(self) -> tuple[list[float], list[float]]:
@@ -141,6 +143,27 @@ class Meter:
             | ({"mfu": tflops / most / world_size()} if most and tflops else {})
             | ({"planned_gib": planned} if planned else {})
         )
+
+
+_beside: list[torch.cuda.Stream] = []  # at most one
+
+
+@contextlib.contextmanager
+def beside(device: torch.device, read: Sequence[torch.Tensor]) -> Iterator[None]:
+    """What is asked of a GPU inside is done on a stream of its own, once what was asked before, of which `read` is read
+    inside, is computed; the stream that computes does not wait for it."""
+    if device.type != "cuda":
+        yield
+        return
+    if not _beside:
+        _beside.append(torch.cuda.Stream(device))
+    (stream,) = _beside
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    for tensor in read:
+        if tensor.is_cuda:
+            tensor.record_stream(stream)  # its memory goes to nobody before it is read
 
 
 def on_device(numbers: Sequence[torch.Tensor | float], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -195,7 +218,7 @@ def memory_is_tight() -> bool:
     """Whether a tenth or less is free, where no plan fills it on purpose. Clearing costs 0.3 s a step, several times a
     small model's whole step."""
     if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
+        free, total = free_gpu_bytes(), torch.cuda.mem_get_info()[1] * torch.cuda.get_per_process_memory_fraction()
     else:
         free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
     return free < 0.1 * total

@@ -265,7 +265,9 @@ def lean_steps(engine: DeepSpeedEngine) -> None:
     - `optimizer.reduce_independent_p_g_buckets_and_remove_grads`: on one process, it reduces gradients that nobody else
       has (`keep_gradient`);
     - `optimizer.step` and the hooks of all modules: where all weights may stay whole, they are fetched and released for
-      each module; gathered once per step instead, on one process never (`stay_gathered`).
+      each module; gathered once per step instead, on one process never (`stay_gathered`);
+    - `synchronize` of the stream that reduces: on several GPUs, Python waits for it after each backward pass
+      (`wait_in_order`).
     """
     optimizer = engine.optimizer
     # Tensor parallelism reduces over a second group, of which nothing below knows.
@@ -278,6 +280,8 @@ def lean_steps(engine: DeepSpeedEngine) -> None:
         optimizer.get_grad_norm_direct = types.MethodType(gradient_norm, optimizer)
         if alone:
             optimizer.reduce_independent_p_g_buckets_and_remove_grads = types.MethodType(keep_gradient, optimizer)
+        elif (stream := optimizer.reduce_and_partition_stream) is not None:  # None on a CPU
+            wait_in_order(stream)
     if all(parameter.ds_persist for parameter in engine.module.parameters()):
         stay_gathered(engine.module, optimizer)
 
@@ -312,12 +316,93 @@ def keep_gradient(self, parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
+def wait_in_order(stream: torch.cuda.Stream) -> None:
+    """What is asked for after `stream.synchronize()` is computed behind what `stream` was given; Python goes on.
+
+    DeepSpeed (0.19.8) lets Python wait there after each backward pass, until the last gradients have travelled. The GPU
+    then waits for Python to launch the next micro-batch's first layers. Its own limit stays: Python is three buckets
+    ahead of the stream at most. Where gradients leave for the CPU's memory, who reads them there has to wait.
+    """
+    # Of this instance alone. The step and the next reductions are given to streams, so their order is all that counts.
+    stream.synchronize = lambda: torch.cuda.current_stream(stream.device).wait_stream(stream)
+
+
 # Weights; 2 MB travel in some 10 us by NVLink, about what a call to NCCL takes by itself.
 WORTH_A_CALL = 1_000_000
 
 
+class Gathering:
+    """Gathers the weights of `model` that are missing at the beginning of a forward pass, all at once and on all ranks
+    in the same order: those of no layer first, which are waited for there; then layer by layer, each of which waits for
+    its own, so that the others travel while it is at work. After the forward pass, failed or not, all are there.
+
+    DeepSpeed's own gathering of many (`all_gather`, 0.19.8) ends in a wait of Python for the whole GPU.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        from deepspeed.utils import get_z3_leaf_modules
+
+        self.parameters, self.owner = list(model.parameters()), {}
+        self.coming: dict[torch.nn.Module | None, list[tuple[torch.Tensor, dist.Work]]] = {}
+        for layer in get_z3_leaf_modules(model):
+            self.owner |= dict.fromkeys(layer.parameters(), layer)
+            layer.register_forward_pre_hook(lambda layer, inputs: self.wait_for(layer))
+        model.register_forward_pre_hook(self.begin)
+        model.register_forward_hook(self.end, always_call=True)
+
+    def begin(self, model: torch.nn.Module, inputs: tuple) -> None:
+        """(all ranks) Looked for at every forward pass, since a checkpoint releases weights in between, too."""
+        missing = missing_of(self.parameters)
+        small = [parameter for parameter in missing if parameter.ds_numel < WORTH_A_CALL]
+        large = [parameter for parameter in missing if parameter.ds_numel >= WORTH_A_CALL]
+        if small:
+            small[0].all_gather_coalesced(small).wait()  # by one call, and copied from there
+        # What a user's JSON may ask for: shards in fewer bits, or whole ones on each machine. DeepSpeed knows how.
+        if odd := [p for p in large if p.ds_secondary_tensor is not None or hasattr(p.ds_tensor, "ds_quant_scale")]:
+            odd[0].all_gather(odd)
+        for parameter in sorted(missing_of(large), key=lambda parameter: parameter in self.owner):
+            self.coming.setdefault(self.owner.get(parameter), []).append((parameter, self.gather(parameter)))
+        self.wait_for(None)
+
+    def gather(self, parameter: torch.Tensor) -> dist.Work:
+        """(all ranks) By a call of its own, right to where it belongs: no weights stand there before they are waited
+        for."""
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        shard, group = parameter.ds_tensor, parameter.ds_process_group
+        whole = torch.empty(dist.get_world_size(group) * shard.ds_numel, dtype=shard.dtype, device=parameter.device)
+        work = dist.all_gather_into_tensor(whole, shard.to(whole.device), group=group, async_op=True)
+        parameter.data = whole[: parameter.ds_numel].view(parameter.ds_shape)
+        parameter.ds_status = ZeroParamStatus.INFLIGHT
+        return work
+
+    def wait_for(self, layer: torch.nn.Module | None) -> None:
+        """Of one layer, or of none: the GPU's stream waits, not Python."""
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        for parameter, work in self.coming.pop(layer, ()):
+            work.wait()
+            parameter.ds_status = ZeroParamStatus.AVAILABLE
+
+    def end(self, model: torch.nn.Module, inputs: tuple, outputs: object) -> None:
+        """After an error, who saves weights finds none on its way. Raises `PipelineError` where there was none and some
+        layers have not waited for theirs: they have computed with whatever stood there."""
+        late = len(self.coming)
+        for layer in [*self.coming]:
+            self.wait_for(layer)
+        if late and outputs is not None:
+            raise PipelineError(f"{late} layers were not called as modules, and did not wait for their weights")
+
+
+def missing_of(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Those of which a process has only its shards."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    return [parameter for parameter in parameters if parameter.ds_status != ZeroParamStatus.AVAILABLE]
+
+
 def stay_gathered(model: torch.nn.Module, optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
-    """Gather all weights before a step's first layer, and release them after it.
+    """Gather all weights when a step begins, and release them after it.
 
     On one process they lie where their shards do, and are up to date as soon as those are. Stands for the hooks with
     which DeepSpeed's DeepSpeedZeRoOffload fetches and releases module by module, and for the release of all weights at
@@ -328,15 +413,9 @@ def stay_gathered(model: torch.nn.Module, optimizer: DeepSpeedZeroOptimizer_Stag
     offload, parameters = optimizer.parameter_offload, list(model.parameters())
     step, release, alone = optimizer.step, optimizer._partition_all_parameters, optimizer.partition_count == 1
 
-    # Looked for at every forward pass, since a checkpoint releases weights in between, too.
     def gather_missing(module: torch.nn.Module, inputs: tuple) -> None:
-        missing = [parameter for parameter in parameters if parameter.ds_status != ZeroParamStatus.AVAILABLE]
-        large = [parameter for parameter in missing if parameter.ds_numel >= WORTH_A_CALL]
-        small = [parameter for parameter in missing if parameter.ds_numel < WORTH_A_CALL]
-        if large:
-            large[0].all_gather(large)  # each by a call of its own, right to where it belongs
-        if small:
-            small[0].all_gather_coalesced(small).wait()  # by one call, and copied from there
+        if missing := missing_of(parameters):
+            missing[0].all_gather_coalesced(missing).wait()  # without a copy: a shard is the whole
 
     def release_what_is_no_view() -> None:
         if any(p.numel() != p.ds_numel or p.data_ptr() != p.ds_tensor.data_ptr() for p in parameters):
@@ -360,9 +439,11 @@ def stay_gathered(model: torch.nn.Module, optimizer: DeepSpeedZeroOptimizer_Stag
     # A backward pass needs no hook of its own then: what the forward pass has gathered stays until the step.
     for hook in (*offload.forward_hooks, *offload.backward_hooks):
         hook.remove()
-    model.register_forward_pre_hook(gather_missing)
     optimizer.step = lean_step
-    if not alone:
+    if alone:
+        model.register_forward_pre_hook(gather_missing)
+    else:
+        Gathering(model)
         # Nor gathered by DeepSpeed, one by one, before anybody needs them.
         optimizer.persistent_parameters = []
 

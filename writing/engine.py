@@ -24,6 +24,7 @@ import torch
 
 import use_model_from_hub as use
 from families import family_of
+from scoring.machine import free_gpu_bytes
 from writing.reading import Question, Reader, question_of
 from writing.slots import Cache, State, bytes_of_slot
 from writing.step import Chooser, Step, compile_step
@@ -96,7 +97,7 @@ class Engine:
         """As many as the free memory holds: one of WIDTHS."""
         if self.model.device.type != "cuda":
             return WIDTHS[-1]
-        free, _ = torch.cuda.mem_get_info(self.model.device)
+        free = free_gpu_bytes(self.model.device)
         free += torch.cuda.memory_reserved(self.model.device) - torch.cuda.memory_allocated(self.model.device)
         vocabulary = self.model.config.get_text_config().vocab_size
         kept = (self.captured.layers, vocabulary, self.capacity, self.model.dtype, self.chances)

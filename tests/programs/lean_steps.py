@@ -1,5 +1,6 @@
-"""The training script, which says at its end how often DeepSpeed released all weights, and how many numbers of them
-were whole after each step. PLAIN_STEPS=1 leaves its steps as DeepSpeed makes them."""
+"""The training script, which says at its end how often DeepSpeed released all weights, how many numbers of them were
+whole after each step, and how many weights were on their way to layers when the first of these began, in the forward
+passes that gathered any. PLAIN_STEPS=1 leaves its steps as DeepSpeed makes them."""
 
 import os
 import sys
@@ -14,6 +15,7 @@ from training import zero3
 
 release, calls = Zero._partition_all_parameters, []
 lean, whole = zero3.lean_steps, []
+wait_for, begin, coming = zero3.Gathering.wait_for, zero3.Gathering.begin, []
 
 
 def watched_release(self) -> None:
@@ -33,11 +35,25 @@ def watched_steps(engine) -> None:
     engine.optimizer.step = watch
 
 
+def watched_begin(self, model, inputs) -> None:
+    begin(self, model, inputs)
+    if self.coming:
+        coming.append(sum(map(len, self.coming.values())))
+    on_their_way = [parameter for arriving in self.coming.values() for parameter, _ in arriving]
+    assert zero3.missing_of(self.parameters) == on_their_way, "of no layer, and not waited for"
+
+
+def watched_wait(self, layer) -> None:
+    wait_for(self, layer)
+    assert layer is None or not zero3.missing_of([*layer.parameters()]), "a layer begins without its weights"
+
+
 if __name__ == "__main__":
+    zero3.Gathering.begin, zero3.Gathering.wait_for = watched_begin, watched_wait
     Zero._partition_all_parameters = watched_release
     zero3.WORTH_A_CALL = 1_000  # some of the tiny weights are large, then
     zero3.lean_steps = watched_steps
     code = pipeline.main(sys.argv[1:])
     if os.environ["RANK"] == "0":  # two ranks may write into one line
-        print(f"released {len(calls)} times, whole {whole}")
+        print(f"released {len(calls)} times, whole {whole}, coming {coming}")
     pipeline.leave(code)

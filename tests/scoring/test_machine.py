@@ -4,8 +4,10 @@ import os
 from pathlib import Path
 
 import psutil
+import pytest
+import torch
 
-from scoring.machine import GB_PER_BROWSER, most_at_once
+from scoring.machine import GB_PER_BROWSER, free_gpu_bytes, most_at_once
 
 
 def write(folder: Path, **files: str) -> None:
@@ -39,3 +41,14 @@ def test_browsers_are_as_many_as_cores_and_memory_allow(tmp_path, monkeypatch):
     assert most_at_once(tree, own) == 3
     write(tree / "memory", memory__limit_in_bytes=str(2 * 10**9), memory__usage_in_bytes=str(10**9))
     assert most_at_once(tree, own) == 2
+
+
+@pytest.mark.parametrize(
+    ("share", "reserved", "free"), [(1.0, 10, 68), (0.3, 10, 14), (0.3, 24, 0), (0.9, 0, 68)], ids=str
+)
+def test_of_a_gpu_whose_share_is_limited_only_that_is_free(share, reserved, free, monkeypatch):
+    """There is no GPU here: what torch says of one of 80 GB is given; 2 are CUDA's own, 10 or 0 another's."""
+    said = {"mem_get_info": (68, 80), "get_per_process_memory_fraction": share, "memory_reserved": reserved}
+    for name, answer in said.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device=None, answer=answer: answer)
+    assert free_gpu_bytes() == pytest.approx(free)

@@ -22,7 +22,7 @@ from families import family_of
 from training import memory_fit, zero3
 from training.checkpoints import RESTARTED
 from training.errors import SettingsError
-from training.memory_plan import FILLED_SHARE, MEMORY_SHARE, Hardware, Load, MemoryPlan, Way
+from training.memory_plan import FILLED_SHARE, MEMORY_SHARE, NCCL_GIB, Hardware, Load, MemoryPlan, Way, plannable_gib
 from training.prompt_and_mask import PageEncoder
 from training.settings import PageSettings, resolve
 from training.treatment import Treatment
@@ -175,7 +175,7 @@ def test_training_chooses_what_the_plan_prints(flags, gib, processes, shapes_of_
     args.device, args.hf_deepspeed_config = torch.device("cuda"), config
     scope = memory_fit.scope_of(settings, resolved.training, resolved.deepspeed, shapes_of_3b)
     page = memory_fit.longest_page(family, shapes_of_3b, image, html + 1)
-    hardware = Hardware(MEMORY_SHARE * gib, link_gb_s=memory_fit.LINK_GB_S)
+    hardware = Hardware(plannable_gib(gib, processes), link_gb_s=memory_fit.LINK_GB_S)
     planned = memory_fit.decide(scope, page.times, page, processes, hardware)
     chosen = memory_fit.choose_micro_batch(args, settings, shapes_of_3b, pages, encoder)
     assert chosen == (planned.chosen or planned.smallest)
@@ -212,6 +212,13 @@ def test_candidates_are_ordered_and_the_first_that_fits_is_chosen(shapes_of_3b):
     tight = memory_fit.decide(scope, load.times, load, 2, Hardware(roomy.smallest.total_gib))
     assert tight.chosen.total_gib == roomy.smallest.total_gib
     assert memory_fit.decide(scope, load.times, load, 2, Hardware(1.0)).chosen is None
+
+
+@pytest.mark.parametrize(("processes", "share", "less"), [(1, 1.0, 0), (2, 1.0, NCCL_GIB), (1, 0.3, 0), (2, 0.3, 0)])
+def test_several_processes_leave_room_for_what_nccl_takes_outside_of_torch(processes, share, less, monkeypatch):
+    """Of a limited GPU, the rest of which torch leaves free, nothing more is left."""
+    on_gpus(monkeypatch, 80, processes, share=share)
+    assert memory_fit.memory_limit(torch.device("cuda")) == pytest.approx(MEMORY_SHARE * share * 80 - less)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Which pages are trained on when: every rank its own, all ranks as many."""
 
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -62,6 +63,22 @@ def test_a_run_has_the_same_steps_on_any_number_of_processes(count, monkeypatch)
             assert now[:-1] == begun[:-1] and len(now) == len(begun)
             assert set(now[-1]) <= set(begun[-1]) and last - len(now[-1]) < ranks
             assert now == begun or last % ranks, "left out without need"
+
+
+def test_no_rank_has_the_dearest_pages_of_each_micro_batch(monkeypatch):
+    """All wait for the one that has most, at the end of each step."""
+    generator = random.Random(7)
+    costs = [generator.uniform(60, 130) for _ in range(16 * 40)]
+    args = SimpleNamespace(per_device_train_batch_size=4, gradient_accumulation_steps=2, seed=7, data_seed=None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    sums = [
+        [sum(costs[page] for group in mine for page in group) for mine in (groups[::2], groups[1::2])]
+        for groups in PageSampler(costs, args).steps()
+    ]
+    dearer = sum(first > second for first, second in sums)
+    assert 10 < dearer < 30, f"the first rank has more in {dearer} of 40 steps"
+    longest = sum(2 * max(step) / sum(step) - 1 for step in sums) / 40
+    assert longest < 0.006, f"{longest:.2%} of a step is waited for"
 
 
 def test_the_order_is_drawn_by_the_data_seed_where_one_is_typed():

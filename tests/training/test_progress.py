@@ -1,12 +1,14 @@
 """What a run tells of itself while it trains."""
 
+import contextlib
 import logging
 import warnings
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from training import processes
+from training import processes, progress
 from training.processes import DEPRECATED, SAID_IN_VAIN, in_columns, matters
 from training.progress import Meter, draw_loss, log_line
 
@@ -82,3 +84,33 @@ def test_a_line_has_the_highest_plan_of_its_batches_where_they_are_planned():
     meter.planned_gib = 74.5
     assert meter.read(args)["planned_gib"] == 74.5
     assert "planned_gib" not in meter.read(args), "of the next line there is none yet"
+
+
+def test_a_gpu_does_not_wait_until_other_ranks_have_sent_what_their_lines_tell(monkeypatch):
+    """Streams are played: there is no GPU here. The sums of all ranks are asked for on a stream of their own, behind
+    what has computed the loss, and the stream that computes is told to wait for nothing."""
+    done, streams = [], [SimpleNamespace(wait_stream=lambda other: pytest.fail("the stream that computes waits"))]
+
+    def another(device):
+        return SimpleNamespace(wait_stream=lambda other: done.append(f"behind {streams.index(other)}"))
+
+    @contextlib.contextmanager
+    def on(stream):
+        streams.append(stream)
+        yield
+        streams.pop()
+
+    monkeypatch.setattr(progress, "_beside", [])
+    monkeypatch.setattr(torch.cuda, "Stream", another)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[-1])
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: done.append(f"on {len(streams)}")))
+    monkeypatch.setattr(progress, "on_device", lambda numbers, device, dtype: torch.tensor(numbers, dtype=dtype))
+    for name in ("add_up", "take_largest"):
+        monkeypatch.setattr(progress, name, lambda numbers: done.append(f"all ranks on {len(streams)}"))
+    meter = Meter()
+    meter.add(torch.tensor(2.0))
+    for _ in range(2):  # one stream for all steps
+        meter.send(torch.device("cuda"))
+    assert done == 2 * ["behind 0", "all ranks on 2", "all ranks on 2", "on 2"] and len(progress._beside) == 1
+    assert meter.sent[0].tolist() == [2.0, 0.0, 0.0, 0.0, 0.0]

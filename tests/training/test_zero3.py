@@ -1,10 +1,13 @@
 """What is known of DeepSpeed's insides holds for the version that is installed."""
 
+import contextlib
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import GATHERED, PROGRAMS, output, small_run, start_zero_3, weights
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from training import zero3
 from training.errors import PipelineError
@@ -59,9 +62,9 @@ def test_models_are_whole_inside_and_sharded_again_after():
 @pytest.mark.parametrize("processes", [1, 2])
 def test_lean_steps_learn_what_deepspeeds_own_do(processes, exact_base, pages_folder, tmp_path):
     """On one process whose weights stay gathered they are never released, and gradients need no bucket; two hold only
-    their shards between steps."""
+    their shards between steps, and a layer's weights travel while the layers before it compute."""
     flags = small_run(exact_base, pages_folder, max_steps=4, learning_rate=1e-2, max_grad_norm=0.1)
-    final, released, whole = {}, {}, {}
+    final, released, whole, coming = {}, {}, {}, {}
     for plain in (True, False):
         place = tmp_path / str(plain)
         place.mkdir()
@@ -74,8 +77,74 @@ def test_lean_steps_learn_what_deepspeeds_own_do(processes, exact_base, pages_fo
         done = start_zero_3(flags, place, processes=processes, **options)
         assert done.returncode == 0, output(done)
         final[plain] = weights(place / "holo1_dom_finetune_final")
-        released[plain], whole[plain] = re.search(r"^released (\d+) times, whole \[(.*)\]$", done.stdout, re.M).groups()
+        told = re.search(r"^released (\d+) times, whole \[(.*)\], coming \[(.*)\]$", done.stdout, re.M)
+        released[plain], whole[plain], coming[plain] = told.groups()
     assert max((final[True][name] - final[False][name]).abs().max() for name in final[True]) <= 1e-6
     assert int(released[True]) - int(released[False]) == 4, released  # one for each step
     assert set(whole[True].split(", ")) != {"0"} and len(whole[True].split(", ")) == 4
     assert whole[False] == (whole[True] if processes == 1 else "0, 0, 0, 0"), whole
+    assert coming[True] == "", "DeepSpeed's own"
+    # The proof of the fast path gathers what the first step trains with.
+    gathered = [int(number) for number in filter(None, coming[False].split(", "))]
+    assert len(gathered) == (4 if processes == 2 else 0) and all(number > 10 for number in gathered), coming
+
+
+class Played(torch.nn.Module):
+    """Two layers of one weight each, as ZeRO-3 has them between steps: a shard that only `Gathering.gather` makes
+    whole. The second is called as a module or not."""
+
+    def __init__(self, called: bool):
+        super().__init__()
+        self.layers, self.called = torch.nn.ModuleList([torch.nn.Linear(1, 1, bias=False) for _ in range(2)]), called
+        for layer in self.layers:
+            layer._z3_leaf, layer.weight.ds_numel = True, zero3.WORTH_A_CALL
+            layer.weight.ds_status, layer.weight.ds_tensor = ZeroParamStatus.NOT_AVAILABLE, torch.zeros(1)
+            layer.weight.ds_secondary_tensor = None
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        first, second = self.layers
+        if hidden.isnan():
+            raise ValueError("before any layer")
+        return (second if self.called else second.forward)(first(hidden))
+
+
+@pytest.mark.parametrize("called", [True, False])
+def test_a_layer_waits_for_its_weights_or_the_forward_pass_is_refused(called, monkeypatch):
+    done, model = [], Played(called)
+
+    def gather(self, parameter):
+        parameter.ds_status, name = ZeroParamStatus.INFLIGHT, [*model.parameters()].index(parameter)
+        done.append(f"asked for {name}")
+        return SimpleNamespace(wait=lambda: done.append(f"there is {name}"))
+
+    monkeypatch.setattr(zero3.Gathering, "gather", gather)
+    zero3.Gathering(model)
+    model.layers[0].register_forward_hook(lambda *unused: done.append("0 is done"))
+    with contextlib.nullcontext() if called else pytest.raises(PipelineError, match="1 layers were not called"):
+        model(torch.zeros(1))
+    assert done == ["asked for 0", "asked for 1", "there is 0", "0 is done", "there is 1"]
+    assert zero3.missing_of([*model.parameters()]) == []
+    model(torch.zeros(1))
+    assert len(done) == 6, "nothing is gathered twice"
+
+
+def test_after_an_error_no_weights_are_on_their_way(monkeypatch):
+    model, there = Played(called=True), []
+    monkeypatch.setattr(
+        zero3.Gathering, "gather", lambda self, parameter: SimpleNamespace(wait=lambda: there.append(parameter))
+    )
+    zero3.Gathering(model)
+    with pytest.raises(ValueError, match="before any layer"):
+        model(torch.full((1,), float("nan")))
+    assert len(there) == 2 and zero3.missing_of([*model.parameters()]) == []
+
+
+def test_python_goes_on_where_deepspeed_lets_it_wait_for_the_last_gradients(monkeypatch):
+    """Streams are played: there is no GPU here. That they wait for each other is all that the step needs."""
+    done = []
+    computing = SimpleNamespace(wait_stream=lambda stream: done.append(("computing waits for", stream)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
+    reducing = SimpleNamespace(device="cuda:1", synchronize=lambda: done.append("Python waits"))
+    zero3.wait_in_order(reducing)
+    reducing.synchronize()  # as independent_gradient_partition_epilogue does
+    assert done == [("computing waits for", reducing)]

@@ -599,3 +599,17 @@ def test_evaluation_writes_by_the_engine_what_it_writes_by_generate(loaded, tmp_
     monkeypatch.setattr(writers, "obstacle", lambda model: "")
     fast = write_held_out(model, processor, pages, RECIPE, batch=2)
     assert [{**row, "seconds": 0} for row in fast] == [{**row, "seconds": 0} for row in plain] and len(plain) == 5
+
+
+@pytest.mark.parametrize(("share", "slots"), [(1.0, 64), (0.3, 8), (0.1, 1)])
+def test_slots_are_as_many_as_fit_the_share_that_torch_may_use(share, slots, monkeypatch):
+    """A GPU of 80 GiB is played, of which 1 GiB a slot is asked for, beside what reading takes, 4, and the model, 8."""
+    gib = 2**30
+    said = {"mem_get_info": (71 * gib, 80 * gib), "get_per_process_memory_fraction": share}
+    for name, answer in (said | {"memory_reserved": 8 * gib, "memory_allocated": 8 * gib}).items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
+    monkeypatch.setattr(room, "bytes_of_slot", lambda *kept: gib)
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=8))
+    model = SimpleNamespace(device=torch.device("cuda"), config=config, dtype=torch.bfloat16)
+    known = {"captured": SimpleNamespace(layers=[]), "capacity": 64, "chances": 0}
+    assert room.Engine.slots_that_fit(SimpleNamespace(model=model, **known)) == slots
