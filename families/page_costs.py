@@ -67,7 +67,8 @@ class Tower:
 
     `queries` and `keys` are those of all heads together, `gates` what multiplies the attention's result; `gated` is an
     MLP of three products, else of two. `windowed` of the layers attend to no more than `window` tokens, the others to
-    all but those of `linear` attention; `normed_heads` is a norm of each head of queries and keys.
+    all but those of `linear` attention; `normed_heads` is a norm of each head of queries and keys. `padded` numbers
+    more are kept by a layer that attends without a window, where its kernel takes no heads of their width.
     """
 
     layers: int
@@ -81,6 +82,7 @@ class Tower:
     gates: int = 0
     linear: LinearAttention = LinearAttention(0, 0, 0, 0, 0)
     normed_heads: bool = False
+    padded: int = 0
 
     @property
     def attending(self) -> int:
