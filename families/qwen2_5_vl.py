@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import use_model_from_hub as use
 from families.family import Architecture, Family, Picture
-from families.page_costs import Shape, Tower
+from families.page_costs import Shape, Tower, head_padding
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,13 +55,6 @@ def join(pictures: Sequence[Picture]) -> dict[str, Tensor]:
     }
 
 
-def padded(hidden: int, heads: int) -> int:
-    """Numbers more per patch that a layer keeps whose heads flash-attn 4 has to be given wider, in whole 32s: query,
-    key, value and result as wide as that, and the result as the product behind it takes it (attention.flash_4)."""
-    more = -(hidden // heads) % 32
-    return 4 * heads * more + hidden * (more > 0)
-
-
 def shape(config: PretrainedConfig) -> Shape:
     """The widths by which costs are counted, from the configuration."""
     text, vision = config.get_text_config(), config.vision_config
@@ -79,7 +72,7 @@ def shape(config: PretrainedConfig) -> Shape:
             vision.intermediate_size,
             windowed=vision.depth - len(vision.fullatt_block_indexes),
             window=(vision.window_size // vision.patch_size) ** 2,
-            padded=padded(vision.hidden_size, vision.num_heads),
+            padded=head_padding(vision.hidden_size, vision.num_heads),
         ),
         patch=3 * vision.temporal_patch_size * vision.patch_size**2,
         per_token=vision.spatial_merge_size**2,

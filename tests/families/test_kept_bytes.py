@@ -69,8 +69,8 @@ def play(monkeypatch):
     return begin
 
 
-def one_of_each(shape: str) -> torch.nn.Module:
-    """A model with one layer of each kind, without numbers, on the fast path."""
+def one_of_each(shape: str, **vision_parts: int) -> torch.nn.Module:
+    """A model with one layer of each kind, without numbers, on the fast path; other `vision_parts` than the shape's."""
     from transformers import AutoModelForImageTextToText
 
     config = make_config(shape, SimpleNamespace(convert_tokens_to_ids=lambda name: 1))
@@ -79,6 +79,8 @@ def one_of_each(shape: str) -> torch.nn.Module:
     if hasattr(text, "layer_types"):
         text.layer_types = ["full_attention"]
     vision.depth = 2
+    for name, value in vision_parts.items():
+        setattr(vision, name, value)
     if hasattr(vision, "fullatt_block_indexes"):
         vision.fullatt_block_indexes = [1]
     if hasattr(vision, "deepstack_visual_indexes"):
@@ -105,14 +107,20 @@ def kept_by(layer: torch.nn.Module, hidden: torch.Tensor, angles: torch.Tensor, 
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / ROWS
 
 
+WIDER = {"hidden_size": 1_152, "intermediate_size": 4_304}  # of the towers of Qwen3-VL-8B and more: 16 heads of 72
 WINDOWED = [shape for shape, parts in SHAPES.items() if "window_size" in parts["vision"]]
 
 
 @pytest.mark.parametrize(
-    ("shape", "whole"), [*((shape, False) for shape in WINDOWED), *((shape, True) for shape in SHAPES)]
+    ("shape", "whole", "parts"),
+    [
+        *((shape, False, {}) for shape in WINDOWED),
+        *((shape, True, {}) for shape in SHAPES),
+        *((shape, True, WIDER) for shape in SHAPES if shape not in WINDOWED),
+    ],
 )
-def test_a_layer_of_a_tower_keeps_what_the_plan_counts(shape, whole, play):
-    model = play(one_of_each(shape))
+def test_a_layer_of_a_tower_keeps_what_the_plan_counts(shape, whole, parts, play):
+    model = play(one_of_each(shape, **parts))
     tower = family_of(model.config).shape(model.config).vision
     layer, heads = model.model.visual.blocks[0], model.config.vision_config.num_heads
     hidden = torch.empty(ROWS, tower.hidden, dtype=torch.bfloat16, device="meta", requires_grad=True)

@@ -19,10 +19,11 @@ from conftest import GATHERED, PROGRAMS, ROOT, make_processor, output, small_run
 
 import holo1_dom_finetune as pipeline
 from families import family_of
+from kernels import attention
 from training import memory_fit, zero3
 from training.checkpoints import RESTARTED
 from training.errors import SettingsError
-from training.memory_plan import FILLED_SHARE, MEMORY_SHARE, Hardware, Load, MemoryPlan, Way
+from training.memory_plan import FILLED_SHARE, MEMORY_SHARE, Hardware, Load, MemoryPlan, Way, activation_rates
 from training.prompt_and_mask import PageEncoder
 from training.settings import PageSettings, resolve
 from training.treatment import Treatment
@@ -145,11 +146,19 @@ def test_the_plan_says_what_there_is_without_deepspeed_and_what_it_does_not_know
 # Training decides as the plan does
 
 
-def on_gpus(monkeypatch, gib: float, processes: int, name: str = "NVIDIA H100", share: float = 1.0) -> None:
+def on_gpus(
+    monkeypatch,
+    gib: float,
+    processes: int,
+    name: str = "NVIDIA H100",
+    share: float = 1.0,
+    kernel: str = attention.FLASH_4,
+) -> None:
     """No GPU here, so what torch says of one is given; the decision is real."""
     cuda = {"get_device_properties": SimpleNamespace(total_memory=gib * 2**30), "get_device_name": name}
     for function, answer in (cuda | {"get_per_process_memory_fraction": share}).items():
         monkeypatch.setattr(torch.cuda, function, lambda device, answer=answer: answer)
+    monkeypatch.setattr(memory_fit, "attention_kernel", lambda device, half: kernel)
     monkeypatch.setattr(memory_fit, "world_size", lambda: processes)
     monkeypatch.setattr(memory_fit, "link_rate", lambda device: memory_fit.LINK_GB_S)
     monkeypatch.setattr(memory_fit, "pinnable_gib", lambda: math.inf)
@@ -171,7 +180,7 @@ def test_training_chooses_what_the_plan_prints(flags, gib, processes, shapes_of_
     on_gpus(monkeypatch, gib, processes)
     config = SimpleNamespace(config=resolved.deepspeed)
     named = ("per_device_train_batch_size", "gradient_accumulation_steps", "activation_checkpointing", "deepspeed")
-    args = SimpleNamespace(**{name: resolved.training[name] for name in (*named, "optim", "bf16")})
+    args = SimpleNamespace(**{name: resolved.training[name] for name in (*named, "optim", "bf16", "fp16")})
     args.device, args.hf_deepspeed_config = torch.device("cuda"), config
     scope = memory_fit.scope_of(settings, resolved.training, resolved.deepspeed, shapes_of_3b)
     page = memory_fit.longest_page(family, shapes_of_3b, image, html + 1)
@@ -181,6 +190,21 @@ def test_training_chooses_what_the_plan_prints(flags, gib, processes, shapes_of_
     assert chosen == (planned.chosen or planned.smallest)
     assert ("trying all the same" in capsys.readouterr().out) == (planned.chosen is None)
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 8
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["all ranks alike", "another rank has it"])
+@pytest.mark.parametrize("kernel", [attention.FLASH_4, attention.FLASH, attention.VARLEN, attention.SEGMENTS])
+def test_wider_heads_are_counted_where_flash_attn_4_will_ask_for_them(kernel, elsewhere, shapes_of_3b, monkeypatch):
+    """On any rank, since all have one plan. 16 heads of 80 come to 96, in 4 of 32 layers of the tower."""
+    on_gpus(monkeypatch, 80, 2, kernel=kernel)
+    monkeypatch.setattr(memory_fit, "together", lambda own: own or elsewhere)
+    resolved = resolve(["--plan", *ZERO_3])
+    scope = memory_fit.scope_of(resolved.settings, resolved.training, resolved.deepspeed, shapes_of_3b)
+    args = SimpleNamespace(device=torch.device("cuda"), bf16=True)
+    found, way = memory_fit.as_attended(scope, args), Way(recomputed_vision=0.0)
+    more = activation_rates(scope.shape, way)[2] - activation_rates(found.shape, way)[2]
+    counted = kernel == attention.FLASH_4 or elsewhere
+    assert more == (0 if counted else pytest.approx(4 * 2 * (4 * 16 * 16 + 1_280)))
 
 
 @pytest.mark.parametrize("file", ["ds_z3.json", "ds_z3_offload.json"])
@@ -228,6 +252,7 @@ def test_weights_are_gathered_once_per_step_where_they_fit(share, threshold, who
         per_device_train_batch_size=1,
         gradient_accumulation_steps=8,
         activation_checkpointing=True,
+        bf16=True,
     )
     pages = datasets.Dataset.from_dict({"html_tokens": [2_000] * 20, "image_tokens": [1_200] * 20})
     encoder = PageEncoder(make_processor(), "Write the page.", family_of("qwen2_5_vl"))
