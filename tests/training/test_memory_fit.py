@@ -25,6 +25,7 @@ from training.checkpoints import RESTARTED
 from training.errors import SettingsError
 from training.memory_plan import FILLED_SHARE, MEMORY_SHARE, Hardware, Load, MemoryPlan, Way, activation_rates
 from training.prompt_and_mask import PageEncoder
+from training.run_record import ADDED, write_record
 from training.settings import PageSettings, resolve
 from training.treatment import Treatment
 
@@ -520,6 +521,27 @@ def test_a_typed_batch_size_that_does_not_fit_ends_the_run(argv, monkeypatch):
     assert raised.value is full
 
 
+@pytest.mark.parametrize("filled", [True, False], ids=["a batch that fills", "the longest"])
+def test_what_a_restart_has_added_does_not_stay_with_a_run_that_its_user_resumes(filled, tmp_path, monkeypatch):
+    """Two restarts, of which each adds to what the one before it was started with. What the user typed stays."""
+    typed = ["--output_dir", str(tmp_path), "--learning_rate", "3e-4", "--micro_batch", "auto"]
+    with monkeypatch.context() as inside:
+        argv = restarted(inside, typed, size=4, pages=8, filled=filled, recomputed=0.5)
+        argv = restarted(inside, argv, size=4, pages=8, filled=filled)
+        began = resolve(["--plan", *argv])
+        write_record(tmp_path, began.record)
+        ours = {"fill_memory": False} if filled else {"checkpoint_share": 1.0, "micro_batch": "2"}
+        assert ours.items() <= vars(began.settings).items()
+        inside.setenv(ADDED, "3")  # a later start by the wrapper, which resumes with less
+        resolved = resolve(["--plan", "--output_dir", str(tmp_path), "--micro_batch", "1", "--resume"])
+        assert resolved.settings.micro_batch == "1" and not resolved.problems
+        write_record(tmp_path, resolved.record)
+    resumed = resolve(["--plan", "--output_dir", str(tmp_path), "--resume"])
+    assert not resumed.problems and resumed.training["learning_rate"] == 3e-4
+    named = ("fill_memory", "checkpoint_share", "offload_share", "micro_batch")
+    assert [getattr(resumed.settings, name) for name in named] == [True, None, None, "auto"]
+
+
 def restarted(monkeypatch, argv: list[str], size: int, pages: int, filled: bool = False, **shares: float) -> list[str]:
     """The command line that takes over; the test's process stays what it is."""
     monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", *argv])
@@ -561,10 +583,16 @@ def test_a_plan_that_kept_some_layers_is_first_tried_with_all_recomputed(typed, 
 
 
 @pytest.mark.parametrize("typed", [[], ["--micro_batch", "4"], ["--checkpoint_share", "0.5"]], ids=str)
-def test_a_plan_that_was_too_bold_for_other_batches_treats_them_as_the_longest(typed, monkeypatch):
+def test_a_plan_that_was_too_bold_for_other_batches_fills_less_and_then_treats_them_as_the_longest(
+    typed, shapes_of_3b, monkeypatch, capsys
+):
     """Which fits as it is: neither its shares nor the pages at once change, until it fails, too."""
-    again = restarted(monkeypatch, typed, size=4, pages=8, filled=True, recomputed=0.5)
-    assert again == [*typed, "--micro_batch", "4", "--fill_memory", "False"]
+    once = restarted(monkeypatch, typed, size=4, pages=8, filled=True, recomputed=0.5)
+    assert once == [*typed, "--micro_batch", "4"]
+    assert "restarting with --micro_batch 4, batches filling 90% of the memory planned for" in capsys.readouterr().out
+    assert decided(shapes_of_3b, *once, gib=200).chosen.rungs.limit_gib == pytest.approx(180)
+    again = restarted(monkeypatch, once, size=4, pages=8, filled=True, recomputed=0.5)
+    assert again == [*once, "--micro_batch", "4", "--fill_memory", "False"]
     resolved = resolve(["--plan", *again])
     assert resolved.settings.fill_memory is False and not resolved.problems
     if not typed:
@@ -609,23 +637,26 @@ def test_a_restart_recomputes_all_layers_unless_a_share_was_typed(typed, share, 
         (4, 2, "checkpoint-3", None, {"micro_batch": 2, "resume": True}),
         (6, 1, "checkpoint-best", None, {"micro_batch": 3, "resume": False}),
         (1, 8, "checkpoint-3", None, None),
-        (4, 2, "checkpoint-3", True, {"micro_batch": 4, "resume": True, "fill_memory": False}),
+        (4, 2, "checkpoint-3", True, {"micro_batch": 4, "resume": True, "filled_share": 0.9}),
         (4, 2, "checkpoint-3", False, {"micro_batch": 2, "resume": True, "fill_memory": False}),
-        (1, 8, "checkpoint-3", True, {"micro_batch": 1, "resume": True, "fill_memory": False}),
+        (1, 8, "checkpoint-3", True, {"micro_batch": 1, "resume": True, "filled_share": 0.9}),
         (1, 8, "checkpoint-3", False, None),
     ],
 )
 def test_full_memory_leaves_what_a_smaller_start_should_ask_for(
     at_once, accumulated, checkpoint, fills, wanted, tmp_path, monkeypatch
 ):
-    """As many pages where a batch had more kept than the longest, which was proved to fit; else the next smaller number
-    that divides the pages of a step, or nothing where a single page was too much. None fills the memory then."""
+    """As many pages where a batch had more kept than the longest, which was proved to fit, and less of the memory
+    filled, then nothing; else the next smaller number that divides the pages of a step, or nothing where a single page
+    was too much. None fills the memory then."""
     (tmp_path / "output" / checkpoint).mkdir(parents=True)
     monkeypatch.setenv("HOLO1_STATUS_DIR", str(tmp_path))
     pages = {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": accumulated}
     batches = None if fills is None else SimpleNamespace(fills=fills)
-    memory_fit.note_smaller(
-        SimpleNamespace(**pages, output_dir=str(tmp_path / "output")), SimpleNamespace(batches=batches)
-    )
-    found = tmp_path / "smaller"
+    args, found = SimpleNamespace(**pages, output_dir=str(tmp_path / "output")), tmp_path / "smaller"
+    memory_fit.note_smaller(args, SimpleNamespace(batches=batches))
     assert (json.loads(found.read_text()) if found.exists() else None) == wanted
+    if fills:
+        monkeypatch.setenv(memory_fit.FILLED, str(wanted.pop("filled_share")))
+        memory_fit.note_smaller(args, SimpleNamespace(batches=batches))
+        assert json.loads(found.read_text()) == wanted | {"fill_memory": False}
