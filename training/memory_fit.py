@@ -58,7 +58,7 @@ from training.processes import (
     together,
     world_size,
 )
-from training.progress import gpu_memory_words, say_memory
+from training.progress import gpu_memory_words, say_memory, segment_words
 from training.prompt_and_mask import PageEncoder
 from training.run_record import ADDED
 from training.settings import PageSettings, Resolved
@@ -438,6 +438,8 @@ class Fit:
         """(all ranks) The dearest pages forward and backward, as many as go through at once; then, where other batches
         keep more, the longest of those that keep most. Returns by how many GiB a peak of this rank was more than was
         planned, 0 where none was."""
+        if words := segment_words():  # before the passes, of which one may find no room for that reason
+            say(in_columns(words))
         costs = costs_of(trainer.model.config, pages, collate.encoder)
         order = sorted(range(len(pages)), key=lambda index: -costs[index])
         size, start = self.plan.way.micro_batch, time.monotonic()
