@@ -48,6 +48,7 @@ from training.memory_plan import (
     way_words,
 )
 from training.processes import (
+    agree,
     agreed_port,
     gather,
     in_columns,
@@ -253,7 +254,7 @@ def as_attended(scope: Scope, args: TrainingArguments) -> Scope:
     """(all ranks) Without what is kept of wider heads, where no rank has flash-attn 4, which alone asks for them. Where
     it is there but will not prove right, and on the GPUs of --plan, which nobody has asked, they stay counted: that is
     2 % of what 3B's tower keeps, 24 % of Qwen3-VL-8B's, and counted for nothing it costs time alone."""
-    if together(attention_kernel(args.device.type, args.bf16 or args.fp16) == FLASH_4):
+    if agree(attention_kernel(args.device.type, args.bf16 or args.fp16) == FLASH_4):  # imported, which may take a while
         return scope
     return replace(scope, shape=replace(scope.shape, vision=replace(scope.shape.vision, padded=0)))
 

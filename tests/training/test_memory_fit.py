@@ -198,7 +198,7 @@ def test_training_chooses_what_the_plan_prints(flags, gib, processes, shapes_of_
 def test_wider_heads_are_counted_where_flash_attn_4_will_ask_for_them(kernel, elsewhere, shapes_of_3b, monkeypatch):
     """On any rank, since all have one plan. 16 heads of 80 come to 96, in 4 of 32 layers of the tower."""
     on_gpus(monkeypatch, 80, 2, kernel=kernel)
-    monkeypatch.setattr(memory_fit, "together", lambda own: own or elsewhere)
+    monkeypatch.setattr(memory_fit, "agree", lambda own: own or elsewhere)
     resolved = resolve(["--plan", *ZERO_3])
     scope = memory_fit.scope_of(resolved.settings, resolved.training, resolved.deepspeed, shapes_of_3b)
     args = SimpleNamespace(device=torch.device("cuda"), bf16=True)
