@@ -286,6 +286,9 @@ def test_a_batch_that_does_not_fit_restarts_with_half_as_many_pages(start, faili
     assert "2 pages x 2 accumulated x 2 processes = 8 pages per step" in done.stdout
     assert "the longest possible batch of 2 pages fits" in done.stdout
     assert not list(tmp_path.glob("*/earlier-*")), "what it wrote before it restarted is its own"
+    typed = json.loads((tmp_path / "holo1_dom_finetune_output" / "run.json").read_text())["typed"]
+    added = {"micro_batch", "checkpoint_share", "offload_share"}
+    assert "num_samples" in typed and not added & {*typed}, "what the restart added would stay with --resume"
 
 
 @pytest.mark.first
