@@ -35,8 +35,9 @@ if __name__ == "__main__":
     answer(sys.argv[1:])  # what can be answered without torch, which takes seconds to load, and end there
 
 # Packed rows differ in length from step to step; growing segments instead of gaps between fixed ones. Set before torch
-# is there, which may read it as it is loaded.
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+# is there, which may read it as it is loaded; not beside the newer name of the same, which torch would then not read.
+if "PYTORCH_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 from datasets import Dataset

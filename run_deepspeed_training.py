@@ -752,7 +752,9 @@ def train(args: argparse.Namespace, gpus: list[str], passed_on: list[str]) -> in
             say(f"{signal.Signals(arrived.get()).name}: not starting again")
             break
         more, given = ["--micro_batch", str(smaller["micro_batch"])], len(passed_on)
-        more += ["--fill_memory", "False"] if smaller.get("fill_memory") is False else []
+        # A share is told in the environment, which other machines do not have.
+        share = smaller.get("filled_share") if args.num_nodes == 1 else None
+        more += ["--fill_memory", "False"] if share is None and {"filled_share", "fill_memory"} & {*smaller} else []
         if smaller.get("resume"):  # from the newest checkpoint: the script takes no other beside it
             passed_on = without(passed_on, "--resume_from_checkpoint")
             more += [] if "--resume" in passed_on else ["--resume"]
@@ -760,7 +762,12 @@ def train(args: argparse.Namespace, gpus: list[str], passed_on: list[str]) -> in
         if args.num_nodes > 1:  # the other machines' wrappers may not know, and all must ask for the same
             say(f"less at once may do: start again on every machine, with {shlex.join(more)}{instead}")
             break
-        say(f"GPU memory ran out: starting again with {shlex.join(more)}{instead}")
+        os.environ["HOLO1_ADDED_WORDS"] = str(len(more))  # ours: a run that its user resumes later goes without them
+        filling = ""
+        if share is not None:
+            os.environ["HOLO1_FILLED_SHARE"] = str(share)
+            filling = f", batches filling {share:.0%} of the memory planned for"
+        say(f"GPU memory ran out: starting again with {shlex.join(more)}{instead}{filling}")
         code, smaller = start(args, gpus, [*passed_on, *more], arrived)
     return code
 

@@ -67,7 +67,8 @@ class Tower:
 
     `queries` and `keys` are those of all heads together, `gates` what multiplies the attention's result; `gated` is an
     MLP of three products, else of two. `windowed` of the layers attend to no more than `window` tokens, the others to
-    all but those of `linear` attention; `normed_heads` is a norm of each head of queries and keys.
+    all but those of `linear` attention; `normed_heads` is a norm of each head of queries and keys. `padded` numbers
+    more are kept by a layer that attends without a window, where flash-attn 4 takes its segments (`head_padding`).
     """
 
     layers: int
@@ -81,6 +82,7 @@ class Tower:
     gates: int = 0
     linear: LinearAttention = LinearAttention(0, 0, 0, 0, 0)
     normed_heads: bool = False
+    padded: int = 0
 
     @property
     def attending(self) -> int:
@@ -105,6 +107,13 @@ class Tower:
         attention = self.hidden * (2 * self.queries + 2 * self.keys + self.gates)
         mlp = (3 if self.gated else 2) * self.hidden * self.intermediate
         return self.attending * attention + self.linear.layers * self.linear.weights(self.hidden) + self.layers * mlp
+
+
+def head_padding(hidden: int, heads: int) -> int:
+    """Numbers more per patch that a layer keeps whose heads flash-attn 4 has to be given wider, in whole 32s: query,
+    key, value and result as wide as that, and the result as the product behind it takes it (attention.flash_4)."""
+    more = -(hidden // heads) % 32
+    return 4 * heads * more + hidden * (more > 0)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import use_model_from_hub as use
 from families.family import Architecture, Family, Picture
-from families.page_costs import Shape, Tower
+from families.page_costs import Shape, Tower, head_padding
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -72,6 +72,7 @@ def shape(config: PretrainedConfig) -> Shape:
             vision.intermediate_size,
             windowed=vision.depth - len(vision.fullatt_block_indexes),
             window=(vision.window_size // vision.patch_size) ** 2,
+            padded=head_padding(vision.hidden_size, vision.num_heads),
         ),
         patch=3 * vision.temporal_patch_size * vision.patch_size**2,
         per_token=vision.spatial_merge_size**2,

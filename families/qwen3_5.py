@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from families.family import Architecture
-from families.page_costs import LinearAttention, Shape, Tower
+from families.page_costs import LinearAttention, Shape, Tower, head_padding
 from families.qwen2_5_vl import FAMILY as QWEN2_5_VL
 
 if TYPE_CHECKING:
@@ -34,12 +34,12 @@ def shape(config: PretrainedConfig) -> Shape:
         heads=text.linear_num_value_heads,
         state=text.linear_key_head_dim,
     )
-    layers, inner = text.num_hidden_layers, text.intermediate_size
+    layers, inner, padded = text.num_hidden_layers, text.intermediate_size, head_padding(width, vision.num_heads)
     return Shape(
         language=Tower(layers, text.hidden_size, queries, keys, inner, gates=queries, linear=linear, normed_heads=True),
         vocabulary=text.vocab_size,
         tied=config.tie_word_embeddings,  # what the text configuration says does not count (transformers 5.23)
-        vision=Tower(vision.depth, width, width, width, vision.intermediate_size, gated=False),
+        vision=Tower(vision.depth, width, width, width, vision.intermediate_size, gated=False, padded=padded),
         patch=3 * vision.temporal_patch_size * vision.patch_size**2,
         per_token=vision.spatial_merge_size**2,
         merger=merged * (merged + vision.out_hidden_size),

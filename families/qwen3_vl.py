@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from families.family import Architecture
-from families.page_costs import Shape, Tower
+from families.page_costs import Shape, Tower, head_padding
 from families.qwen2_5_vl import FAMILY as QWEN2_5_VL
 
 if TYPE_CHECKING:
@@ -28,14 +28,14 @@ def shape(config: PretrainedConfig) -> Shape:
     queries, keys = (text.head_dim * heads for heads in (text.num_attention_heads, text.num_key_value_heads))
     merged = vision.hidden_size * vision.spatial_merge_size**2
     mergers = 1 + len(vision.deepstack_visual_indexes)
-    width = vision.hidden_size
+    width, padded = vision.hidden_size, head_padding(vision.hidden_size, vision.num_heads)
     return Shape(
         language=Tower(
             text.num_hidden_layers, text.hidden_size, queries, keys, text.intermediate_size, normed_heads=True
         ),
         vocabulary=text.vocab_size,
         tied=config.tie_word_embeddings,  # the text configuration has no such field (transformers 5.23)
-        vision=Tower(vision.depth, width, width, width, vision.intermediate_size, gated=False),
+        vision=Tower(vision.depth, width, width, width, vision.intermediate_size, gated=False, padded=padded),
         patch=3 * vision.temporal_patch_size * vision.patch_size**2,
         per_token=vision.spatial_merge_size**2,
         merger=mergers * merged * (merged + vision.out_hidden_size),

@@ -287,6 +287,9 @@ def test_a_batch_that_does_not_fit_restarts_with_half_as_many_pages(start, faili
     assert "2 pages x 2 accumulated x 2 processes = 8 pages per step" in done.stdout
     assert "the longest possible batch of 2 pages fits" in done.stdout
     assert not list(tmp_path.glob("*/earlier-*")), "what it wrote before it restarted is its own"
+    typed = json.loads((tmp_path / "holo1_dom_finetune_output" / "run.json").read_text())["typed"]
+    added = {"micro_batch", "checkpoint_share", "offload_share"}
+    assert "num_samples" in typed and not added & {*typed}, "what the restart added would stay with --resume"
 
 
 @pytest.mark.first
@@ -604,6 +607,25 @@ def test_the_copy_that_wrote_goes_while_the_last_pages_are_rendered_unless_it_wr
     assert there == [compare_base] and copies[0]() is None
 
 
-def test_torchs_memory_grows_in_segments_from_the_moment_that_torch_is_loaded(tmp_path):
-    done = run_script(str(PROGRAMS / "allocator.py"), cwd=tmp_path)
-    assert done.stdout.strip().splitlines()[-1] == "['expandable_segments:True']", output(done)
+OLD, NEW = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
+GROWING, OTHER = "expandable_segments:True", "max_split_size_mb:40"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("typed", "there"), [([], {OLD: GROWING}), ([f"{NEW}={OTHER}"], {NEW: OTHER})], ids=["nothing typed", "newer name"]
+)
+def test_torchs_memory_grows_in_segments_from_the_moment_that_torch_is_loaded_unless_its_user_says_otherwise(
+    typed, there, tmp_path
+):
+    done = run_script(str(PROGRAMS / "allocator.py"), *typed, cwd=tmp_path)
+    (used,) = there.values()
+    assert done.stdout.strip().splitlines()[-1] == f"{there}; {used}", output(done)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("older", [OTHER, ""])
+def test_torch_does_not_read_the_newer_name_of_its_settings_beside_the_older_one(older, tmp_path):
+    """Why the script looks for the newer one before it sets the older one, and what progress.judge_segments tells."""
+    done = run_script(str(PROGRAMS / "allocator_settings.py"), cwd=tmp_path, env={OLD: older, NEW: GROWING})
+    assert (done.returncode, done.stdout.strip()) == (0, older), output(done)

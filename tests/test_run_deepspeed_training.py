@@ -24,6 +24,7 @@ import pytest
 from conftest import PROGRAMS, loaded_for_help
 
 import run_deepspeed_training as wrapper
+from training import memory_fit, run_record
 
 ROOT = Path(wrapper.__file__).resolve().parent
 LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical"]
@@ -688,6 +689,7 @@ def starts(monkeypatch):
         return 83, {"micro_batch": 1, "resume": True}
 
     monkeypatch.setattr(wrapper, "start", start)
+    monkeypatch.setattr(os, "environ", {**os.environ})  # what it leaves there for a start goes when the test ends
     yield made, at_start
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -709,20 +711,25 @@ def test_a_new_start_goes_on_from_the_newest_checkpoint_not_from_the_one_that_wa
     assert "again with --micro_batch 1 --resume in place of --resume_from_checkpoint" in capsys.readouterr().err
 
 
-def test_what_filled_the_memory_is_asked_not_to(starts, monkeypatch):
-    """At every start: the second one has not run before its memory ran out, and remembers nothing."""
-    asked = iter([(4, False), (4, False), (2, False)])
+def test_what_filled_the_memory_is_asked_to_fill_less_and_then_not_to(starts, monkeypatch, capsys):
+    """At every start: the second one has not run before its memory ran out, and remembers nothing. Of what is added,
+    the script is told how many words it is, and the share, which has no flag."""
+    less, off = {"filled_share": 0.9}, {"fill_memory": False}
+    asked, found = iter([(4, less), (4, off), (4, off), (2, off)]), []
 
     def start(args, gpus, passed_on, arrived, real=wrapper.start):
         real(args, gpus, passed_on, arrived)
+        found.append([os.environ.get(name) for name in (memory_fit.FILLED, run_record.ADDED)])
         size, fill = next(asked, (None, None))
-        return (0, {}) if size is None else (83, {"micro_batch": size, "resume": False, "fill_memory": fill})
+        return (0, {}) if size is None else (83, {"micro_batch": size, "resume": False} | fill)
 
     monkeypatch.setattr(wrapper, "start", start)
     args, passed_on = wrapper.read_command_line(["--num_nodes", "1"])
     assert wrapper.train(args, [], passed_on) == 0
     again = [["--micro_batch", str(size), "--fill_memory", "False"] for size in (4, 4, 2)]
-    assert starts[0] == [[], *again]
+    assert starts[0] == [[], ["--micro_batch", "4"], *again]
+    assert found == [[None, None], ["0.9", "2"], *[["0.9", "4"]] * 3]
+    assert "starting again with --micro_batch 4, batches filling 90% of the memory" in capsys.readouterr().err
 
 
 def test_memory_that_ran_out_is_left_at_that_where_it_was_asked(starts):
@@ -738,8 +745,13 @@ def test_a_signal_between_two_starts_ends_it(starts, capsys):
     assert len(starts[0]) == 1 and "SIGTERM: not starting again" in capsys.readouterr().err
 
 
-def test_on_several_machines_the_start_again_is_the_user_s(starts, capsys):
+@pytest.mark.parametrize("filled", [{}, {"filled_share": 0.9}], ids=str)
+def test_on_several_machines_the_start_again_is_the_user_s(filled, starts, monkeypatch, capsys):
+    """With flags alone: a share of the memory has none."""
+    start = wrapper.start
+    monkeypatch.setattr(wrapper, "start", lambda *given: (83, start(*given)[1] | filled))
     args, passed_on = wrapper.read_command_line(SECOND_OF_TWO)
     assert wrapper.train(args, [], passed_on) == 83
     assert len(starts[0]) == 1
-    assert "start again on every machine, with --micro_batch 1 --resume" in capsys.readouterr().err
+    more = "--micro_batch 1 --fill_memory False --resume" if filled else "--micro_batch 1 --resume"
+    assert f"start again on every machine, with {more}" in capsys.readouterr().err

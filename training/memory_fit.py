@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from families import Family, family_of, page_costs, trains_fast
+from kernels.attention import FLASH_4, attention_kernel
 from scoring.report_values import plural
 from training import eight_bit, fp8_training, split_masters, zero3
 from training.activation_offload import link_rate, pinnable_gib
@@ -48,6 +49,7 @@ from training.memory_plan import (
     way_words,
 )
 from training.processes import (
+    agree,
     agreed_port,
     gather,
     in_columns,
@@ -58,8 +60,9 @@ from training.processes import (
     together,
     world_size,
 )
-from training.progress import gpu_memory_words, say_memory
+from training.progress import gpu_memory_words, say_memory, segment_words
 from training.prompt_and_mask import PageEncoder
+from training.run_record import ADDED
 from training.settings import PageSettings, Resolved
 from training.treatment import Batches, Treatment, load_of
 
@@ -70,6 +73,11 @@ if TYPE_CHECKING:
 GIB = 2**30
 # In the environment of a training that has restarted itself with the same pages: their number was not typed by a user.
 SAME_PAGES = "HOLO1_SAME_PAGES"
+# In the environment of a training that starts again because batches filled too much: the share that they fill now.
+FILLED = "HOLO1_FILLED_SHARE"
+# That is 4.8 GiB of an H100 below FILLED_SHARE, where 3.7 lay in gaps when torch ran out. Its speed was not measured:
+# of 3B, 0.94 filled was 2 % faster than none (benchmarks/README.md), and more where the longest batch keeps little.
+LESS_FILLED = 0.9
 FINISHED_S = 120.0  # in which a checkpoint that was saved is put into its place
 WINDOWS = 256  # batches that are planned to find the fullest one, at some 0.1 ms each
 
@@ -90,6 +98,7 @@ class Scope:
     whole: tuple[bool, ...]  # whether weights may be gathered once per step, or by layers
     bucket: int  # weights in one of DeepSpeed's buckets
     fills: bool = True  # whether a batch may keep more layers than the longest one, as its own size allows
+    filled: float = FILLED_SHARE  # of the limit, by such batches
 
 
 @dataclass(frozen=True)
@@ -144,7 +153,13 @@ def scope_of(
         whole=zero3.may_be_whole(deepspeed, config),
         bucket=zero3.bucket_size(deepspeed),
         fills=settings.fill_memory,
+        filled=filled_share(),
     )
+
+
+def filled_share() -> float:
+    """Of the memory that is planned for, what batches fill that are not the longest."""
+    return float(os.environ.get(FILLED, FILLED_SHARE))
 
 
 def sizes_of(pages: int) -> list[int]:
@@ -178,10 +193,10 @@ def decide(scope: Scope, load_of: Callable[[int], Load], page: Load, processes: 
 
 def rungs_of(scope: Scope, longest: MemoryPlan, group: list[Way], limit_gib: float) -> Rungs:
     """What batches may do beside the `longest`, of the ways in `group` that differ from its own in shares: what is
-    faster, fits FILLED_SHARE of the limit, and pins no more of the CPU's memory than the longest one has taken before
-    step one."""
+    faster, fits the `filled` share of the limit, and pins no more of the CPU's memory than the longest one has taken
+    before step one."""
     ways = group[: group.index(longest.way) + 1] if may_fill(scope, longest.way) else [longest.way]
-    return Rungs(scope.shape, ways, FILLED_SHARE * limit_gib, longest.pinned_gib, scope.bucket)
+    return Rungs(scope.shape, ways, scope.filled * limit_gib, longest.pinned_gib, scope.bucket)
 
 
 def may_fill(scope: Scope, way: Way) -> bool:
@@ -208,7 +223,7 @@ def choose_micro_batch(
     if args.device.type != "cuda" or not fast:
         return None
     deepspeed = args.hf_deepspeed_config.config if args.deepspeed else None
-    scope = scope_of(settings, vars(args), deepspeed, config)
+    scope = as_attended(scope_of(settings, vars(args), deepspeed, config), args)
     loads, mean = longest_loads(pages, encoder, scope), mean_load(pages, encoder, scope)
     hardware = hardware_of(args.device, scope)
 
@@ -234,6 +249,15 @@ def choose_micro_batch(
     if words := link_words(plan, roomy, hardware):
         say(in_columns(words))
     return plan
+
+
+def as_attended(scope: Scope, args: TrainingArguments) -> Scope:
+    """(all ranks) Without what is kept of wider heads, where no rank has flash-attn 4, which alone asks for them. Where
+    it is there but will not prove right, and on the GPUs of --plan, which nobody has asked, they stay counted: that is
+    2 % of what 3B's tower keeps, 24 % of Qwen3-VL-8B's, and counted for nothing it costs time alone."""
+    if agree(attention_kernel(args.device.type, args.bf16 or args.fp16) == FLASH_4):  # imported, which may take a while
+        return scope
+    return replace(scope, shape=replace(scope.shape, vision=replace(scope.shape.vision, padded=0)))
 
 
 def plan_words(plan: MemoryPlan, mean: MemoryPlan | None, limit_gib: float) -> str:
@@ -417,6 +441,8 @@ class Fit:
         """(all ranks) The dearest pages forward and backward, as many as go through at once; then, where other batches
         keep more, the longest of those that keep most. Returns by how many GiB a peak of this rank was more than was
         planned, 0 where none was."""
+        if words := segment_words():  # before the passes, of which one may find no room for that reason
+            say(in_columns(words))
         costs = costs_of(trainer.model.config, pages, collate.encoder)
         order = sorted(range(len(pages)), key=lambda index: -costs[index])
         size, start = self.plan.way.micro_batch, time.monotonic()
@@ -496,8 +522,9 @@ class Fit:
 
     def restart(self, pages: int, failure: Exception | None, filled: bool = False) -> None:
         """(all ranks) In the same processes: DeepSpeed cannot go on after this. Where a batch was `filled` with more
-        than the longest one keeps, with all batches treated as that one; else with all layers recomputed, where the
-        plan that has erred let some be kept; then with at most half as many of a step's `pages` at once.
+        than the longest one keeps, with less of the memory filled, then with all batches treated as that one; else with
+        all layers recomputed, where the plan that has erred let some be kept; then with at most half as many of a
+        step's `pages` at once.
 
         Only what auto has chosen. Whoever typed a number, in whatever spelling and by whichever of the two flags, meant
         it and gets the error; so does a run that has restarted with fewer pages, whose number is typed here. A share
@@ -512,16 +539,22 @@ class Fit:
             size = max(fewer for fewer in sizes_of(pages) if fewer <= size // 2)
         else:
             raise failure or torch.OutOfMemoryError("out of memory on another GPU")
-        again = ["--micro_batch", str(size), *(["--fill_memory", "False"] if filled else [])]
+        again, less = ["--micro_batch", str(size)], filled and filled_share() > LESS_FILLED
+        if less:
+            os.environ[FILLED] = str(LESS_FILLED)
+        elif filled:
+            again += ["--fill_memory", "False"]
         # What is on its way to the CPU's memory and back takes memory, too, of a plan that has erred.
         shares = {} if filled else {"checkpoint_share": 1 - (settings.offload_share or 0), "offload_share": 0}
         for name, value in shares.items():
             again += [f"--{name}", f"{value:g}"] if getattr(settings, name) is None else []
-        say(f"the plan was too bold: restarting with {' '.join(again)}")
+        filling = f", batches filling {LESS_FILLED:.0%} of the memory planned for" if less else ""
+        say(f"the plan was too bold: restarting with {' '.join(again)}{filling}")
         sys.stdout.flush()
         if world_size() > 1:  # at a place of our own: torchrun's still holds the keys of this attempt
             os.environ["MASTER_PORT"] = str(agreed_port())
             os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+        os.environ[ADDED] = str(int(os.environ.get(ADDED, "0")) + len(again))
         os.environ[RESTARTED] = "1"  # its own evaluation before training is no earlier run's
         heart.falls_silent()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *again])
@@ -543,11 +576,13 @@ def has_moments(trainer: Trainer) -> bool:
 
 def note_smaller(args: TrainingArguments, fit: Fit) -> None:
     """(any rank) Memory ran out in training: tell the wrapper what a new start should ask for, and whether there is a
-    checkpoint. No batch is to fill the memory then. Where some did, that is all, since the longest was proved to fit;
-    else it is the next smaller micro-batch that divides the pages of a step, too. Nothing where no smaller one is."""
+    checkpoint. Where batches filled the memory, they are to fill less, then none is to: that is all, since the longest
+    was proved to fit. Else it is the next smaller micro-batch that divides the pages of a step, too. Nothing where no
+    smaller one is."""
     size = args.per_device_train_batch_size
     smaller = [fewer for fewer in sizes_of(size * args.gradient_accumulation_steps) if fewer < size]
-    smaller += [size] if fit.batches and fit.batches.fills else []
+    filled = bool(fit.batches and fit.batches.fills)
+    smaller += [size] if filled else []
     output_dir, start = Path(args.output_dir), time.monotonic()
     # The main process may still be flushing and hashing one that was saved just before. It waits for this rank in a
     # collective meanwhile, and would be ended as soon as this rank is.
@@ -555,7 +590,8 @@ def note_smaller(args: TrainingArguments, fit: Fit) -> None:
         time.sleep(0.1)
     if smaller:
         wanted = {"micro_batch": smaller[-1], "resume": bool(checkpoints_in(output_dir))}
-        leave_note("smaller", json.dumps(wanted | ({"fill_memory": False} if fit.batches else {})))
+        less = {"filled_share": LESS_FILLED} if filled and filled_share() > LESS_FILLED else {"fill_memory": False}
+        leave_note("smaller", json.dumps(wanted | (less if fit.batches else {})))
 
 
 # -----------------------------------------------------------------------------

@@ -198,20 +198,24 @@ def state(shape: Shape, way: Way) -> dict[str, float]:
     return parts
 
 
-def layer_bytes(tower: Tower, adapters: bool, linear: bool = False) -> float:
+def layer_bytes(tower: Tower, adapters: bool, linear: bool = False, whole: bool = False) -> float:
     """Bytes per token that one layer, of `linear` attention or not, keeps for its backward pass: the residual stream
-    before and after attention, what attention keeps, gate and up, or what goes into an MLP without a gate; with
-    adapters what was normed and gated, too."""
-    attention = tower.linear.kept if linear else tower.kept
+    before and after attention, what attention keeps, more where it sees the `whole` picture, gate and up, or what goes
+    into an MLP without a gate; with adapters what was normed and gated, too."""
+    attention = tower.linear.kept if linear else tower.kept + tower.padded * whole
     kept = 2 * (2 * tower.hidden + attention + (1 + tower.gated) * tower.intermediate)
     return kept + 2 * (2 * tower.hidden + tower.intermediate) * adapters
 
 
 def layer_sizes(tower: Tower, adapters: bool) -> tuple[float, float]:
     """`layer_bytes` of the mean layer of a tower, and of the largest kind that it has."""
-    kinds = {False: tower.attending, True: tower.linear.layers}
-    sizes = {kind: layer_bytes(tower, adapters, kind) for kind, number in kinds.items() if number}
-    return sum(sizes[kind] * kinds[kind] for kind in sizes) / tower.layers, max(sizes.values())
+    kinds = [
+        (tower.windowed, layer_bytes(tower, adapters)),
+        (tower.attending - tower.windowed, layer_bytes(tower, adapters, whole=True)),
+        (tower.linear.layers, layer_bytes(tower, adapters, linear=True)),
+    ]
+    there = [(number, size) for number, size in kinds if number]
+    return sum(number * size for number, size in there) / tower.layers, max(size for _, size in there)
 
 
 def tower_bytes(tower: Tower, adapters: bool, again: int, away: int = 0) -> tuple[float, float]:

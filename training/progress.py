@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -207,6 +208,44 @@ def gpu_memory_words() -> str:
     gib = [f"{size / 2**30:.1f}" for size in (allocated, peak, reserved - allocated, outside, free)]
     # Outside are CUDA's own, NCCL's, what kernels that spill have had set aside, and other processes.
     return "{} GiB in tensors (at most {}), {} in gaps between them, {} outside of torch, {} free".format(*gib)
+
+
+# Torch reads the second only where the first is not there, not even empty (tried with 2.11.0 and 2.14.1).
+ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
+def segment_words() -> str:
+    """Whether torch's memory on this GPU grows in segments; empty without one."""
+    if not torch.cuda.is_available():
+        return ""
+    there = torch.empty(1, device="cuda")  # held meanwhile, so that torch has a segment at all
+    own = torch.cuda.get_allocator_backend() == "native"  # CUDA's allocator cannot be asked, and has none
+    words = judge_segments(torch.cuda.memory_snapshot() if own else [], os.environ)
+    del there
+    return words
+
+
+def judge_segments(segments: Iterable[Mapping[str, Any]], environment: Mapping[str, str]) -> str:
+    """Whether most of torch's memory lies in segments that grow, from what its allocator says of each, and if not, by
+    which setting in the environment, and what to do."""
+    sizes = {True: 0, False: 0}
+    for segment in segments:
+        sizes[bool(segment.get("is_expandable"))] += segment["total_size"]
+    grown, fixed = (size / 2**30 for size in (sizes[True], sizes[False]))
+    if sizes[True] > sizes[False]:
+        return f"torch's memory grows in segments, {grown:.1f} GiB so far" + (f"; {fixed:.1f} do not" if fixed else "")
+    name = next((name for name in ALLOCATOR_SETTINGS if name in environment), ALLOCATOR_SETTINGS[0])
+    value = environment.get(name, "")
+    if "expandable_segments:True" in value.replace(" ", ""):
+        why = f"though {name} is {value}: this GPU's driver, or another setting there, does not let it"
+    elif value:
+        why = f"because {name} is {value}: add expandable_segments:True"
+    else:
+        why = f"because {name} is empty: give it expandable_segments:True"
+    return (
+        f"torch's memory does not grow in segments, {why}. {fixed:.1f} GiB lie in fixed ones, which batches of other "
+        "sizes leave gaps in; the plan does not know of them, so memory may run out"
+    )
 
 
 def process_peak_gib() -> float:

@@ -68,6 +68,8 @@ SAME = {"adamw_bnb_8bit": "adamw_8bit"}  # transformers 5.23 has two names for o
 # Typed anew by whoever starts again, or said by the launcher: a later start's own.
 NOT_KEPT = {"resume", "resume_from_checkpoint", "output_dir", "deepspeed", "local_rank", "plan", "show_supervision"}
 NOT_KEPT |= {"hub_token", "check_settings", "yes"}
+# In the environment of a training that was started again with less: how many of its last words were added for that.
+ADDED = "HOLO1_ADDED_WORDS"
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 

@@ -30,6 +30,7 @@ from training.errors import SettingsError, refuse_other_systems
 from training.mixture import FLAGS, asked_datasets, split_share
 from training.processes import hush_libraries, local_world_size, world_size
 from training.run_record import (
+    ADDED,
     differences,
     has_begun,
     inherit,
@@ -393,12 +394,20 @@ def resolve(argv: list[str], machine: Machine | None = None) -> Resolved:
                 f"accumulated x processes are {total}; leave it out, or make them agree"
             )
     problems += fields_of_transformers.impossible(values, typed, config, world_size())
-    record = make_record(typed, values, config, world_size(), batch)
+    record = make_record(typed_by_the_user(argv, typed, earlier), values, config, world_size(), batch)
     earlier = earlier if earlier is None or has_begun(earlier) else None
     inherit(record, earlier)
     names = {item.name for item in fields(PageSettings)}
     settings = PageSettings(**{name: values.pop(name) for name in names})
     return Resolved(settings, values, config, notes, problems, record, earlier, machine)
+
+
+def typed_by_the_user(argv: list[str], typed: dict, earlier: dict | None) -> dict:
+    """Of what was `typed` now and in the `earlier` record, what was not added by a start with less memory (ADDED): that
+    is for the machine as it is then, and a run that is resumed later tries again what it was asked for."""
+    if not (added := int(os.environ.get(ADDED, "0"))):
+        return typed
+    return {**(earlier["typed"] if earlier else {}), **parse(argv[:-added], [])[1]}
 
 
 def take_from_json(config: dict, values: dict, typed: dict) -> None:

@@ -1,4 +1,6 @@
-"""The training script, imported as it is run, which says what torch found in the environment when it was loaded."""
+"""The training script, imported as it is run where NAME=VALUE, its arguments, say something to torch's allocator: says
+what torch found in the environment when it was loaded, and what of that it goes by.
+"""
 
 import importlib.abc
 import os
@@ -6,17 +8,19 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-found = []
+found, NAMES = [], ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 class Watcher(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name == "torch":
-            found.append(os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
+            found.append({name: os.environ[name] for name in NAMES if name in os.environ})
 
 
-os.environ.pop("PYTORCH_CUDA_ALLOC_CONF", None)
+for name in NAMES:
+    os.environ.pop(name, None)
+os.environ |= dict(argument.split("=", 1) for argument in sys.argv[1:])
 sys.meta_path.insert(0, Watcher())
-import holo1_dom_finetune  # noqa: E402, F401
+import holo1_dom_finetune  # noqa: E402
 
-print(found)
+print(found[0], holo1_dom_finetune.torch._C._accelerator_getAllocatorSettings(), sep="; ")

@@ -19,11 +19,23 @@ from conftest import GATHERED, PROGRAMS, ROOT, make_processor, output, small_run
 
 import holo1_dom_finetune as pipeline
 from families import family_of
+from kernels import attention
 from training import memory_fit, zero3
 from training.checkpoints import RESTARTED
 from training.errors import SettingsError
-from training.memory_plan import FILLED_SHARE, MEMORY_SHARE, NCCL_GIB, Hardware, Load, MemoryPlan, Way, plannable_gib
+from training.memory_plan import (
+    FILLED_SHARE,
+    MEMORY_SHARE,
+    NCCL_GIB,
+    Hardware,
+    Load,
+    MemoryPlan,
+    Way,
+    activation_rates,
+    plannable_gib,
+)
 from training.prompt_and_mask import PageEncoder
+from training.run_record import ADDED, write_record
 from training.settings import PageSettings, resolve
 from training.treatment import Treatment
 
@@ -145,11 +157,19 @@ def test_the_plan_says_what_there_is_without_deepspeed_and_what_it_does_not_know
 # Training decides as the plan does
 
 
-def on_gpus(monkeypatch, gib: float, processes: int, name: str = "NVIDIA H100", share: float = 1.0) -> None:
+def on_gpus(
+    monkeypatch,
+    gib: float,
+    processes: int,
+    name: str = "NVIDIA H100",
+    share: float = 1.0,
+    kernel: str = attention.FLASH_4,
+) -> None:
     """No GPU here, so what torch says of one is given; the decision is real."""
     cuda = {"get_device_properties": SimpleNamespace(total_memory=gib * 2**30), "get_device_name": name}
     for function, answer in (cuda | {"get_per_process_memory_fraction": share}).items():
         monkeypatch.setattr(torch.cuda, function, lambda device, answer=answer: answer)
+    monkeypatch.setattr(memory_fit, "attention_kernel", lambda device, half: kernel)
     monkeypatch.setattr(memory_fit, "world_size", lambda: processes)
     monkeypatch.setattr(memory_fit, "link_rate", lambda device: memory_fit.LINK_GB_S)
     monkeypatch.setattr(memory_fit, "pinnable_gib", lambda: math.inf)
@@ -171,7 +191,7 @@ def test_training_chooses_what_the_plan_prints(flags, gib, processes, shapes_of_
     on_gpus(monkeypatch, gib, processes)
     config = SimpleNamespace(config=resolved.deepspeed)
     named = ("per_device_train_batch_size", "gradient_accumulation_steps", "activation_checkpointing", "deepspeed")
-    args = SimpleNamespace(**{name: resolved.training[name] for name in (*named, "optim", "bf16")})
+    args = SimpleNamespace(**{name: resolved.training[name] for name in (*named, "optim", "bf16", "fp16")})
     args.device, args.hf_deepspeed_config = torch.device("cuda"), config
     scope = memory_fit.scope_of(settings, resolved.training, resolved.deepspeed, shapes_of_3b)
     page = memory_fit.longest_page(family, shapes_of_3b, image, html + 1)
@@ -181,6 +201,21 @@ def test_training_chooses_what_the_plan_prints(flags, gib, processes, shapes_of_
     assert chosen == (planned.chosen or planned.smallest)
     assert ("trying all the same" in capsys.readouterr().out) == (planned.chosen is None)
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 8
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["all ranks alike", "another rank has it"])
+@pytest.mark.parametrize("kernel", [attention.FLASH_4, attention.FLASH, attention.VARLEN, attention.SEGMENTS])
+def test_wider_heads_are_counted_where_flash_attn_4_will_ask_for_them(kernel, elsewhere, shapes_of_3b, monkeypatch):
+    """On any rank, since all have one plan. 16 heads of 80 come to 96, in 4 of 32 layers of the tower."""
+    on_gpus(monkeypatch, 80, 2, kernel=kernel)
+    monkeypatch.setattr(memory_fit, "agree", lambda own: own or elsewhere)
+    resolved = resolve(["--plan", *ZERO_3])
+    scope = memory_fit.scope_of(resolved.settings, resolved.training, resolved.deepspeed, shapes_of_3b)
+    args = SimpleNamespace(device=torch.device("cuda"), bf16=True)
+    found, way = memory_fit.as_attended(scope, args), Way(recomputed_vision=0.0)
+    more = activation_rates(scope.shape, way)[2] - activation_rates(found.shape, way)[2]
+    counted = kernel == attention.FLASH_4 or elsewhere
+    assert more == (0 if counted else pytest.approx(4 * 2 * (4 * 16 * 16 + 1_280)))
 
 
 @pytest.mark.parametrize("file", ["ds_z3.json", "ds_z3_offload.json"])
@@ -235,6 +270,7 @@ def test_weights_are_gathered_once_per_step_where_they_fit(share, threshold, who
         per_device_train_batch_size=1,
         gradient_accumulation_steps=8,
         activation_checkpointing=True,
+        bf16=True,
     )
     pages = datasets.Dataset.from_dict({"html_tokens": [2_000] * 20, "image_tokens": [1_200] * 20})
     encoder = PageEncoder(make_processor(), "Write the page.", family_of("qwen2_5_vl"))
@@ -442,8 +478,9 @@ def test_the_proof_is_of_the_longest_batch_and_of_the_fullest_one(
 def test_a_proof_that_fails_restarts_by_what_has_failed_and_says_what_that_was(
     more, filled, shapes_of_3b, monkeypatch, capsys
 ):
-    asked, words = [], "1.0 GiB in tensors"
+    asked, words, grows = [], "1.0 GiB in tensors", "torch's memory does not grow in segments"
     monkeypatch.setattr(memory_fit, "gpu_memory_words", lambda: words)
+    monkeypatch.setattr(memory_fit, "segment_words", lambda: grows)
 
     def restart(self, pages, failure, filled):
         asked.append((pages, filled))
@@ -454,8 +491,8 @@ def test_a_proof_that_fails_restarts_by_what_has_failed_and_says_what_that_was(
         proved(monkeypatch, shapes_of_3b, more)
     assert asked == [(8, filled)]
     which = "one that keeps most" if filled else "the longest batch"
-    said = rf"memory ran out for {which}, \d+\.\d GiB planned, recomputed \d+% of .*: {words}"
-    assert re.search(said, "".join(capsys.readouterr()))
+    said = rf"^{grows}$[^$]*memory ran out for {which}, \d+\.\d GiB planned, recomputed \d+% of .*: {words}"
+    assert re.search(said, "".join(capsys.readouterr()), re.MULTILINE)
 
 
 @pytest.mark.slow
@@ -502,6 +539,27 @@ def test_a_typed_batch_size_that_does_not_fit_ends_the_run(argv, monkeypatch):
     assert raised.value is full
 
 
+@pytest.mark.parametrize("filled", [True, False], ids=["a batch that fills", "the longest"])
+def test_what_a_restart_has_added_does_not_stay_with_a_run_that_its_user_resumes(filled, tmp_path, monkeypatch):
+    """Two restarts, of which each adds to what the one before it was started with. What the user typed stays."""
+    typed = ["--output_dir", str(tmp_path), "--learning_rate", "3e-4", "--micro_batch", "auto"]
+    with monkeypatch.context() as inside:
+        argv = restarted(inside, typed, size=4, pages=8, filled=filled, recomputed=0.5)
+        argv = restarted(inside, argv, size=4, pages=8, filled=filled)
+        began = resolve(["--plan", *argv])
+        write_record(tmp_path, began.record)
+        ours = {"fill_memory": False} if filled else {"checkpoint_share": 1.0, "micro_batch": "2"}
+        assert ours.items() <= vars(began.settings).items()
+        inside.setenv(ADDED, "3")  # a later start by the wrapper, which resumes with less
+        resolved = resolve(["--plan", "--output_dir", str(tmp_path), "--micro_batch", "1", "--resume"])
+        assert resolved.settings.micro_batch == "1" and not resolved.problems
+        write_record(tmp_path, resolved.record)
+    resumed = resolve(["--plan", "--output_dir", str(tmp_path), "--resume"])
+    assert not resumed.problems and resumed.training["learning_rate"] == 3e-4
+    named = ("fill_memory", "checkpoint_share", "offload_share", "micro_batch")
+    assert [getattr(resumed.settings, name) for name in named] == [True, None, None, "auto"]
+
+
 def restarted(monkeypatch, argv: list[str], size: int, pages: int, filled: bool = False, **shares: float) -> list[str]:
     """The command line that takes over; the test's process stays what it is."""
     monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", *argv])
@@ -543,10 +601,16 @@ def test_a_plan_that_kept_some_layers_is_first_tried_with_all_recomputed(typed, 
 
 
 @pytest.mark.parametrize("typed", [[], ["--micro_batch", "4"], ["--checkpoint_share", "0.5"]], ids=str)
-def test_a_plan_that_was_too_bold_for_other_batches_treats_them_as_the_longest(typed, monkeypatch):
+def test_a_plan_that_was_too_bold_for_other_batches_fills_less_and_then_treats_them_as_the_longest(
+    typed, shapes_of_3b, monkeypatch, capsys
+):
     """Which fits as it is: neither its shares nor the pages at once change, until it fails, too."""
-    again = restarted(monkeypatch, typed, size=4, pages=8, filled=True, recomputed=0.5)
-    assert again == [*typed, "--micro_batch", "4", "--fill_memory", "False"]
+    once = restarted(monkeypatch, typed, size=4, pages=8, filled=True, recomputed=0.5)
+    assert once == [*typed, "--micro_batch", "4"]
+    assert "restarting with --micro_batch 4, batches filling 90% of the memory planned for" in capsys.readouterr().out
+    assert decided(shapes_of_3b, *once, gib=200).chosen.rungs.limit_gib == pytest.approx(180)
+    again = restarted(monkeypatch, once, size=4, pages=8, filled=True, recomputed=0.5)
+    assert again == [*once, "--micro_batch", "4", "--fill_memory", "False"]
     resolved = resolve(["--plan", *again])
     assert resolved.settings.fill_memory is False and not resolved.problems
     if not typed:
@@ -591,23 +655,26 @@ def test_a_restart_recomputes_all_layers_unless_a_share_was_typed(typed, share, 
         (4, 2, "checkpoint-3", None, {"micro_batch": 2, "resume": True}),
         (6, 1, "checkpoint-best", None, {"micro_batch": 3, "resume": False}),
         (1, 8, "checkpoint-3", None, None),
-        (4, 2, "checkpoint-3", True, {"micro_batch": 4, "resume": True, "fill_memory": False}),
+        (4, 2, "checkpoint-3", True, {"micro_batch": 4, "resume": True, "filled_share": 0.9}),
         (4, 2, "checkpoint-3", False, {"micro_batch": 2, "resume": True, "fill_memory": False}),
-        (1, 8, "checkpoint-3", True, {"micro_batch": 1, "resume": True, "fill_memory": False}),
+        (1, 8, "checkpoint-3", True, {"micro_batch": 1, "resume": True, "filled_share": 0.9}),
         (1, 8, "checkpoint-3", False, None),
     ],
 )
 def test_full_memory_leaves_what_a_smaller_start_should_ask_for(
     at_once, accumulated, checkpoint, fills, wanted, tmp_path, monkeypatch
 ):
-    """As many pages where a batch had more kept than the longest, which was proved to fit; else the next smaller number
-    that divides the pages of a step, or nothing where a single page was too much. None fills the memory then."""
+    """As many pages where a batch had more kept than the longest, which was proved to fit, and less of the memory
+    filled, then nothing; else the next smaller number that divides the pages of a step, or nothing where a single page
+    was too much. None fills the memory then."""
     (tmp_path / "output" / checkpoint).mkdir(parents=True)
     monkeypatch.setenv("HOLO1_STATUS_DIR", str(tmp_path))
     pages = {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": accumulated}
     batches = None if fills is None else SimpleNamespace(fills=fills)
-    memory_fit.note_smaller(
-        SimpleNamespace(**pages, output_dir=str(tmp_path / "output")), SimpleNamespace(batches=batches)
-    )
-    found = tmp_path / "smaller"
+    args, found = SimpleNamespace(**pages, output_dir=str(tmp_path / "output")), tmp_path / "smaller"
+    memory_fit.note_smaller(args, SimpleNamespace(batches=batches))
     assert (json.loads(found.read_text()) if found.exists() else None) == wanted
+    if fills:
+        monkeypatch.setenv(memory_fit.FILLED, str(wanted.pop("filled_share")))
+        memory_fit.note_smaller(args, SimpleNamespace(batches=batches))
+        assert json.loads(found.read_text()) == wanted | {"fill_memory": False}

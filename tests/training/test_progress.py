@@ -10,7 +10,7 @@ import torch
 
 from training import processes, progress
 from training.processes import DEPRECATED, SAID_IN_VAIN, in_columns, matters
-from training.progress import Meter, draw_loss, log_line
+from training.progress import Meter, draw_loss, judge_segments, log_line, segment_words
 
 
 def test_loss_picture_survives_an_empty_history(tmp_path):
@@ -114,3 +114,49 @@ def test_a_gpu_does_not_wait_until_other_ranks_have_sent_what_their_lines_tell(m
         meter.send(torch.device("cuda"))
     assert done == 2 * ["behind 0", "all ranks on 2", "all ranks on 2", "on 2"] and len(progress._beside) == 1
     assert meter.sent[0].tolist() == [2.0, 0.0, 0.0, 0.0, 0.0]
+
+
+# What memory_snapshot of torch 2.14 says of a segment, but for its blocks: written by its sources, as no GPU is here.
+SEGMENT = {"device": 0, "address": 139_955_120_799_744, "allocated_size": 512, "active_size": 512, "requested_size": 4}
+SEGMENT |= {"stream": 0, "segment_type": "large", "segment_pool_id": (0, 0), "frames": [], "blocks": []}
+OLD, NEW = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
+
+
+def segments(grown: float, fixed: float) -> list[dict]:
+    """Two of each kind, that many GiB of each."""
+    sizes = [(grown / 2, True), (fixed / 2, False)] * 2
+    return [SEGMENT | {"total_size": int(gib * 2**30), "is_expandable": grows} for gib, grows in sizes if gib]
+
+
+@pytest.mark.parametrize(
+    ("grown", "fixed", "told"),
+    [
+        (70.0, 0.0, "torch's memory grows in segments, 70.0 GiB so far"),
+        (70.0, 0.5, "torch's memory grows in segments, 70.0 GiB so far; 0.5 do not"),
+    ],
+)
+def test_segments_that_grow_are_told(grown, fixed, told):
+    assert judge_segments(segments(grown, fixed), {OLD: "expandable_segments:True"}) == told
+
+
+@pytest.mark.parametrize(
+    ("environment", "why"),
+    [
+        ({}, f"because {OLD} is empty: give it expandable_segments:True. 12.0 GiB lie in fixed ones"),
+        ({OLD: "max_split_size_mb:40"}, f"because {OLD} is max_split_size_mb:40: add expandable_segments:True. "),
+        ({NEW: "expandable_segments:False"}, f"because {NEW} is expandable_segments:False: add "),
+        ({OLD: "", NEW: "expandable_segments:True"}, f"because {OLD} is empty: give it "),
+        ({OLD: "max_split_size_mb:40", NEW: "expandable_segments:True"}, f"because {OLD} is max_split_size_mb:40: "),
+        ({OLD: "expandable_segments: True"}, f"though {OLD} is expandable_segments: True: this GPU's driver, "),
+    ],
+    ids=str,
+)
+def test_segments_that_do_not_grow_are_told_by_the_setting_that_torch_goes_by(environment, why):
+    """Of two names the older one, even if it is empty; what it asks for need not be what the driver does."""
+    told = judge_segments(segments(0.0, 12.0), environment)
+    assert told.startswith(f"torch's memory does not grow in segments, {why}") and "memory may run out" in told
+    assert judge_segments([], environment).startswith("torch's memory does not grow in segments, "), "CUDA's allocator"
+
+
+def test_a_machine_without_a_gpu_has_no_segments():
+    assert segment_words() == ""
