@@ -211,6 +211,45 @@ def test_checkpoints_are_deepspeeds_own_and_either_kind_goes_on_from_the_others(
     call_in_processes(keep_and_go_on, given, tmp_path, env=INTERPRETED[optim])
 
 
+def go_on_converted(rank: int, world: int, port: int, folder: str, optim: str) -> None:
+    """From a checkpoint as it is, and from the same one converted: either kind of masters counts its steps alike."""
+    from training import zero3
+
+    begin(rank, world, port)
+    engine = engine_of(optim, whole=True)
+    train(engine, 3)
+    checkpoint = Path(folder, "checkpoint-3")
+    engine.save_checkpoint(str(checkpoint), tag="3")
+    train(engine, 2, first=3)
+    if rank == 0:
+        zero3.convert(checkpoint, Path(folder, "converted"))
+    torch.distributed.barrier()
+    places = {"as it is": (checkpoint, {}), "converted": (Path(folder, "converted", "checkpoint-3"), {})}
+    zero3.expect_converted(places["converted"][1])
+    for place, config in places.values():
+        for whole in (True, False):
+            other = engine_of(optim, whole, **config)
+            assert other.load_checkpoint(str(place), tag="3")[0]
+            zero3.count_steps_apart(other)
+            other.optimizer.optimizer.param_groups[1]["weight_decay"] = 0.0  # resuming.honour_typed does it in a run
+            states = other.optimizer.optimizer.state
+            counts = [(tensor, states[tensor]["step"]) for tensor in other.optimizer.fp32_partitioned_groups_flat]
+            found = {
+                (count.item(), count.dtype, count.shape, count.device == tensor.device) for tensor, count in counts
+            }
+            assert found == {(3, torch.float32, torch.Size(), True)}, (place, whole, found)
+            assert len({count.data_ptr() for _, count in counts}) == len(counts) > 1
+            train(other, 2, first=3)
+            for one, two in zip(masters_of(other), masters_of(engine)):
+                assert (one - two).abs().max() <= 1e-6, (place, whole)
+
+
+@pytest.mark.parametrize(("world", "optim"), [(1, "adamw_torch"), (2, "adamw_torch_fused")])
+def test_steps_are_counted_alike_by_a_checkpoint_and_a_converted_one(world, optim, tmp_path):
+    port = free_port()
+    call_in_processes(go_on_converted, [[rank, world, port, tmp_path, optim] for rank in range(world)], tmp_path)
+
+
 def fail_and_go_on(rank: int, world: int, port: int, folder: str) -> None:
     """A full disk, a full memory, a torn checkpoint: training goes on as if nothing had been."""
     begin(rank, world, port)
