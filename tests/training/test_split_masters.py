@@ -19,6 +19,7 @@ from conftest import (
     start_zero_3,
     weights,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from training import split_masters
 from training.settings import Machine, resolve
@@ -275,6 +276,57 @@ def fail_and_go_on(rank: int, world: int, port: int, folder: str) -> None:
     engine.optimizer.refresh_fp32_params()
     weights = real(engine, engine.optimizer.fp16_partitioned_groups_flat)
     assert all(torch.equal(wide, half.float()) for wide, half in zip(masters_of(engine), weights))
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of every storage that is made inside, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        made = function(*arguments, **(options or {}))
+        given = {value.untyped_storage()._cdata for value in arguments if torch.is_tensor(value)}
+        for value in made if isinstance(made, list | tuple) else [made]:
+            if torch.is_tensor(value) and value.untyped_storage()._cdata not in given:
+                self.sizes.append(value.untyped_storage().nbytes())
+        return made
+
+
+def save_where_there_is_no_room(rank: int, world: int, port: int) -> None:
+    """To the bit as on the GPU; a CPU stands for it, which has no room for even the first group."""
+    begin(rank, world, port)
+    engine = engine_of()
+    train(engine, 3)
+    lengths = [len(weights) for weights in engine.optimizer.fp16_partitioned_groups_flat]
+    wanted = engine.optimizer.state_dict()["fp32_flat_groups"]
+    split_masters.room_on, split_masters.AT_ONCE = lambda device: 4 * min(lengths) - 1, 50
+    with Allocations() as made:
+        found = [split_of(engine).copy_of(number) for number in range(len(lengths))]
+    assert all(torch.equal(one.view(torch.int32), two.view(torch.int32)) for one, two in zip(found, wanted))
+    assert [vars(one) for one in found] == [vars(two) for two in wanted]
+    large = [size for size in made.sizes if size > 4 * 50]
+    assert large == [4 * length for length in lengths], "nothing large but what is written, which is the CPU's"
+
+
+def test_a_save_takes_no_memory_of_a_gpu_that_has_none_left(tmp_path):
+    call_in_processes(save_where_there_is_no_room, [[0, 1, free_port()]], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("free", "share", "room"),
+    [(1.0, 1.0, 1 + 9 - 2), (0.0, 1.0, 9 - 2), (70.0, 0.5, 40 - 30 - 2), (0.0, 0.3, 24 - 30 - 2)],
+)
+def test_what_a_save_may_take_is_asked_for(free, share, room, monkeypatch):
+    """Of 80 GiB: torch holds 39 of which it uses 30."""
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * gib, 80 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 30 * gib)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 39 * gib)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: share)
+    assert split_masters.room_on(torch.device("cuda")) == pytest.approx(room * gib)
+    assert split_masters.room_on(torch.device("cpu")) == float("inf")
 
 
 def failing(*unused, **options):
