@@ -719,7 +719,7 @@ def render(html: str, width: int, height: int, renderer: Any = None) -> Image:
             tab = browser.new_page(viewport={"width": width, "height": height}, java_script_enabled=False, offline=True)
             tab.route("**/*", lambda route: route.abort())
             tab.set_content(html, timeout=15_000)
-            return open_screenshot(tab.screenshot(full_page=True, timeout=15_000))
+            return open_screenshot(tab.screenshot(full_page=True, timeout=15_000, animations="disabled"))
     except Exception as error:  # playwright's own class may not be there
         remedy = "pip install playwright && playwright install chromium"
         raise UseError(f"not rendered: {' '.join(str(error).split())[:200]} ({remedy})") from error

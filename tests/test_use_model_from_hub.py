@@ -668,7 +668,9 @@ def test_a_copy_alone_writes_folders_and_previews(here):
     assert names(here / "out") == [name + end for name in pages for end in (".html", ".json", ".preview.png")]
     # What a page asks for is not fetched, and its scripts do not run.
     script = "<script>document.body.innerHTML = ''</script>"
-    (here / "out" / "a" / "000.html").write_text(f"<body style='background:#f00'>{script}<img src='http://x/y.png'>")
+    # Nor does it matter when the picture is taken: what ends is at its end.
+    moving = "<style>@keyframes k{to{background:#f00}}body{background:#00f;animation:k 900s forwards}</style>"
+    (here / "out" / "a" / "000.html").write_text(f"{moving}<body>{script}<img src='http://x/y.png'>")
     (here / "out" / "a" / "000.preview.png").unlink()
     done = start_plain(["--image", "shots", "--output", "out", "--preview", "--batch", "2"], **run)
     preview = use.open_screenshot((here / "out" / "a" / "000.preview.png").read_bytes())
