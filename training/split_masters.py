@@ -247,6 +247,11 @@ class SplitMasters:
         """DeepSpeed's own state, with masters joined aside: whatever becomes of it, nothing has changed here."""
         state = self.state_dict()
         state[FP32_GROUPS] = [self.copy_of(number) for number in self.groups]
+        aside = sum(one.nbytes for one in state[FP32_GROUPS] if one.device != self.parts(0)[1].device)
+        if aside:
+            say_from_here(
+                f"masters: {aside / GIB:.1f} GiB of them joined on the CPU, since the GPU has no room for more"
+            )
         return state
 
     def copy_of(self, number: int) -> torch.Tensor:
