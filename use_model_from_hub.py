@@ -194,10 +194,9 @@ def _in_eight_bits(image: Image, depth: int) -> Image:
     key = image.info.get("transparency")  # of a PNG without alpha: the one colour that is transparent, in its bits
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's convert() would clip at 255
         grey = np.asarray(image).astype(np.uint32)
-        opaque = grey != key
         image = Image.fromarray(((grey * 255 + 32_767) // 65_535).astype(np.uint8))
         if isinstance(key, int):
-            image.putalpha(Image.fromarray((opaque * 255).astype(np.uint8)))
+            image.putalpha(Image.fromarray(((grey != key) * 255).astype(np.uint8)))
     elif isinstance(key, int) and image.mode in ("1", "L"):
         image.info["transparency"] = key * {1: 255, 2: 85, 4: 17}.get(depth, 1)  # as the grey itself becomes 8 bits
     elif isinstance(key, tuple) and depth == 16:
@@ -351,8 +350,7 @@ def write_pages(
     # transformers would have the ranks of any ZeRO-3 run wait for each other at every token: sharded weights need that.
     sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     options = {"streamer": streamer if shown else None, "synced_gpus": sharded, "stopping_criteria": criteria}
-    # What `config` leaves open generate() takes from the base's own: it may sample, or punish repetition, which HTML is
-    # full of.
+    # What `config` leaves open generate() takes from the base's own: it may sample, or punish what HTML is full of.
     kept, model.generation_config = model.generation_config, GenerationConfig()
     try:
         with torch.inference_mode():
@@ -377,8 +375,7 @@ def written(processor: ProcessorMixin, row: Sequence[int], stops: Sequence[int],
 def end_tokens(model: PreTrainedModel, processor: ProcessorMixin) -> list[int]:
     """The tokens that end an answer: the tokenizer's end of turn and those of the model's generation configuration."""
     known = getattr(model.generation_config, "eos_token_id", None)
-    known = known if isinstance(known, list) else [known]
-    return sorted({token for token in [*known, processor.tokenizer.eos_token_id] if token is not None})
+    return sorted({*(known if isinstance(known, list) else [known]), processor.tokenizer.eos_token_id} - {None})
 
 
 class Generating:
@@ -444,11 +441,9 @@ _END = re.compile(r"</html\s*>", re.IGNORECASE)
 
 
 def extract_html(answer: str) -> str:
-    """Take the page out of an answer.
-
-    One that starts with a tag, a comment or a doctype is the page, whatever comes later: it stays as it is, but for
-    white space at its ends. Else what stands in the code fence that its first tag is in; else, where words come before
-    a document, the document to its last </html>. The stored pages are such that this changes none of them.
+    """Take the page out of an answer. One that starts with a tag, a comment or a doctype is the page, whatever comes
+    later: it stays as it is, but for white space at its ends. Else what stands in the code fence that its first tag is
+    in; else, where words come before a document, the document to its last </html>. It changes none of the stored pages.
     """
     answer = answer.strip().removeprefix("\ufeff").lstrip()
     page = page_in_fence(answer)
@@ -579,8 +574,8 @@ class Page:
         try:
             return open_screenshot(self.read())
         except (OSError, PictureError) as error:
-            words = getattr(error, "strerror", None) or error
-            raise UseError(f"--image {self.path}: {words}", getattr(error, "code", 2)) from error
+            words = f"--image {self.path}: {getattr(error, 'strerror', None) or error}"
+            raise UseError(words, getattr(error, "code", 2)) from error
 
     def opens(self) -> bool:
         with suppress(UseError):
@@ -724,7 +719,7 @@ def render(html: str, width: int, height: int, renderer: Any = None) -> Image:
             tab = browser.new_page(viewport={"width": width, "height": height}, java_script_enabled=False, offline=True)
             tab.route("**/*", lambda route: route.abort())
             tab.set_content(html, timeout=15_000)
-            return open_screenshot(tab.screenshot(full_page=True, timeout=15_000))
+            return open_screenshot(tab.screenshot(full_page=True, timeout=15_000, animations="disabled"))
     except Exception as error:  # playwright's own class may not be there
         remedy = "pip install playwright && playwright install chromium"
         raise UseError(f"not rendered: {' '.join(str(error).split())[:200]} ({remedy})") from error
@@ -815,7 +810,13 @@ def write_all(args: argparse.Namespace, pages: list[Page], there: int | None, ma
     failed, done, prints = 0, [], args.show_html or not args.output
     shown = Shown(prints and sys.stdout.isatty()) if there is None and not args.best_of else None
     requests, total = (Request(place, page.open) for place, page in enumerate(pages)), len(pages) + (there or 0)
-    writes = opened() if any(page.opens() for page in pages) else Generating(None, None, Recipe())  # loads no torch
+
+    def kept(request: Request, answer: Written) -> None:  # of several answers when one is chosen, in any thread
+        if pages[request.place].html:
+            keep(pages[request.place], answer, None if there is None else made)
+        done.append(answer)
+
+    writes = opened(kept) if any(page.opens() for page in pages) else Generating(None, None, Recipe())  # loads no torch
     answers, start = writes.write(requests, shown), time.monotonic()
     try:
         for request, answer in answers if there is None or not pages else with_bar("pages", answers, total, there):
@@ -826,13 +827,12 @@ def write_all(args: argparse.Namespace, pages: list[Page], there: int | None, ma
                     raise UseError(words, answer.error.code)
                 say(words)
                 continue
-            if page.html:
-                keep(page, answer, None if there is None else made)
+            if not args.best_of:
+                kept(request, answer)
             if shown and shown.out:
                 shown.end(answer.html)
             elif prints:
                 print(answer.html, flush=True)
-            done.append(answer)
     finally:
         tokens, seconds = sum(answer.tokens for answer in done), time.monotonic() - start
         if done:
@@ -865,13 +865,13 @@ def run(args: argparse.Namespace) -> int:
     made |= asdict(recipe)
     todo = missing(pages, made) if into_folder and not args.overwrite else pages
 
-    def opened():
+    def opened(kept: Callable):
         start, writes = time.monotonic(), server
         if not server:
             model, processor = load_model(source, recipe, args.trust_remote_code)
             say(f"{source} on {model.device} in {time.monotonic() - start:.1f} s: {json.dumps(asdict(recipe))}")
             writes = writer(model, processor, recipe, args.batch, len(todo) * (args.best_of or 1))
-        return choosing.BestOf(writes, args.best_of) if choosing else writes
+        return choosing.BestOf(writes, args.best_of, kept) if choosing else writes
 
     failed = write_all(args, todo, len(pages) - len(todo) if into_folder else None, made, opened)
     failed += draw_previews(pages) if args.preview else 0  # last: no GPU waits for a browser

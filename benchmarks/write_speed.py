@@ -631,10 +631,16 @@ def compile_beside(model, every: list[int]) -> dict[str, str]:
     return found
 
 
+def words_of(error: Exception) -> str:
+    """Why a way could not be tried, as it stands in the results."""
+    return f"{type(error).__name__}: {str(error)[:200]}"
+
+
 def tune(engine, slots: int, narrow: bool) -> dict:
     """Milliseconds of a step of `slots` slots by each tile of each product in turn, None for torch, and of how much
-    less than torch that is in a layer, in microseconds. The fastest is what the engine uses from here on: beside the
-    kernels before and after it, of which it begins before the one ends, a product takes another time than alone."""
+    less than torch that is in a layer, in microseconds; under "failed" why others could not. The fastest is what the
+    engine uses from here on: beside the kernels before and after it, of which it begins before the one ends, a product
+    takes another time than alone."""
     from kernels import skinny_products as skinny
 
     real, rows, found, layers = skinny.tile_of, skinny.tile_rows(slots), {}, len(engine.captured.layers)
@@ -647,7 +653,7 @@ def tune(engine, slots: int, narrow: bool) -> dict:
 
     skinny.tile_of = taken
     for kind, tiles in skinny.TILES.items():
-        before, times = tiles[rows], {}
+        before, times, failed = tiles[rows], {}, {}
         tried = [skinny.Broad(*tile) for tile in BROAD[kind][max(rows, 16)]] + (NARROW if narrow and rows < 32 else [])
         for tile in dict.fromkeys([before, None, *tried]):
             if kind == "gated" and tile and tile[4] > 1:  # its two sums are not shared
@@ -656,12 +662,12 @@ def tune(engine, slots: int, narrow: bool) -> dict:
             try:
                 times[tile] = step_ms(engine, slots)
             except Exception as error:  # too much shared memory, say: that tile is out of the question
-                print(kind, tile, str(error)[:200], flush=True)
+                failed[json.dumps(tile)] = words_of(error)
         tiles[rows] = min(times, key=times.get)
         found[kind] = {
             json.dumps(tile): {"step_ms": took, "us_a_layer_under_torch": 1_000 * (times[None] - took) / layers}
             for tile, took in sorted(times.items(), key=lambda item: item[1])
-        }
+        } | {"failed": failed}
         print(slots, kind, json.dumps(found[kind]), flush=True)
     skinny.tile_of = real
     return found
@@ -669,8 +675,8 @@ def tune(engine, slots: int, narrow: bool) -> dict:
 
 def tune_attention(engine, slots: int) -> dict:
     """Milliseconds of a step of `slots` slots by the parts that the keys of a slot are cut into and the shape of a
-    program, where all slots are as long and where some have three times as much as others. The fastest of the former
-    is used from here on."""
+    program, where all slots are as long and where some have three times as much as others; under "failed" why others
+    could not. The fastest of the former is used from here on."""
     from kernels import slot_attention as room
 
     mixers = [layer.mixer for layer in engine.captured.layers if layer.mixer.takes_back]
@@ -680,14 +686,14 @@ def tune_attention(engine, slots: int) -> dict:
     tried += [(2 * usual, room.SHAPES[True])]
     if usual > 1:
         tried += [(usual // 2, shape) for shape in (PART_SHAPES[2:3] if usual > 2 else WHOLE_SHAPES[:1])]
-    found, best = {}, None
+    found, failed, best = {}, {}, None
     for parts, shape in tried:
         room.PROGRAMS, room.SHAPES[parts > 1] = parts * pairs, shape
         room.way_of.cache_clear()  # which proves by the shape of the day
         try:
             took = step_ms(engine, slots), step_ms(engine, slots, spread=0.5)
         except Exception as error:
-            print("attention", parts, shape, str(error)[:200], flush=True)
+            failed[f"{parts} parts, {shape}"] = words_of(error)
         else:
             found[f"{parts} parts, {shape}"] = {"step_ms": took[0], "spread_step_ms": took[1]}
             if best is None or took[0] < best[0]:
@@ -696,18 +702,19 @@ def tune_attention(engine, slots: int) -> dict:
     room.PROGRAMS = best[1] if best else before[0]
     room.SHAPES.update(best[2] if best else before[1])
     room.way_of.cache_clear()
-    return dict(sorted(found.items(), key=lambda item: item[1]["step_ms"]))
+    return dict(sorted(found.items(), key=lambda item: item[1]["step_ms"])) | {"failed": failed}
 
 
 def tune_ahead(model, processor, recipe, slots: int) -> dict:
     """Milliseconds of a step of `slots` slots by who joins the parts of a slot's keys and by what attention asks for
-    meanwhile; and, at the fastest of these, by how much of each column the products around it ask for. Nothing stays
-    changed."""
+    meanwhile; and, at the fastest of these, by how much of each column the products around it ask for; under "failed"
+    why others could not. Nothing stays changed."""
     from kernels import skinny_products as skinny
     from kernels import slot_attention as room
     from writing.engine import Engine
 
-    engine, rows, found = Engine(model, processor, recipe, wanted=slots, drafts=False), skinny.tile_rows(slots), {}
+    engine, rows = Engine(model, processor, recipe, wanted=slots, drafts=False), skinny.tile_rows(slots)
+    found, failed = {}, {}
     before = room.LAST_JOINS, dict(room.AHEAD), dict(skinny.WARMED)
 
     def took(name: str, joins: int, ahead: tuple | None, warmed: dict[str, int] | None = None) -> float:
@@ -720,7 +727,7 @@ def tune_ahead(model, processor, recipe, slots: int) -> dict:
                 warnings.filterwarnings("error", "the kernel of")  # else another way's time would stand there
                 found[name] = step_ms(engine, slots)
         except Exception as error:
-            print("ahead", name, str(error)[:200], flush=True)
+            failed[name] = words_of(error)
         return found.get(name, math.inf)
 
     try:
@@ -742,7 +749,7 @@ def tune_ahead(model, processor, recipe, slots: int) -> dict:
         skinny.WARMED.update(before[2])
         for work in (room.way_of, skinny.way_of):
             work.cache_clear()
-    return dict(sorted(found.items(), key=lambda item: item[1]))
+    return dict(sorted(found.items(), key=lambda item: item[1])) | {"failed": failed}
 
 
 def tune_all(model, processor, recipe, slots: int, narrow: bool, keep: Callable[[str, object], None]) -> None:

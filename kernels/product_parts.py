@@ -22,6 +22,12 @@ def tile_rows(rows: int) -> int:
     return next(count for count in (8, 16, 32, MOST_ROWS) if rows <= count)
 
 
+def lies_whole(*tensors: torch.Tensor) -> bool:
+    """Whether each lies in one piece, as kernels count its places, and from a multiple of 16 bytes on, as the copy
+    engine takes it and as it was when a kernel was proved."""
+    return all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors)
+
+
 @once
 def arrived(device: torch.device) -> torch.Tensor:
     """How many of the programs that share a piece of work have ended: zeros, as each kernel leaves them again. Kernels

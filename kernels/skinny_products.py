@@ -16,6 +16,7 @@ row_kernels.py do it. Shapes: R rows, K in, N out, T tiles of COLUMNS columns.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,7 @@ from kernels.product_parts import (
     arrived,
     inverse_of,
     is_last,
+    lies_whole,
     store_for_norm,
     sum_of,
     tile_rows,
@@ -85,14 +87,18 @@ def planned(kind: str, source: torch.Tensor, normed: bool) -> Tile | None:
 
 
 def tile_of(
-    kind: str, source: torch.Tensor, columns: int, norm: torch.Tensor | None = None, scales: bool = False
+    kind: str, source: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor | None = None, scales: bool = False
 ) -> tuple[Tile | None, str]:
-    """The tile for `source` (R, K) and a weight of `columns` (N), and how it is launched; None where torch does it:
-    whole tiles only, and what has just given torch's own result, with such a weight of the norm before it, or of the
-    one that it `scales` its result for."""
-    tile = planned(kind, source, norm is not None and not scales)
+    """The tile for `source` (R, K) and `weight` (N, K), of a "gated" product (2N, K), and how it is launched; None
+    where torch does it: whole tiles only, both in one piece of memory, and what has just given torch's own result, with
+    such a weight of the norm before it, or of the one that it `scales` its result for."""
+    tile, columns = planned(kind, source, norm is not None and not scales), len(weight) // (2 if kind == "gated" else 1)
     broad = isinstance(tile, Broad)  # whose last tile need not be whole
     if not tile or columns % (16 if broad else tile[0]) or source.shape[1] % tile[1]:
+        return None, NEVER
+    if not lies_whole(source, weight):
+        why = "what it multiplies is not in one piece of memory, from a multiple of 16 bytes on"
+        warnings.warn(f"product ({kind}) of a weight {tuple(weight.shape)}: {why}; torch does it, slower", stacklevel=2)
         return None, NEVER
     tile = tile.shared(columns) if broad else tile
     weights = source.dtype if norm is None else norm.dtype
@@ -308,7 +314,7 @@ def normed_product(
 ) -> torch.Tensor:
     """rms_norm of the rows, by weight (K,) and epsilon in `norm`, times `weight` (N, K) and plus `bias` (N,):
     (R, N)."""
-    tile, way = tile_of(kind, rows.hidden, len(weight), norm[0])
+    tile, way = tile_of(kind, rows.hidden, weight, norm[0])
     if tile is None:
         return functional.linear(rms_norm(rows.hidden, *norm), weight, bias)
     given = (rows.hidden, weight, bias, norm, rows.sums())
@@ -317,7 +323,7 @@ def normed_product(
 
 def gated_product(kind: str, rows: Rows, norm: Norm, weight: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up of the normed rows, of `weight` (2N, K), gate before up; (R, N)."""
-    tile, way = tile_of(kind, rows.hidden, len(weight) // 2, norm[0])
+    tile, way = tile_of(kind, rows.hidden, weight, norm[0])
     if tile is None:
         return swiglu(functional.linear(rms_norm(rows.hidden, *norm), weight))
     given = (rows.hidden, weight, None, norm, rows.sums())
@@ -340,8 +346,7 @@ def prove(
 ) -> None:
     """Has all compiled and proved that the product of `kind` takes for such a `source` (R, K), without the product."""
     scale = scale_for(following, source)
-    columns = len(weight) // (2 if kind == "gated" else 1)
-    tile, _ = tile_of(kind, source, columns, norm[0] if norm else scale, scale is not None)
+    tile, _ = tile_of(kind, source, weight, norm[0] if norm else scale, scale is not None)
     if tile is None and norm:
         rms_norm(source, *norm)
     if tile is None and kind == "gated":
@@ -354,7 +359,7 @@ def add_product(
     """`rows` plus `inner` (R, K) times `weight` (N, K); what was in `rows` may be written over. `following` is the
     product that takes them next, with its norm."""
     scale = scale_for(following, rows.hidden)
-    tile, way = tile_of(kind, inner, len(weight), scale, scale is not None)
+    tile, way = tile_of(kind, inner, weight, scale, scale is not None)
     if tile is None:
         return Rows(rows.hidden.addmm_(inner, weight.T))
     given = {"residual": rows.hidden, "following": scale, "warmed": WARMED[kind]}

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from kernels.early import EARLY, PLAIN, early, follow, once, warm, warm_bytes, way_that_agrees
-from kernels.product_parts import LINE, MOST_ROWS, arrived, comes_last, tile_rows
+from kernels.product_parts import LINE, MOST_ROWS, arrived, comes_last, lies_whole, tile_rows
 from kernels.row_kernels import on_triton, rms_norm
 
 # Keys that are looked at together, warps and stages, where a slot's keys are cut into parts, and where they are not: on
@@ -100,7 +100,7 @@ def attend_slots(
 def lines_ahead(ahead: tuple[torch.Tensor, ...], slots: int, kind: torch.dtype) -> tuple[int, int]:
     """How many lines of memory are asked for of the first of `ahead`, and of each half of the second."""
     asks = AHEAD[tile_rows(slots)] if slots <= MOST_ROWS else None
-    if not asks or not all(weight.dtype == kind and weight.is_contiguous() for weight in ahead):
+    if not asks or not all(weight.dtype == kind and lies_whole(weight) for weight in ahead):
         return 0, 0
     lines = [weight.numel() // LINE.value for weight in ahead] + [0, 0]
     line = LINE.value * kind.itemsize

@@ -243,6 +243,10 @@ class Tab:
         self.context.route("**/*", self.serve)
         self.context.route_web_socket("**/*", lambda socket: socket.close())
         self.session = self.context.new_cdp_session(self.page)
+        # Every animation stands at its start, in each document to come, wherever settle.js cannot end it: in a closed
+        # shadow, or begun by a media query that holds while a picture is taken.
+        self.session.send("Animation.enable")
+        self.session.send("Animation.setPlaybackRate", {"playbackRate": 0})
 
     def suits(self, job: Job) -> bool:
         """Without scripts a page leaves nothing for the next; scripts get a context of their own."""

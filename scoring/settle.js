@@ -32,14 +32,17 @@ async ({pictures}, dom) => {
   await wait(decoded((node) => { if (pictures) dom.setAttribute(node, "src", grey); }), 2000);
   if (pictures) await wait(decoded(() => 0), 1000);
   await wait(document.fonts.ready, 1000);
-  for (const moving of Document.prototype.getAnimations.call(document)) {
-    try { moving.finish(); } catch { moving.cancel(); }  // an endless one has no end to go to
-  }
   // A screenshot past the window narrows the window for a moment, and other media queries hold: what changes then must
   // not slide back in the picture. In a layer, whose !important wins over the page's, but for those of a layer of its
   // own or of a style attribute. After the rest, since scripts may wait for a transition's end.
   globalThis.stillSheets = new Set();  // ours, for who writes down the page's own
   const still = (root, owner) => {
+    // In each root by itself: a document's own list leaves out what shadows and frames hold.
+    for (const moving of (root === owner ? Document : ShadowRoot).prototype.getAnimations.call(root)) {
+      // One by scrolling is cut off from it for a moment when the window grows to the page; an endless one has no end.
+      if (dom.get(Animation, "timeline").call(moving) instanceof ScrollTimeline) moving.cancel();
+      else try { moving.finish(); } catch { moving.cancel(); }
+    }
     const sheet = new (dom.get(Document, "defaultView").call(owner).CSSStyleSheet)();  // a frame refuses another's
     sheet.replaceSync(`@layer still { *, ::before, ::after, ::marker, ::placeholder, ::file-selector-button {
       transition: none !important } }`);

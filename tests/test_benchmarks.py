@@ -478,7 +478,7 @@ def test_tokens_are_held_against_the_plain_model_as_they_were_chosen(tiny_base, 
 
 
 def test_tuning_leaves_the_fastest_tile_and_says_what_it_saves_in_a_layer(monkeypatch):
-    """A tile that fails is left out, and attention goes back to what was the fastest of all that was tried."""
+    """A tile that fails is told as one, and attention goes back to what was the fastest of all that was tried."""
     from kernels import skinny_products as skinny
     from kernels import slot_attention
 
@@ -491,6 +491,8 @@ def test_tuning_leaves_the_fastest_tile_and_says_what_it_saves_in_a_layer(monkey
         tile = skinny.TILES["qkv"][64]
         if tile == failing:
             raise RuntimeError("out of resource: shared memory")
+        if slot_attention.SHAPES[False] == (64, 4, 6):
+            raise RuntimeError("no such")
         wide = 4 * slots == slot_attention.PROGRAMS and slot_attention.SHAPES[True] == (64, 4, 4)
         return {None: 5.0, fastest: 4.0}.get(tile, 4.5) - 0.5 * wide + spread
 
@@ -499,15 +501,18 @@ def test_tuning_leaves_the_fastest_tile_and_says_what_it_saves_in_a_layer(monkey
     engine = SimpleNamespace(captured=SimpleNamespace(layers=[SimpleNamespace(mixer=mixer)] * 10))
     found = write_speed.tune(engine, 64, narrow=False)
     assert skinny.TILES["qkv"][64] == fastest and json.dumps(failing) not in found["qkv"]
+    assert found["qkv"]["failed"] == {json.dumps(failing): "RuntimeError: out of resource: shared memory"}
+    assert found["down"]["failed"] == {}
     assert next(iter(found["qkv"].values())) == {"step_ms": 4.0, "us_a_layer_under_torch": 100.0}
     assert found["qkv"]["null"]["us_a_layer_under_torch"] == 0
     shapes = write_speed.tune_attention(engine, 64)
     assert next(iter(shapes.items())) == ("2 parts, (64, 4, 4)", {"step_ms": 3.5, "spread_step_ms": 4.0})
-    assert slot_attention.PROGRAMS == 256 and len(shapes) == len(write_speed.WHOLE_SHAPES) + 1
+    assert slot_attention.PROGRAMS == 256 and shapes.pop("failed") == {"1 parts, (64, 4, 6)": "RuntimeError: no such"}
+    assert len(shapes) == len(write_speed.WHOLE_SHAPES)
 
 
 def test_what_attention_asks_for_is_tried_and_left_as_it_was(monkeypatch):
-    """Each way by itself, beside the one as before; one that fails is left out."""
+    """Each way by itself, beside the one as before; one that fails is told as one."""
     from kernels import skinny_products as skinny
     from kernels import slot_attention as room
 
@@ -527,6 +532,10 @@ def test_what_attention_asks_for_is_tried_and_left_as_it_was(monkeypatch):
     monkeypatch.setattr(write_speed, "step_ms", step_ms)
     monkeypatch.setattr("writing.engine.Engine", lambda *given, **options: None)
     found = write_speed.tune_ahead(None, None, None, 8)
+    failed = found.pop("failed")
+    assert {words.partition(":")[0] for words in failed.values()} == {"RuntimeError", "UserWarning"} and len(
+        failed
+    ) == 2
     assert next(iter(found.items())) == ('the best of these, {"out": 512}', 3.0 - 0.1 - 3 / 8 - 0.25)
     assert found["a kernel joins, nothing ahead"] == found["a kernel joins, nothing ahead, again"] == 3.0
     assert tried[:2] == [(False, None, {}), (True, None, {})] and len(found) == len(tried) - 2 == 12

@@ -9,8 +9,9 @@ import struct
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, replace
-from threading import current_thread
+from threading import Event, current_thread
 from types import SimpleNamespace
 
 import pytest
@@ -476,6 +477,35 @@ def test_screenshots_are_opened_once_each_by_what_writes_when_their_turn_comes(h
     assert "b/001.png: not a readable" in said and "4 of 5 pages were there, 0 new" in said and "tokens/s" not in said
 
 
+def test_of_several_answers_the_chosen_one_is_on_the_disk_before_the_next_ones_come(here, monkeypatch, capsys):
+    """And counted, also where the rest never comes."""
+    from writing import best_of, choosing
+
+    asked_on = Event()
+
+    class Writing:
+        def write(self, requests, shown=None):
+            for request in requests:
+                if request.place:
+                    asked_on.set()
+                    patience = time.monotonic() + 10
+                    while not (here / "out" / "a" / "000.html").exists() and time.monotonic() < patience:
+                        time.sleep(0.01)
+                    raise KeyboardInterrupt
+                yield request, use.Written(f"<p>{request.sample}</p>", "", 7, False)
+
+    monkeypatch.setattr(use, "load_model", lambda *unused: (SimpleNamespace(device="cpu"), None))
+    monkeypatch.setattr(use, "writer", lambda *unused: Writing())
+    monkeypatch.setattr(use, "render", lambda *unused: None)
+    monkeypatch.setattr(choosing, "Renderer", lambda browsers: closing(SimpleNamespace(close=lambda: None)))
+    monkeypatch.setattr(best_of, "choose", lambda *unused: asked_on.wait(10) and best_of.Choice(1, (0.1, 0.2)))
+    assert use.main("--image shots --model ./model --output out --best_of 2".split()) == 130
+    assert names(here / "out") == ["a/000.html", "a/000.json"]
+    assert (here / "out" / "a" / "000.html").read_text() == "<p>1</p>\n"
+    said = capsys.readouterr().err
+    assert "7 tokens of the answers that are kept" in said and "0 of 5 pages were there, 1 new" in said
+
+
 def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(monkeypatch):
     tried = []
 
@@ -638,7 +668,9 @@ def test_a_copy_alone_writes_folders_and_previews(here):
     assert names(here / "out") == [name + end for name in pages for end in (".html", ".json", ".preview.png")]
     # What a page asks for is not fetched, and its scripts do not run.
     script = "<script>document.body.innerHTML = ''</script>"
-    (here / "out" / "a" / "000.html").write_text(f"<body style='background:#f00'>{script}<img src='http://x/y.png'>")
+    # Nor does it matter when the picture is taken: what ends is at its end.
+    moving = "<style>@keyframes k{to{background:#f00}}body{background:#00f;animation:k 900s forwards}</style>"
+    (here / "out" / "a" / "000.html").write_text(f"{moving}<body>{script}<img src='http://x/y.png'>")
     (here / "out" / "a" / "000.preview.png").unlink()
     done = start_plain(["--image", "shots", "--output", "out", "--preview", "--batch", "2"], **run)
     preview = use.open_screenshot((here / "out" / "a" / "000.preview.png").read_bytes())

@@ -3,8 +3,8 @@
     check_space(settings, args, config, tensors, len(pages))     # (all ranks) raises DiskError
 
 Bytes as the Trainer and DeepSpeed write them (transformers 5.23, deepspeed 0.19.8): AdamW has two moments in fp32 for
-each trained number, or in 8 bits, ZeRO keeps fp32 weights beside them, and a whole copy of the weights lies in every
-checkpoint.
+each trained number, or in 8 bits, others have more or fewer, ZeRO keeps fp32 weights beside them, and a whole copy of
+the weights lies in every checkpoint.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from training.checkpoints import BEST, checkpoints_in
 from training.errors import DiskError
 from training.processes import gather, in_columns, is_main, local_rank, say, world_size
 from training.settings import PageSettings
+from training.training_arguments import moments_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, TrainingArguments
@@ -50,14 +51,18 @@ def checkpoint_bytes(
     return weights * weight_bytes + states + frozen
 
 
-def moment_bytes(optim: str, tensors: Mapping[str, BaseTensor], trained: int, whole: bool) -> float:
-    """Of both moments of one of the `trained` numbers, on average. Where the base's tensors are stepped on as they are,
-    `whole`, transformers 5.23 leaves the moments of embeddings in fp32."""
+def moment_bytes(
+    optim: str, tensors: Mapping[str, BaseTensor], trained: int, whole: bool, moments: int | None = 2
+) -> float:
+    """Of all `moments` of one of the `trained` numbers, on average; where nobody knows how many there are, as many as
+    of AdamW. Where the base's tensors are stepped on as they are, `whole`, transformers 5.23 leaves those of embeddings
+    in fp32."""
+    moments = 2 if moments is None else moments
     if not eight_bit.is_asked(optim) or not trained:
-        return 8
+        return 4 * moments
     embeddings = [tensor.shape for tensor in tensors.values() if tensor.name.endswith("embed_tokens.weight")]
     in_fp32 = sum(math.prod(shape) for shape in embeddings) / trained if whole else 0.0
-    return 8 * in_fp32 + eight_bit.MOMENT_BYTES * (1 - in_fp32)
+    return moments * (4 * in_fp32 + eight_bit.MOMENT_BYTES * (1 - in_fp32))
 
 
 def checkpoints_at_once(strategy: str, save_steps: float, steps: int, steps_per_epoch: int, limit: int | None) -> int:
@@ -112,13 +117,14 @@ def check_space(
     adapters, sharded = settings.lora or settings.quantize == "4bit", bool(args.deepspeed)
     trained = trained_numbers(tensors, settings, family_of(config).vision)
     half = 2 if args.bf16 or args.fp16 else 4
+    moments = moments_of(args.optim, args.optim_args, sharded)
     size = checkpoint_bytes(
         sum(math.prod(tensor.shape) for tensor in tensors.values()),
         trained,
         weight_bytes=half if sharded else 4,
         sharded=sharded,
         adapters=adapters,
-        moments=moment_bytes(args.optim, tensors, trained, whole=not (sharded or adapters)),
+        moments=moment_bytes(args.optim, tensors, trained, not (sharded or adapters), moments),
     )
     final, output_dir, final_dir = final_bytes(tensors), Path(args.output_dir), Path(settings.final_dir)
     wrong, beside, finals, needs = None, 0, 0, []

@@ -1,7 +1,7 @@
 """Adam's moments in 8 bits (Dettmers et al. 2022, "8-bit optimizers via block-wise quantization"), by bitsandbytes.
 
     problems += eight_bit.problems(optim, deepspeed)   # what of it is not possible, before anything is loaded
-    eight_bit.is_asked(training["optim"])              # --optim adamw_8bit, and its other name
+    eight_bit.is_asked(training["optim"])              # --optim adamw_8bit, and others in 8 bits
     eight_bit.begin(args.optim, args.device, zero3.flat_tensors(engine))    # (all ranks) before step one
 
 bitsandbytes keeps the moments, in its own format. On a GPU a kernel of ours (kernels/adamw_8bit_kernel.py) takes the
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 NAMES = ("adamw_8bit", "adamw_bnb_8bit")  # one and the same: transformers 5.23 has both
 BLOCKWISE = (*NAMES, "ademamix_8bit", "lion_8bit", "rmsprop_bnb_8bit")  # what bitsandbytes does in the same way
 BLOCK = 256  # numbers of one scale (bitsandbytes 0.50)
-# Of both moments of a number: a byte each, and a scale in fp32 for each block; fp32 moments take 8.
-MOMENT_BYTES = 2 * (1 + 4 / BLOCK)
+# Of a moment of a number: a byte, and its part of a scale in fp32 for each block; in fp32 it takes 4.
+MOMENT_BYTES = 1 + 4 / BLOCK
 SHORTEST = 4096  # numbers of a tensor; the moments of shorter ones stay in fp32 there
 # bitsandbytes 0.50 gives the length of a tensor to its CUDA kernels in 32 bits, and does not look whether it fits.
 MOST_NUMBERS = 2**31
@@ -37,8 +37,8 @@ def name_of(optim: Any) -> str:
 
 
 def is_asked(optim: Any) -> bool:
-    """Whether this --optim is AdamW with moments in 8 bits."""
-    return name_of(optim) in NAMES
+    """Whether this --optim keeps moments in 8 bits, of AdamW or another."""
+    return name_of(optim) in BLOCKWISE
 
 
 def problems(optim: Any, deepspeed: dict | None) -> list[str]:

@@ -64,6 +64,7 @@ from training.progress import gpu_memory_words, say_memory, segment_words
 from training.prompt_and_mask import PageEncoder
 from training.run_record import ADDED
 from training.settings import PageSettings, Resolved
+from training.training_arguments import moments_of
 from training.treatment import Batches, Treatment, load_of
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ def scope_of(
     adapters, micro_batch = settings.lora or settings.quantize == "4bit", training["per_device_train_batch_size"]
     pages, share = micro_batch * training["gradient_accumulation_steps"], settings.checkpoint_share
     recomputed = float(training["activation_checkpointing"]) if share is None else share
+    moments = moments_of(training.get("optim"), training.get("optim_args"), deepspeed is not None)
     way = Way(
         micro_batch=micro_batch,
         recomputed=recomputed,
@@ -136,6 +138,7 @@ def scope_of(
         four_bit=settings.quantize == "4bit",
         frozen_vision=settings.freeze_vision,
         fused=settings.fuse != "no",
+        moments=2 if moments is None else moments,
         eight_bit=eight_bit.is_asked(training.get("optim")),
         split=split_masters.are_planned(settings, training, deepspeed),
         fp8=settings.fp8,
@@ -224,6 +227,8 @@ def choose_micro_batch(
         return None
     deepspeed = args.hf_deepspeed_config.config if args.deepspeed else None
     scope = as_attended(scope_of(settings, vars(args), deepspeed, config), args)
+    if words := moments_words(vars(args), deepspeed):
+        say(words)
     loads, mean = longest_loads(pages, encoder, scope), mean_load(pages, encoder, scope)
     hardware = hardware_of(args.device, scope)
 
@@ -623,10 +628,18 @@ def print_plan(resolved: Resolved, config: PretrainedConfig, parameters: int) ->
     else:
         say(plain_words(scope, settings))
         say(state_table(scope.shape, scope.way, PROCESSES, SIZES_GIB))
-    if not (optim := eight_bit.name_of(training["optim"])).startswith("adamw"):
-        say(f"--optim {optim} is not planned: its moments may take more or less than AdamW's, which stand there")
+    if words := moments_words(training, resolved.deepspeed):
+        say(words)
     copy = 2 * parameters / GIB
     say(f"before and after training a copy that writes pages takes {copy:.1f} GiB more, when activations take none")
+
+
+def moments_words(training: Mapping[str, Any], deepspeed: dict | None) -> str:
+    """That an optimizer is counted as if it were another; "" where it is not."""
+    optim = eight_bit.name_of(training["optim"])
+    if moments_of(optim, training.get("optim_args"), deepspeed is not None) is not None:
+        return ""
+    return f"--optim {optim} is not planned: its moments may take more or less than AdamW's, which are counted here"
 
 
 def longest_page(family: Family, config: PretrainedConfig, image_tokens: int, html_tokens: int) -> Load:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 
 from families.page_costs import LOSS_ROWS, Shape, Tower, page_operations, page_seconds, weights_of
 from training.command_line import WRAPPER_FLAGS
-from training.eight_bit import MOMENT_BYTES
+from training.eight_bit import MOMENT_BYTES, NAMES
 
 GIB = 2**30
 
@@ -58,9 +58,15 @@ class Way:
     four_bit: bool = False
     frozen_vision: bool = False
     fused: bool = True
-    eight_bit: bool = False  # moments
+    moments: int = 2  # numbers that the optimizer keeps for one that learns, beside its master
+    eight_bit: bool = False  # these
     split: bool = False  # masters: of 32 bits the lower 16, the others being the weights (split_masters.py)
     fp8: bool = False  # products of the language model's layers
+
+    @property
+    def moment_bytes(self) -> float:
+        """Of all moments of one number; of embeddings without ZeRO-3 it is more (`state`)."""
+        return self.moments * (MOMENT_BYTES if self.eight_bit else 4)
 
     @property
     def vision_learns(self) -> bool:
@@ -173,8 +179,8 @@ def estimate(shape: Shape, load: Load, way: Way, bucket: int = 0) -> MemoryPlan:
 
 def moments_gib(plan: MemoryPlan) -> float:
     """Of a plan's optimizer, what is no master."""
-    moments, masters = MOMENT_BYTES if plan.way.eight_bit else 8, (2 if plan.way.split else 4) * plan.way.sharded
-    return plan.parts_gib["optimizer"] * moments / (moments + masters)
+    moments, masters = plan.way.moment_bytes, (2 if plan.way.split else 4) * plan.way.sharded
+    return plan.parts_gib["optimizer"] * moments / ((moments + masters) or 1)
 
 
 def state(shape: Shape, way: Way) -> dict[str, float]:
@@ -185,10 +191,12 @@ def state(shape: Shape, way: Way) -> dict[str, float]:
     kept_fp8 = FP8_BYTES * language * (way.fp8 and (way.whole or way.processes == 1))  # cast once per step
     if not way.sharded:  # fp32 weights and their half-precision copies, which autocast keeps for the backward pass
         stored = (0.55 * language + 2 * (vision + embedding)) if way.four_bit else (2 if way.adapters else 6) * total
-        moments = (MOMENT_BYTES if way.eight_bit else 8) * learning
+        moments = way.moment_bytes * learning
+        if way.eight_bit and not way.adapters:  # transformers 5.23 leaves those of embeddings in fp32
+            moments += (4 * way.moments - way.moment_bytes) * embedding / (1 if shape.tied else 2)
         return {"weights": stored, "gradients": 4 * learning, "optimizer": moments, "gathered": kept_fp8}
-    # What of an fp32 copy the weights do not hold, and two moments.
-    optimizer = ((2 if way.split else 4) + (MOMENT_BYTES if way.eight_bit else 8)) * learning
+    # What of an fp32 copy the weights do not hold, and the moments.
+    optimizer = ((2 if way.split else 4) + way.moment_bytes) * learning
     live = total if way.whole else min(total, LIVE_WEIGHTS)
     parts = {"weights": 2 * total / shared, "gradients": 2 * learning / shared, "optimizer": optimizer / shared}
     parts["gathered"] = 2 * live * (shared > 1 or way.offload)  # one process: DeepSpeed gathers without a copy
@@ -462,9 +470,10 @@ def remedy(way: Way, limit_gib: float) -> str:
     options = ["--freeze_vision"] if way.vision_learns else []
     options += ["no --fp8"] if way.fp8 else []
     options += [] if way.adapters or way.fp8 else ["--lora"]
-    options += [] if way.adapters or way.eight_bit or way.offload else ["--optim adamw_8bit"]
+    smaller = way.moment_bytes > 2 * MOMENT_BYTES
+    options += [f"--optim {NAMES[0]}"] if smaller and not way.adapters and not way.offload else []
     file = f"{'--config' if WRAPPER_FLAGS in os.environ else '--deepspeed'} ds_z3_offload.json"
-    file += " instead of --optim adamw_8bit" if way.eight_bit else ""
+    file += " instead of moments in 8 bits" if way.eight_bit else ""
     options += [] if way.offload or way.four_bit else [file]
     fewer = "fewer --max_pixels or --max_html_tokens, more GPUs"
     return f"does not fit {limit_gib:.0f} GiB: {', '.join([fewer, *options])}"

@@ -13,6 +13,7 @@ joined for them. Like zero3.py this room knows DeepSpeed's private names.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -246,20 +247,20 @@ class SplitMasters:
         """DeepSpeed's own state, with masters joined aside: whatever becomes of it, nothing has changed here."""
         state = self.state_dict()
         state[FP32_GROUPS] = [self.copy_of(number) for number in self.groups]
+        aside = sum(one.nbytes for one in state[FP32_GROUPS] if one.device != self.parts(0)[1].device)
+        if aside:
+            say_from_here(
+                f"masters: {aside / GIB:.1f} GiB of them joined on the CPU, since the GPU has no room for more"
+            )
         return state
 
     def copy_of(self, number: int) -> torch.Tensor:
-        """A group's masters as DeepSpeed would have them: on its device, or in the CPU's memory where it is full."""
+        """A group's masters as DeepSpeed would have them: on its device, or in the CPU's memory where all groups, which
+        are there at once until they are written, would fill that."""
         tensor, weights = self.parts(number)
         if self.rests[number] is None:
             return tensor
-        try:
-            joined = masters.join(weights.data, self.rests[number])
-        except RuntimeError as error:
-            if not is_out_of_memory(error) or not weights.is_cuda:
-                raise
-            say_from_here("masters: no memory on the GPU to join them for a checkpoint, so it is done on the CPU")
-            joined = masters.join(weights.data.cpu(), self.rests[number].cpu())
+        joined = joined_aside(weights.data, self.rests[number])
         joined.requires_grad_(tensor.requires_grad)
         vars(joined).update(vars(tensor))  # DeepSpeed's names of it
         return joined
@@ -282,6 +283,38 @@ class SplitMasters:
                 rest.zero_()
         else:
             self.restore()
+
+
+# Bytes of a GPU that a save leaves free, for collectives and for what the allocator cannot use: a guess.
+SPARED = 2 * GIB
+AT_ONCE = 2**24  # numbers that are copied to the CPU and joined there
+
+
+def room_on(device: torch.device) -> float:
+    """Bytes of a GPU that a save may take: asked, and not tried until it is full, since others need some, too. Without
+    end on a CPU."""
+    if device.type != "cuda":
+        return math.inf
+    free, total = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_allocated(device)
+    free += torch.cuda.memory_reserved(device) - held  # torch's own cache
+    return min(free, torch.cuda.get_per_process_memory_fraction(device) * total - held) - SPARED
+
+
+def joined_aside(weights: torch.Tensor, rests: torch.Tensor) -> torch.Tensor:
+    """masters.join on their device where that has room; else in the CPU's memory, part by part: that takes nothing of
+    a GPU's, and little more than the result."""
+    if room_on(weights.device) >= 4 * len(weights):
+        try:
+            return masters.join(weights, rests)
+        except RuntimeError as error:  # the room may be in pieces
+            if not is_out_of_memory(error) or not weights.is_cuda:
+                raise
+    joined = torch.empty(len(weights), dtype=torch.float32)
+    for start in range(0, len(weights), AT_ONCE):
+        place = slice(start, start + AT_ONCE)
+        joined[place] = masters.join(weights[place].cpu(), rests[place].cpu())
+    return joined
 
 
 def step_on(device: torch.device) -> Callable[..., None]:

@@ -176,6 +176,11 @@ OPTIMIZERS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "sgd": ("", ADAM, ("momentum", "dampening", "weight_decay", "nesterov")),
     "stable_adamw": ("optimi", (), ("max_lr", "kahan_sum", "decouple_lr")),
 }
+# Numbers that each keeps for one that learns, beside its master: in fp32, or in 8 bits by eight_bit.BLOCKWISE. As a
+# step of each was measured to leave them; one that is missing here has not been.
+MOMENTS = {"adamw_torch": 2, "adamw_torch_fused": 2, "adagrad": 1, "ademamix": 3, "ademamix_8bit": 3}
+MOMENTS |= dict.fromkeys(eight_bit.NAMES, 2) | dict.fromkeys(("lion_32bit", "lion_8bit"), 1)
+MOMENTS |= dict.fromkeys(("rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"), 1)
 # These change weights inside the backward pass, before anyone has looked for gradients that are no numbers; those want
 # to be told when weights are saved or judged, and would leave others in the final folder than they have found.
 INSIDE_BACKWARD = ("lomo", "adalomo", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise")
@@ -336,6 +341,8 @@ def optimizer_problems(training: dict, typed: dict, deepspeed: dict | None) -> l
         problems.append(f"--optim {optim}: {package} is not installed; install it, or give another, such as adafactor")
     problems += [f"--{name} {typed[name]}: --optim {optim} does not read it" for name in unread if name in typed]
     targeted = optim.startswith(("galore", "apollo"))
+    if targeted and (deepspeed or {}).get("zero_optimization", {}).get("stage"):
+        problems.append(f"--optim {optim} steps on matrices, which ZeRO lays flat; leave --deepspeed out, or --optim")
     if targeted and not training["optim_target_modules"]:
         problems.append(f"--optim {optim} needs --optim_target_modules, such as all-linear")
     if training["optim_target_modules"] and not targeted:
@@ -346,6 +353,18 @@ def optimizer_problems(training: dict, typed: dict, deepspeed: dict | None) -> l
             known = f"key=value by commas, of {', '.join(keys)}" if keys else "nothing, it reads none"
             problems.append(f"--optim_args {part}: --optim {optim} takes {known}")
     return problems
+
+
+def moments_of(optim: Any, optim_args: str | None, deepspeed: bool) -> int | None:
+    """Numbers that --optim keeps for one that learns, beside its master, under DeepSpeed or without it; None where that
+    is not known."""
+    name, given = eight_bit.name_of(optim), (optim_args or "").replace(" ", "").lower().split(",")
+    given = {key for key, _, value in (part.partition("=") for part in given) if value not in ("", "0", "0.0", "false")}
+    if name == "adafactor":  # of a matrix a mean for each row and column; DeepSpeed lays matrices flat
+        return int(deepspeed)
+    if name in ("sgd", "rmsprop"):
+        return (name == "rmsprop") * (1 + ("centered" in given)) + ("momentum" in given)
+    return MOMENTS.get(name)
 
 
 def json_object(name: str, given: Any) -> tuple[dict, list[str]]:

@@ -172,10 +172,14 @@ def expect_converted(config: dict) -> None:
 
 def count_steps_apart(engine: DeepSpeedEngine) -> None:
     """After a converted checkpoint is loaded: DeepSpeed 0.19.8 gives all of its groups one and the same tensor that
-    counts the steps, so that AdamW adds one to it for each group, and corrects the moments for steps never taken."""
-    for state in engine.optimizer.optimizer.state.values():
-        if torch.is_tensor(state.get("step")):
-            state["step"] = state["step"].clone()
+    counts the steps, so that AdamW adds one to it for each group, and corrects the moments for steps never taken. And
+    it leaves that in the CPU's memory, where torch's fused step on a GPU refuses it ("all tensors on the same device");
+    torch's own loading puts it beside the masters then, in fp32, and so does this."""
+    inner = engine.optimizer.optimizer
+    beside = any(group.get("fused") or group.get("capturable") for group in inner.param_groups)
+    for tensor, state in inner.state.items():
+        if torch.is_tensor(count := state.get("step")):
+            state["step"] = count.to(tensor.device, torch.float32, copy=True) if beside else count.clone()
 
 
 def flat_tensors(model: DeepSpeedEngine | torch.nn.Module) -> list[tuple[list[torch.Tensor], torch.Tensor]]:

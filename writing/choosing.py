@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from threading import Event
 from typing import Any
 
 from scoring.renders import Renderer
@@ -22,7 +23,7 @@ from use_model_from_hub import Failed, Request, UseError, Written
 
 CHOOSERS = 2  # pages that are compared at once: while one is looked at in Python, the next one is rendered
 MOST_BROWSERS = 8  # some 300 MB each
-MOST_BEHIND = 16  # pages that wait to be chosen from; whoever kills the process has these to write again
+MOST_BEHIND = 16  # pages that wait to be chosen from at most, or to be told; only the former are lost to who kills it
 
 
 @dataclass
@@ -34,10 +35,14 @@ class Chosen(Written):
 
 
 class BestOf:
-    """Writes `count` answers by another writer, and keeps one; browsers are open while it writes."""
+    """Writes `count` answers by another writer, and keeps one; browsers are open while it writes.
 
-    def __init__(self, writer: Any, count: int):
-        self.writer, self.count = writer, count
+    `kept` is called with each request and its `Chosen` as soon as that is known, in a thread of its own: the one that
+    iterates gets it with the next answers, for which it may have to wait for minutes. What it raises is raised there.
+    """
+
+    def __init__(self, writer: Any, count: int, kept: Callable[[Request, Chosen], None] | None = None):
+        self.writer, self.count, self.kept, self.ended = writer, count, kept, Event()
 
     def write(
         self, requests: Iterable[Request], shown: Callable[[Request, str], None] | None = None
@@ -47,6 +52,7 @@ class BestOf:
         many = (replace(request, sample=sample) for request in requests for sample in range(self.count))
         waiting: dict[int, dict[int, Any]] = {}
         choices: deque[Future[tuple[Request, Any]]] = deque()
+        self.ended.clear()
         browsers = max(2, min(MOST_BROWSERS, (os.cpu_count() or 1) // 2))
         with Renderer(browsers) as renderer, ThreadPoolExecutor(CHOOSERS) as pool:
             try:
@@ -61,6 +67,7 @@ class BestOf:
                 while choices:
                     yield choices.popleft().result()
             finally:
+                self.ended.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 renderer.close()  # first: those who wait for a render end then
 
@@ -77,4 +84,7 @@ class BestOf:
         scores = dict(zip(pages, choice.scores))
         sample = list(pages)[choice.index]
         every = tuple(scores.get(number) for number in range(self.count))
-        return replace(request, sample=0), Chosen(**vars(pages[sample]), sample=sample, scores=every)
+        request, best = replace(request, sample=0), Chosen(**vars(pages[sample]), sample=sample, scores=every)
+        if self.kept is not None and not self.ended.is_set():  # a renderer that is closed finds every page a failure
+            self.kept(request, best)
+        return request, best

@@ -159,7 +159,8 @@ def test_products_of_few_rows_equal_torchs(kernels, count, kind):
     wide_norm = norm[0].float(), norm[1]
     weight, bias, gated, down = draw(96, 512), draw(96), draw(2 * 64, 512), draw(512, 256)
     rows = skinny.Rows(hidden, hidden.float().pow(2).view(count, 4, -1).sum(-1))
-    assert all(skinny.tile_of(name, hidden, 512)[0] for name in skinny.TILES), "no kernel was tried"
+    like = hidden.new_empty(1024, 512)  # of 512 columns where it is gated
+    assert all(skinny.tile_of(name, hidden, like)[0] for name in skinny.TILES), "no kernel was tried"
     close(
         skinny.normed_product("qkv", rows, norm, weight, bias),
         skinny.normed_product("qkv", wide, wide_norm, weight.float(), bias.float()),
@@ -227,6 +228,27 @@ def test_products_of_many_rows_by_broad_tiles_equal_torchs(kernels, count, share
     assert torch.equal(narrow[2], (narrow[0] * norm[0]).to(kind))
 
 
+@pytest.mark.parametrize("count", [5, 40])
+@pytest.mark.parametrize("spoilt", ["weight off by a number", "rows off by a number", "weight across"])
+def test_what_does_not_lie_whole_is_torchs_and_said(kernels, spoilt, count):
+    """The copy engine takes nothing that begins between two multiples of 16 bytes, and all kernels count the places of
+    a weight row by row; every proof is on tensors that lie well."""
+    skinny = kernels("skinny_products")
+    torch.manual_seed(9)
+    rows, inner = torch.randn(2, count, 512, device=DEVICE).half()
+    weight = (torch.randn(512, 512, device=DEVICE) / 8).half()
+    wanted = rows.float() + inner.float() @ weight.float().T
+
+    def off(tensor):
+        return torch.cat((tensor.new_zeros(1), tensor.flatten()))[1:].view(tensor.shape)
+
+    inner = off(inner) if spoilt.startswith("rows") else inner
+    weight = weight.T.contiguous().T if spoilt == "weight across" else weight
+    weight = off(weight) if spoilt == "weight off by a number" else weight
+    with pytest.warns(UserWarning, match=r"product \(down\) of a weight \(512, 512\): .* torch does it, slower"):
+        close(skinny.add_product("down", skinny.Rows(rows.clone()), inner, weight).hidden, wanted, torch.float16)
+
+
 def test_a_row_among_many_comes_out_the_same_whatever_stands_beside_it(kernels):
     skinny = kernels("skinny_products")
     torch.manual_seed(8)
@@ -234,7 +256,7 @@ def test_a_row_among_many_comes_out_the_same_whatever_stands_beside_it(kernels):
     weight = torch.randn(512, 512, device=DEVICE).half() / 8
     whole = skinny.add_product("down", skinny.Rows(hidden), inner, weight)
     fewer = skinny.add_product("down", skinny.Rows(hidden[3:36].clone()), inner[3:36].clone(), weight)
-    assert isinstance(skinny.tile_of("down", inner, 512)[0], skinny.Broad)
+    assert isinstance(skinny.tile_of("down", inner, weight)[0], skinny.Broad)
     assert torch.equal(whole.hidden[3:36], fewer.hidden) and torch.equal(whole.squares[3:36], fewer.squares)
 
 
@@ -325,8 +347,8 @@ def test_rows_that_met_the_next_norm_are_taken_by_it_alone(kernels):
 
 def test_a_kernel_that_is_wrong_or_fails_is_not_used_and_that_is_said(kernels, monkeypatch):
     skinny, room = kernels("skinny_products"), kernels("slot_attention")
-    hidden = torch.randn(4, 256, device=DEVICE).half()
-    assert skinny.tile_of("down", hidden, 64)[1] != skinny.NEVER
+    hidden, weight = torch.randn(4, 256, device=DEVICE).half(), torch.randn(64, 256, device=DEVICE).half()
+    assert skinny.tile_of("down", hidden, weight)[1] != skinny.NEVER
     real = skinny.launch
 
     def wrong(*arguments, **options):
@@ -336,7 +358,7 @@ def test_a_kernel_that_is_wrong_or_fails_is_not_used_and_that_is_said(kernels, m
     monkeypatch.setattr(skinny, "launch", wrong)
     skinny.way_of.cache_clear()
     with pytest.warns(UserWarning, match=r"the kernel of products \(down\), launched plain, differs by"):
-        assert skinny.tile_of("down", hidden, 64) == (None, skinny.NEVER)
+        assert skinny.tile_of("down", hidden, weight) == (None, skinny.NEVER)
     real_attention = room.attend_in_parts
 
     def forgets_a_key(qkv, cos, sin, keys, *rest, **options):

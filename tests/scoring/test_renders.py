@@ -87,6 +87,36 @@ def test_nothing_slides_while_a_picture_is_taken(renderer):
     assert [np.array_equal(moving[y : y + 300], at_rest[y : y + 300]) for y in places] == [True] * len(slides)
 
 
+def test_what_moves_by_itself_is_the_same_whenever_the_picture_is_taken(renderer):
+    """Endless and ending, in the page, in shadows and frames; by a media query that holds while the picture is taken;
+    by scrolling, which a picture of the whole page makes impossible for a moment. What ends is seen at its end."""
+    frames = "@keyframes m{from{margin-left:0}to{margin-left:150px}}"
+    rules = f"<style>{frames}p{{margin:0;width:50px;height:50px;background:#f0f;animation:m %s}}</style><p></p>"
+    shadow = "<div><template shadowrootmode=%s>%s</template></div>"
+    inside = [shadow % ("open", rules % how) for how in (".7s infinite", "9s forwards")]
+    inside += [shadow % ("closed", rules % ".7s infinite")]
+    inside += [
+        f'<iframe srcdoc="{rules % how}" style="width:100%"></iframe>' for how in (".7s infinite", "9s forwards")
+    ]
+    own = f"<style>{frames}b{{display:block;width:50px;height:50px;background:#f0f}}"
+    for name, how in (("endless", ".7s infinite"), ("ending", "9s forwards"), ("scrolled", "linear forwards")):
+        own += f".{name}{{animation:m {how}}}"
+    own += ".scrolled{animation-timeline:scroll()}.endless{animation-duration:.9s}"
+    for query, how in (("min-height:1000px", ".7s"), ("max-height:999px", ".9s")):
+        own += f"@media({query}){{.tall{{animation:m {how} infinite}}}}"
+    strips = [f"<b class={name}></b>" for name in ("endless", "ending", "scrolled", "tall")]
+    strips += [*inside, "<marquee>words</marquee>"]
+    page = PAGE.format(
+        own + "</style>" + "".join(f"<div style='height:200px;overflow:hidden'>{it}</div>" for it in strips)
+    )
+    pictures = [render.image for render in renderer.map([Job(page)] * 6)]
+    places = [slice(200 * number, 200 * number + 190) for number in range(len(strips))]
+    same = [all(np.array_equal(pictures[0][place], other[place]) for other in pictures[1:]) for place in places]
+    assert same == [True] * len(strips)
+    left = [int((pictures[0][place] == MAGENTA).all(axis=2).any(axis=0).argmax()) for place in places[:-1]]
+    assert [left[number] - left[0] for number in (1, 5)] == [150, 150] and left[8] - left[7] == 150, left
+
+
 def test_renders_come_in_order_and_a_failure_stops_nobody(renderer):
     jobs = [Job(PAGE.format(f"<p>{n}</p>"), steps=("() => document.body.textContent",)) for n in range(6)]
     jobs[2] = Job(PAGE.format("x"), steps=("() => { throw new Error('on purpose'); }",))

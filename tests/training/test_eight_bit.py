@@ -53,7 +53,7 @@ def test_norms_and_biases_keep_fp32_moments_and_matrices_do_not(capsys):
     moments = [(optimizer.state[tensor]["state1"], optimizer.state[tensor]["state2"]) for tensor in weights]
     assert [{moment.dtype for moment in both} for both in moments] == [{torch.float32}, {torch.uint8}, {torch.float32}]
     whole = sum(value.nbytes for name, value in optimizer.state[weights[1]].items() if name[:5] in ("state", "absma"))
-    assert whole == 8192 * eight_bit.MOMENT_BYTES
+    assert whole == 8192 * 2 * eight_bit.MOMENT_BYTES
 
 
 def test_a_device_without_its_library_and_a_tensor_too_long_are_refused(monkeypatch):
@@ -112,6 +112,7 @@ def test_a_checkpoint_takes_6_bytes_less_for_each_number():
     embeddings = BaseTensor("model.embed_tokens.weight", (250_000, 1000), "BF16", None)
     whole = moment_bytes("adamw_8bit", {embeddings.name: embeddings}, 10**9, whole=True)
     assert whole == 8 / 4 + 2.03125 * 3 / 4
+    assert moment_bytes(**(billions | {"optim": "lion_8bit"}), moments=1) == 2.03125 / 2
 
 
 def test_no_other_number_of_processes_can_go_on(tmp_path):

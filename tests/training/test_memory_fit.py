@@ -150,7 +150,15 @@ def test_the_plan_says_what_there_is_without_deepspeed_and_what_it_does_not_know
     """There is no GPU here, but the plan is of one: training would have 4 bits there."""
     text = " ".join(plan_of(base, "--optim", "lion_8bit").split())
     assert "GiB on each GPU without DeepSpeed, the base in 4 bits:" in text
-    assert "--optim lion_8bit is not planned" in text
+    assert "--optim lion_8bit is not planned" not in text
+
+
+def test_an_optimizer_is_counted_as_what_it_keeps_and_one_nobody_knows_is_told(base, shapes_of_3b, monkeypatch):
+    resolved = resolve(["--plan", *ZERO_3, "--optim", "lion_8bit"])
+    scope = memory_fit.scope_of(resolved.settings, resolved.training, resolved.deepspeed, shapes_of_3b)
+    assert (scope.way.moments, scope.way.eight_bit, scope.way.split) == (1, True, False)
+    monkeypatch.setattr("training.training_arguments.installed", lambda package: True)
+    assert "--optim grokadamw is not planned" in " ".join(plan_of(base, "--optim", "grokadamw").split())
 
 
 # -----------------------------------------------------------------------------
@@ -271,6 +279,7 @@ def test_weights_are_gathered_once_per_step_where_they_fit(share, threshold, who
         gradient_accumulation_steps=8,
         activation_checkpointing=True,
         bf16=True,
+        optim="adamw_torch_fused",
     )
     pages = datasets.Dataset.from_dict({"html_tokens": [2_000] * 20, "image_tokens": [1_200] * 20})
     encoder = PageEncoder(make_processor(), "Write the page.", family_of("qwen2_5_vl"))

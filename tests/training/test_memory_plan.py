@@ -25,6 +25,8 @@ def test_parts_add_up_to_the_state_of_mixed_precision_adam():
     assert four.parts_gib["optimizer"] == pytest.approx(alone.parts_gib["optimizer"] / 4)
     assert alone.total_gib == pytest.approx(sum(alone.parts_gib.values()))
     assert alone.parts_gib["gathered"] == 0 < four.parts_gib["gathered"]
+    lion, sgd = (memory_plan.state(SHAPE, Way(moments=moments, eight_bit=True))["optimizer"] for moments in (1, 0))
+    assert (lion / weights, sgd / weights) == pytest.approx((4 + 1 + 4 / 256, 4))
     for kind in ({}, {"eight_bit": True}):  # of the fp32 copy the lower halves alone
         both = [memory_plan.state(SHAPE, Way(processes=4, split=split, **kind)) for split in (False, True)]
         assert both[0].pop("optimizer") - both[1].pop("optimizer") == pytest.approx(2 * weights / 4)
@@ -149,7 +151,21 @@ def test_the_table_names_remedies_that_are_not_taken_yet():
         "--freeze_vision, --lora, --optim adamw_8bit, --deepspeed ds_z3_offload.json"
     )
     refused_beside = memory_plan.remedy(Way(fp8=True, eight_bit=True), 24)
-    assert refused_beside.endswith("no --fp8, --deepspeed ds_z3_offload.json instead of --optim adamw_8bit")
+    assert refused_beside.endswith("no --fp8, --deepspeed ds_z3_offload.json instead of moments in 8 bits")
+    assert "adamw_8bit" not in memory_plan.remedy(Way(moments=1, eight_bit=True), 24), "it would take more"
+
+
+def test_without_zero_embeddings_keep_their_moments_in_fp32():
+    """transformers 5.23 has bitsandbytes leave them so."""
+    language, vision, embedding = memory_plan.weights_of(SHAPE)
+    optimizer = memory_plan.state(SHAPE, Way(sharded=False, eight_bit=True))["optimizer"]
+    wide = embedding / (1 if SHAPE.tied else 2)
+    assert optimizer == pytest.approx(2.03125 * (language + vision + embedding - wide) + 8 * wide)
+
+
+def test_an_optimizer_without_moments_has_none_to_make():
+    plan = memory_plan.estimate(SHAPE, PAGE, Way(sharded=False, moments=0))
+    assert plan.parts_gib["optimizer"] == memory_plan.moments_gib(plan) == 0
 
 
 def test_a_run_that_goes_on_has_room_for_its_whole_masters():

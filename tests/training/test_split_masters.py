@@ -19,6 +19,7 @@ from conftest import (
     start_zero_3,
     weights,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from training import split_masters
 from training.settings import Machine, resolve
@@ -211,6 +212,45 @@ def test_checkpoints_are_deepspeeds_own_and_either_kind_goes_on_from_the_others(
     call_in_processes(keep_and_go_on, given, tmp_path, env=INTERPRETED[optim])
 
 
+def go_on_converted(rank: int, world: int, port: int, folder: str, optim: str) -> None:
+    """From a checkpoint as it is, and from the same one converted: either kind of masters counts its steps alike."""
+    from training import zero3
+
+    begin(rank, world, port)
+    engine = engine_of(optim, whole=True)
+    train(engine, 3)
+    checkpoint = Path(folder, "checkpoint-3")
+    engine.save_checkpoint(str(checkpoint), tag="3")
+    train(engine, 2, first=3)
+    if rank == 0:
+        zero3.convert(checkpoint, Path(folder, "converted"))
+    torch.distributed.barrier()
+    places = {"as it is": (checkpoint, {}), "converted": (Path(folder, "converted", "checkpoint-3"), {})}
+    zero3.expect_converted(places["converted"][1])
+    for place, config in places.values():
+        for whole in (True, False):
+            other = engine_of(optim, whole, **config)
+            assert other.load_checkpoint(str(place), tag="3")[0]
+            zero3.count_steps_apart(other)
+            other.optimizer.optimizer.param_groups[1]["weight_decay"] = 0.0  # resuming.honour_typed does it in a run
+            states = other.optimizer.optimizer.state
+            counts = [(tensor, states[tensor]["step"]) for tensor in other.optimizer.fp32_partitioned_groups_flat]
+            found = {
+                (count.item(), count.dtype, count.shape, count.device == tensor.device) for tensor, count in counts
+            }
+            assert found == {(3, torch.float32, torch.Size(), True)}, (place, whole, found)
+            assert len({count.data_ptr() for _, count in counts}) == len(counts) > 1
+            train(other, 2, first=3)
+            for one, two in zip(masters_of(other), masters_of(engine)):
+                assert (one - two).abs().max() <= 1e-6, (place, whole)
+
+
+@pytest.mark.parametrize(("world", "optim"), [(1, "adamw_torch"), (2, "adamw_torch_fused")])
+def test_steps_are_counted_alike_by_a_checkpoint_and_a_converted_one(world, optim, tmp_path):
+    port = free_port()
+    call_in_processes(go_on_converted, [[rank, world, port, tmp_path, optim] for rank in range(world)], tmp_path)
+
+
 def fail_and_go_on(rank: int, world: int, port: int, folder: str) -> None:
     """A full disk, a full memory, a torn checkpoint: training goes on as if nothing had been."""
     begin(rank, world, port)
@@ -236,6 +276,57 @@ def fail_and_go_on(rank: int, world: int, port: int, folder: str) -> None:
     engine.optimizer.refresh_fp32_params()
     weights = real(engine, engine.optimizer.fp16_partitioned_groups_flat)
     assert all(torch.equal(wide, half.float()) for wide, half in zip(masters_of(engine), weights))
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of every storage that is made inside, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        made = function(*arguments, **(options or {}))
+        given = {value.untyped_storage()._cdata for value in arguments if torch.is_tensor(value)}
+        for value in made if isinstance(made, list | tuple) else [made]:
+            if torch.is_tensor(value) and value.untyped_storage()._cdata not in given:
+                self.sizes.append(value.untyped_storage().nbytes())
+        return made
+
+
+def save_where_there_is_no_room(rank: int, world: int, port: int) -> None:
+    """To the bit as on the GPU; a CPU stands for it, which has no room for even the first group."""
+    begin(rank, world, port)
+    engine = engine_of()
+    train(engine, 3)
+    lengths = [len(weights) for weights in engine.optimizer.fp16_partitioned_groups_flat]
+    wanted = engine.optimizer.state_dict()["fp32_flat_groups"]
+    split_masters.room_on, split_masters.AT_ONCE = lambda device: 4 * min(lengths) - 1, 50
+    with Allocations() as made:
+        found = [split_of(engine).copy_of(number) for number in range(len(lengths))]
+    assert all(torch.equal(one.view(torch.int32), two.view(torch.int32)) for one, two in zip(found, wanted))
+    assert [vars(one) for one in found] == [vars(two) for two in wanted]
+    large = [size for size in made.sizes if size > 4 * 50]
+    assert large == [4 * length for length in lengths], "nothing large but what is written, which is the CPU's"
+
+
+def test_a_save_takes_no_memory_of_a_gpu_that_has_none_left(tmp_path):
+    call_in_processes(save_where_there_is_no_room, [[0, 1, free_port()]], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("free", "share", "room"),
+    [(1.0, 1.0, 1 + 9 - 2), (0.0, 1.0, 9 - 2), (70.0, 0.5, 40 - 30 - 2), (0.0, 0.3, 24 - 30 - 2)],
+)
+def test_what_a_save_may_take_is_asked_for(free, share, room, monkeypatch):
+    """Of 80 GiB: torch holds 39 of which it uses 30."""
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * gib, 80 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 30 * gib)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 39 * gib)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: share)
+    assert split_masters.room_on(torch.device("cuda")) == pytest.approx(room * gib)
+    assert split_masters.room_on(torch.device("cpu")) == float("inf")
 
 
 def failing(*unused, **options):

@@ -7,13 +7,16 @@ import typing
 from dataclasses import fields
 
 import pytest
+import torch
 from conftest import PLAIN_JSON
-from transformers import TrainingArguments, optimization
+from transformers import Trainer, TrainingArguments, optimization
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from training import eight_bit
 from training import training_arguments as rules
+from training.memory_plan import Way
 from training.settings import Machine, resolve
 
 FIELDS = {field.name for field in fields(TrainingArguments)}
@@ -39,6 +42,33 @@ def test_every_optimizer_and_its_needs_are_known():
     assert refused <= {item.value for item in OptimizerNames}
     left = {item.value for item in OptimizerNames} - refused
     assert not {name for name in left if not any(name.startswith(known) for known in rules.OPTIMIZERS)}
+    assert set(rules.MOMENTS) <= left
+
+
+@pytest.mark.parametrize(
+    ("optim", "optim_args"),
+    [
+        *((name, None) for name in (*rules.MOMENTS, "adafactor", "sgd", "rmsprop")),
+        ("sgd", "momentum=0.9"),
+        ("sgd", "momentum=0.0, nesterov=False"),
+        ("rmsprop", "momentum=0.9,centered=True"),
+        ("rmsprop", "centered=False"),
+    ],
+)
+def test_an_optimizer_keeps_as_much_as_is_planned_for_it(optim, optim_args, tmp_path):
+    """As transformers makes it, after a real step: on a matrix, and on the flat tensor that ZeRO makes of one."""
+    arguments = TrainingArguments(str(tmp_path), optim=optim, optim_args=optim_args, use_cpu=True, report_to="none")
+    for shape in ((1024, 1024), (1024 * 1024,)):
+        weights = torch.nn.Parameter(torch.ones(shape))
+        weights.grad = torch.ones_like(weights)
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        optimizer = kind([weights], **options)
+        optimizer.step()
+        (state,) = optimizer.state.values() or [{}]
+        kept = sum(value.nbytes for name, value in state.items() if torch.is_tensor(value) and name[:4] != "qmap")
+        moments = rules.moments_of(optim, optim_args, deepspeed=len(shape) == 1)
+        way = Way(moments=moments, eight_bit=eight_bit.is_asked(optim))
+        assert kept / weights.numel() == pytest.approx(way.moment_bytes, abs=0.01), (optim, optim_args, shape)
 
 
 def test_every_schedule_reads_what_its_function_takes():
@@ -132,6 +162,7 @@ def test_a_default_is_in_range(name):
     [
         ("--optim galore_adamw", "--optim galore_adamw: galore_torch is not installed"),
         ("--optim galore_adamw", "--optim galore_adamw needs --optim_target_modules, such as all-linear"),
+        ("--optim galore_adamw --deepspeed ds_z3.json", "--optim galore_adamw steps on matrices, which ZeRO lays flat"),
         ("--optim lomo", "--optim lomo changes weights before gradients can be looked at"),
         ("--optim schedule_free_adamw", "what is saved and judged would be other weights"),
         ("--optim adamw_torch_8bit", "--optim adamw_torch_8bit: torchao is not installed"),

@@ -12,6 +12,23 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from training import zero3
 from training.errors import PipelineError
 
+WHERE_THE_COUNT_IS = [({"fused": True}, "meta"), ({"capturable": True}, "meta"), ({}, "cpu")]
+
+
+@pytest.mark.parametrize(("options", "device"), WHERE_THE_COUNT_IS)
+def test_steps_are_counted_where_torchs_own_loading_would_put_the_count(options, device):
+    """A fused step on a GPU refuses one in the CPU's memory, where DeepSpeed leaves that of a converted checkpoint. No
+    GPU here: a tensor without memory stands for one on another device."""
+    weights = [torch.nn.Parameter(torch.empty(3, device="meta")) for _ in range(2)]
+    inner, shared = torch.optim.AdamW(weights), torch.tensor(7.0)
+    inner.param_groups[0] |= options
+    for tensor in weights:
+        inner.state[tensor] = {"step": shared}
+    zero3.count_steps_apart(SimpleNamespace(optimizer=SimpleNamespace(optimizer=inner)))
+    counts = [inner.state[tensor]["step"] for tensor in weights]
+    assert [(count.device.type, count.dtype) for count in counts] == [(device, torch.float32)] * 2
+    assert counts[0] is not counts[1] and not any(count is shared for count in counts)
+
 
 def test_pages_are_written_with_torchs_own_linear_function(monkeypatch):
     from deepspeed.runtime.zero.linear import zero3_linear_wrap

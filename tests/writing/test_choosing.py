@@ -97,6 +97,67 @@ def test_the_next_pages_are_written_while_one_is_rendered_and_the_order_stays(ch
     ]
 
 
+def test_a_page_is_kept_when_it_is_chosen_and_not_only_when_the_next_answers_come(chosen_slowly):
+    """Of eight samples at once by generate() the last pages waited for minutes, and were lost to who was killed then.
+    Here the next answer comes only once the page is kept."""
+    is_kept, kept = Event(), []
+
+    def keeps(request, answer):
+        kept.append((request.place, request.sample, answer.html))
+        is_kept.set()
+
+    class Writing:
+        def write(self, requests, shown=None):
+            for request in requests:
+                assert request.place == 0 or is_kept.wait(20), "nobody kept the first page"
+                yield request, use.Written(f"{request.place} {request.sample}", "", 1, False)
+
+    for event in chosen_slowly:
+        event.set()
+    told = [(request.place, page.html) for request, page in BestOf(Writing(), 2, keeps).write(wanted(3))]
+    assert kept == [(place, 0, f"{place} 1") for place in range(3)] and told == [
+        (place, html) for place, _, html in kept
+    ]
+
+
+def test_what_keeping_raises_is_raised_where_pages_are_taken(chosen_slowly):
+    def full(request, answer):
+        raise OSError(28, "No space left on device")
+
+    class Writing:
+        def write(self, requests, shown=None):
+            yield from ((request, use.Written("", "", 1, False)) for request in requests)
+
+    for event in chosen_slowly:
+        event.set()
+    with pytest.raises(OSError, match="No space left"):
+        list(BestOf(Writing(), 1, full).write(wanted(2)))
+
+
+def test_a_choice_that_is_made_while_browsers_are_closed_is_not_kept(chosen_slowly, monkeypatch):
+    """Every render fails then, and any answer would look as good as the others."""
+    kept = []
+
+    class Closing(Played):
+        def close(self):
+            for event in chosen_slowly:
+                event.set()
+
+    monkeypatch.setattr(choosing, "Renderer", lambda browsers: Closing())
+
+    class Writing:
+        def write(self, requests, shown=None):
+            for request in requests:
+                if request.place == 2:  # page 1 is being looked at
+                    chosen_slowly[0].set()
+                yield request, use.Written("", "", 1, False)
+
+    pages = BestOf(Writing(), 1, lambda request, answer: kept.append(request.place)).write(wanted(6))
+    assert next(pages)[0].place == 0
+    pages.close()
+    assert kept == [0]
+
+
 def test_what_is_far_behind_is_waited_for_and_what_has_gone_is_named(chosen_slowly, monkeypatch):
     monkeypatch.setattr(choosing, "MOST_BEHIND", 2)
     for event in chosen_slowly:
