@@ -430,6 +430,10 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session", autouse=True)
 def environment_at_the_beginning():
     """Once every module of tests has been imported, and before the first test changes anything."""
+    # A shell that starts the tests in the background has Ctrl-C ignored, and so would all that they start: what a test
+    # interrupts would go on to its end.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     warm.beginning.update(warm.usual_environment())
 
 

@@ -633,7 +633,7 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
 def test_a_folder_that_was_killed_goes_on_where_it_was(here):
     """SIGKILL leaves whole files, SIGTERM and Ctrl-C say how far they came; the same command writes the rest."""
     make_pages(here / "many", 80)
-    command = ["--image", "many", "--model", "./model", "--output", "out", "--max_html_tokens", "60"]
+    command = ["--image", "many", "--model", "./model", "--output", "out", "--max_html_tokens", "60", "--batch", "8"]
     times: dict[str, int] = {}
     for sign, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143), (signal.SIGINT, 130)):
         with in_background(command, here, script=SCRIPT) as run:

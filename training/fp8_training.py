@@ -19,8 +19,8 @@ import torch
 from transformers import TrainerCallback
 
 from scoring.report_values import plural
-from training.errors import SettingsError
-from training.processes import gather, say
+from training.errors import PipelineError, SettingsError, is_out_of_memory
+from training.processes import gather, say, together
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -34,7 +34,7 @@ PART_LIMIT = 0.15
 # Through a whole model rounding adds up, with layers and width: in 3B's shapes, 36 layers 2,048 wide, random weights
 # put all gradients together off by 41 % of their norm and the worst weight's by 61 %, of which most points elsewhere;
 # along the gradient in bf16 none was off by more than 28 %. What parts by themselves do not show, a gradient that is
-# not passed on or comes twice, weights of another step, makes one of no length, twice as long, or another one.
+# not passed on or comes twice, makes one of no length or twice as long.
 WEIGHT_LIMIT = 0.6  # along any one weight's gradient, of its length
 WHOLE_LIMIT = 0.8  # of the norm of all of them
 LOSS_LIMIT = 0.05  # of the loss; there it was off by 0.2 %
@@ -101,20 +101,29 @@ def begin(trainer: Trainer, loss_of: Callable[[], torch.Tensor], keep: bool) -> 
 
     start, layers, way = time.monotonic(), trainer.model.get_submodule("model.language_model"), Fp8(keep=keep)
     names = {part: name for name, part in layers.named_modules() if isinstance(part, torch.nn.Linear)}
-    beside, failure = Beside(way, names), ""
+    beside, cause = Beside(way, names), None
     trainer.model.train()
     try:
         put_into_fp8(layers, beside)
         wanted = gradients(trainer, loss_of())
         put_into_fp8(layers, way)
         found = gradients(trainer, loss_of())
-    except torch.OutOfMemoryError:
+    except PipelineError:  # says itself what is wrong, and leaving fp8 out is no remedy
         raise
     # Kernels that are compiled here, or a torch without such products, may raise anything; on every rank, then.
     except Exception as error:
-        failure = f"it fails here: {str(error)[:200]}"
+        if is_out_of_memory(error):
+            raise
+        cause = error
+    try:
+        together(cause is not None)
+    except RuntimeError as error:  # others wait for us inside a collective, where nobody can call them back
+        raise cause or error from error
     ours = {f"model.language_model.{name}.weight" for part, name in names.items() if part in way.used}
-    compared = failure or (compare(wanted, found, ours, beside.errors) if ours else "none of this model's layers can")
+    if cause is not None:
+        compared = f"it fails here: {str(cause)[:200]}"
+    else:
+        compared = compare(wanted, found, ours, beside.errors) if ours else "none of this model's layers can"
     told = gather(compared)
     if failures := [each for each in told if isinstance(each, str)]:
         raise SettingsError(f"--fp8: {failures[0]}; leave it out to train in bf16")

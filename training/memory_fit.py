@@ -60,7 +60,7 @@ from training.processes import (
     together,
     world_size,
 )
-from training.progress import gpu_memory_words, say_memory, segment_words
+from training.progress import cache_words, gpu_memory_words, say_memory, segment_words
 from training.prompt_and_mask import PageEncoder
 from training.run_record import ADDED
 from training.settings import PageSettings, Resolved
@@ -373,6 +373,7 @@ def compare_with_plan(trainer: Trainer, batches: Batches | None) -> None:
             f"peak: {peak:.1f} GiB measured, {planned:.1f} planned for the fullest batch, {planned / peak - 1:+.1%}; "
             f"it had {way_words(highest)}"
         )
+        say(in_columns(cache_words()))
 
 
 # -----------------------------------------------------------------------------
@@ -396,7 +397,7 @@ class Fit:
 
     def __call__(self, trainer: Trainer, collate: Callable[[list], dict], pages: Dataset, held_out: Dataset) -> None:
         """(all ranks) Raises OutOfMemoryError where a batch does not fit whose size was typed, or which is a page
-        alone; restarts with more layers recomputed, then with fewer pages, where auto chose them."""
+        alone; restarts with less where auto chose it (`restart`)."""
         args = trainer.args
         treatment = Treatment(trainer.model, self.way, args.activation_checkpointing, args.device)
         offload = treatment.offload

@@ -210,6 +210,14 @@ def gpu_memory_words() -> str:
     return "{} GiB in tensors (at most {}), {} in gaps between them, {} outside of torch, {} free".format(*gib)
 
 
+def cache_words() -> str:
+    """How often torch found no room and gave all that it kept for later back to the GPU, which waits for that; and the
+    most that was in tensors, or let go of while another stream was at work on it, which the peak does not count."""
+    told = torch.cuda.memory_stats()
+    active, times = told.get("active_bytes.all.peak", 0) / 2**30, told.get("num_alloc_retries", 0)
+    return f"torch gave its cache back {plural(times, 'time')}; at most {active:.1f} GiB were not to be given to others"
+
+
 # Torch reads the second only where the first is not there, not even empty (tried with 2.11.0 and 2.14.1).
 ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
@@ -219,8 +227,12 @@ def segment_words() -> str:
     if not torch.cuda.is_available():
         return ""
     there = torch.empty(1, device="cuda")  # held meanwhile, so that torch has a segment at all
-    own = torch.cuda.get_allocator_backend() == "native"  # CUDA's allocator cannot be asked, and has none
-    words = judge_segments(torch.cuda.memory_snapshot() if own else [], os.environ)
+    if torch.cuda.get_allocator_backend() != "native":
+        return (
+            "torch's memory is CUDA's own allocator's, of which the plan knows nothing, so memory may run out: leave "
+            f"`backend` out of {' and '.join(ALLOCATOR_SETTINGS)}"
+        )
+    words = judge_segments(torch.cuda.memory_snapshot(), os.environ)
     del there
     return words
 

@@ -284,8 +284,8 @@ def lean_steps(engine: DeepSpeedEngine) -> None:
         optimizer.get_grad_norm_direct = types.MethodType(gradient_norm, optimizer)
         if alone:
             optimizer.reduce_independent_p_g_buckets_and_remove_grads = types.MethodType(keep_gradient, optimizer)
-        elif (stream := optimizer.reduce_and_partition_stream) is not None:  # None on a CPU
-            wait_in_order(stream)
+        elif optimizer.reduce_and_partition_stream is not None:  # None on a CPU
+            wait_in_order(optimizer)
     if all(parameter.ds_persist for parameter in engine.module.parameters()):
         stay_gathered(engine.module, optimizer)
 
@@ -320,15 +320,24 @@ def keep_gradient(self, parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
-def wait_in_order(stream: torch.cuda.Stream) -> None:
-    """What is asked for after `stream.synchronize()` is computed behind what `stream` was given; Python goes on.
+def wait_in_order(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
+    """What is asked for after `synchronize` of the stream that reduces is computed behind what it was given; Python
+    goes on as soon as only the newest bucket is on its way.
 
     DeepSpeed (0.19.8) lets Python wait there after each backward pass, until the last gradients have travelled. The GPU
-    then waits for Python to launch the next micro-batch's first layers. Its own limit stays: Python is three buckets
-    ahead of the stream at most. Where gradients leave for the CPU's memory, who reads them there has to wait.
+    then waits for Python to launch the next micro-batch's first layers. Gradients of older buckets are waited for here
+    as well: until they have travelled torch gives their memory to nobody, and a plan that fills it knows of none.
+    Where gradients leave for the CPU's memory, who reads them there has to wait.
     """
+    stream, events = optimizer.reduce_and_partition_stream, optimizer.param_reduce_events
+
+    def wait() -> None:
+        while len(events) > 1:
+            events.popleft().synchronize()
+        torch.cuda.current_stream(stream.device).wait_stream(stream)
+
     # Of this instance alone. The step and the next reductions are given to streams, so their order is all that counts.
-    stream.synchronize = lambda: torch.cuda.current_stream(stream.device).wait_stream(stream)
+    stream.synchronize = wait
 
 
 # Weights; 2 MB travel in some 10 us by NVLink, about what a call to NCCL takes by itself.

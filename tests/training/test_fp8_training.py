@@ -7,7 +7,7 @@ import torch
 from conftest import Tiny
 
 from training import fast_layers, fp8_training
-from training.errors import SettingsError
+from training.errors import PipelineError, SettingsError
 
 pytest.importorskip("triton", reason="triton is not installed")
 from kernels import fp8
@@ -75,6 +75,30 @@ def test_it_is_refused_where_a_product_is_wrong(trainer, monkeypatch, fault, wor
     monkeypatch.setattr(fp8, "for_weight", fault(fp8.for_weight))
     with pytest.raises(SettingsError, match=words):
         fp8_training.begin(trainer, trainer.loss, keep=False)
+
+
+def test_another_fault_than_of_fp8_is_told_as_what_it_is(trainer, monkeypatch):
+    """A layer that did not wait for its weights, memory that runs out in whatever words, a rank whose others do not
+    come: leaving fp8 out would help against none."""
+
+    def begin(error):
+        def raises():
+            raise error
+
+        fp8_training.begin(trainer, raises, keep=False)
+
+    for error in (PipelineError("1 layers did not wait"), RuntimeError("CUDA driver error: out of memory")):
+        with pytest.raises(type(error), match=str(error)):
+            begin(error)
+
+    def others_are_elsewhere(flag):
+        raise RuntimeError("rank 1 does not come")
+
+    monkeypatch.setattr(fp8_training, "together", others_are_elsewhere)
+    with pytest.raises(RuntimeError, match="rank 1 does not come"):
+        fp8_training.begin(trainer, trainer.loss, keep=False)
+    with pytest.raises(ValueError, match="here alone"):
+        begin(ValueError("here alone"))
 
 
 def test_it_is_refused_where_no_layer_takes_it(trainer, monkeypatch):

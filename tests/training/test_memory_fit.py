@@ -265,7 +265,7 @@ def test_several_processes_leave_room_for_what_nccl_takes_outside_of_torch(proce
 
 
 @pytest.mark.parametrize(
-    ("share", "threshold", "whole"), [(1.0, "auto", True), (1.0, 100_000, False), (0.3, "auto", False)]
+    ("share", "threshold", "whole"), [(1.0, "auto", True), (1.0, 100_000, False), (0.25, "auto", False)]
 )
 def test_weights_are_gathered_once_per_step_where_they_fit(share, threshold, whole, shapes_of_3b, monkeypatch):
     """Two H200s of which torch may use a share. No GPU here, so what torch says of one is given; the plan is real."""

@@ -114,6 +114,11 @@ def test_a_gpu_does_not_wait_until_other_ranks_have_sent_what_their_lines_tell(m
         meter.send(torch.device("cuda"))
     assert done == 2 * ["behind 0", "all ranks on 2", "all ranks on 2", "on 2"] and len(progress._beside) == 1
     assert meter.sent[0].tolist() == [2.0, 0.0, 0.0, 0.0, 0.0]
+    # What is read there is kept until it has been.
+    loss = SimpleNamespace(is_cuda=True, record_stream=lambda stream: done.append(stream is progress._beside[0]))
+    with progress.beside(torch.device("cuda"), [loss, torch.ones(())]):
+        assert len(streams) == 2 and streams[1] is progress._beside[0]
+    assert done[-1] is True
 
 
 # What memory_snapshot of torch 2.14 says of a segment, but for its blocks: written by its sources, as no GPU is here.
@@ -155,8 +160,24 @@ def test_segments_that_do_not_grow_are_told_by_the_setting_that_torch_goes_by(en
     """Of two names the older one, even if it is empty; what it asks for need not be what the driver does."""
     told = judge_segments(segments(0.0, 12.0), environment)
     assert told.startswith(f"torch's memory does not grow in segments, {why}") and "memory may run out" in told
-    assert judge_segments([], environment).startswith("torch's memory does not grow in segments, "), "CUDA's allocator"
 
 
-def test_a_machine_without_a_gpu_has_no_segments():
+def test_a_machine_without_a_gpu_has_no_segments(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert segment_words() == ""
+
+
+def test_an_allocator_that_cannot_be_asked_is_named_with_what_chose_it(monkeypatch):
+    """What torch says of a GPU is played: there is none here."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: pytest.fail("it has none"))
+    assert "CUDA's own allocator" in segment_words() and f"leave `backend` out of {OLD} and {NEW}" in segment_words()
+
+
+def test_a_run_tells_how_often_torch_gave_its_cache_back(monkeypatch):
+    """And what no peak counts. What torch says of a GPU is played: there is none here."""
+    told = {"active_bytes.all.peak": 3 * 2**29, "num_alloc_retries": 2}
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: told)
+    assert progress.cache_words().startswith("torch gave its cache back 2 times; at most 1.5 GiB")

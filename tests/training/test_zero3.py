@@ -1,13 +1,16 @@
 """What is known of DeepSpeed's insides holds for the version that is installed."""
 
 import contextlib
+import inspect
 import re
+from collections import deque
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import GATHERED, PROGRAMS, output, small_run, start_zero_3, weights
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
 
 from training import zero3
 from training.errors import PipelineError
@@ -157,11 +160,21 @@ def test_after_an_error_no_weights_are_on_their_way(monkeypatch):
 
 
 def test_python_goes_on_where_deepspeed_lets_it_wait_for_the_last_gradients(monkeypatch):
-    """Streams are played: there is no GPU here. That they wait for each other is all that the step needs."""
-    done = []
-    computing = SimpleNamespace(wait_stream=lambda stream: done.append(("computing waits for", stream)))
+    """Streams are played: there is no GPU here. That they wait for each other is all that the step needs; of what has
+    to travel Python leaves the newest bucket alone on its way, since the memory of all counts until it has."""
+    done, computing = [], SimpleNamespace(wait_stream=lambda stream: done.append(("computing waits for", stream)))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
-    reducing = SimpleNamespace(device="cuda:1", synchronize=lambda: done.append("Python waits"))
-    zero3.wait_in_order(reducing)
-    reducing.synchronize()  # as independent_gradient_partition_epilogue does
-    assert done == [("computing waits for", reducing)]
+    reducing = SimpleNamespace(device="cuda:1", synchronize=lambda: done.append("Python waits for all"))
+    events = deque(SimpleNamespace(synchronize=lambda bucket=bucket: done.append(bucket)) for bucket in range(3))
+    optimizer = SimpleNamespace(model_parallel_group=None, partition_count=2, offload_optimizer=False)
+    optimizer.reduce_and_partition_stream, optimizer.param_reduce_events = reducing, events
+    module = torch.nn.Linear(1, 1, bias=False)
+    module.weight.ds_persist = False
+    zero3.lean_steps(SimpleNamespace(optimizer=optimizer, module=module, train=None, training=True))
+    reducing.synchronize()
+    assert done == [0, 1, ("computing waits for", reducing)] and len(events) == 1
+    # Which is what DeepSpeed calls there, and a name that it keeps events by.
+    source = inspect.getsource(Stage3)
+    epilogue = source.split("def independent_gradient_partition_epilogue(")[1].split("\n    def ")[0]
+    assert "self.reduce_and_partition_stream.synchronize()" in epilogue
+    assert "self.param_reduce_events.append(event)" in source
