@@ -17,13 +17,15 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, tracked_files
+from conftest import ROOT, shapes_of_3b, tracked_files
 
 import holo1_dom_finetune as training
 import make_pages
 import page_scores
 import run_deepspeed_training as wrapper
 import use_model_from_hub as use
+from families import family_of
+from training import memory_fit
 from training import settings as training_settings
 from training.checkpoints import MANIFEST
 from training.dataset import KNOWN_DATASETS
@@ -339,6 +341,18 @@ def test_the_wrappers_table_has_every_flag_with_its_default():
     own = {"master_port": wrapper.DEFAULT_PORT, "hub_repo": settings.hub_repo, "num_samples": settings.num_samples}
     plain = {name: value if name in ("master_port", "num_samples") else shown(value) for name, value in own.items()}
     assert told == {name: str(plain.get(name, shown(value))) for name, value in args.items()}
+
+
+def test_the_memory_table_is_what_plan_prints():
+    config, asked = shapes_of_3b(), ["--plan", "--deepspeed", str(ROOT / "ds_z3.json")]
+    resolved, family = training_settings.resolve(asked), family_of(config)
+    scope = memory_fit.scope_of(resolved.settings, resolved.training, resolved.deepspeed, config)
+    image = family.most_image_tokens(config, resolved.settings.max_pixels)
+    page = memory_fit.longest_page(family, config, image, resolved.settings.max_html_tokens + 1)
+    printed = [line.split() for line in memory_fit.fast_table(scope, page).splitlines()]
+    table = PAGES[README.name].split("| GPUs | of GiB |")[1].split("\n\n")[0]
+    shown = [re.split(r" \| |, ", row) for row in re.findall(r"^\| (\d.*) \|$", table, re.MULTILINE)]
+    assert len(shown) > 3 and [row for row in shown if row not in printed] == []
 
 
 def test_no_cell_of_a_table_is_empty():

@@ -474,9 +474,8 @@ def test_the_last_of_the_programs_of_a_slot_joins_what_all_have_left(kernels, mo
     options = {"heads": heads, "scale": width**-0.5, "extras": room.Extras(None, 1e-6, gated)}
 
     def attended(places, rows=qkv, before=states, **how):
-        return room.attend_in_parts(
-            rows, cos, sin, *before.clone(), torch.tensor(places, device=DEVICE), **options, **how
-        )
+        at = torch.tensor(places, device=DEVICE)
+        return room.attend_in_parts(rows, cos, sin, *before.clone(), at, **options, **how)
 
     places = [150, 0, 40]
     wide = [part.float() for part in (qkv, cos, sin, *states)]
