@@ -216,10 +216,13 @@ def attention_kernel(device: str, half: bool) -> str:
 def importable(module: str) -> bool:
     """Whether `module` has its function for packed segments. flash-attn 4 lives in a folder of flash-attn 2's package,
     which may itself be missing; both may be built for another torch or driver, and fail in any way."""
-    # A broken package must cost a kernel, not the training: it is said which one is used (`attention_words`).
+    # A broken package must cost a kernel, not the training; but whoever has installed it believes that it is used.
     try:
         return hasattr(importlib.import_module(module), "flash_attn_varlen_func")
-    except Exception:
+    except Exception as error:
+        if not isinstance(error, ModuleNotFoundError) or error.name not in (module, module.partition(".")[0]):
+            why = f"{type(error).__name__}: {str(error)[:200]}"
+            warnings.warn(f"{module} is installed, but cannot be imported, and is not used: {why}", stacklevel=2)
         return False
 
 

@@ -1,7 +1,9 @@
 """A segment sees itself alone, and a kernel is believed only where it has given what torch's own gives."""
 
+import importlib
 import shutil
 import sys
+import warnings
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -34,6 +36,36 @@ def test_attention_with_fewer_keys_is_causal_inside_each_segment():
                 scores = query[place, head] @ key[start : place + 1, head // 2].T * 0.3
                 wanted = scores.softmax(-1) @ value[start : place + 1, head // 2]
                 assert torch.allclose(done[place, head], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("package", "why"),
+    [
+        (None, None),
+        ("", None),  # flash-attn 2 alone
+        ("import not_there_at_all", "ModuleNotFoundError: No module named 'not_there_at_all'"),
+        ("raise OSError('undefined symbol: of another torch')", "OSError: undefined symbol: of another torch"),
+    ],
+    ids=["not installed", "without it", "a part is missing", "for another torch"],
+)
+def test_a_flash_attn_that_is_installed_and_broken_is_told(package, why, tmp_path, monkeypatch):
+    """Who has installed it would believe that it is used. What is not there is nobody's fault."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *(place for place in sys.path if "site-packages" not in place)])
+    if package is not None:
+        (tmp_path / "flash_attn").mkdir()
+        (tmp_path / "flash_attn" / "__init__.py").write_text("")
+    if package:
+        (tmp_path / "flash_attn" / "cute.py").write_text(package)
+    importlib.invalidate_caches()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert not attention.importable("flash_attn.cute")
+    for name in ("flash_attn", "flash_attn.cute"):  # nobody's after this
+        sys.modules.pop(name, None)
+    shown = [str(warning.message) for warning in told]
+    assert shown == ([f"flash_attn.cute is installed, but cannot be imported, and is not used: {why}"] if why else [])
 
 
 class NoNumber(torch.autograd.Function):
