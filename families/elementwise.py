@@ -132,21 +132,22 @@ class Elementwise:
             setattr(self, name, function)
         if fuse and torch.cuda.is_available():
             # Imported here: it needs triton, which a machine without a GPU may lack.
-            from kernels import norm_kernels, rotary_kernel
+            from kernels import norm_kernels, rotary_kernel, swiglu_kernels
 
             # Asked at each call: a copy of the model on the CPU has no kernel.
             compiled = self.rotate
             self.rotate = lambda query, *rest: (rotary_kernel.rotate if query.is_cuda else compiled)(query, *rest)
-            # Norms of a family's own compute something else.
-            for name in {"rms_norm", "rms_norm_backward"} - {function.__name__ for function in own}:
-                setattr(self, name, functools.partial(by_kernel, getattr(norm_kernels, name), getattr(self, name)))
+            rooms = dict.fromkeys(("rms_norm", "rms_norm_backward"), norm_kernels)
+            rooms |= dict.fromkeys(("swiglu", "swiglu_backward"), swiglu_kernels)
+            # Those of a family's own compute something else.
+            for name in rooms.keys() - {function.__name__ for function in own}:
+                kernel = getattr(rooms[name], name)
+                setattr(self, name, functools.partial(by_kernel, rooms[name].takes, kernel, getattr(self, name)))
 
 
-def by_kernel(kernel: Callable, compiled: Callable, hidden: torch.Tensor, weight: torch.Tensor, *rest) -> object:
-    """A norm by `kernel` where that takes it, else `compiled`."""
-    from kernels import norm_kernels
-
-    return (kernel if norm_kernels.takes(hidden, weight) else compiled)(hidden, weight, *rest)
+def by_kernel(takes: Callable[..., bool], kernel: Callable, compiled: Callable, *given: torch.Tensor | float) -> object:
+    """By `kernel` where it `takes` what is `given`, else `compiled`."""
+    return (kernel if takes(*given) else compiled)(*given)
 
 
 def without_history(compiled: Callable, *inputs: torch.Tensor | float) -> torch.Tensor | tuple[torch.Tensor, ...]:

@@ -13,11 +13,13 @@ Rooms from top to bottom; each may import those below it, and none above:
     adamw_8bit_kernel  AdamW's step with moments in 8 bits, one pass over memory
     adamw_kernel     AdamW's step on split masters, one pass over memory
     norm_kernels     norms of many rows and their gradients, one pass over memory each
+    swiglu_kernels   silu(gate) * up and its gradients, one pass over memory each
+    rotary_kernel    rotary positions at the speed of a GPU's memory
     row_kernels      norms, activations and the likeliest token, one pass over memory each
     product_parts    what kernels have in common whose programs share a piece of work
     masters          fp32 masters as bf16 weights and 16-bit rests, and AdamW's step on them by torch
     trials           what kernels' libraries find out on a machine, kept and tried aside
+    launching        launches of Triton kernels that were launched before, by less Python
     early            kernels that begin while the one before them ends
-    rotary_kernel    rotary positions at the speed of a GPU's memory
     positions        where tokens and patches stand
 """

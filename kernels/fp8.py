@@ -23,11 +23,14 @@ computes with the same fp8 numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+from kernels.launching import launch, power_above
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 NAMES = {E4M3: tl.float8e4nv, E5M2: tl.float8e5}
@@ -185,7 +188,7 @@ def on_triton(states: torch.Tensor) -> bool:
 
 def warps_for(width: int) -> int:
     """How many warps take a row of `width` at once: up to 64 numbers a thread."""
-    return min(max(triton.next_power_of_2(width) // 1024, 1), 16)
+    return min(max(power_above(width) // 1024, 1), 16)
 
 
 def scales_by_torch(most: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
@@ -216,8 +219,8 @@ def cast(states: torch.Tensor, kind: torch.dtype = E4M3, into: Rows | None = Non
     if states.stride(1) != 1:
         states = states.contiguous()
     into = into or empty_rows(states, count, width, kind)
-    options = {"LARGEST": torch.finfo(kind).max, "WIDTH": triton.next_power_of_2(width), "num_warps": warps_for(width)}
-    cast_kernel[(count,)](states, *into, width, states.stride(0), **options)
+    options = {"LARGEST": torch.finfo(kind).max, "WIDTH": power_above(width), "num_warps": warps_for(width)}
+    launch(cast_kernel, (count,), states, *into, width, states.stride(0), **options)
     return into
 
 
@@ -230,8 +233,8 @@ def norm_cast(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float, kind: 
         return cast_by_torch(wide.to(hidden.dtype).float() * weight.float(), kind)
     count, width = hidden.shape
     rows = empty_rows(hidden, count, width, kind)
-    options = {"LARGEST": torch.finfo(kind).max, "WIDTH": triton.next_power_of_2(width), "num_warps": warps_for(width)}
-    norm_cast_kernel[(count,)](hidden.contiguous(), weight, *rows, width, epsilon, **options)
+    options = {"LARGEST": torch.finfo(kind).max, "WIDTH": power_above(width), "num_warps": warps_for(width)}
+    launch(norm_cast_kernel, (count,), hidden.contiguous(), weight, *rows, width, epsilon, **options)
     return rows
 
 
@@ -241,8 +244,8 @@ def swiglu_cast(gate: torch.Tensor, up: torch.Tensor, kind: torch.dtype = E4M3) 
         return cast_by_torch(torch.nn.functional.silu(gate.float()) * up.float(), kind)
     count, width = gate.shape
     rows = empty_rows(gate, count, width, kind)
-    options = {"LARGEST": torch.finfo(kind).max, "WIDTH": triton.next_power_of_2(width), "num_warps": warps_for(width)}
-    swiglu_cast_kernel[(count,)](gate.contiguous(), up.contiguous(), *rows, width, **options)
+    options = {"LARGEST": torch.finfo(kind).max, "WIDTH": power_above(width), "num_warps": warps_for(width)}
+    launch(swiglu_cast_kernel, (count,), gate.contiguous(), up.contiguous(), *rows, width, **options)
     return rows
 
 
@@ -261,9 +264,9 @@ def swiglu_backward_cast(
     inner, products = empty_rows(gate, count, 2 * width, kind), empty_rows(gate, count, width, E4M3)
     block, warps = PIECE
     options = {"LARGEST": torch.finfo(kind).max, "PRODUCTS_LARGEST": torch.finfo(E4M3).max, "num_warps": warps}
-    options |= {"BLOCK": min(triton.next_power_of_2(width), block)}
+    options |= {"BLOCK": min(power_above(width), block)}
     given = gate.contiguous(), up.contiguous(), gradient.contiguous()
-    swiglu_backward_kernel[(count,)](*given, *inner, *products, width, **options)
+    launch(swiglu_backward_kernel, (count,), *given, *inner, *products, width, **options)
     return inner, products
 
 
@@ -275,7 +278,7 @@ def transposed(values: torch.Tensor, factors: Sequence[torch.Tensor] = (), most:
     """`values` (S, K) in fp8 to (K, S made a multiple of 16 by zeros); with `factors`, one or two of (S, 1), each row
     times their product over `most`, a scalar."""
     count, width = values.shape
-    padded = triton.cdiv(count, ALIGNED) * ALIGNED
+    padded = -(-count // ALIGNED) * ALIGNED
     if not on_triton(values):
         if factors:
             values = (values.float() * factors[0] * (factors[1] if len(factors) > 1 else 1.0) / most).to(values.dtype)
@@ -287,8 +290,8 @@ def transposed(values: torch.Tensor, factors: Sequence[torch.Tensor] = (), most:
     scales, most = [*factors, source, source][:2], source if most is None else most
     options = {"KIND": NAMES[values.dtype], "SCALED": len(factors) > 0, "TWICE": len(factors) > 1}
     options |= {"ROWS": rows, "COLUMNS": columns, "num_warps": warps}
-    grid = triton.cdiv(padded, rows), triton.cdiv(width, columns)
-    transpose_kernel[grid](source, target.view(torch.uint8), *scales, most, count, width, padded, **options)
+    grid = -(-padded // rows), -(-width // columns)
+    launch(transpose_kernel, grid, source, target.view(torch.uint8), *scales, most, count, width, padded, **options)
     return target
 
 
@@ -346,8 +349,15 @@ class Weights:
         return product(gradient.values, across, gradient.scales, scales, quick=quick)
 
 
+@lru_cache
+def one_on(device: torch.device) -> torch.Tensor:
+    """A scale of one; kept, since Python takes as long to make it as to launch a product."""
+    with torch.inference_mode(False):
+        return torch.ones((), device=device)
+
+
 def for_weight(gradient: Rows, rows: Rows, quick: bool = True) -> torch.Tensor:
     """`gradient` (S, N).T times `rows` (S, K), (N, K) in bf16."""
     most = (gradient.scales * rows.scales).amax()
     across = transposed(gradient.values, [gradient.scales, rows.scales], most)
-    return product(across, transposed(rows.values), most, torch.ones_like(most), quick=quick)
+    return product(across, transposed(rows.values), most, one_on(most.device), quick=quick)

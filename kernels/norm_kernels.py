@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from kernels.early import PLAIN, way_that_agrees
+from kernels.launching import launch, power_above
 from kernels.row_kernels import norm_by_kernel, norm_kernel
 
 PROGRAMS = 1_024  # that share the rows of a backward pass, each with a sum of its own: some eight for each processor
@@ -52,7 +53,7 @@ def norm_backward_kernel(
     tl.store(sums + tl.program_id(0).to(tl.int64) * width + place, total, mask=inside)
 
 
-def takes(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
+def takes(hidden: torch.Tensor, weight: torch.Tensor, *rest: torch.Tensor | float) -> bool:
     """Whether the kernels take these: contiguous rows and weights in one half precision, on a GPU or under
     TRITON_INTERPRET=1, where nobody follows gradients through them."""
     interpreted = not isinstance(norm_kernel, triton.JITFunction)
@@ -73,10 +74,9 @@ def rms_norm_backward(
     rows, width = hidden.shape
     programs = max(1, min(rows, PROGRAMS))
     target, sums = torch.empty_like(hidden), hidden.new_empty(programs, width, dtype=torch.float32)
-    sizes = {"WIDTH": triton.next_power_of_2(width), "RESIDUAL": residual.dim() == 2}
-    norm_backward_kernel[(programs,)](
-        hidden, weight, gradient, residual, target, sums, rows, width, epsilon, num_warps=8, **sizes
-    )
+    sizes = {"WIDTH": power_above(width), "RESIDUAL": residual.dim() == 2, "num_warps": 8}
+    given = (hidden, weight, gradient, residual, target, sums, rows, width, epsilon)
+    launch(norm_backward_kernel, (programs,), *given, **sizes)
     return target, sums.sum(0).to(weight.dtype)
 
 

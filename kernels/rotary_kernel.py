@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.launching import launch, power_above
+
 
 @triton.jit
 def rotate_row(
@@ -53,9 +55,9 @@ def turned(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward:
     length, heads, size = states.shape
     # A kernel's blocks are powers of two; 80 wastes some lanes, and is bound by memory all the same.
     target = torch.empty(states.shape, dtype=states.dtype, device=states.device)
-    blocks = [triton.next_power_of_2(extent) for extent in (heads, size // 2)]
+    blocks = power_above(heads), power_above(size // 2)
     strides = states.stride(0), states.stride(1), cos.stride(0)
-    rotate_row[(length,)](states, target, cos, sin, *strides, heads, size // 2, *blocks, backward)
+    launch(rotate_row, (length,), states, target, cos, sin, *strides, heads, size // 2, *blocks, backward)
     return target
 
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from kernels.early import PLAIN, once, way_that_agrees
+from kernels.launching import launch, power_above
 from kernels.product_parts import arrived, is_last
 
 
@@ -92,8 +93,8 @@ def on_triton(states: torch.Tensor) -> bool:
 
 def norm_by_kernel(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     target = torch.empty_like(hidden)
-    size = triton.next_power_of_2(hidden.shape[1])
-    norm_kernel[(len(hidden),)](hidden, weight, target, hidden.shape[1], epsilon, WIDTH=size)
+    rows, width = hidden.shape
+    launch(norm_kernel, (rows,), hidden, weight, target, width, epsilon, WIDTH=power_above(width))
     return target
 
 

@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.launching import launch, power_above
+
 # The longest window: 8 x 8 patches of Qwen2.5-VL's tower. Twice as many no longer fit into registers.
 LONGEST = 64
 
@@ -99,7 +101,7 @@ def dense(states: torch.Tensor) -> torch.Tensor:
 def extents(states: torch.Tensor) -> tuple[int, int, int, int]:
     """Heads, width, and the blocks that hold a window and a width: powers of two, 16 at least, which products need."""
     heads, width = states.shape[1:]
-    return heads, width, LONGEST, max(16, triton.next_power_of_2(width))
+    return heads, width, LONGEST, max(16, power_above(width))
 
 
 class Windows(torch.autograd.Function):
@@ -115,7 +117,7 @@ class Windows(torch.autograd.Function):
         target = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         rows = [part.stride(0) for part in (query, key, value)]
         programs = ((len(bounds) - 1) * query.shape[1],)
-        see_window[programs](query, key, value, target, bounds, *rows, scale, *extents(query))
+        launch(see_window, programs, query, key, value, target, bounds, *rows, scale, *extents(query))
         return target
 
     @staticmethod
@@ -126,7 +128,8 @@ class Windows(torch.autograd.Function):
         found = [torch.empty(query.shape, dtype=query.dtype, device=query.device) for _ in range(3)]
         rows = [part.stride(0) for part in (query, key, value, outer)]
         programs = ((len(bounds) - 1) * query.shape[1],)
-        see_window_backward[programs](query, key, value, outer, *found, bounds, *rows, ctx.scale, *extents(query))
+        given = (query, key, value, outer, *found, bounds, *rows, ctx.scale, *extents(query))
+        launch(see_window_backward, programs, *given)
         return *found, None, None
 
 

@@ -223,7 +223,7 @@ class SplitMasters:
 
     def step_8_bits(self, number: int) -> None:
         if self.rests[number] is None:
-            return self.step_joined(number)
+            return self.step_in_order(number)
         tensor, weights = self.parts(number)
         group, state = self.group_of(number), self.optimizer.optimizer.state[tensor]
         state["step"] += 1
@@ -232,6 +232,18 @@ class SplitMasters:
         moments = self.in_8_bits.Moments(*(state[name] for name in names))
         rule = self.in_8_bits.Rule(float(group["lr"]), group["betas"][:2], group["eps"], group["weight_decay"])
         self.in_8_bits.step(gradients, weights.data, moments, rule, state["step"], self.scale, self.rests[number])
+
+    def step_in_order(self, number: int) -> None:
+        """bitsandbytes' step of a group whose masters are joined, as those of norms alone are in every step. It is put
+        behind all else in the GPU's stream: bitsandbytes (0.50) itself waits for the GPU after each tensor, and who
+        waits there launches no next step meanwhile."""
+        inner, group, (tensor, _) = self.optimizer.optimizer, self.group_of(number), self.parts(number)
+        if not inner.initialized:  # the first one looks for what was overridden
+            return self.step_joined(number)
+        kept, group["params"] = group["params"], [tensor]  # as DeepSpeed has it for a group's step
+        with torch.no_grad():
+            inner.update_step(group, tensor, self.optimizer.sub_group_to_group_id[number], 0)
+        group["params"] = kept
 
     def split_again(self, number: int) -> None:
         """In place of the copy to bf16."""
