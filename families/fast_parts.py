@@ -44,6 +44,11 @@ def mlp_forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
     return self.down_proj(self.fused.swiglu(self.gate_proj(hidden_state), self.up_proj(hidden_state)))
 
 
+def rows_of(hidden_states: torch.Tensor) -> torch.Tensor:
+    """(1, T, H) as (T, H). Not by an index, whose gradient would be zeros, and then a copy into them."""
+    return hidden_states.flatten(0, 1)
+
+
 def language_attention(
     self,
     hidden_states: torch.Tensor,
@@ -53,7 +58,7 @@ def language_attention(
     **unused,
 ) -> tuple[torch.Tensor, None]:
     """(1, T, H) to ((1, T, H), None); pages see themselves only, and only what stands before."""
-    rows = hidden_states[0]
+    rows = rows_of(hidden_states)
     parts = [part(rows) for part in (self.q_proj, self.k_proj, self.v_proj)]
     done = language_heads(self, parts, position_embeddings, page_bounds, longest_page)
     return self.o_proj(done)[None], None
@@ -135,12 +140,10 @@ def language_block(
     **unused,
 ) -> torch.Tensor:
     """A layer of the language model, (1, T, H) to (1, T, H)."""
-    attention, mlp = self.self_attn, self.mlp
-    parts = normed_products(
-        hidden_states[0], self.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj
-    )
+    attention, mlp, rows = self.self_attn, self.mlp, rows_of(hidden_states)
+    parts = normed_products(rows, self.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj)
     done = language_heads(attention, parts, position_embeddings, page_bounds, longest_page)
-    rows = add_product(hidden_states[0], done, attention.o_proj)
+    rows = add_product(rows, done, attention.o_proj)
     return add_mlp(rows, self.post_attention_layernorm, mlp, again)[None]
 
 
@@ -506,7 +509,7 @@ def packed_forward(
     # Of some families (Qwen3-VL) also what the first layers of the language model are given of the tower's.
     deep = getattr(seen, "deepstack_features", None)
     deep = {"visual_pos_masks": image_places, "deepstack_visual_embeds": deep} if deep else {}
-    embedded = core.get_input_embeddings()(input_ids)[0]
+    embedded = rows_of(core.get_input_embeddings()(input_ids))
     embedded = embedded.index_copy(0, image_places, seen.pooler_output.to(embedded.dtype))[None]  # (1, T, H)
     pages = {"page_bounds": page_bounds, "longest_page": longest_page}
     # The segments are the mask. One of four dimensions is ready-made for transformers (5.23): none of T x T is made.
@@ -515,5 +518,5 @@ def packed_forward(
     # transformers passes words that it does not know down to the layers, which is how the bounds come there.
     hidden = core.language_model(inputs_embeds=embedded, **options, **pages).last_hidden_state
     # Picked before the head: of 151,936 logits a token, only those that the loss sees are ever computed.
-    loss = self.lm_head(hidden[0].index_select(0, supervised_places), targets)
+    loss = self.lm_head(rows_of(hidden).index_select(0, supervised_places), targets)
     return CausalLMOutputWithPast(loss=loss / (len(targets) if num_items_in_batch is None else num_items_in_batch))

@@ -257,7 +257,8 @@ def attention_forward(
     **unused,
 ) -> tuple[torch.Tensor, None]:
     """(1, T, H) to ((1, T, H), None); pages see themselves only, and only what stands before."""
-    parts = [part(hidden_states[0]) for part in (self.q_proj, self.k_proj, self.v_proj)]
+    rows = fast.rows_of(hidden_states)
+    parts = [part(rows) for part in (self.q_proj, self.k_proj, self.v_proj)]
     done = attention_heads(self, parts, position_embeddings, page_bounds, longest_page)
     return self.o_proj(Opened.apply(self.fused, *done))[None], None
 
@@ -277,7 +278,7 @@ def delta_heads(
 
 def delta_forward(self, hidden_states: torch.Tensor, page_bounds: torch.Tensor, **unused) -> torch.Tensor:
     """(1, T, H) to (1, T, H); pages see themselves only, and only what stands before."""
-    rows = hidden_states[0]
+    rows = fast.rows_of(hidden_states)
     done = delta_heads(self, self.in_proj_qkv(rows), self.in_proj_b(rows), self.in_proj_a(rows), page_bounds)
     return self.out_proj(self.norm(done, self.in_proj_z(rows)))[None]
 
@@ -292,7 +293,7 @@ def language_block(
     **unused,
 ) -> torch.Tensor:
     """A layer of the language model, of either kind, (1, T, H) to (1, T, H)."""
-    rows, norm = hidden_states[0], self.input_layernorm
+    rows, norm = fast.rows_of(hidden_states), self.input_layernorm
     if self.block_type == "linear_attention":
         inner = self.linear_attn
         products = (inner.in_proj_qkv, inner.in_proj_z, inner.in_proj_b, inner.in_proj_a)

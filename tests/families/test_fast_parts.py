@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import Tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from families import FAMILIES, chunked_loss, family_of, fast_parts, qwen3_5_layers
 from training import fast_layers, memory_plan, treatment
@@ -183,3 +184,21 @@ def test_a_frozen_head_costs_no_gradient_of_its_own(tiny, model):
     twin(**fast).loss.backward()
     assert twin.lm_head.weight.grad is None
     assert twin.model.language_model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+
+
+def test_no_layer_of_the_language_model_copies_its_gradient_into_zeros(tiny, model):
+    """As the gradient of an index does: two passes over the residual stream, twice a layer."""
+    twin, batch = fast_twin(model), tiny.collate(tiny.pages(2), packed=True)
+    copied = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, given=(), named=None):
+            if function is torch.ops.aten.select_backward.default:
+                copied.append(tuple(given[1]))
+            return function(*given, **(named or {}))
+
+    loss = twin(**batch).loss
+    with Watch():
+        loss.backward()
+    assert twin.lm_head.weight.grad.any()
+    assert not [shape for shape in copied if shape[-1] == twin.config.get_text_config().hidden_size], copied
