@@ -267,7 +267,7 @@ def lean_steps(engine: DeepSpeedEngine) -> None:
     - `optimizer.get_grad_norm_direct`: but where the optimizer is offloaded, it widens each gradient to fp64
       (`gradient_norm`);
     - `optimizer.reduce_independent_p_g_buckets_and_remove_grads`: on one process, it reduces gradients that nobody else
-      has (`keep_gradient`);
+      has (`Keeping`);
     - `optimizer.step` and the hooks of all modules: where all weights may stay whole, they are fetched and released for
       each module; gathered once per step instead, on one process never (`stay_gathered`);
     - `synchronize` of the stream that reduces: on several GPUs, Python waits for it after each backward pass
@@ -283,7 +283,7 @@ def lean_steps(engine: DeepSpeedEngine) -> None:
     if not optimizer.offload_optimizer:
         optimizer.get_grad_norm_direct = types.MethodType(gradient_norm, optimizer)
         if alone:
-            optimizer.reduce_independent_p_g_buckets_and_remove_grads = types.MethodType(keep_gradient, optimizer)
+            Keeping(optimizer)
         elif optimizer.reduce_and_partition_stream is not None:  # None on a CPU
             wait_in_order(optimizer)
     if all(parameter.ds_persist for parameter in engine.module.parameters()):
@@ -304,20 +304,51 @@ def gradient_norm(
     return torch.where(norm.isfinite(), norm, -1.0)
 
 
-def keep_gradient(self, parameter: torch.Tensor) -> None:
-    """Add a gradient to those of the step; DeepSpeed sends it through a bucket and an average over one process.
+# Numbers of gradients that are kept by one call: a layer's at most, which are all there when the first of them comes.
+KEPT_AT_ONCE = 2**25
 
-    Stands for reduce_independent_p_g_buckets_and_remove_grads of its stage 3 optimizer (0.19.8), on one process.
+
+class Keeping:
+    """Adds gradients to those of the step, on one process; DeepSpeed sends each through a bucket and an average over
+    one process. Many by one call: for a call Python takes longer than a GPU for the gradients of a layer's norms.
+
+    Stands for reduce_independent_p_g_buckets_and_remove_grads of DeepSpeed's stage 3 optimizer (0.19.8).
     """
-    # A private name of its class, hence the long one: (numbers of the shard,), the gradient's own and padding.
-    kept = self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition[parameter.ds_id]
-    gradient = parameter.grad.reshape(-1)
-    kept = kept.narrow(0, 0, len(gradient))
-    if self.micro_step_id == 0:
-        kept.copy_(gradient)
-    else:
-        kept.add_(gradient)
-    parameter.grad = None
+
+    def __init__(self, optimizer: DeepSpeedZeroOptimizer_Stage3):
+        self.optimizer, self.waiting, self.numbers = optimizer, [], 0
+        # A private name of its class, hence the long one: by a parameter's number, (numbers of the shard,).
+        self.kept = optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+        self.epilogue = optimizer.independent_gradient_partition_epilogue
+        optimizer.reduce_independent_p_g_buckets_and_remove_grads = self.keep
+        optimizer.independent_gradient_partition_epilogue = self.end
+
+    def keep(self, parameter: torch.Tensor) -> None:
+        """Take the gradient of a parameter, whose place is free from then on."""
+        self.waiting.append((parameter, parameter.grad))
+        self.numbers += parameter.ds_numel
+        parameter.grad = None
+        if self.numbers >= KEPT_AT_ONCE:
+            self.keep_all()
+
+    @torch.no_grad()
+    def keep_all(self) -> None:
+        """Those that have come so far."""
+        waiting, self.waiting, self.numbers = self.waiting, [], 0
+        if not waiting:
+            return
+        gradients = [gradient.reshape(-1) for _, gradient in waiting]
+        # The gradient's own and padding lie there.
+        kept = [self.kept[p.ds_id].narrow(0, 0, len(gradient)) for (p, _), gradient in zip(waiting, gradients)]
+        if self.optimizer.micro_step_id == 0:
+            torch._foreach_copy_(kept, gradients)
+        else:
+            torch._foreach_add_(kept, gradients)
+
+    def end(self) -> None:
+        """DeepSpeed's own end of a backward pass, when all are kept."""
+        self.keep_all()
+        self.epilogue()
 
 
 def wait_in_order(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:

@@ -52,6 +52,7 @@ if __name__ == "__main__":
     zero3.Gathering.begin, zero3.Gathering.wait_for = watched_begin, watched_wait
     Zero._partition_all_parameters = watched_release
     zero3.WORTH_A_CALL = 1_000  # some of the tiny weights are large, then
+    zero3.KEPT_AT_ONCE = 50_000  # of which a backward pass of the tiny model makes many
     zero3.lean_steps = watched_steps
     code = pipeline.main(sys.argv[1:])
     if os.environ["RANK"] == "0":  # two ranks may write into one line
