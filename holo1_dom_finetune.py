@@ -42,6 +42,7 @@ if "PYTORCH_ALLOC_CONF" not in os.environ:
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import (
     AutoModelForImageTextToText,
     BitsAndBytesConfig,
@@ -175,7 +176,20 @@ def add_adapters(model: PreTrainedModel, settings: PageSettings, seed: int) -> P
     # whole layer, would be told before there are any.
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
     torch.manual_seed(seed)
-    return get_peft_model(model, config)
+    # Under ZeRO-3 as precise as the base, like all that learns there: their masters are fp32. peft would make them so,
+    # and DeepSpeed leaves them (0.19.8, of a model that was sharded as it was loaded): each product would widen what it
+    # reads and keep that, twice the bytes of a whole layer.
+    model = get_peft_model(model, config, autocast_adapter_dtype=not zero3.is_on())
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module._cast_input_dtype = as_adapters_read  # peft 0.21's method of that name
+    return model
+
+
+def as_adapters_read(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What a layer reads, for its adapters of `dtype`. peft widens it to them; where autocast narrows it for their
+    product again, that is two copies, of which each product of a layer would keep its own."""
+    return hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(dtype)
 
 
 # -----------------------------------------------------------------------------

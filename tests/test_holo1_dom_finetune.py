@@ -457,6 +457,40 @@ def test_adapters_begin_the_same_in_every_run_with_a_seed():
     assert not any(torch.equal(one, other) for one, other in zip(first(7), first(8)))
 
 
+def test_adapters_keep_no_copies_of_what_they_read_where_autocast_narrows_it(monkeypatch):
+    """By peft's own cast they kept one for each product. What is computed is the same to the bit."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    model = Qwen2_5_VLForConditionalGeneration(make_config(make_processor().tokenizer)).bfloat16()
+    pipeline.fast_layers.install(model, fuse=False)
+    model = pipeline.add_adapters(model, PageSettings(lora=True), seed=0)
+    adapters = {name: part for name, part in model.named_parameters() if "layers.0.mlp" in name and "lora_" in name}
+    assert len(adapters) == 6 and {part.dtype for part in adapters.values()} == {torch.float32}
+    for part in adapters.values():
+        torch.nn.init.normal_(part)
+    mlp = model.get_base_model().model.language_model.layers[0].mlp
+    hidden = torch.randn(5, mlp.gate_proj.in_features).bfloat16()
+
+    def learned() -> tuple[torch.Tensor, list[torch.Tensor], int]:
+        kept = {}
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda part: kept.setdefault(part.untyped_storage()._cdata, part), lambda part: part
+        )
+        with torch.autocast("cpu", torch.bfloat16), hooks:
+            done = mlp(hidden)
+        found = torch.autograd.grad(done.float().square().sum(), [*adapters.values()])
+        return done, found, sum(part.shape == hidden.shape for part in kept.values())
+
+    done, found, copies = learned()
+    with torch.no_grad():
+        assert mlp(hidden).dtype == done.dtype, "without autocast peft's cast is still made"
+    for module in mlp.modules():
+        module.__dict__.pop("_cast_input_dtype", None)
+    wanted, gradients, more = learned()
+    assert torch.equal(done, wanted) and all(map(torch.equal, found, gradients))
+    assert (copies, more) == (1, 2), "gate and up read the same"
+
+
 @pytest.mark.slow
 def test_adapters_learn_the_same_where_every_layer_is_kept(exact_base, pages_folder, tmp_path):
     """Nothing is recomputed, and three ranks under ZeRO-3 gather all weights once per step; the first layer, too,
