@@ -99,7 +99,7 @@ class SplitMasters:
             optimizer._prepare_sub_group = self.check_gradients
             optimizer.unscale_and_clip_grads = self.note_scale
             optimizer._optimizer_step = self.step
-            optimizer._reassign_or_swap_out_partitioned_parameters = optimizer._unflatten_partitioned_parameters
+            optimizer._reassign_or_swap_out_partitioned_parameters = self.unflatten
             optimizer._release_sub_group = self.let_gradients_go
         else:
             self.unscale, self.step_joined = optimizer.unscale_and_clip_grads, optimizer._optimizer_step
@@ -251,7 +251,17 @@ class SplitMasters:
             self.split(number)
         else:
             self.optimizer.averaged_gradients[number] = None  # they lie in a buffer that the next step fills again
-        self.optimizer._unflatten_partitioned_parameters(number)
+        self.unflatten(number)
+
+    def unflatten(self, number: int) -> None:
+        """Parameters' shards as views of their group's weights, as DeepSpeed makes them anew after each step; they are
+        that already, unless somebody has moved the weights meanwhile."""
+        weights, shards = self.parts(number)[1], self.optimizer.fp16_partitioned_groups[number]
+        place = weights.data_ptr()
+        for shard in shards:
+            if shard.data_ptr() != place:
+                return self.optimizer._unflatten_partitioned_parameters(number)
+            place += shard.nbytes
 
     # Checkpoints
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -455,3 +456,16 @@ def length(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> floa
     """Of their difference."""
     parts = [(part.detach().float() - other[name].detach().float()).square().sum() for name, part in one.items()]
     return torch.stack(parts).sum().sqrt().item()
+
+
+def test_shards_are_made_views_again_where_the_weights_were_moved():
+    made = []
+    weights = torch.arange(10, dtype=torch.bfloat16)
+    optimizer = SimpleNamespace(fp16_partitioned_groups=[[weights[:4], weights[4:]]])
+    optimizer._unflatten_partitioned_parameters = made.append
+    split = SimpleNamespace(optimizer=optimizer, parts=lambda number: (None, weights))
+    split_masters.SplitMasters.unflatten(split, 0)
+    assert made == []
+    optimizer.fp16_partitioned_groups[0][1] = weights[4:].clone()
+    split_masters.SplitMasters.unflatten(split, 0)
+    assert made == [0]
