@@ -23,7 +23,7 @@ computes with the same fp8 numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -340,12 +340,17 @@ class Weights:
             for values, scales, bias in zip(*(part.split(self.sizes) for part in self.rows), biases)
         ]
 
+    @cached_property
+    def largest(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The largest of all scales, a scalar, and so many of it as a product over the weights asks for (1, K)."""
+        most = self.rows.scales.amax()
+        # A scale for each row again: torch takes both sides' by row or neither's.
+        return most, most.expand(1, self.rows.values.shape[1]).contiguous()
+
     def for_input(self, gradient: Rows, quick: bool = True) -> torch.Tensor:
         """`gradient` (S, N of all) times the weights, (S, K): the sum over all of them in one product."""
-        most = self.rows.scales.amax()
+        most, scales = self.largest
         across = transposed(self.rows.values, [self.rows.scales], most)
-        # A scale for each row again: torch takes both sides' by row or neither's.
-        scales = most.expand(1, len(across)).contiguous()
         return product(gradient.values, across, gradient.scales, scales, quick=quick)
 
 
