@@ -36,6 +36,7 @@ Rooms from top to bottom; each may import those below it, and none above:
     heartbeat       where each rank is, and when it hangs
     split_masters   fp32 masters under ZeRO-3 as bf16 shards and 16-bit rests, and the step on them
     zero3           all that is known of DeepSpeed's insides
+    scattering      gradients of several processes under ZeRO-3, each averaged and scattered as it lies there
     memory_plan     how much memory a step takes, and which way to train is fastest among those that fit
     settings        every setting, how command line and JSON meet, what is refused
     at_hand         whether base and datasets are there, looked at before anything is loaded

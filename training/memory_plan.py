@@ -142,7 +142,9 @@ def layer_ways(layers: int, recomputed: int, offloaded: int) -> list[str]:
 # Estimate
 
 LIVE_WEIGHTS = 1_000_000_000  # gathered at once at most: DeepSpeed's stage3_max_live_parameters
-BUCKETS = 3  # reduce_bucket_size in flight: two to overlap, one being copied
+# reduce_bucket_size in flight: two to overlap, one being copied; or DeepSpeed's own, one of large gradients under way,
+# and one of small ones, as they are and joined (scattering.py).
+BUCKETS = 3
 FP8_BYTES = 1  # for each weight of the language model's layers whose e4m3 stays for a step
 ADAPTER_SHARE = 0.01  # of the weights; rank 16 on 3B is 0.8 %
 MEMORY_SHARE = 0.93  # of a GPU that is planned for: the rest is the driver's, and the allocator's gaps

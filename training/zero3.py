@@ -6,8 +6,8 @@
     zero3.lean_steps(engine)                                                # after that, before the first step
 
 Whatever touches a private name of DeepSpeed, or stands in for one of its functions, stands here, or in split_masters.py
-what is about masters, and names the version that it was read in: 0.19.8. DeepSpeed itself is imported inside the
-functions, since the plain path does without it.
+what is about masters, in scattering.py what is about gradients of several processes, and names the version that it was
+read in: 0.19.8. DeepSpeed itself is imported inside the functions, since the plain path does without it.
 Sections: Configuration, Loading, Whole weights, Steps.
 """
 
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from training import memory_plan
+from training import memory_plan, scattering
 from training.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -267,11 +267,11 @@ def lean_steps(engine: DeepSpeedEngine) -> None:
     - `optimizer.get_grad_norm_direct`: but where the optimizer is offloaded, it widens each gradient to fp64
       (`gradient_norm`);
     - `optimizer.reduce_independent_p_g_buckets_and_remove_grads`: on one process, it reduces gradients that nobody else
-      has (`Keeping`);
+      has (`Keeping`); on several, it copies each once more than it has to, and joins them (scattering.py);
     - `optimizer.step` and the hooks of all modules: where all weights may stay whole, they are fetched and released for
       each module; gathered once per step instead, on one process never (`stay_gathered`);
-    - `synchronize` of the stream that reduces: on several GPUs, Python waits for it after each backward pass
-      (`wait_in_order`).
+    - `synchronize` of the stream that reduces: on several GPUs, Python waits for it after each backward pass, and not
+      the step alone (`wait_in_order`).
     """
     optimizer = engine.optimizer
     # Tensor parallelism reduces over a second group, of which nothing below knows.
@@ -284,8 +284,10 @@ def lean_steps(engine: DeepSpeedEngine) -> None:
         optimizer.get_grad_norm_direct = types.MethodType(gradient_norm, optimizer)
         if alone:
             Keeping(optimizer)
-        elif optimizer.reduce_and_partition_stream is not None:  # None on a CPU
-            wait_in_order(optimizer)
+        else:
+            scattering.begin(optimizer, WORTH_A_CALL)
+            if optimizer.reduce_and_partition_stream is not None:  # None on a CPU
+                wait_in_order(optimizer)
     if all(parameter.ds_persist for parameter in engine.module.parameters()):
         stay_gathered(engine.module, optimizer)
 
@@ -352,23 +354,27 @@ class Keeping:
 
 
 def wait_in_order(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
-    """What is asked for after `synchronize` of the stream that reduces is computed behind what it was given; Python
-    goes on as soon as only the newest bucket is on its way.
+    """The step is computed behind what the stream that reduces was given. In `synchronize` of that stream, asked for
+    after each backward pass, Python waits for all but the newest bucket, and what computes for none.
 
-    DeepSpeed (0.19.8) lets Python wait there after each backward pass, until the last gradients have travelled. The GPU
-    then waits for Python to launch the next micro-batch's first layers. Gradients of older buckets are waited for here
-    as well: until they have travelled torch gives their memory to nobody, and a plan that fills it knows of none.
+    DeepSpeed (0.19.8) lets Python wait there until the last gradients have travelled, those of the embedding, which are
+    many. The GPU then waits for them, and for Python to launch the next micro-batch's first layers, though nothing but
+    that stream and the step touches what it keeps. Gradients of older buckets are waited for here as well: until they
+    have travelled torch gives their memory to nobody, and a plan that fills it knows of none.
     Where gradients leave for the CPU's memory, who reads them there has to wait.
     """
-    stream, events = optimizer.reduce_and_partition_stream, optimizer.param_reduce_events
+    stream, events, step = optimizer.reduce_and_partition_stream, optimizer.param_reduce_events, optimizer.step
 
     def wait() -> None:
         while len(events) > 1:
             events.popleft().synchronize()
-        torch.cuda.current_stream(stream.device).wait_stream(stream)
 
-    # Of this instance alone. The step and the next reductions are given to streams, so their order is all that counts.
-    stream.synchronize = wait
+    def step_behind(closure: Callable | None = None) -> None:
+        torch.cuda.current_stream(stream.device).wait_stream(stream)
+        step(closure)
+
+    # Of these instances alone.
+    stream.synchronize, optimizer.step = wait, step_behind
 
 
 # Weights; 2 MB travel in some 10 us by NVLink, about what a call to NCCL takes by itself.

@@ -160,20 +160,27 @@ def test_after_an_error_no_weights_are_on_their_way(monkeypatch):
 
 
 def test_python_goes_on_where_deepspeed_lets_it_wait_for_the_last_gradients(monkeypatch):
-    """Streams are played: there is no GPU here. That they wait for each other is all that the step needs; of what has
-    to travel Python leaves the newest bucket alone on its way, since the memory of all counts until it has."""
+    """Streams are played: there is no GPU here. What has to wait for them is the step; of what has to travel Python
+    leaves the newest bucket alone on its way, since the memory of all counts until it has."""
     done, computing = [], SimpleNamespace(wait_stream=lambda stream: done.append(("computing waits for", stream)))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
     reducing = SimpleNamespace(device="cuda:1", synchronize=lambda: done.append("Python waits for all"))
     events = deque(SimpleNamespace(synchronize=lambda bucket=bucket: done.append(bucket)) for bucket in range(3))
     optimizer = SimpleNamespace(model_parallel_group=None, partition_count=2, offload_optimizer=False)
     optimizer.reduce_and_partition_stream, optimizer.param_reduce_events = reducing, events
+    optimizer.step = lambda closure=None: done.append("step")
     module = torch.nn.Linear(1, 1, bias=False)
     module.weight.ds_persist = False
     zero3.lean_steps(SimpleNamespace(optimizer=optimizer, module=module, train=None, training=True))
     reducing.synchronize()
-    assert done == [0, 1, ("computing waits for", reducing)] and len(events) == 1
+    assert done == [0, 1] and len(events) == 1
+    optimizer.step()
+    assert done == [0, 1, ("computing waits for", reducing), "step"]
     # Which is what DeepSpeed calls there, and a name that it keeps events by.
     epilogue = inspect.getclosurevars(Stage3.independent_gradient_partition_epilogue).nonlocals["func"]
     assert "self.reduce_and_partition_stream.synchronize()" in inspect.getsource(epilogue)
     assert "self.param_reduce_events.append(event)" in inspect.getsource(Stage3)
+    # All that touches what is kept is given to that stream.
+    reduce = inspect.getsource(Stage3).split("def __reduce_and_partition_ipg_grads")[1].split("    def ")[0]
+    before, behind = reduce.split("with get_accelerator().stream(self.reduce_and_partition_stream):")
+    assert "self.partition_grads(" in behind and "self.partition_grads(" not in before
