@@ -192,12 +192,16 @@ class Scattering:
         self.their_end()
         self.ended = True
         if self.order is not None:
-            if not same_everywhere(sha256(str(self.order).encode()).hexdigest()):
-                raise PipelineError(
-                    "processes have computed their gradients in different orders, and have mixed them up. --fast False "
-                    "sends them by DeepSpeed's buckets; please report which model this is"
-                )
-            self.order = None
+            self.compare_orders()
+
+    def compare_orders(self) -> None:
+        """(all ranks) After the first backward pass. Raises `PipelineError`."""
+        order, self.order = self.order, None
+        remedy = "--fast False sends gradients by DeepSpeed's buckets; please report which model this is"
+        if len({*order}) < len(order):  # the first part would be overwritten in a step's first micro-batch
+            raise PipelineError(f"a weight's gradient has come twice in one backward pass. {remedy}")
+        if not same_everywhere(sha256(str(order).encode()).hexdigest()):
+            raise PipelineError(f"processes have computed gradients in different orders, and mixed them up. {remedy}")
 
     def send_small(self) -> None:
         """(all ranks) All as one, joined so that each rank's shares are neighbours."""

@@ -309,6 +309,13 @@ def test_a_gradient_larger_than_a_bucket_travels_alone(monkeypatch):
     assert played.take_done() == [*sent(1), "computing waits for 1", *sent(2)]
 
 
+def test_a_gradient_that_comes_in_two_parts_is_refused(monkeypatch):
+    played = Played(monkeypatch, limit=100)
+    played.backward(0, 1, 0)
+    with pytest.raises(PipelineError, match=r"has come twice in one backward pass.*--fast False"):
+        played.end()
+
+
 @pytest.mark.parametrize("limit", [100, 1_000])
 def test_gradients_under_way_stay_within_what_plans_have_room_for(limit, monkeypatch):
     """Counted at each call: DeepSpeed's bucket, those under way, and small ones, as they are or joined."""
