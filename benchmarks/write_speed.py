@@ -3,7 +3,6 @@
     python benchmarks/write_speed.py --base_model ./holo1_3b_shapes --out benchmarks/results/h100_3b_write.json
     python benchmarks/write_speed.py --base_model ./holo1_3b_shapes --tune             # tiles are tried before
     python benchmarks/write_speed.py --base_model ./holo1_3b_shapes --tune 8,32,64 --batches '' --check_pages 0
-    python benchmarks/write_speed.py --base_model ./holo1_3b_shapes --tune_ahead 8 --batches '' --check_pages 0
     python benchmarks/write_speed.py --base_model ./holo1_3b_shapes --batches '' --check_pages 0 --endings 8,64
 
 Random weights, so nothing ends, and drafts would come true as they never do in a page: they are left out of the
@@ -24,13 +23,11 @@ import copy
 import functools
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
@@ -542,18 +539,6 @@ BROAD: dict[str, dict[int, list[tuple[int, int, int, int, int]]]] = {
 # Keys that are looked at together, warps and stages of kernels.slot_attention.SHAPES, by the parts of a slot's keys.
 WHOLE_SHAPES = [(64, 4, 4), (64, 4, 6), (64, 4, 3), (128, 8, 3), (128, 8, 4)]
 PART_SHAPES = [(64, 4, 4), (64, 4, 3), (64, 4, 6), (32, 4, 6), (128, 8, 3)]
-# Bytes of the weight that attention's result meets, all of it, and of the one after that; whether before the kernel
-# before has ended, and in bulk: kernels.slot_attention.Ahead.
-AHEAD = [
-    (2**24, 0, False, False),
-    (2**24, 0, True, False),
-    (2**24, 0, False, True),
-    (2**24, 0, True, True),
-    (2**24, 2**23, False, False),
-    (2**24, 2**23, False, True),
-    (2**24, 2**24, False, False),
-    (2**24, 2**24, False, True),
-]
 
 
 def replayed_us(work: Callable[[], object], times: int) -> float:
@@ -705,53 +690,6 @@ def tune_attention(engine, slots: int) -> dict:
     return dict(sorted(found.items(), key=lambda item: item[1]["step_ms"])) | {"failed": failed}
 
 
-def tune_ahead(model, processor, recipe, slots: int) -> dict:
-    """Milliseconds of a step of `slots` slots by who joins the parts of a slot's keys and by what attention asks for
-    meanwhile; and, at the fastest of these, by how much of each column the products around it ask for; under "failed"
-    why others could not. Nothing stays changed."""
-    from kernels import skinny_products as skinny
-    from kernels import slot_attention as room
-    from writing.engine import Engine
-
-    engine, rows = Engine(model, processor, recipe, wanted=slots, drafts=False), skinny.tile_rows(slots)
-    found, failed = {}, {}
-    before = room.LAST_JOINS, dict(room.AHEAD), dict(skinny.WARMED)
-
-    def took(name: str, joins: int, ahead: tuple | None, warmed: dict[str, int] | None = None) -> float:
-        room.LAST_JOINS, room.AHEAD[rows] = joins, ahead and room.Ahead(*ahead)
-        skinny.WARMED.update(before[2] | (warmed or {}))
-        for work in (room.way_of, skinny.way_of):
-            work.cache_clear()  # which prove what the day has
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("error", "the kernel of")  # else another way's time would stand there
-                found[name] = step_ms(engine, slots)
-        except Exception as error:
-            failed[name] = words_of(error)
-        return found.get(name, math.inf)
-
-    try:
-        took("a kernel joins, nothing ahead", 0, None)
-        usual = 2**30  # however much one program has to join
-        times = {None: took("the last one joins, nothing ahead", usual, None)}
-        for asks in AHEAD:
-            name = "{} and {} bytes, {}, {}".format(
-                *asks[:2], "soon" if asks[2] else "then", "bulk" * asks[3] or "lines"
-            )
-            times[asks] = took(f"the last one joins, {name}", usual, asks)
-        best = min(times, key=times.get)
-        for warmed in ({"qkv": 2_048}, {"out": 2_048}, {"out": 512}):
-            took(f"the best of these, {json.dumps(warmed)}", usual, best, warmed)
-        took("a kernel joins, nothing ahead, again", 0, None)
-    finally:
-        room.LAST_JOINS = before[0]
-        room.AHEAD.update(before[1])
-        skinny.WARMED.update(before[2])
-        for work in (room.way_of, skinny.way_of):
-            work.cache_clear()
-    return dict(sorted(found.items(), key=lambda item: item[1])) | {"failed": failed}
-
-
 def tune_all(model, processor, recipe, slots: int, narrow: bool, keep: Callable[[str, object], None]) -> None:
     """Hands to `keep`, by name, what a step of `slots` slots takes as it is, by torch's products, by each tile and each
     shape of attention, and by the fastest of them together, kernel by kernel."""
@@ -832,9 +770,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--tune", nargs="?", const="8,16,32,64", default="", help="slots: try tiles one by one before, use the fastest"
     )
-    parser.add_argument(
-        "--tune_ahead", nargs="?", const="8", default="", help="slots: try what attention asks for, some 15 s each"
-    )
     parser.add_argument("--narrow", action="store_true", help="try narrow tiles, too, for up to 16 rows: minutes more")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
@@ -858,10 +793,6 @@ def main() -> None:
         if args.out:
             args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
-    for slots in map(int, filter(None, args.tune_ahead.split(","))):
-        start = time.perf_counter()
-        found = tune_ahead(model, processor, recipe, slots)
-        keep(f"{slots} slots by what attention asks for", found | {"seconds": time.perf_counter() - start})
     tuned = [int(slots) for slots in args.tune.split(",") if slots]
     if tuned:
         start = time.perf_counter()

@@ -80,11 +80,8 @@ class Mixer(Protocol):
     def read(self, wide: torch.Tensor, pages: Pages, kept: Kept) -> torch.Tensor:
         """`wide` (T, N) of whole pages to (T, mixed); leaves in `kept` what stands in the pages' slots from here on."""
 
-    def step(
-        self, wide: torch.Tensor, moment: Moment, kept: Kept, ahead: tuple[torch.Tensor, ...] = ()
-    ) -> torch.Tensor:
-        """`wide` (R, N) of the new tokens to (R, mixed), after what is `kept` of the slots, which goes on by them;
-        `ahead` are the weights that the next products meet, for whoever has the time to ask for them."""
+    def step(self, wide: torch.Tensor, moment: Moment, kept: Kept) -> torch.Tensor:
+        """`wide` (R, N) of the new tokens to (R, mixed), after what is `kept` of the slots, which goes on by them."""
 
 
 class Attention:
@@ -111,11 +108,8 @@ class Attention:
         done = attend(query, key, value.contiguous(), pages.bounds, longest, self.scale, causal=True)
         return (done if gate is None else done * torch.sigmoid(gate)).flatten(1)
 
-    def step(
-        self, wide: torch.Tensor, moment: Moment, kept: Kept, ahead: tuple[torch.Tensor, ...] = ()
-    ) -> torch.Tensor:
-        given = (wide, *moment.angles, *kept, moment.places, self.heads, self.scale)
-        return attend_slots(*given, extras=self.extras, ahead=ahead)
+    def step(self, wide: torch.Tensor, moment: Moment, kept: Kept) -> torch.Tensor:
+        return attend_slots(wide, *moment.angles, *kept, moment.places, self.heads, self.scale, extras=self.extras)
 
 
 class GatedDelta:
@@ -153,9 +147,7 @@ class GatedDelta:
         done, states[pages.slots] = read_pages(given, shape, pages.bounds, pages.lengths)
         return gated_norm(done, gate.view(done.shape), mixing.norm, mixing.epsilon).flatten(1)
 
-    def step(
-        self, wide: torch.Tensor, moment: Moment, kept: Kept, ahead: tuple[torch.Tensor, ...] = ()
-    ) -> torch.Tensor:
+    def step(self, wide: torch.Tensor, moment: Moment, kept: Kept) -> torch.Tensor:
         return delta_step(wide, self.mixing, *kept, moment.places, moment.live)
 
 

@@ -110,22 +110,3 @@ def warm(places):
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [places], dtype=tl.int32, is_pure=False, pack=1
     )
-
-
-@triton.jit
-def warm_bytes(place, size):
-    """Asks for `size` bytes from `place` on, one pointer, both multiples of 16, at once: the copy engine brings them
-    into the second-level cache. On compute capability 9.0 and up."""
-    # Each thread of a program is told so; one is enough.
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred one;
-        .reg .b32 thread;
-        mov.u32 thread, %tid.x;
-        setp.eq.u32 one, thread, 0;
-        setp.gt.and.s32 one, $2, 0, one;
-        @one cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.b32 $0, 0;
-        }""",
-        "=r,l,r", [place, size], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip

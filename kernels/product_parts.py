@@ -54,23 +54,17 @@ def inverse_of(sums, epsilon, DEPTH: tl.constexpr):
 
 
 @triton.jit
-def comes_last(arrived, SHARERS: tl.constexpr):
-    """Whether this program is the last of SHARERS to come here; then it sees all that they have stored before, past its
-    processor's own cache. The count `arrived` is zero again then."""
+def is_last(mine, done, arrived, SHARERS: tl.constexpr):
+    """Leaves `done` at `mine` for whoever of the SHARERS comes last: that one adds up, in their order, so that the sum
+    is the same each time. It sees what they all have left, past its processor's own cache; the count `arrived` is zero
+    again then."""
+    tl.store(mine, done)
     # All warps have stored before one of them says so to the others (acquire and release, Triton's own default).
     tl.debug_barrier()
     last = tl.atomic_add(arrived, 1, sem="acq_rel") == SHARERS - 1
     if last:
         tl.store(arrived, 0)
     return last
-
-
-@triton.jit
-def is_last(mine, done, arrived, SHARERS: tl.constexpr):
-    """Leaves `done` at `mine` for whoever of the SHARERS comes last: that one adds up, in their order, so that the sum
-    is the same each time. The count `arrived` is zero again then."""
-    tl.store(mine, done)
-    return comes_last(arrived, SHARERS)
 
 
 @triton.jit

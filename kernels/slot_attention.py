@@ -1,13 +1,10 @@
 """Attention of a few new tokens over what stands in each slot of a static cache, rotary positions and storing included.
 
-    attended = attend_slots(qkv, cos, sin, keys, values, places, heads, scale, ahead=(out, gate_and_up))
+    attended = attend_slots(qkv, cos, sin, keys, values, places, heads, scale)
 
 Each slot holds one answer; its new tokens see all that stands before them and themselves. On a GPU in half precision
 one or two kernels do it for any lengths (FlashDecoding: Dao, Haziza, Massa, Sizov 2023), which a CUDA graph can hold
 since lengths are read on the GPU; elsewhere torch's SDPA.
-
-Of a few slots there is little to read: such a kernel waits for the one before it, for what it asks for, for its own
-programs, and the memory is idle meanwhile. So it asks for the weights of the products that come after it (`ahead`).
 
 Shapes: S slots, each with Q new tokens (R = S x Q rows), C places a slot; D the width of a head, the first of which
 are turned, an even number.
@@ -15,15 +12,13 @@ are turned, an even number.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels.early import EARLY, PLAIN, early, follow, once, warm, warm_bytes, way_that_agrees
-from kernels.product_parts import LINE, MOST_ROWS, arrived, comes_last, lies_whole, tile_rows
+from kernels.early import EARLY, PLAIN, early, follow, once, warm, way_that_agrees
 from kernels.row_kernels import on_triton, rms_norm
 
 # Keys that are looked at together, warps and stages, where a slot's keys are cut into parts, and where they are not: on
@@ -33,28 +28,6 @@ PROOF_PLACES = 1_024  # of each slot on which the kernels are tried
 # Parts of one slot's keys, each by a program of its own; as many as keep an H100 busy (write_speed.py --tune). A single
 # one needs no kernel that joins them.
 MOST_PARTS, PROGRAMS = 32, 128
-# Numbers in fp32 that the last of the programs that share a slot's keys may join by itself, which saves the launch of
-# another kernel; one program reads many of them slower than all programs of that kernel would. 0 for none: what it
-# gains, and from how many on it loses, has not been measured yet (write_speed.py --tune_ahead).
-LAST_JOINS = 0
-LAST = ", the last one joins"  # such a way, behind how it is launched
-
-
-class Ahead(NamedTuple):
-    """What attention asks for of the weights that come after it: so many bytes of the `first` one, and of the `second`,
-    half of them of its gate and half of what that gates. `soon` before the kernel before has ended, else once all that
-    it has left is under way. In `bulk` by the copy engine, each program its whole share at once, else line by line."""
-
-    first: int
-    second: int = 0
-    soon: bool = False
-    bulk: bool = False
-
-
-# By the number of slots, as in skinny_products.TILES. Keys and values of more slots would push out of the second-level
-# cache, of 50 MB on an H100, what was asked for before them: it would come from memory twice. Not measured yet either;
-# of up to 16 slots it should be Ahead(2**24), all of the first weight.
-AHEAD: dict[int, Ahead | None] = {8: None, 16: None, 32: None, 64: None}
 
 
 class Extras(NamedTuple):
@@ -80,46 +53,27 @@ def attend_slots(
     heads: int,
     scale: float,
     extras: Extras = NO_EXTRAS,
-    ahead: tuple[torch.Tensor, ...] = (),
 ) -> torch.Tensor:
     """`qkv` (R, (heads + 2 x fewer) x D), `cos` and `sin` (R, D or what of it is turned), the cache's `keys` and
     `values` (S, fewer, C, D), which get the new ones at `places` (S,) and the Q - 1 places after. With a gate queries
-    are twice as wide in `qkv`. `ahead` are the weights that the products after this meet, up to two, in their order,
-    of which nothing is taken. Returns (R, heads x D)."""
+    are twice as wide in `qkv`. Returns (R, heads x D)."""
     width, given = keys.shape[-1], (qkv, cos, sin, keys, values, places, heads, scale)
     if on_triton(qkv) and width in (16, 32, 64, 128, 256):
         new, fewer = len(qkv) // len(keys), keys.shape[1]
         norm = extras.norms and extras.norms[0].dtype
         kinds = (cos.shape[-1], norm, extras.gated, qkv.dtype, qkv.device)
-        if way := way_of(len(keys), heads, fewer, width, new, *kinds, lines_ahead(ahead, len(keys), qkv.dtype)):
-            options = {"begins": way.startswith(EARLY), "joins": way.endswith(LAST)}
-            return attend_in_parts(*given, **options, extras=extras, ahead=ahead)
+        if way := way_of(len(keys), heads, fewer, width, new, *kinds):
+            return attend_in_parts(*given, begins=way == EARLY, extras=extras)
     return attend_plain(*given, extras)
-
-
-def lines_ahead(ahead: tuple[torch.Tensor, ...], slots: int, kind: torch.dtype) -> tuple[int, int]:
-    """How many lines of memory are asked for of the first of `ahead`, and of each half of the second."""
-    asks = AHEAD[tile_rows(slots)] if slots <= MOST_ROWS else None
-    if not asks or not all(weight.dtype == kind and lies_whole(weight) for weight in ahead):
-        return 0, 0
-    lines = [weight.numel() // LINE.value for weight in ahead] + [0, 0]
-    line = LINE.value * kind.itemsize
-    return min(asks.first // line, lines[0]), min(asks.second // line, lines[1]) // 2
-
-
-def parts_of(slots: int, fewer: int) -> int:
-    """Into how many parts a slot's keys are cut."""
-    return max(1, min(MOST_PARTS, PROGRAMS // (slots * fewer)))
 
 
 @once
 def way_of(
     slots: int, heads: int, fewer: int, width: int, new: int,
     turns: int, norm: torch.dtype | None, gated: bool, dtype: torch.dtype, device: torch.device,
-    lines: tuple[int, int] = (0, 0),
 ) -> str:  # fmt: skip
     """How the kernels are launched for these shapes, of which `turns` of `width` are turned and weights of the heads'
-    norms are `norm`, and so many `lines` asked for: by proof on random states, whose slots are of all lengths."""
+    norms are `norm`: by proof on random states, whose slots are of all lengths."""
     draw, capacity = torch.Generator(device).manual_seed(0), PROOF_PLACES
 
     def some(*shape: int) -> torch.Tensor:
@@ -135,21 +89,13 @@ def way_of(
     widely = {**options, "extras": Extras(norms and tuple(part.float() for part in norms), 1e-6, gated)}
     wanted = attend_plain(qkv.float(), cos.float(), sin.float(), *wide, **widely)
 
-    # What is asked for is not looked at.
-    ahead = tuple(torch.empty(count * LINE.value, dtype=dtype, device=device) for count in (lines[0], 2 * lines[1]))
-
-    def by(begins: bool, joins: bool) -> tuple[torch.Tensor, ...]:
+    def by(begins: bool) -> tuple[torch.Tensor, ...]:
         mine = states.clone()
-        done = attend_in_parts(qkv, cos, sin, *mine, **options, begins=begins, joins=joins, ahead=ahead)
+        done = attend_in_parts(qkv, cos, sin, *mine, **options, begins=begins)
         return done, mine - states
 
-    parts = parts_of(slots, fewer)
-    lasts = [LAST, ""] if parts > 1 and new * heads // fewer * parts * width <= LAST_JOINS else [""]
-    ways = {
-        launched + last: partial(by, launched == EARLY, last == LAST)
-        for launched in ([EARLY, PLAIN] if early(device) else [PLAIN])
-        for last in lasts
-    }
+    ways = {EARLY: lambda: by(True)} if early(device) else {}
+    ways |= {PLAIN: lambda: by(False)}
     changed = wide - states.float()  # what was stored: a missing one hides among all that was there
     return way_that_agrees("attention over slots", ways, (wanted, changed))
 
@@ -288,36 +234,6 @@ def nearer(keys, values, begin, capacity, WIDTH: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
-def share_of(program, piece, LINES: tl.constexpr, PROGRAMS: tl.constexpr, MANY: tl.constexpr):
-    """A `piece` of MANY of the LINES that one of PROGRAMS has to see to: behind its share and behind them all the last
-    one again."""
-    share: tl.constexpr = (LINES + PROGRAMS - 1) // PROGRAMS
-    return tl.minimum(program * share + tl.minimum(piece + tl.arange(0, MANY), share - 1), LINES - 1)
-
-
-@triton.jit
-def ask_for(weight, program, LINES: tl.constexpr, PROGRAMS: tl.constexpr, BULK: tl.constexpr):
-    """One program's share of the first LINES of a `weight`."""
-    share: tl.constexpr = (LINES + PROGRAMS - 1) // PROGRAMS
-    if BULK:
-        line = tl.minimum(program * share, LINES)
-        warm_bytes(weight + line * LINE, tl.minimum(share, LINES - line) * (LINE * 2))
-    else:
-        for piece in tl.static_range(0, share, 256):
-            warm(weight + share_of(program, piece, LINES, PROGRAMS, 256) * LINE)
-
-
-@triton.jit
-def ask_ahead(first, second, third, program, AHEAD: tl.constexpr):
-    """AHEAD are the lines of the first weight and of the second and third, by how many programs and whether in bulk."""
-    if AHEAD[0] > 0:
-        ask_for(first, program, AHEAD[0], AHEAD[2], AHEAD[3])
-    if AHEAD[1] > 0:
-        ask_for(second, program, AHEAD[1], AHEAD[2], AHEAD[3])
-        ask_for(third, program, AHEAD[1], AHEAD[2], AHEAD[3])
-
-
-@triton.jit
 def queries_of(slot, head, shared, NEW: tl.constexpr, LANES: tl.constexpr):
     """Of LANES lanes which are queries, in which row and of which head each is: all new tokens, and of each all the
     `shared` heads that share a head of keys."""
@@ -342,55 +258,15 @@ def leave(sums, tops, partial, out, known, found, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def join_parts(
-    left, target, qkv, slot, head,
-    HEADS: tl.constexpr, FEWER: tl.constexpr, NEW: tl.constexpr, WIDTH: tl.constexpr,
-    GATED: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """What PARTS programs have `left` of each query, by the weight of what each has seen, in their order; not out of
-    this processor's own cache, which knows nothing of what others have written."""
-    sums, tops, partial = left
-    # Not as many lanes as a product takes at least: those that are no queries would be added up, too.
-    lanes: tl.constexpr = triton.next_power_of_2(NEW * (HEADS // FEWER))
-    known, row, of_head = queries_of(slot, head, HEADS // FEWER, NEW, lanes)
-    wide, query = tl.arange(0, WIDTH), row * HEADS + of_head
-    if GATED:
-        gate = gates_at(qkv, row, of_head, known, HEADS, FEWER, WIDTH)
-    top = tl.full((lanes,), float("-inf"), tl.float32)
-    weights = tl.zeros((lanes,), tl.float32)
-    done = tl.zeros((lanes, WIDTH), tl.float32)
-    # Some at a time, all asked for at once: nothing that one thread needs of a part waits for another thread.
-    many: tl.constexpr = PARTS if PARTS < 8 else 8
-    for begin in range(0, PARTS, many):
-        for part in tl.static_range(many):
-            one, there = query * PARTS + begin + part, known & (begin + part < PARTS)
-            high = tl.load(tops + one, mask=there, other=float("-inf"), cache_modifier=".cg")
-            weight = tl.load(sums + one, mask=there, other=0.0, cache_modifier=".cg")
-            places = one[:, None] * WIDTH + wide[None, :]
-            each = tl.load(partial + places, mask=there[:, None], other=0.0, cache_modifier=".cg")
-            higher = tl.maximum(top, high)
-            # A part that has seen nothing, and lanes that are no queries: minus infinity less itself is no number.
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-            fade, share = tl.exp(top - base), tl.exp(high - base)
-            weights, top = weights * fade + weight * share, higher
-            done = done * fade[:, None] + each * share[:, None]
-    done = done / tl.where(known, weights, 1.0)[:, None]
-    if GATED:
-        done = gate_with(done, gate, target.dtype.element_ty)
-    tl.store(target + query[:, None] * WIDTH + wide[None, :], done.to(target.dtype.element_ty), mask=known[:, None])
-
-
-@triton.jit
 def attend_kernel(
-    qkv, cos, sin, keys, values, places, sums, tops, partial, target, arrived, capacity, scale,
-    query_norm, key_norm, epsilon, first, second, third,
+    qkv, cos, sin, keys, values, places, sums, tops, partial, target, capacity, scale,
+    query_norm, key_norm, epsilon,
     HEADS: tl.constexpr, FEWER: tl.constexpr, NEW: tl.constexpr, WIDTH: tl.constexpr,
-    TURNS: tl.constexpr, NORMED: tl.constexpr, GATED: tl.constexpr, PARTS: tl.constexpr, JOINS: tl.constexpr,
+    TURNS: tl.constexpr, NORMED: tl.constexpr, GATED: tl.constexpr, PARTS: tl.constexpr,
     ROWS: tl.constexpr, NEW_ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
-    AHEAD: tl.constexpr, SOON: tl.constexpr,
 ):  # fmt: skip
     """One of PARTS parts of the keys of one slot and one head of keys, for all NEW x (HEADS / FEWER) queries that share
-    it. What was attended goes to `target` where the part is the whole, and where the last program JOINS them all."""
+    it. What was attended goes to `target` where the part is the whole."""
     slot, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     shared: tl.constexpr = HEADS // FEWER
     apart: tl.constexpr = 2 if GATED else 1
@@ -404,8 +280,6 @@ def attend_kernel(
     values += group.to(tl.int64) * capacity * WIDTH
     if EARLY:
         nearer(keys, values, begin, capacity, WIDTH, BLOCK)
-    if SOON:
-        ask_ahead(first, second, third, group * PARTS + part, AHEAD)
     follow(EARLY)
     # All that the kernel before has left is asked for at once: queries, and new keys and values of this part.
     fresh = tl.arange(0, NEW_ROWS)
@@ -418,8 +292,6 @@ def attend_kernel(
     passed = tl.load(source[:, None] + FEWER * WIDTH + wide[None, :], mask=mine[:, None], other=0.0)
     if PARTS == 1 and GATED:
         gate = gates_at(qkv, row, of_head, known, HEADS, FEWER, WIDTH)
-    if not SOON:
-        ask_ahead(first, second, third, group * PARTS + part, AHEAD)
     key = turned_rows(made, key_norm, epsilon, WIDTH, TURNS, NORMED).to(keys.dtype.element_ty)
     stored = (place + fresh)[:, None] * WIDTH + wide[None, :]
     tl.store(keys + stored, key, mask=mine[:, None])
@@ -437,8 +309,6 @@ def attend_kernel(
         tl.store(target + out, done.to(target.dtype.element_ty), mask=known[:, None])
     else:
         leave(sums, tops, partial, (row * HEADS + of_head) * PARTS + part, known, (weights, top, done), WIDTH)
-        if JOINS and comes_last(arrived + group, PARTS):
-            join_parts((sums, tops, partial), target, qkv, slot, head, HEADS, FEWER, NEW, WIDTH, GATED, PARTS)
 
 
 @triton.jit
@@ -477,46 +347,33 @@ def attend_in_parts(
     begins: bool = False,
     extras: Extras = NO_EXTRAS,
     shape: tuple[int, int, int] | None = None,
-    joins: bool = False,
-    ahead: tuple[torch.Tensor, ...] = (),
 ) -> torch.Tensor:
     """`attend_slots` by the kernels above, the first of which `begins` before the one before has ended; the keys of a
-    slot in `parts` parts, as many as keep a GPU busy, by programs of such a `shape` as in SHAPES, the last of which
-    `joins` them, else another kernel. What begins early asks for `ahead`."""
+    slot in `parts` parts, as many as keep a GPU busy, by programs of such a `shape` as in SHAPES."""
     slots, fewer, capacity, width = keys.shape
     new, rows = len(qkv) // slots, len(qkv)
-    parts = parts or parts_of(slots, fewer)
+    parts = parts or max(1, min(MOST_PARTS, PROGRAMS // (slots * fewer)))
     # Wider heads take more of a program's memory, and nobody has measured them: the smaller shape.
     block, warps, stages = shape or SHAPES[parts > 1 or width > 128]
     target = qkv.new_empty(rows, heads * width)
     sums = tops = partial = target
-    joins = joins and parts > 1
     if parts > 1:
         sums, tops = torch.empty(2, rows, heads, parts, dtype=torch.float32, device=qkv.device)
         partial = qkv.new_empty(rows, heads, parts, width, dtype=torch.float32)
     launch = {"launch_pdl": True} if begins else {}
     # What is not there is not read.
     query_norm, key_norm = extras.norms or (qkv, qkv)
-    lines = lines_ahead(ahead, slots, qkv.dtype) if begins else (0, 0)
-    first, second, third = (*(ahead[:1] if lines[0] else [qkv]), *(halves(ahead[1]) if lines[1] else [qkv, qkv]))
-    asks = AHEAD[tile_rows(slots)] if any(lines) else Ahead(0)
     attend_kernel[(slots, fewer, parts)](
-        qkv, cos, sin, keys, values, places, sums, tops, partial, target, arrived(qkv.device) if joins else places,
-        capacity, scale, query_norm, key_norm, extras.epsilon, first, second, third,
-        TURNS=cos.shape[-1], NORMED=extras.norms is not None, GATED=extras.gated, PARTS=parts, JOINS=joins,
+        qkv, cos, sin, keys, values, places, sums, tops, partial, target,
+        capacity, scale, query_norm, key_norm, extras.epsilon,
+        TURNS=cos.shape[-1], NORMED=extras.norms is not None, GATED=extras.gated, PARTS=parts,
         HEADS=heads, FEWER=fewer, NEW=new, WIDTH=width, ROWS=max(16, triton.next_power_of_2(new * heads // fewer)),
         NEW_ROWS=triton.next_power_of_2(new), BLOCK=block, EARLY=begins,
-        AHEAD=(*lines, slots * fewer * parts, asks.bulk), SOON=asks.soon, num_warps=warps,
-        num_stages=stages if width < 256 else 2, **launch,
+        num_warps=warps, num_stages=stages if width < 256 else 2, **launch,
     )  # fmt: skip
-    if parts > 1 and not joins:
+    if parts > 1:
         join_kernel[(rows * heads,)](
             sums, tops, partial, target, parts, qkv, PARTS=triton.next_power_of_2(parts), WIDTH=width, EARLY=begins,
             HEADS=heads, FEWER=fewer, GATED=extras.gated, num_warps=2, **launch,
         )  # fmt: skip
     return target
-
-
-def halves(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weights of a gate and of what it gates, one behind the other in `weight`."""
-    return weight.view(2, -1).unbind()

@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 import time
-import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -509,38 +508,6 @@ def test_tuning_leaves_the_fastest_tile_and_says_what_it_saves_in_a_layer(monkey
     assert next(iter(shapes.items())) == ("2 parts, (64, 4, 4)", {"step_ms": 3.5, "spread_step_ms": 4.0})
     assert slot_attention.PROGRAMS == 256 and shapes.pop("failed") == {"1 parts, (64, 4, 6)": "RuntimeError: no such"}
     assert len(shapes) == len(write_speed.WHOLE_SHAPES)
-
-
-def test_what_attention_asks_for_is_tried_and_left_as_it_was(monkeypatch):
-    """Each way by itself, beside the one as before; one that fails is told as one."""
-    from kernels import skinny_products as skinny
-    from kernels import slot_attention as room
-
-    before, tried = (room.LAST_JOINS, dict(room.AHEAD), dict(skinny.WARMED)), []
-
-    def step_ms(engine, slots):
-        assert slots == 8 and room.AHEAD[16] == before[1][16]
-        ahead, warmed = room.AHEAD[8], {kind: count for kind, count in skinny.WARMED.items() if count != 1_024}
-        tried.append((room.LAST_JOINS > 0, ahead, warmed))
-        if ahead == room.Ahead(2**24, 0, False, True):
-            raise RuntimeError("no such instruction")
-        if ahead and ahead.soon and ahead.bulk:
-            warnings.warn("the kernel of attention over slots, launched early, differs by 0.1", stacklevel=2)
-        gain = 0.0 if ahead is None else (ahead.first + 2 * ahead.second) / 2**27
-        return 3.0 - 0.1 * tried[-1][0] - gain - 0.25 * (warmed == {"out": 512})
-
-    monkeypatch.setattr(write_speed, "step_ms", step_ms)
-    monkeypatch.setattr("writing.engine.Engine", lambda *given, **options: None)
-    found = write_speed.tune_ahead(None, None, None, 8)
-    failed = found.pop("failed")
-    assert {words.partition(":")[0] for words in failed.values()} == {"RuntimeError", "UserWarning"} and len(
-        failed
-    ) == 2
-    assert next(iter(found.items())) == ('the best of these, {"out": 512}', 3.0 - 0.1 - 3 / 8 - 0.25)
-    assert found["a kernel joins, nothing ahead"] == found["a kernel joins, nothing ahead, again"] == 3.0
-    assert tried[:2] == [(False, None, {}), (True, None, {})] and len(found) == len(tried) - 2 == 12
-    assert tried[-2] == (True, room.Ahead(2**24, 2**24, False, False), {"out": 512})
-    assert before == (room.LAST_JOINS, room.AHEAD, skinny.WARMED)
 
 
 def test_pages_that_end_by_themselves_are_compared_to_the_byte():

@@ -119,7 +119,7 @@ class Step:
         for number, (layer, after) in enumerate(self.chain()):
             mixer = layer.mixer
             wide = normed_product("qkv", rows, layer.norms[0], mixer.taken, mixer.taken_bias)
-            done = mixer.step(wide, moment, self.cache.layer(number, self.slots), (mixer.out, layer.gated))
+            done = mixer.step(wide, moment, self.cache.layer(number, self.slots))
             rows = add_product("out", rows, done, mixer.out, ("gated", layer.norms[1]))
             inner = gated_product("gated", rows, layer.norms[1], layer.gated)
             rows = add_product("down", rows, inner, layer.down, after)
@@ -143,10 +143,9 @@ class Step:
         found = [partial(embed, tokens, tokens, table, *self.angles)]
         for number, (layer, after) in enumerate(self.chain()):
             mixer, moment, kept = layer.mixer, Moment(angles, places, live), self.cache.layer(number, slots)
-            ahead = mixer.out, layer.gated
             # The longest first.
             found += [
-                partial(mixer.step, made(rows, len(mixer.taken)), moment, kept, ahead),
+                partial(mixer.step, made(rows, len(mixer.taken)), moment, kept),
                 partial(prove, "out", made(rows, mixer.out.shape[1]), mixer.out, None, ("gated", layer.norms[1])),
                 partial(prove, "down", made(rows, layer.down.shape[1]), layer.down, None, after),
                 partial(prove, "gated", made(rows, width), layer.gated, layer.norms[1]),

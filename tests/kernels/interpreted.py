@@ -10,8 +10,7 @@ import torch
 import use_model_from_hub as use
 from families import family_of, slot_layers
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
-tl = triton.language
+pytest.importorskip("triton", reason="triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = [torch.bfloat16, torch.float16]
 # Triton's interpreter multiplies the bits of bf16 matrices as whole numbers (3.8).
@@ -480,80 +479,6 @@ def test_attention_over_slots_equals_torchs(kernels, heads, fewer, new, parts, k
         for slot, place in enumerate(places.tolist()):
             assert torch.equal(cache[slot, :, :place], old[slot, :, :place])
             assert torch.equal(cache[slot, :, place + new :], old[slot, :, place + new :])
-
-
-@pytest.mark.parametrize(("parts", "new", "gated"), [(2, 1, False), (5, 2, True), (4, 3, False)])
-def test_the_last_of_the_programs_of_a_slot_joins_what_all_have_left(kernels, monkeypatch, parts, new, gated):
-    """As the kernel that joins does, the same to the bit each time and whatever the other slots hold; the count of
-    those that have come is zero again. Some parts of the short slots are empty."""
-    room = kernels("slot_attention")
-    torch.manual_seed(12)
-    slots, heads, fewer, width, kind = 3, 6, 2, 32, torch.float16
-    qkv = torch.randn(slots * new, (heads * (1 + gated) + 2 * fewer) * width, device=DEVICE).to(kind)
-    angles = torch.randn(slots * new, width // 2, device=DEVICE)
-    cos, sin = (torch.cat((part, part), -1).to(kind) for part in (angles.cos(), angles.sin()))
-    states = torch.randn(2, slots, fewer, 192, width, device=DEVICE).to(kind)
-    options = {"heads": heads, "scale": width**-0.5, "extras": room.Extras(None, 1e-6, gated)}
-
-    def attended(places, rows=qkv, before=states, **how):
-        at = torch.tensor(places, device=DEVICE)
-        return room.attend_in_parts(rows, cos, sin, *before.clone(), at, **options, **how)
-
-    places = [150, 0, 40]
-    wide = [part.float() for part in (qkv, cos, sin, *states)]
-    wanted = room.attend_plain(*wide, torch.tensor(places, device=DEVICE), **options)
-    found = attended(places, parts=parts, joins=True)
-    close(found, wanted, kind)
-    close(found, attended(places, parts=parts, joins=False).float(), kind)
-    assert torch.equal(found, attended(places, parts=parts, joins=True))
-    assert not room.arrived(qkv.device).any()
-    # The second slot alone stays as it was.
-    others, stood = torch.randn_like(qkv), torch.randn_like(states)
-    others[new : 2 * new], stood[:, 1] = qkv[new : 2 * new], states[:, 1]
-    again = attended([7, 0, 180], others, stood, parts=parts, joins=True)
-    assert torch.equal(again[new : 2 * new], found[new : 2 * new]) and not torch.equal(again, found)
-
-
-def test_a_join_that_is_wrong_is_done_by_another_kernel(kernels, monkeypatch):
-    """And no program joins alone what would take it longer than another kernel."""
-    room = kernels("slot_attention")
-    monkeypatch.setattr(room, "LAST_JOINS", 1 << 14)
-    monkeypatch.setattr(room, "PROOF_PLACES", 96)
-    monkeypatch.setattr(room, "MOST_PARTS", 2)
-    real, joins, shapes = (
-        room.attend_in_parts,
-        [],
-        (2, 4, 2, 32, 1, 32, None, False, torch.float16, torch.device(DEVICE)),
-    )
-
-    def wrong(*given, **options):
-        joins.append(options["joins"])
-        done = real(*given, **options)
-        return 1.1 * done if options["joins"] else done
-
-    assert room.way_of(*shapes).endswith(room.LAST)
-    monkeypatch.setattr(room, "attend_in_parts", wrong)
-    room.way_of.cache_clear()
-    with pytest.warns(UserWarning, match="the kernel of attention over slots, .*, the last one joins, differs by 0.1"):
-        assert room.way_of(*shapes) in (room.EARLY, room.PLAIN)
-    assert joins == [True, False]
-    monkeypatch.setattr(room, "LAST_JOINS", 2 * 2 * 32 - 1)  # two queries, two parts
-    room.way_of.cache_clear()
-    assert room.way_of(*shapes) in (room.EARLY, room.PLAIN) and joins == [True, False, False]
-
-
-def mark_lines(marked, SHARE: tl.constexpr, LINES: tl.constexpr, PROGRAMS: tl.constexpr):
-    """What slot_attention.ask_for asks for, as ones in `marked`."""
-    for piece in tl.static_range(0, (LINES + PROGRAMS - 1) // PROGRAMS, 256):
-        tl.store(marked + SHARE(tl.program_id(0), piece, LINES, PROGRAMS, 256), 1)
-
-
-@pytest.mark.parametrize(("lines", "programs"), [(1, 4), (64, 4), (1_000, 3), (5, 64), (513, 2)])
-def test_all_lines_that_are_asked_for_are_asked_for_by_someone(kernels, lines, programs):
-    room = kernels("slot_attention")
-    marked = torch.zeros(lines + 9, dtype=torch.int32, device=DEVICE)
-    triton.jit(mark_lines)[(programs,)](marked, room.share_of, lines, programs)
-    assert marked[:lines].all() and not marked[lines:].any()
 
 
 @pytest.mark.parametrize("name", ["E4M3", "E5M2"])

@@ -1,6 +1,7 @@
 """Broad tiles as they are compiled for Hopper, which needs no GPU; their numbers: tests/kernels/interpreted.py."""
 
 import os
+import re
 
 import pytest
 
@@ -53,6 +54,13 @@ def test_broad_tiles_are_multiplied_out_of_shared_memory_that_the_copy_engine_fi
                 assert done.metadata.shared <= SHARED_BYTES and depth % tile.block == 0
                 # No load of what the kernel before has left may stand before the wait for it.
                 assert code.index("griddepcontrol.wait") < code.index("cp.async.bulk.tensor")
+                if tile.shared(columns).sharers > 1:
+                    # The last program reads what all have left once all have come, past its processor's own cache.
+                    left, counted = code.split("atom.global.gpu.acq_rel.add.u32")
+                    assert "bar.sync" in left[left.rindex("st.global") :]
+                    # Sums are in fp32, what they are added to is not.
+                    read = re.findall(r"ld\.global\S*b32", counted)
+                    assert "ld.global.cg" not in left and read and all(".cg." in name for name in read)
                 found.add((kind, rows))
     assert {("gated", 64), ("down", 64)} <= found
 
