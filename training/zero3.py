@@ -381,10 +381,16 @@ def wait_in_order(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
 WORTH_A_CALL = 1_000_000
 
 
+# Layers whose weights are on their way while one is at work. Python takes some 0.1 ms for a call: asked for all at once
+# they would keep a GPU waiting when a step begins, and too few may come too late for a tower's short layers.
+LAYERS_AHEAD = 6
+
+
 class Gathering:
-    """Gathers the weights of `model` that are missing at the beginning of a forward pass, all at once and on all ranks
-    in the same order: those of no layer first, which are waited for there; then layer by layer, each of which waits for
-    its own, so that the others travel while it is at work. After the forward pass, failed or not, all are there.
+    """Gathers the weights of `model` that are missing at the beginning of a forward pass, on all ranks in the same
+    order: those of no layer first, which are waited for there; then layer by layer, some layers before its turn, each
+    of which waits for its own, so that the others travel while it is at work. After the forward pass, failed or not,
+    all are there.
 
     DeepSpeed's own gathering of many (`all_gather`, 0.19.8) ends in a wait of Python for the whole GPU.
     """
@@ -393,7 +399,9 @@ class Gathering:
         from deepspeed.utils import get_z3_leaf_modules
 
         self.parameters, self.owner = list(model.parameters()), {}
-        self.coming: dict[torch.nn.Module | None, list[tuple[torch.Tensor, dist.Work]]] = {}
+        # By layer, None for those of no layer: on their way, and not asked for yet.
+        self.coming: dict[torch.nn.Module | None, tuple[list[torch.Tensor], dist.Work]] = {}
+        self.later: dict[torch.nn.Module, list[torch.Tensor]] = {}
         for layer in get_z3_leaf_modules(model):
             self.owner |= dict.fromkeys(layer.parameters(), layer)
             layer.register_forward_pre_hook(lambda layer, inputs: self.wait_for(layer))
@@ -410,34 +418,58 @@ class Gathering:
         # What a user's JSON may ask for: shards in fewer bits, or whole ones on each machine. DeepSpeed knows how.
         if odd := [p for p in large if p.ds_secondary_tensor is not None or hasattr(p.ds_tensor, "ds_quant_scale")]:
             odd[0].all_gather(odd)
-        for parameter in sorted(missing_of(large), key=lambda parameter: parameter in self.owner):
-            self.coming.setdefault(self.owner.get(parameter), []).append((parameter, self.gather(parameter)))
+        for parameter in missing_of(large):
+            self.later.setdefault(self.owner.get(parameter), []).append(parameter)
+        if (of_no_layer := self.later.pop(None, None)) is not None:
+            self.coming[None] = of_no_layer, self.gather(of_no_layer)
+        self.ask(LAYERS_AHEAD)
         self.wait_for(None)
 
-    def gather(self, parameter: torch.Tensor) -> dist.Work:
-        """(all ranks) By a call of its own, right to where it belongs: no weights stand there before they are waited
+    def ask(self, most: int) -> None:
+        """(all ranks) Let the next layers' weights come, until those of so many are on their way."""
+        while self.later and len(self.coming) < most:
+            layer = next(iter(self.later))
+            parameters = self.later.pop(layer)
+            self.coming[layer] = parameters, self.gather(parameters)
+
+    def gather(self, parameters: Sequence[torch.Tensor]) -> dist.Work:
+        """(all ranks) By one call, each right to where it belongs: no weights stand there before they are waited
         for."""
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-        shard, group = parameter.ds_tensor, parameter.ds_process_group
-        whole = torch.empty(dist.get_world_size(group) * shard.ds_numel, dtype=shard.dtype, device=parameter.device)
-        work = dist.all_gather_into_tensor(whole, shard.to(whole.device), group=group, async_op=True)
-        parameter.data = whole[: parameter.ds_numel].view(parameter.ds_shape)
-        parameter.ds_status = ZeroParamStatus.INFLIGHT
+        group, device = parameters[0].ds_process_group, parameters[0].device
+        call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.14's name
+        wholes = []
+        with dist.distributed_c10d._coalescing_manager(group=group, async_ops=True) as work:
+            for parameter in parameters:
+                shard = parameter.ds_tensor.to(device)
+                whole = torch.empty(dist.get_world_size(group) * shard.numel(), dtype=shard.dtype, device=device)
+                call(whole, shard, group=group)
+                wholes.append(whole)
+        for parameter, whole in zip(parameters, wholes):
+            parameter.data = whole[: parameter.ds_numel].view(parameter.ds_shape)
+            parameter.ds_status = ZeroParamStatus.INFLIGHT
         return work
 
     def wait_for(self, layer: torch.nn.Module | None) -> None:
-        """Of one layer, or of none: the GPU's stream waits, not Python."""
+        """(all ranks) Of one layer, or of none: the GPU's stream waits, not Python; then others are asked for."""
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-        for parameter, work in self.coming.pop(layer, ()):
-            work.wait()
+        while layer in self.later:  # before its turn
+            self.ask(len(self.coming) + 1)
+        if (found := self.coming.pop(layer, None)) is None:
+            return
+        parameters, work = found
+        work.wait()
+        for parameter in parameters:
             parameter.ds_status = ZeroParamStatus.AVAILABLE
+        self.ask(LAYERS_AHEAD)
 
     def end(self, model: torch.nn.Module, inputs: tuple, outputs: object) -> None:
-        """After an error, who saves weights finds none on its way. Raises `PipelineError` where there was none and some
-        layers have not waited for theirs: they have computed with whatever stood there."""
-        late = len(self.coming)
+        """(all ranks) After an error, who saves weights finds none on its way. Raises `PipelineError` where there was
+        none and some layers have not waited for theirs: they have computed with whatever stood there."""
+        late = len(self.coming) + len(self.later)
+        self.ask(late)
         for layer in [*self.coming]:
             self.wait_for(layer)
         if late and outputs is not None:

@@ -38,8 +38,9 @@ def watched_steps(engine) -> None:
 def watched_begin(self, model, inputs) -> None:
     begin(self, model, inputs)
     if self.coming:
-        coming.append(sum(map(len, self.coming.values())))
-    on_their_way = [parameter for arriving in self.coming.values() for parameter, _ in arriving]
+        coming.append(sum(len(parameters) for parameters, _ in self.coming.values()))
+    on_their_way = [parameter for parameters, _ in self.coming.values() for parameter in parameters]
+    on_their_way += [parameter for parameters in self.later.values() for parameter in parameters]
     assert zero3.missing_of(self.parameters) == on_their_way, "of no layer, and not waited for"
 
 

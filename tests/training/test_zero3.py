@@ -110,12 +110,13 @@ def test_lean_steps_learn_what_deepspeeds_own_do(processes, exact_base, pages_fo
 
 
 class Played(torch.nn.Module):
-    """Two layers of one weight each, as ZeRO-3 has them between steps: a shard that only `Gathering.gather` makes
+    """Layers of one weight each, as ZeRO-3 has them between steps: a shard that only `Gathering.gather` makes
     whole. The second is called as a module or not."""
 
-    def __init__(self, called: bool):
+    def __init__(self, called: bool, layers: int = 2):
         super().__init__()
-        self.layers, self.called = torch.nn.ModuleList([torch.nn.Linear(1, 1, bias=False) for _ in range(2)]), called
+        self.called = called
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(1, 1, bias=False) for _ in range(layers)])
         for layer in self.layers:
             layer._z3_leaf, layer.weight.ds_numel = True, zero3.WORTH_A_CALL
             layer.weight.ds_status, layer.weight.ds_tensor = ZeroParamStatus.NOT_AVAILABLE, torch.zeros(1)
@@ -128,11 +129,35 @@ class Played(torch.nn.Module):
         return (second if self.called else second.forward)(first(hidden))
 
 
+@pytest.mark.parametrize(
+    ("order", "wanted"), [([0, 1, 2, 3], [[0, 1, 2], [0, 1, 2, 3]]), ([3, 0, 1, 2], [[0, 1, 2, 3]] * 2)]
+)
+def test_weights_are_asked_for_some_layers_before_their_turn(order, wanted, monkeypatch):
+    """Not all at the beginning, for which a GPU would wait; a layer that comes before its turn has its own."""
+    monkeypatch.setattr(zero3, "LAYERS_AHEAD", 2)
+    model, asked, seen = Played(called=True, layers=4), [], []
+
+    def gather(self, parameters):
+        asked.append([*model.parameters()].index(parameters[0]))
+        parameters[0].ds_status = ZeroParamStatus.INFLIGHT
+        return SimpleNamespace(wait=lambda: None)
+
+    model.forward = lambda hidden: [model.layers[number](hidden) for number in order]
+    monkeypatch.setattr(zero3.Gathering, "gather", gather)
+    zero3.Gathering(model)
+    for layer in model.layers:
+        layer.register_forward_hook(lambda *unused: seen.append([*asked]))
+    model(torch.zeros(1))
+    assert seen[:2] == wanted and seen[-1] == [0, 1, 2, 3]
+    assert zero3.missing_of([*model.parameters()]) == []
+
+
 @pytest.mark.parametrize("called", [True, False])
 def test_a_layer_waits_for_its_weights_or_the_forward_pass_is_refused(called, monkeypatch):
     done, model = [], Played(called)
 
-    def gather(self, parameter):
+    def gather(self, parameters):
+        (parameter,) = parameters
         parameter.ds_status, name = ZeroParamStatus.INFLIGHT, [*model.parameters()].index(parameter)
         done.append(f"asked for {name}")
         return SimpleNamespace(wait=lambda: done.append(f"there is {name}"))
@@ -151,7 +176,7 @@ def test_a_layer_waits_for_its_weights_or_the_forward_pass_is_refused(called, mo
 def test_after_an_error_no_weights_are_on_their_way(monkeypatch):
     model, there = Played(called=True), []
     monkeypatch.setattr(
-        zero3.Gathering, "gather", lambda self, parameter: SimpleNamespace(wait=lambda: there.append(parameter))
+        zero3.Gathering, "gather", lambda self, parameters: SimpleNamespace(wait=lambda: there.append(parameters))
     )
     zero3.Gathering(model)
     with pytest.raises(ValueError, match="before any layer"):
