@@ -19,10 +19,13 @@ from writing.step import Step
 
 
 class Dictated(Step):
-    """A step after which the dictated token is the likeliest: `state.dictation` (S, places) holds them by place."""
+    """A step after which the dictated token is the likeliest: `state.dictation` (S, places) holds them by place, but
+    for an engine to which nothing is dictated."""
 
     def forward(self, tokens: torch.Tensor, places: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
         logits = super().forward(tokens, places, *more)
+        if not hasattr(self.state, "dictation"):
+            return logits
         after = (places[:, None] + 1 + self.following).clamp(max=self.state.dictation.shape[1] - 1)
         wanted = self.state.dictation[: self.slots].gather(1, after).flatten()
         return logits.scatter_(1, wanted[:, None], float("inf"))

@@ -394,6 +394,9 @@ def test_what_is_dictated_is_written_to_its_end_whatever_the_weights_prefer(tiny
         place: processor.tokenizer.decode(ids, skip_special_tokens=True) for place, ids in enumerate(pages)
     }
     assert not any(page.cut_off for page in written.values())
+    # Another engine of the same process writes what its own weights prefer.
+    own = dict(writing.engine.Engine(model, processor, recipe, wanted=1).write([(use.Request(0, lambda: shot))]))
+    assert [page.raw for page in own.values()] != [written[request].raw for request in written if request.place == 0]
 
 
 # -----------------------------------------------------------------------------
