@@ -358,7 +358,7 @@ class Weights:
 def one_on(device: torch.device) -> torch.Tensor:
     """A scale of one; kept, since Python takes as long to make it as to launch a product."""
     with torch.inference_mode(False):
-        return torch.ones((), device=device)
+        return torch.ones((), dtype=torch.float32, device=device)
 
 
 def for_weight(gradient: Rows, rows: Rows, quick: bool = True) -> torch.Tensor:

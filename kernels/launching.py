@@ -35,6 +35,7 @@ def power_above(count: int) -> int:
 class Found(NamedTuple):
     """A compiled kernel as `launch` calls it: `tail` are the arguments that were not given by their place."""
 
+    kernel: Any  # Triton unloads what nobody holds any more (3.8)
     run: Callable[..., None]
     function: int
     metadata: Any
@@ -47,16 +48,16 @@ _guard = threading.local()  # .proving: this thread is at the proof, which launc
 
 def launch(kernel: Any, grid: tuple[int, ...], *given: Any, **options: Any) -> None:
     """`kernel[grid](*given, **options)`, all that changes while a program runs `given` by its place, on the current
-    GPU's current stream. What hooks Triton's launches, as its profiler does, does not see those of kernels that were
-    launched before."""
+    GPU's current stream. Triton's look at globals that have changed since is left out, and what hooks Triton's
+    launches, as its profiler does, does not see those of kernels that were launched before."""
     key = [kernel]
     for one in given:
         if isinstance(one, torch.Tensor):
             # As Triton has it: a kernel of its own for addresses that are multiples of 16.
             key += (one.dtype, one.data_ptr() % 16 == 0)
         else:
-            key.append(one)
-    key = (*key, *options.values(), torch.cuda.current_device() if torch.cuda.is_initialized() else -1)
+            key += (type(one), one)  # 1 and True are one key else, and 1.0
+    key = (*key, *options.items(), torch.cuda.current_device() if torch.cuda.is_initialized() else -1)
     found = _found.get(key)
     if found is None:
         compiled = kernel[grid](*given, **options)
@@ -77,7 +78,7 @@ def keep(key: tuple, kernel: Any, compiled: Any, given: int, options: dict[str, 
     tail = tuple(options[name] if name in options else defaults[name] for name in names)
     if len(_found) >= MOST:
         _found.clear()
-    _found[key] = Found(compiled.run, compiled.function, compiled.packed_metadata, tail)
+    _found[key] = Found(compiled, compiled.run, compiled.function, compiled.packed_metadata, tail)
 
 
 @triton.jit

@@ -20,8 +20,7 @@ from kernels.early import PLAIN, way_that_agrees
 from kernels.launching import launch
 
 BLOCK = 2048  # numbers of a program
-# What their number is a multiple of. Triton has to know it: else a thread reads and writes its numbers one by one, with
-# which a step of 3B on an H100 took longer than with torch.compile's.
+# What their number is a multiple of. Triton has to know it: else a thread reads and writes its numbers one by one.
 MULTIPLE = 16
 
 

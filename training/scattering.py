@@ -43,6 +43,8 @@ USUAL = {
     "enable_sanity_checks": False,  # of the order, for each of its buckets
 }
 
+REMEDY = "--fast False sends gradients by DeepSpeed's buckets; please report which model this is"
+
 
 def obstacle(optimizer: DeepSpeedZeroOptimizer_Stage3) -> str:
     """Why no gradient can go this way; "" where nothing speaks against it."""
@@ -123,6 +125,7 @@ class Scattering:
         self.numbers = 0  # of those under way
         self.ended = False  # the backward pass that they are of
         self.order: list[int] | None = []  # of the first backward pass; None once it has been compared
+        self.sent: set[int] = set()  # large ones of this backward pass
         self.theirs = optimizer.reduce_independent_p_g_buckets_and_remove_grads
         self.their_end, self.step = optimizer.independent_gradient_partition_epilogue, optimizer.step
         optimizer.reduce_independent_p_g_buckets_and_remove_grads = self.take
@@ -140,6 +143,9 @@ class Scattering:
             gradient, parameter.grad = parameter.grad.reshape(-1), None
             if self.order is not None:
                 self.order.append(parameter.ds_id)
+            if parameter.ds_id in self.sent:  # the first part would be overwritten in a step's first micro-batch
+                raise PipelineError(f"a weight's gradient has come twice in one backward pass. {REMEDY}")
+            self.sent.add(parameter.ds_id)
             self.ended, kept = False, self.kept(parameter.ds_id)
             self.make_room(self.limit - len(gradient))
             if self.optimizer.micro_step_id == 0 and kept.dtype == gradient.dtype:
@@ -191,17 +197,15 @@ class Scattering:
         self.send_small()
         self.their_end()
         self.ended = True
+        self.sent.clear()
         if self.order is not None:
             self.compare_orders()
 
     def compare_orders(self) -> None:
         """(all ranks) After the first backward pass. Raises `PipelineError`."""
         order, self.order = self.order, None
-        remedy = "--fast False sends gradients by DeepSpeed's buckets; please report which model this is"
-        if len({*order}) < len(order):  # the first part would be overwritten in a step's first micro-batch
-            raise PipelineError(f"a weight's gradient has come twice in one backward pass. {remedy}")
         if not same_everywhere(sha256(str(order).encode()).hexdigest()):
-            raise PipelineError(f"processes have computed gradients in different orders, and mixed them up. {remedy}")
+            raise PipelineError(f"processes have computed gradients in different orders, and mixed them up. {REMEDY}")
 
     def send_small(self) -> None:
         """(all ranks) All as one, joined so that each rank's shares are neighbours."""

@@ -62,7 +62,7 @@ def tune_zero(zero: dict, way: memory_plan.Way) -> None:
 
     What the user has typed stays. Has to be done before the Trainer makes DeepSpeed's engine.
     """
-    # One process reduces nothing (`keep_gradient`), but DeepSpeed would allocate the bucket.
+    # One process reduces nothing (`Keeping`), but DeepSpeed would allocate the bucket.
     unused = way.processes == 1 and not way.offload
     wanted = {"reduce_bucket_size": UNUSED if unused else REDUCED_AT_ONCE}
     if way.whole:
@@ -319,8 +319,6 @@ class Keeping:
 
     def __init__(self, optimizer: DeepSpeedZeroOptimizer_Stage3):
         self.optimizer, self.waiting, self.numbers = optimizer, [], 0
-        # A private name of its class, hence the long one: by a parameter's number, (numbers of the shard,).
-        self.kept = optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
         self.epilogue = optimizer.independent_gradient_partition_epilogue
         optimizer.reduce_independent_p_g_buckets_and_remove_grads = self.keep
         optimizer.independent_gradient_partition_epilogue = self.end
@@ -340,8 +338,10 @@ class Keeping:
         if not waiting:
             return
         gradients = [gradient.reshape(-1) for _, gradient in waiting]
-        # The gradient's own and padding lie there.
-        kept = [self.kept[p.ds_id].narrow(0, 0, len(gradient)) for (p, _), gradient in zip(waiting, gradients)]
+        # A private name of its class, hence the long one: by a parameter's number, (numbers of the shard,), the
+        # gradient's own and padding. Looked up anew each time: DeepSpeed may make these tensors again.
+        there = self.optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+        kept = [there[p.ds_id].narrow(0, 0, len(gradient)) for (p, _), gradient in zip(waiting, gradients)]
         if self.optimizer.micro_step_id == 0:
             torch._foreach_copy_(kept, gradients)
         else:
@@ -390,7 +390,8 @@ class Gathering:
     """Gathers the weights of `model` that are missing at the beginning of a forward pass, on all ranks in the same
     order: those of no layer first, which are waited for there; then layer by layer, some layers before its turn, each
     of which waits for its own, so that the others travel while it is at work. After the forward pass, failed or not,
-    all are there.
+    all are there: memory for all is taken at the beginning, so that a rank that runs out of it later still sends what
+    others wait for.
 
     DeepSpeed's own gathering of many (`all_gather`, 0.19.8) ends in a wait of Python for the whole GPU.
     """
@@ -401,7 +402,7 @@ class Gathering:
         self.parameters, self.owner = list(model.parameters()), {}
         # By layer, None for those of no layer: on their way, and not asked for yet.
         self.coming: dict[torch.nn.Module | None, tuple[list[torch.Tensor], dist.Work]] = {}
-        self.later: dict[torch.nn.Module, list[torch.Tensor]] = {}
+        self.later: dict[torch.nn.Module | None, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # with their place
         for layer in get_z3_leaf_modules(model):
             self.owner |= dict.fromkeys(layer.parameters(), layer)
             layer.register_forward_pre_hook(lambda layer, inputs: self.wait_for(layer))
@@ -418,10 +419,12 @@ class Gathering:
         # What a user's JSON may ask for: shards in fewer bits, or whole ones on each machine. DeepSpeed knows how.
         if odd := [p for p in large if p.ds_secondary_tensor is not None or hasattr(p.ds_tensor, "ds_quant_scale")]:
             odd[0].all_gather(odd)
-        for parameter in missing_of(large):
-            self.later.setdefault(self.owner.get(parameter), []).append(parameter)
-        if (of_no_layer := self.later.pop(None, None)) is not None:
-            self.coming[None] = of_no_layer, self.gather(of_no_layer)
+        self.later = {}
+        for parameter in sorted(missing_of(large), key=lambda parameter: parameter in self.owner):
+            shard, group = parameter.ds_tensor, parameter.ds_process_group
+            numbers = dist.get_world_size(group) * shard.numel()
+            whole = torch.empty(numbers, dtype=shard.dtype, device=parameter.device)
+            self.later.setdefault(self.owner.get(parameter), []).append((parameter, whole))
         self.ask(LAYERS_AHEAD)
         self.wait_for(None)
 
@@ -429,24 +432,22 @@ class Gathering:
         """(all ranks) Let the next layers' weights come, until those of so many are on their way."""
         while self.later and len(self.coming) < most:
             layer = next(iter(self.later))
-            parameters = self.later.pop(layer)
-            self.coming[layer] = parameters, self.gather(parameters)
+            places = self.later.pop(layer)
+            self.coming[layer] = [parameter for parameter, _ in places], self.gather(places)
 
-    def gather(self, parameters: Sequence[torch.Tensor]) -> dist.Work:
-        """(all ranks) By one call, each right to where it belongs: no weights stand there before they are waited
-        for."""
+    def gather(self, places: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> dist.Work:
+        """(all ranks) Parameters by one call, each right to its place (numbers,): no weights stand there before they
+        are waited for."""
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-        group, device = parameters[0].ds_process_group, parameters[0].device
+        group = places[0][0].ds_process_group
         call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.14's name
-        wholes = []
+        # Before the calls are put together: an error among these would leave the group putting calls together for good.
+        pairs = [(whole, parameter.ds_tensor.to(whole.device)) for parameter, whole in places]
         with dist.distributed_c10d._coalescing_manager(group=group, async_ops=True) as work:
-            for parameter in parameters:
-                shard = parameter.ds_tensor.to(device)
-                whole = torch.empty(dist.get_world_size(group) * shard.numel(), dtype=shard.dtype, device=device)
+            for whole, shard in pairs:
                 call(whole, shard, group=group)
-                wholes.append(whole)
-        for parameter, whole in zip(parameters, wholes):
+        for parameter, whole in places:
             parameter.data = whole[: parameter.ds_numel].view(parameter.ds_shape)
             parameter.ds_status = ZeroParamStatus.INFLIGHT
         return work

@@ -62,8 +62,10 @@ def test_a_kernel_that_was_launched_before_is_called_with_all_that_it_takes(play
         lambda x: ((x, x, 0.5, 1), {"BLOCK": 8}),
         lambda x: ((x, x, 0.5, 16), {"BLOCK": 16}),
         lambda x: ((x, x, 0.5, 16), {"BLOCK": 8, "TWICE": True}),
+        lambda x: ((x, x, 0.5, 16), {"TWICE": 8}),
+        lambda x: ((x, x, 0.5, 16.0), {"BLOCK": 8}),
     ],
-    ids=["precision", "address", "factor", "count", "block", "option"],
+    ids=["precision", "address", "factor", "count", "block", "option", "name", "type"],
 )
 def test_what_may_be_another_kernel_is_asked_of_triton(played, other):
     states = torch.zeros(16)

@@ -310,10 +310,12 @@ def test_a_gradient_larger_than_a_bucket_travels_alone(monkeypatch):
 
 
 def test_a_gradient_that_comes_in_two_parts_is_refused(monkeypatch):
+    """In any backward pass: the one before has been looked at as well."""
     played = Played(monkeypatch, limit=100)
-    played.backward(0, 1, 0)
+    played.backward(0, 1)
+    played.end()
     with pytest.raises(PipelineError, match=r"has come twice in one backward pass.*--fast False"):
-        played.end()
+        played.backward(0, 1, 0)
 
 
 @pytest.mark.parametrize("limit", [100, 1_000])

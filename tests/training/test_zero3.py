@@ -109,6 +109,12 @@ def test_lean_steps_learn_what_deepspeeds_own_do(processes, exact_base, pages_fo
     assert len(gathered) == (4 if processes == 2 else 0) and all(number > 10 for number in gathered), coming
 
 
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    """Where no group was made; two real ones are started elsewhere."""
+    monkeypatch.setattr(zero3.dist, "get_world_size", lambda group=None: 1)
+
+
 class Played(torch.nn.Module):
     """Layers of one weight each, as ZeRO-3 has them between steps: a shard that only `Gathering.gather` makes
     whole. The second is called as a module or not."""
@@ -120,7 +126,7 @@ class Played(torch.nn.Module):
         for layer in self.layers:
             layer._z3_leaf, layer.weight.ds_numel = True, zero3.WORTH_A_CALL
             layer.weight.ds_status, layer.weight.ds_tensor = ZeroParamStatus.NOT_AVAILABLE, torch.zeros(1)
-            layer.weight.ds_secondary_tensor = None
+            layer.weight.ds_secondary_tensor = layer.weight.ds_process_group = None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         first, second = self.layers
@@ -137,9 +143,10 @@ def test_weights_are_asked_for_some_layers_before_their_turn(order, wanted, monk
     monkeypatch.setattr(zero3, "LAYERS_AHEAD", 2)
     model, asked, seen = Played(called=True, layers=4), [], []
 
-    def gather(self, parameters):
-        asked.append([*model.parameters()].index(parameters[0]))
-        parameters[0].ds_status = ZeroParamStatus.INFLIGHT
+    def gather(self, places):
+        ((parameter, _),) = places
+        asked.append([*model.parameters()].index(parameter))
+        parameter.ds_status = ZeroParamStatus.INFLIGHT
         return SimpleNamespace(wait=lambda: None)
 
     model.forward = lambda hidden: [model.layers[number](hidden) for number in order]
@@ -156,8 +163,8 @@ def test_weights_are_asked_for_some_layers_before_their_turn(order, wanted, monk
 def test_a_layer_waits_for_its_weights_or_the_forward_pass_is_refused(called, monkeypatch):
     done, model = [], Played(called)
 
-    def gather(self, parameters):
-        (parameter,) = parameters
+    def gather(self, places):
+        ((parameter, _),) = places
         parameter.ds_status, name = ZeroParamStatus.INFLIGHT, [*model.parameters()].index(parameter)
         done.append(f"asked for {name}")
         return SimpleNamespace(wait=lambda: done.append(f"there is {name}"))
@@ -176,12 +183,37 @@ def test_a_layer_waits_for_its_weights_or_the_forward_pass_is_refused(called, mo
 def test_after_an_error_no_weights_are_on_their_way(monkeypatch):
     model, there = Played(called=True), []
     monkeypatch.setattr(
-        zero3.Gathering, "gather", lambda self, parameters: SimpleNamespace(wait=lambda: there.append(parameters))
+        zero3.Gathering, "gather", lambda self, places: SimpleNamespace(wait=lambda: there.append(places))
     )
     zero3.Gathering(model)
     with pytest.raises(ValueError, match="before any layer"):
         model(torch.full((1,), float("nan")))
     assert len(there) == 2 and zero3.missing_of([*model.parameters()]) == []
+
+
+def test_a_rank_without_memory_left_still_sends_what_others_wait_for(monkeypatch):
+    """Its memory runs out in the middle of a forward pass: the others stand in the same calls, or wait for ever."""
+    monkeypatch.setattr(zero3, "LAYERS_AHEAD", 1)
+    model, asked = Played(called=True, layers=4), []
+
+    def gather(self, places):
+        asked.extend(len(place) for _, place in places)
+        return SimpleNamespace(wait=lambda: None)
+
+    def full(*given, **named):
+        raise torch.OutOfMemoryError("no room for anything")
+
+    def forward(hidden):
+        model.layers[0](hidden)
+        monkeypatch.setattr(torch, "empty", full)
+        raise torch.OutOfMemoryError("of the second layer")
+
+    monkeypatch.setattr(zero3.Gathering, "gather", gather)
+    model.forward = forward
+    zero3.Gathering(model)
+    with pytest.raises(torch.OutOfMemoryError, match="of the second layer"):
+        model(torch.zeros(1))
+    assert asked == [1, 1, 1, 1] and zero3.missing_of([*model.parameters()]) == []
 
 
 def test_python_goes_on_where_deepspeed_lets_it_wait_for_the_last_gradients(monkeypatch):
