@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 
 from kernels.launching import launch, power_above
+from kernels.swiglu_kernels import gradients_of
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 NAMES = {E4M3: tl.float8e4nv, E5M2: tl.float8e5}
@@ -123,9 +124,7 @@ def swiglu_parts(gates, ups, gradients, start, width, BLOCK: tl.constexpr):
     gate = tl.load(gates + place, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(ups + place, mask=inside, other=0.0).to(tl.float32)
     outer = tl.load(gradients + place, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    return outer * up * (sigmoid + silu * (1 - sigmoid)), outer * silu, silu * up
+    return gradients_of(gate, up, outer)
 
 
 @triton.jit
