@@ -136,7 +136,9 @@ def by_engine(model, processor, recipe, shots, limit_tb_s: float) -> dict:
     def start() -> None:
         nonlocal engine
         engine = room.Engine(model, processor, recipe, wanted=count, drafts=False)
-        engine.step(next(width for width in room.WIDTHS if width >= count))
+        with ThreadPoolExecutor(1) as compiler:  # as `Engine.write` begins
+            engine.compile(compiler, [engine.count], at_once=True)
+            engine.step(engine.count)
 
     result["start_s"] = seconds(start)
     begin = time.perf_counter()
