@@ -1,12 +1,12 @@
-"""Gradients of several processes under ZeRO-3: each averaged and scattered as it lies there, by a call of its own.
+"""Gradients of several processes under ZeRO-3: each averaged and scattered as it lies there, a layer's by one call.
 
     scattering.begin(optimizer, worth_a_call)       # (all ranks) DeepSpeed's of stage 3, before its first backward pass
 
 DeepSpeed (0.19.8) copies each gradient into a bucket, joins those of a full one by shards, divides them, and adds what
 has arrived to what it keeps: three passes over all gradients more than they need, and much Python for each. Here a
 large one is sent right from where autograd has left it, in the first micro-batch of a step right to where it is kept,
-and small ones are sent as one when the backward pass has ended. Like zero3.py this room knows DeepSpeed's private
-names.
+some by one call, and small ones are sent as one when the backward pass has ended. Like zero3.py this room knows
+DeepSpeed's private names.
 """
 
 from __future__ import annotations
@@ -87,6 +87,11 @@ def begin(optimizer: DeepSpeedZeroOptimizer_Stage3, worth_a_call: int) -> Scatte
     return None
 
 
+# Large gradients that go by one call have at least this share of a bucket, for 3B a layer's. By one call each, 345 in a
+# backward pass, Python took 0.1 ms for each, and a GPU gave its processors away and took them back as often.
+BUCKET_SHARE = 1 / 3
+
+
 class Scattering:
     """The gradients of one optimizer of DeepSpeed's stage 3. `own` says, by ds_id, of all that do not go DeepSpeed's
     way whether they are large.
@@ -103,11 +108,11 @@ class Scattering:
 
     Memory: the computing stream waits before memory of a gradient goes back to torch, which gives it to nobody else
     than that stream; so Python waits for no GPU. Besides the bucket that DeepSpeed has allocated stand at most another
-    one, `reduce_bucket_size` numbers, of large gradients under way, and those of small ones, half a bucket at most,
-    twice: as they are and joined. So plans have room for all (memory_plan.BUCKETS), but for what a single gradient has
-    more than a bucket, which stands there in any way. The last ones travel beside the next forward pass, and go back in
-    the middle of it, when layers keep less than they will. The average of a large one lies in itself, or where it is
-    kept.
+    one, `reduce_bucket_size` numbers, of large gradients that wait or are under way, and those of small ones, half a
+    bucket at most, twice: as they are and joined. So plans have room for all (memory_plan.BUCKETS), but for what a
+    single gradient has more than a bucket, which stands there in any way. The last ones travel beside the next forward
+    pass, and go back in the middle of it, when layers keep less than they will. The average of a large one lies in
+    itself, or where it is kept.
     """
 
     def __init__(self, optimizer: DeepSpeedZeroOptimizer_Stage3, group: dist.ProcessGroup, own: dict[int, bool]):
@@ -121,8 +126,9 @@ class Scattering:
         self.operation = dist.ReduceOp.AVG if self.averages else dist.ReduceOp.SUM
         self.stream = optimizer.reduce_and_partition_stream  # None on a CPU
         self.small: dict[int, torch.Tensor] = {}
-        self.under_way: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
-        self.numbers = 0  # of those under way
+        self.waiting: list[tuple[torch.Tensor, torch.Tensor]] = []  # large ones, and where they are kept, for one call
+        self.under_way: deque[tuple[int, list[torch.Tensor], torch.cuda.Event]] = deque()
+        self.waiting_numbers = self.numbers = 0  # of those that wait, and of those under way besides
         self.ended = False  # the backward pass that they are of
         self.order: list[int] | None = []  # of the first backward pass; None once it has been compared
         self.sent: set[int] = set()  # large ones of this backward pass
@@ -146,13 +152,14 @@ class Scattering:
             if parameter.ds_id in self.sent:  # the first part would be overwritten in a step's first micro-batch
                 raise PipelineError(f"a weight's gradient has come twice in one backward pass. {REMEDY}")
             self.sent.add(parameter.ds_id)
-            self.ended, kept = False, self.kept(parameter.ds_id)
-            self.make_room(self.limit - len(gradient))
-            if self.optimizer.micro_step_id == 0 and kept.dtype == gradient.dtype:
-                self.send(gradient, kept)
-            else:
-                share = gradient.narrow(0, self.rank * len(kept), len(kept))
-                self.send(gradient, share, lambda: self.keep([kept], [share]))
+            self.ended, size = False, len(gradient)
+            if self.waiting_numbers + size > self.limit:
+                self.send_large()
+            self.make_room(self.limit - self.waiting_numbers - size)
+            self.waiting.append((gradient, self.kept(parameter.ds_id)))
+            self.waiting_numbers += size
+            if self.waiting_numbers >= BUCKET_SHARE * self.limit:
+                self.send_large()
         else:
             self.small[parameter.ds_id] = parameter
 
@@ -160,12 +167,32 @@ class Scattering:
         """(numbers of the shard,), looked up anew each time: DeepSpeed may make these tensors again."""
         return self.optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition[number]
 
-    def send(self, gradient: torch.Tensor, share: torch.Tensor, arrived: Callable[[], None] | None = None) -> None:
-        """(all ranks) Average `gradient` (N,), which is used up, into this rank's `share` (N / ranks,), which may lie
-        in it; then do what is to be done when it has `arrived`, beside what computes."""
+    def send_large(self) -> None:
+        """(all ranks) Those that wait, by one call."""
+        waiting, self.waiting, self.waiting_numbers = self.waiting, [], 0
+        if not waiting:
+            return
+        gradients, kept = map(list, zip(*waiting))
+        if self.optimizer.micro_step_id == 0 and all(place.dtype == gradient.dtype for gradient, place in waiting):
+            self.send(gradients, kept)
+        else:
+            shares = [gradient.view(self.world, -1)[self.rank] for gradient in gradients]
+            self.send(gradients, shares, lambda: self.keep(kept, shares))
+
+    def send(
+        self,
+        gradients: Sequence[torch.Tensor],
+        shares: Sequence[torch.Tensor],
+        arrived: Callable[[], None] | None = None,
+    ) -> None:
+        """(all ranks) Average each of `gradients` (N,), which are used up, into this rank's one of `shares`
+        (N / ranks,), which may lie in it; then do what is to be done when they have `arrived`, beside what computes."""
         if not self.averages:
-            gradient.div_(self.world)
-        work = self.call(share, gradient, op=self.operation, group=self.group, async_op=True)
+            torch._foreach_div_(gradients, self.world)
+        # Nothing here may fail: the group would put calls together for good.
+        with dist.distributed_c10d._coalescing_manager(group=self.group, async_ops=True) as work:
+            for share, gradient in zip(shares, gradients):
+                self.call(share, gradient, op=self.operation, group=self.group)
         with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
             work.wait()  # on a GPU, DeepSpeed's stream does, not Python
             if arrived:
@@ -173,8 +200,9 @@ class Scattering:
             if self.stream is not None:
                 event = torch.cuda.Event()
                 event.record()
-                self.under_way.append((gradient, event))
-                self.numbers += len(gradient)
+                numbers = sum(map(len, gradients))
+                self.under_way.append((numbers, gradients, event))
+                self.numbers += numbers
 
     def keep(self, kept: Sequence[torch.Tensor], shares: Sequence[torch.Tensor]) -> None:
         if self.optimizer.micro_step_id == 0:
@@ -188,12 +216,13 @@ class Scattering:
             return
         computing = torch.cuda.current_stream(self.stream.device)
         while self.under_way and self.numbers > numbers:
-            gradient, event = self.under_way.popleft()
+            size, _, event = self.under_way.popleft()
             computing.wait_event(event)
-            self.numbers -= len(gradient)
+            self.numbers -= size
 
     def end(self) -> None:
         """(all ranks) Stands for independent_gradient_partition_epilogue, after each backward pass."""
+        self.send_large()
         self.send_small()
         self.their_end()
         self.ended = True
@@ -217,7 +246,7 @@ class Scattering:
                 self.small[number].grad = None
             kept, share = [self.kept(number) for number in numbers], joined[self.rank]
             shares = share.split([gradient.shape[1] for gradient in gradients])
-            self.send(joined.view(-1), share, lambda: self.keep(kept, shares))
+            self.send([joined.view(-1)], [share], lambda: self.keep(kept, shares))
             if self.order is not None:
                 self.order += numbers
         self.small.clear()

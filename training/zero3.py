@@ -381,17 +381,19 @@ def wait_in_order(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
 WORTH_A_CALL = 1_000_000
 
 
-# Layers whose weights are on their way while one is at work. Python takes some 0.1 ms for a call: asked for all at once
-# they would keep a GPU waiting when a step begins, and too few may come too late for a tower's short layers.
-LAYERS_AHEAD = 6
+# Weights that come by one call, at least, of one layer or several, and calls that are on their way while layers are at
+# work. Python takes some 0.1 ms for a call: asked for all at once they would keep a GPU waiting when a step begins, and
+# too few may come too late for a tower's short layers. And a call takes processors of the GPU from what computes.
+GATHERED_AT_ONCE = 100_000_000
+CALLS_AHEAD = 3
 
 
 class Gathering:
     """Gathers the weights of `model` that are missing at the beginning of a forward pass, on all ranks in the same
-    order: those of no layer first, which are waited for there; then layer by layer, some layers before its turn, each
-    of which waits for its own, so that the others travel while it is at work. After the forward pass, failed or not,
-    all are there: memory for all is taken at the beginning, so that a rank that runs out of it later still sends what
-    others wait for.
+    order: those of no layer first, which are waited for there; then of one layer or several together, some before their
+    turn; the first of these waits for them, so that the others travel while it is at work. After the forward pass,
+    failed or not, all are there: memory for all is taken at the beginning, so that a rank that runs out of it later
+    still sends what others wait for.
 
     DeepSpeed's own gathering of many (`all_gather`, 0.19.8) ends in a wait of Python for the whole GPU.
     """
@@ -400,7 +402,8 @@ class Gathering:
         from deepspeed.utils import get_z3_leaf_modules
 
         self.parameters, self.owner = list(model.parameters()), {}
-        # By layer, None for those of no layer: on their way, and not asked for yet.
+        self.first: dict[torch.nn.Module | None, torch.nn.Module | None] = {}  # of the layers that come with one
+        # By that first one, None for those of no layer: on their way, and not asked for yet.
         self.coming: dict[torch.nn.Module | None, tuple[list[torch.Tensor], dist.Work]] = {}
         self.later: dict[torch.nn.Module | None, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # with their place
         for layer in get_z3_leaf_modules(model):
@@ -419,21 +422,26 @@ class Gathering:
         # What a user's JSON may ask for: shards in fewer bits, or whole ones on each machine. DeepSpeed knows how.
         if odd := [p for p in large if p.ds_secondary_tensor is not None or hasattr(p.ds_tensor, "ds_quant_scale")]:
             odd[0].all_gather(odd)
-        self.later = {}
+        self.later, self.first, first, size = {}, {}, None, 0
         for parameter in sorted(missing_of(large), key=lambda parameter: parameter in self.owner):
-            shard, group = parameter.ds_tensor, parameter.ds_process_group
-            numbers = dist.get_world_size(group) * shard.numel()
+            shard, owner = parameter.ds_tensor, self.owner.get(parameter)
+            numbers = dist.get_world_size(parameter.ds_process_group) * shard.numel()
             whole = torch.empty(numbers, dtype=shard.dtype, device=parameter.device)
-            self.later.setdefault(self.owner.get(parameter), []).append((parameter, whole))
-        self.ask(LAYERS_AHEAD)
+            if owner not in self.first:
+                if first is None or size >= GATHERED_AT_ONCE:
+                    first, size = owner, 0
+                self.first[owner] = first
+            size += numbers
+            self.later.setdefault(self.first[owner], []).append((parameter, whole))
+        self.ask(CALLS_AHEAD)
         self.wait_for(None)
 
     def ask(self, most: int) -> None:
-        """(all ranks) Let the next layers' weights come, until those of so many are on their way."""
+        """(all ranks) Let weights come, until so many calls are on their way."""
         while self.later and len(self.coming) < most:
-            layer = next(iter(self.later))
-            places = self.later.pop(layer)
-            self.coming[layer] = [parameter for parameter, _ in places], self.gather(places)
+            first = next(iter(self.later))
+            places = self.later.pop(first)
+            self.coming[first] = [parameter for parameter, _ in places], self.gather(places)
 
     def gather(self, places: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> dist.Work:
         """(all ranks) Parameters by one call, each right to its place (numbers,): no weights stand there before they
@@ -456,25 +464,26 @@ class Gathering:
         """(all ranks) Of one layer, or of none: the GPU's stream waits, not Python; then others are asked for."""
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-        while layer in self.later:  # before its turn
+        first = self.first.get(layer)
+        while first in self.later:  # before its turn
             self.ask(len(self.coming) + 1)
-        if (found := self.coming.pop(layer, None)) is None:
+        if (found := self.coming.pop(first, None)) is None:
             return
         parameters, work = found
         work.wait()
         for parameter in parameters:
             parameter.ds_status = ZeroParamStatus.AVAILABLE
-        self.ask(LAYERS_AHEAD)
+        self.ask(CALLS_AHEAD)
 
     def end(self, model: torch.nn.Module, inputs: tuple, outputs: object) -> None:
         """(all ranks) After an error, who saves weights finds none on its way. Raises `PipelineError` where there was
         none and some layers have not waited for theirs: they have computed with whatever stood there."""
-        late = len(self.coming) + len(self.later)
-        self.ask(late)
+        late = [layer for layer, first in self.first.items() if first in self.coming or first in self.later]
+        self.ask(len(self.coming) + len(self.later))
         for layer in [*self.coming]:
             self.wait_for(layer)
         if late and outputs is not None:
-            raise PipelineError(f"{late} layers were not called as modules, and did not wait for their weights")
+            raise PipelineError(f"{len(late)} layers were not called as modules, and did not wait for their weights")
 
 
 def missing_of(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:

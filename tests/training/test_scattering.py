@@ -1,4 +1,4 @@
-"""Gradients of two real gloo ranks, sent by calls of their own, beside DeepSpeed's buckets; and a GPU's streams, which
+"""Gradients of two real gloo ranks, sent as they lie, beside DeepSpeed's buckets; and a GPU's streams, which
 are played: there is no GPU here."""
 
 import contextlib
@@ -120,7 +120,7 @@ def send_both_ways(rank: int, world: int, port: int, kind: str, optim: str) -> N
 
 @pytest.mark.parametrize(("kind", "optim"), [*((kind, "adamw_torch") for kind in KINDS), ("bf16", "adamw_8bit")])
 def test_gradients_and_losses_are_those_of_deepspeeds_buckets(kind, optim, tmp_path):
-    """To the bit, over gloo; on masters whole and split."""
+    """To the bit, over gloo; on masters whole and split. All large ones go by one call here."""
     port = free_port()
     call_in_processes(send_both_ways, [[rank, 2, port, kind, optim] for rank in range(2)], tmp_path)
 
@@ -134,11 +134,11 @@ def send_in_order(rank: int, world: int, port: int) -> None:
         layer = engine.module[3]
         forward = layer.forward
         layer.forward = lambda hidden: torch.utils.checkpoint.checkpoint(forward, hidden, use_reentrant=False)
-    sent, send = [], ours.send
-    ours.send = lambda gradient, *rest: sent.append(len(gradient)) or send(gradient, *rest)
-    learn(engine, 0, 0)
     up, small = 2 * WIDE * WIDE, 2 * (2 * WIDE + 2 * WIDE) + WIDE + 8 * ODD + WIDE
-    assert sent == [up, up, up, up, ODD * WIDE, small] and ours.order is None
+    sent, send, ours.limit = [], ours.send, 6 * up
+    ours.send = lambda gradients, *rest: sent.append([*map(len, gradients)]) or send(gradients, *rest)
+    learn(engine, 0, 0)
+    assert sent == [[up, up], [up, up], [ODD * WIDE], [small]] and ours.order is None
     ours.order = [-1] * rank  # as if the first pass had been another one there
     with pytest.raises(PipelineError, match=r"different orders.*--fast False"):
         learn(engine, 0, 1)
@@ -204,6 +204,7 @@ class Played:
             "get_backend": lambda group: "nccl",
             "reduce_scatter_single": self.call,
         }
+        group |= {"distributed_c10d": SimpleNamespace(_coalescing_manager=self.together)}
         monkeypatch.setattr(scattering, "dist", SimpleNamespace(**group, ReduceOp=torch.distributed.ReduceOp))
         monkeypatch.setattr(scattering, "same_everywhere", lambda order: self.done.append("orders compared") or True)
         self.kept = {number: torch.zeros(20) for number in range(8)} | {8: torch.zeros(1), 9: torch.zeros(2)}
@@ -226,13 +227,19 @@ class Played:
         yield
         self.done.append("back")
 
-    def call(self, share, gradient, op, group, async_op):
-        assert (op, group, async_op) == (torch.distributed.ReduceOp.AVG, "all", True)
+    @contextlib.contextmanager
+    def together(self, group, async_ops):
+        assert (group, async_ops) == ("all", True)
         self.calls += 1
         number = self.calls
-        self.done.append(f"send {number}")
-        share.copy_(gradient.view(2, -1)[1])  # of two equal ones the average is each
-        return SimpleNamespace(wait=lambda: self.done.append(f"there is {number}"))
+        self.shares = []
+        yield SimpleNamespace(wait=lambda: self.done.append(f"there is {number}"))
+        several = f", {len(self.shares)} at once" if len(self.shares) > 1 else ""
+        self.done.append(f"send {number}{several}")
+
+    def call(self, share, gradient, op, group):
+        assert (op, group) == (torch.distributed.ReduceOp.AVG, "all")
+        self.shares.append(share.copy_(gradient.view(2, -1)[1]))  # of two equal ones the average is each
 
     def event(self):
         self.events += 1
@@ -264,8 +271,8 @@ class Played:
         return done
 
 
-def sent(number: int) -> list[str]:
-    return [f"send {number}", "aside", f"there is {number}", f"event {number}", "back"]
+def sent(number: int, several: str = "") -> list[str]:
+    return [f"send {number}{several}", "aside", f"there is {number}", f"event {number}", "back"]
 
 
 def test_memory_of_gradients_goes_back_behind_what_computes_and_python_waits_for_none(monkeypatch):
@@ -303,6 +310,32 @@ def test_memory_of_gradients_goes_back_behind_what_computes_and_python_waits_for
     assert played.take_done() == ["step"]
 
 
+def test_gradients_of_a_layer_go_by_one_call_and_the_last_ones_at_the_end(monkeypatch):
+    """A third of a bucket at least; what waits counts as under way, and is sent before the bucket would be full."""
+    played = Played(monkeypatch, limit=240)
+    played.backward(0)
+    assert played.take_done() == []
+    played.backward(1, 2)
+    assert played.take_done() == sent(1, ", 2 at once"), "the third one waits"
+    played.backward(3, 4, 5, 6)
+    assert played.take_done() == [*sent(2, ", 2 at once"), *sent(3, ", 2 at once"), "computing waits for 1"]
+    played.end()
+    assert played.take_done() == [*sent(4), "their end", "orders compared"]
+    assert all((played.kept[number] == 1 + number).all() for number in range(7)) and not played.kept[7].any()
+    played.optimizer.micro_step_id = 1
+    played.backward(0, 1, 7)
+    played.end()
+    there = [played.kept[number][0].item() for number in range(8)]
+    assert there == [2, 4, 3, 4, 5, 6, 7, 8] and not played.ours.waiting and played.ours.waiting_numbers == 0
+
+
+def test_a_large_gradient_behind_others_that_wait_does_not_make_more_than_a_bucket(monkeypatch):
+    played = Played(monkeypatch, limit=240)
+    played.kept[1] = torch.zeros(110)  # of 220 numbers
+    played.backward(0, 1)
+    assert played.take_done() == [*sent(1), "computing waits for 1", *sent(2)]
+
+
 def test_a_gradient_larger_than_a_bucket_travels_alone(monkeypatch):
     played = Played(monkeypatch, limit=30)
     played.backward(0, 1)
@@ -327,7 +360,7 @@ def test_gradients_under_way_stay_within_what_plans_have_room_for(limit, monkeyp
     def watched(*given) -> None:
         send(*given)
         waiting = sum(parameter.grad.numel() for parameter in played.gradients if parameter.grad is not None)
-        most.append(limit + played.ours.numbers + waiting)
+        most.append(limit + played.ours.numbers + played.ours.waiting_numbers + waiting)
 
     played.ours.send = watched
     for step in range(12):

@@ -111,8 +111,9 @@ def test_lean_steps_learn_what_deepspeeds_own_do(processes, exact_base, pages_fo
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
-    """Where no group was made; two real ones are started elsewhere."""
+    """Where no group was made; two real ones are started elsewhere. Each layer's weights are enough for a call."""
     monkeypatch.setattr(zero3.dist, "get_world_size", lambda group=None: 1)
+    monkeypatch.setattr(zero3, "GATHERED_AT_ONCE", 1)
 
 
 class Played(torch.nn.Module):
@@ -140,7 +141,7 @@ class Played(torch.nn.Module):
 )
 def test_weights_are_asked_for_some_layers_before_their_turn(order, wanted, monkeypatch):
     """Not all at the beginning, for which a GPU would wait; a layer that comes before its turn has its own."""
-    monkeypatch.setattr(zero3, "LAYERS_AHEAD", 2)
+    monkeypatch.setattr(zero3, "CALLS_AHEAD", 2)
     model, asked, seen = Played(called=True, layers=4), [], []
 
     def gather(self, places):
@@ -156,6 +157,36 @@ def test_weights_are_asked_for_some_layers_before_their_turn(order, wanted, monk
         layer.register_forward_hook(lambda *unused: seen.append([*asked]))
     model(torch.zeros(1))
     assert seen[:2] == wanted and seen[-1] == [0, 1, 2, 3]
+    assert zero3.missing_of([*model.parameters()]) == []
+
+
+def test_small_layers_come_together_and_the_first_called_waits(monkeypatch):
+    """Two of them are enough for a call; those of no layer come by themselves, since nobody is at work meanwhile."""
+    monkeypatch.setattr(zero3, "GATHERED_AT_ONCE", 2)
+    monkeypatch.setattr(zero3, "CALLS_AHEAD", 2)
+    model, done = Played(called=True, layers=5), []
+    model.layers[0]._z3_leaf = False
+    names = {parameter: number for number, parameter in enumerate(model.parameters())}
+
+    def gather(self, places):
+        came = [names[parameter] for parameter, _ in places]
+        done.append(f"asked for {came}")
+        for parameter, _ in places:
+            parameter.ds_status = ZeroParamStatus.INFLIGHT
+        return SimpleNamespace(wait=lambda: done.append(f"there are {came}"))
+
+    def work(number):
+        return lambda *unused: done.append(f"{number} is done")
+
+    model.forward = lambda hidden: [model.layers[number](hidden) for number in (0, 2, 1, 3, 4)]
+    monkeypatch.setattr(zero3.Gathering, "gather", gather)
+    zero3.Gathering(model)
+    for number, layer in enumerate(model.layers):
+        layer.register_forward_hook(work(number))
+    model(torch.zeros(1))
+    begun = ["asked for [0]", "asked for [1, 2]", "there are [0]", "asked for [3, 4]", "0 is done"]
+    rest = ["there are [1, 2]", "2 is done", "1 is done", "there are [3, 4]", "3 is done", "4 is done"]
+    assert done == begun + rest
     assert zero3.missing_of([*model.parameters()]) == []
 
 
@@ -193,7 +224,7 @@ def test_after_an_error_no_weights_are_on_their_way(monkeypatch):
 
 def test_a_rank_without_memory_left_still_sends_what_others_wait_for(monkeypatch):
     """Its memory runs out in the middle of a forward pass: the others stand in the same calls, or wait for ever."""
-    monkeypatch.setattr(zero3, "LAYERS_AHEAD", 1)
+    monkeypatch.setattr(zero3, "CALLS_AHEAD", 1)
     model, asked = Played(called=True, layers=4), []
 
     def gather(self, places):
