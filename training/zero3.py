@@ -389,11 +389,11 @@ CALLS_AHEAD = 3
 
 
 class Gathering:
-    """Gathers the weights of `model` that are missing at the beginning of a forward pass, on all ranks in the same
-    order: those of no layer first, which are waited for there; then of one layer or several together, some before their
-    turn; the first of these waits for them, so that the others travel while it is at work. After the forward pass,
-    failed or not, all are there: memory for all is taken at the beginning, so that a rank that runs out of it later
-    still sends what others wait for.
+    """Gathers the weights of `model`, all of them when a step has changed them (`gather_all`), and those that are
+    missing at the beginning of a forward pass, on all ranks in the same order: those of no layer first, which are
+    waited for there; then of one layer or several together, some before their turn; the first of these waits for them,
+    so that the others travel while it is at work. After the forward pass, failed or not, all are there: memory for all
+    is taken at the beginning, so that a rank that runs out of it later still sends what others wait for.
 
     DeepSpeed's own gathering of many (`all_gather`, 0.19.8) ends in a wait of Python for the whole GPU.
     """
@@ -413,7 +413,19 @@ class Gathering:
         model.register_forward_hook(self.end, always_call=True)
 
     def begin(self, model: torch.nn.Module, inputs: tuple) -> None:
-        """(all ranks) Looked for at every forward pass, since a checkpoint releases weights in between, too."""
+        """(all ranks) Looked for at each forward pass: those of the first one, and what somebody has released since."""
+        self.make_places()
+        self.ask(CALLS_AHEAD)
+        self.wait_for(None)
+
+    def gather_all(self) -> None:
+        """(all ranks) When a step has ended: until Python has begun the next forward pass a GPU has nothing to compute,
+        and in that one calls would take processors from what computes, and Python's time where it has least."""
+        self.make_places()
+        self.finish()
+
+    def make_places(self) -> None:
+        """(all ranks) For what is missing; small weights are there at once."""
         missing = missing_of(self.parameters)
         small = [parameter for parameter in missing if parameter.ds_numel < WORTH_A_CALL]
         large = [parameter for parameter in missing if parameter.ds_numel >= WORTH_A_CALL]
@@ -433,8 +445,6 @@ class Gathering:
                 self.first[owner] = first
             size += numbers
             self.later.setdefault(self.first[owner], []).append((parameter, whole))
-        self.ask(CALLS_AHEAD)
-        self.wait_for(None)
 
     def ask(self, most: int) -> None:
         """(all ranks) Let weights come, until so many calls are on their way."""
@@ -479,11 +489,15 @@ class Gathering:
         """(all ranks) After an error, who saves weights finds none on its way. Raises `PipelineError` where there was
         none and some layers have not waited for theirs: they have computed with whatever stood there."""
         late = [layer for layer, first in self.first.items() if first in self.coming or first in self.later]
-        self.ask(len(self.coming) + len(self.later))
-        for layer in [*self.coming]:
-            self.wait_for(layer)
+        self.finish()
         if late and outputs is not None:
             raise PipelineError(f"{len(late)} layers were not called as modules, and did not wait for their weights")
+
+    def finish(self) -> None:
+        """(all ranks) All that is still missing."""
+        self.ask(len(self.coming) + len(self.later))
+        for first in [*self.coming]:
+            self.wait_for(first)
 
 
 def missing_of(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -494,7 +508,7 @@ def missing_of(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def stay_gathered(model: torch.nn.Module, optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
-    """Gather all weights when a step begins, and release them after it.
+    """Gather all weights before the first forward pass and after each step, which releases what was gathered before.
 
     On one process they lie where their shards do, and are up to date as soon as those are. Stands for the hooks with
     which DeepSpeed's DeepSpeedZeRoOffload fetches and releases module by module, and for the release of all weights at
@@ -513,29 +527,32 @@ def stay_gathered(model: torch.nn.Module, optimizer: DeepSpeedZeroOptimizer_Stag
         if any(p.numel() != p.ds_numel or p.data_ptr() != p.ds_tensor.data_ptr() for p in parameters):
             release()
 
-    # All that is left of DeepSpeed's own release, which also asks several registers about each parameter, twice.
-    def release_all() -> None:
+    # All that is left of DeepSpeed's own release, which also asks several registers about each parameter, twice. No
+    # step changes frozen weights, nearly all where adapters are trained.
+    def release_changed() -> None:
         for parameter in parameters:
-            if parameter.ds_status == ZeroParamStatus.AVAILABLE:
+            if parameter.requires_grad and parameter.ds_status == ZeroParamStatus.AVAILABLE:
                 parameter.data = parameter.data.new_empty(0)
                 parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
 
     def lean_step(closure: Callable | None = None) -> None:
         # For checkpoints DeepSpeed still does it its own way.
-        optimizer._partition_all_parameters = release_what_is_no_view if alone else release_all
+        optimizer._partition_all_parameters = release_what_is_no_view if alone else release_changed
         try:
             step(closure)
         finally:
             optimizer._partition_all_parameters = release
+        if gathering:
+            gathering.gather_all()
 
     # A backward pass needs no hook of its own then: what the forward pass has gathered stays until the step.
     for hook in (*offload.forward_hooks, *offload.backward_hooks):
         hook.remove()
-    optimizer.step = lean_step
+    optimizer.step, gathering = lean_step, None
     if alone:
         model.register_forward_pre_hook(gather_missing)
     else:
-        Gathering(model)
+        gathering = Gathering(model)
         # Nor gathered by DeepSpeed, one by one, before anybody needs them.
         optimizer.persistent_parameters = []
 

@@ -40,7 +40,7 @@ def watched_begin(self, model, inputs) -> None:
     if self.coming:
         coming.append(sum(len(parameters) for parameters, _ in self.coming.values()))
     on_their_way = [parameter for parameters, _ in self.coming.values() for parameter in parameters]
-    on_their_way += [parameter for parameters in self.later.values() for parameter in parameters]
+    on_their_way += [parameter for places in self.later.values() for parameter, _ in places]
     assert zero3.missing_of(self.parameters) == on_their_way, "of no layer, and not waited for"
 
 
@@ -53,6 +53,7 @@ if __name__ == "__main__":
     zero3.Gathering.begin, zero3.Gathering.wait_for = watched_begin, watched_wait
     Zero._partition_all_parameters = watched_release
     zero3.WORTH_A_CALL = 1_000  # some of the tiny weights are large, then
+    zero3.GATHERED_AT_ONCE, zero3.CALLS_AHEAD = 10_000, 2
     zero3.KEPT_AT_ONCE = 50_000  # of which a backward pass of the tiny model makes many
     zero3.lean_steps = watched_steps
     code = pipeline.main(sys.argv[1:])
