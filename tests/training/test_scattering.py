@@ -97,6 +97,11 @@ def kept_by(engine) -> dict[str, torch.Tensor]:
 def send_both_ways(rank: int, world: int, port: int, kind: str, optim: str) -> None:
     begin(rank, world, port)
     ours, theirs = (engine_of(ours, KINDS[kind], optim) for ours in (True, False))
+    scatters = ours.optimizer.independent_gradient_partition_epilogue.__self__
+    calls, send = [], scatters.send
+    scatters.send = lambda gradients, *rest: calls.append(len(gradients)) or send(gradients, *rest)
+    if kind != "fp32":  # some are sent, and written over, while the backward pass goes on
+        scatters.limit = 3 * 2 * WIDE * WIDE
     ids = {parameter.ds_id: name for name, parameter in ours.module.named_parameters()}
     told = {engine: [] for engine in (ours, theirs)}
     for number in range(3):
@@ -116,11 +121,12 @@ def send_both_ways(rank: int, world: int, port: int, kind: str, optim: str) -> N
     found = sorted(ids[number] for number in ours.theirs)
     assert found == sorted(6 * [*uneven]), found
     assert len(theirs.theirs) == 6 * len(kept)
+    assert calls == 6 * ([5, 1] if kind == "fp32" else [1, 1, 1, 1, 1, 1]), calls
 
 
 @pytest.mark.parametrize(("kind", "optim"), [*((kind, "adamw_torch") for kind in KINDS), ("bf16", "adamw_8bit")])
 def test_gradients_and_losses_are_those_of_deepspeeds_buckets(kind, optim, tmp_path):
-    """To the bit, over gloo; on masters whole and split. All large ones go by one call here."""
+    """To the bit, over gloo; on masters whole and split; large ones by one call at the end, and each by its own."""
     port = free_port()
     call_in_processes(send_both_ways, [[rank, 2, port, kind, optim] for rank in range(2)], tmp_path)
 
@@ -327,6 +333,15 @@ def test_gradients_of_a_layer_go_by_one_call_and_the_last_ones_at_the_end(monkey
     played.end()
     there = [played.kept[number][0].item() for number in range(8)]
     assert there == [2, 4, 3, 4, 5, 6, 7, 8] and not played.ours.waiting and played.ours.waiting_numbers == 0
+
+
+def test_what_waits_for_its_call_counts_as_under_way(monkeypatch):
+    """Of a bucket of 200 numbers two calls of 80 leave 40: the sixth gradient has no room beside the fifth."""
+    played = Played(monkeypatch, limit=200)
+    played.backward(0, 1, 2, 3, 4)
+    assert played.take_done() == [*sent(1, ", 2 at once"), *sent(2, ", 2 at once")]
+    played.backward(5)
+    assert played.take_done() == ["computing waits for 1", *sent(3, ", 2 at once")]
 
 
 def test_a_large_gradient_behind_others_that_wait_does_not_make_more_than_a_bucket(monkeypatch):
