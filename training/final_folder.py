@@ -229,6 +229,7 @@ def whole_copy(
     OutOfMemoryError on every rank where it does not fit on one.
     """
     copy, failure, dtype = None, None, use.best_dtype(device.type)
+    zero3.release_whole(model)  # as large as the copy, which is made out of the shards
     try:
         # Made on the CPU, as a user's model is: the rotary frequencies, computed on a GPU, differ in the last bit.
         copy = unset_on(empty_model(base, "cpu", dtype, settings.trust_remote_code), device)

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import shutil
 import types
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -228,6 +230,7 @@ def gathered(parameters: Sequence[torch.Tensor], writer: int | None = None) -> c
     """
     # Asked of the tensors, not of the process: what was made in `without_zero3` is whole in a sharded run.
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        settle()
         import deepspeed
 
         return deepspeed.zero.GatheredParameters(parameters, modifier_rank=writer)
@@ -269,7 +272,8 @@ def lean_steps(engine: DeepSpeedEngine) -> None:
     - `optimizer.reduce_independent_p_g_buckets_and_remove_grads`: on one process, it reduces gradients that nobody else
       has (`Keeping`); on several, it copies each once more than it has to, and joins them (scattering.py);
     - `optimizer.step` and the hooks of all modules: where all weights may stay whole, they are fetched and released for
-      each module; gathered once per step instead, on one process never (`stay_gathered`);
+      each module; gathered once per step instead, on one process never (`stay_gathered`); with them those of the
+      engine's methods that read weights between steps (`READERS`);
     - `synchronize` of the stream that reduces: on several GPUs, Python waits for it after each backward pass, and not
       the step alone (`wait_in_order`).
     """
@@ -290,6 +294,8 @@ def lean_steps(engine: DeepSpeedEngine) -> None:
                 wait_in_order(optimizer)
     if all(parameter.ds_persist for parameter in engine.module.parameters()):
         stay_gathered(engine.module, optimizer)
+        for name in () if alone else READERS:
+            setattr(engine, name, settled(getattr(engine, name)))
 
 
 def gradient_norm(
@@ -389,11 +395,14 @@ CALLS_AHEAD = 3
 
 
 class Gathering:
-    """Gathers the weights of `model`, all of them when a step has changed them (`gather_all`), and those that are
-    missing at the beginning of a forward pass, on all ranks in the same order: those of no layer first, which are
-    waited for there; then of one layer or several together, some before their turn; the first of these waits for them,
-    so that the others travel while it is at work. After the forward pass, failed or not, all are there: memory for all
-    is taken at the beginning, so that a rank that runs out of it later still sends what others wait for.
+    """Gathers the weights of `model`, on all ranks in the same order: those of no layer first, then of one layer or
+    several together, the first of which waits for them, so that the others travel while it is at work.
+
+    When a step has changed them all are asked for (`ask_for_all`): until Python has begun the next forward pass a GPU
+    has nothing to compute, and in that one calls would take processors from what computes, and Python's time where it
+    has least. What is missing at the beginning of a forward pass otherwise, of a first one or because somebody has
+    released it, comes some layers before its turn. After the forward pass, failed or not, all are there: memory for all
+    is taken before any is asked for, so that a rank that runs out of it later still sends what others wait for.
 
     DeepSpeed's own gathering of many (`all_gather`, 0.19.8) ends in a wait of Python for the whole GPU.
     """
@@ -403,6 +412,7 @@ class Gathering:
 
         self.parameters, self.owner = list(model.parameters()), {}
         self.first: dict[torch.nn.Module | None, torch.nn.Module | None] = {}  # of the layers that come with one
+        self.called: set[torch.nn.Module] = set()  # of these, in this forward pass
         # By that first one, None for those of no layer: on their way, and not asked for yet.
         self.coming: dict[torch.nn.Module | None, tuple[list[torch.Tensor], dist.Work]] = {}
         self.later: dict[torch.nn.Module | None, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # with their place
@@ -411,18 +421,19 @@ class Gathering:
             layer.register_forward_pre_hook(lambda layer, inputs: self.wait_for(layer))
         model.register_forward_pre_hook(self.begin)
         model.register_forward_hook(self.end, always_call=True)
+        GATHERINGS.add(self)
 
     def begin(self, model: torch.nn.Module, inputs: tuple) -> None:
-        """(all ranks) Looked for at each forward pass: those of the first one, and what somebody has released since."""
-        self.make_places()
-        self.ask(CALLS_AHEAD)
+        """(all ranks) Looked for at each forward pass but those for which a step has asked."""
+        if not self.coming:
+            self.make_places()
+            self.ask(CALLS_AHEAD)
         self.wait_for(None)
 
-    def gather_all(self) -> None:
-        """(all ranks) When a step has ended: until Python has begun the next forward pass a GPU has nothing to compute,
-        and in that one calls would take processors from what computes, and Python's time where it has least."""
+    def ask_for_all(self) -> None:
+        """(all ranks) Behind a step. Until the next forward pass, or `finish`, they are on their way."""
         self.make_places()
-        self.finish()
+        self.ask(len(self.later))
 
     def make_places(self) -> None:
         """(all ranks) For what is missing; small weights are there at once."""
@@ -434,7 +445,8 @@ class Gathering:
         # What a user's JSON may ask for: shards in fewer bits, or whole ones on each machine. DeepSpeed knows how.
         if odd := [p for p in large if p.ds_secondary_tensor is not None or hasattr(p.ds_tensor, "ds_quant_scale")]:
             odd[0].all_gather(odd)
-        self.later, self.first, first, size = {}, {}, None, 0
+        later, self.first, first, size = {}, {}, None, 0
+        self.called.clear()
         for parameter in sorted(missing_of(large), key=lambda parameter: parameter in self.owner):
             shard, owner = parameter.ds_tensor, self.owner.get(parameter)
             numbers = dist.get_world_size(parameter.ds_process_group) * shard.numel()
@@ -444,7 +456,8 @@ class Gathering:
                     first, size = owner, 0
                 self.first[owner] = first
             size += numbers
-            self.later.setdefault(self.first[owner], []).append((parameter, whole))
+            later.setdefault(self.first[owner], []).append((parameter, whole))
+        self.later = later  # all of it or, where memory has run out, nothing
 
     def ask(self, most: int) -> None:
         """(all ranks) Let weights come, until so many calls are on their way."""
@@ -472,32 +485,62 @@ class Gathering:
 
     def wait_for(self, layer: torch.nn.Module | None) -> None:
         """(all ranks) Of one layer, or of none: the GPU's stream waits, not Python; then others are asked for."""
-        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
+        if layer is not None:
+            self.called.add(layer)
         first = self.first.get(layer)
         while first in self.later:  # before its turn
             self.ask(len(self.coming) + 1)
-        if (found := self.coming.pop(first, None)) is None:
-            return
-        parameters, work = found
+        if first in self.coming:
+            self.wait(first)
+            self.ask(CALLS_AHEAD)
+
+    def wait(self, first: torch.nn.Module | None) -> None:
+        """For what comes with this layer."""
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        parameters, work = self.coming.pop(first)
         work.wait()
         for parameter in parameters:
             parameter.ds_status = ZeroParamStatus.AVAILABLE
-        self.ask(CALLS_AHEAD)
 
     def end(self, model: torch.nn.Module, inputs: tuple, outputs: object) -> None:
         """(all ranks) After an error, who saves weights finds none on its way. Raises `PipelineError` where there was
         none and some layers have not waited for theirs: they have computed with whatever stood there."""
-        late = [layer for layer, first in self.first.items() if first in self.coming or first in self.later]
+        late = self.first.keys() - self.called - {None}
         self.finish()
+        self.first = {}
         if late and outputs is not None:
             raise PipelineError(f"{len(late)} layers were not called as modules, and did not wait for their weights")
 
     def finish(self) -> None:
-        """(all ranks) All that is still missing."""
+        """(all ranks) All that is on its way, or is to be asked for."""
         self.ask(len(self.coming) + len(self.later))
         for first in [*self.coming]:
-            self.wait_for(first)
+            self.wait(first)
+
+
+GATHERINGS: weakref.WeakSet[Gathering] = weakref.WeakSet()
+
+
+# What of DeepSpeed's engine reads or releases weights between steps.
+READERS = ("save_checkpoint", "save_16bit_model", "_zero3_consolidated_16bit_state_dict")
+
+
+def settled(work: Callable) -> Callable:
+    """`work`, before which `settle`."""
+
+    @functools.wraps(work)
+    def after(*given, **named):
+        settle()
+        return work(*given, **named)
+
+    return after
+
+
+def settle() -> None:
+    """(all ranks) Before weights are read, moved or released elsewhere than in a forward pass: none is on its way."""
+    for gathering in GATHERINGS:
+        gathering.finish()
 
 
 def missing_of(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -507,8 +550,32 @@ def missing_of(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [parameter for parameter in parameters if parameter.ds_status != ZeroParamStatus.AVAILABLE]
 
 
+def release_whole(model: torch.nn.Module) -> None:
+    """(all ranks) Of several processes that keep all weights whole between steps (`stay_gathered`), before something
+    else takes their memory; the next forward pass gathers them again."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    settle()
+    parameters = list(model.parameters())
+    # Elsewhere DeepSpeed keeps some small ones whole, and relies on it; on one process a shard is the whole.
+    if not all(getattr(parameter, "ds_persist", False) for parameter in parameters):
+        return
+    for parameter in parameters:
+        if parameter.ds_status == ZeroParamStatus.AVAILABLE and parameter.ds_tensor.numel() < parameter.ds_numel:
+            release(parameter)
+
+
+def release(parameter: torch.Tensor) -> None:
+    """A gathered parameter: its shard stays. All that is left of DeepSpeed's own release, which also asks several
+    registers about each, twice."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    parameter.data = parameter.data.new_empty(0)
+    parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+
+
 def stay_gathered(model: torch.nn.Module, optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
-    """Gather all weights before the first forward pass and after each step, which releases what was gathered before.
+    """Gather all weights for the first forward pass and behind each step, which releases what was gathered before.
 
     On one process they lie where their shards do, and are up to date as soon as those are. Stands for the hooks with
     which DeepSpeed's DeepSpeedZeRoOffload fetches and releases module by module, and for the release of all weights at
@@ -517,7 +584,7 @@ def stay_gathered(model: torch.nn.Module, optimizer: DeepSpeedZeroOptimizer_Stag
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     offload, parameters = optimizer.parameter_offload, list(model.parameters())
-    step, release, alone = optimizer.step, optimizer._partition_all_parameters, optimizer.partition_count == 1
+    step, theirs, alone = optimizer.step, optimizer._partition_all_parameters, optimizer.partition_count == 1
 
     def gather_missing(module: torch.nn.Module, inputs: tuple) -> None:
         if missing := missing_of(parameters):
@@ -525,15 +592,12 @@ def stay_gathered(model: torch.nn.Module, optimizer: DeepSpeedZeroOptimizer_Stag
 
     def release_what_is_no_view() -> None:
         if any(p.numel() != p.ds_numel or p.data_ptr() != p.ds_tensor.data_ptr() for p in parameters):
-            release()
+            theirs()
 
-    # All that is left of DeepSpeed's own release, which also asks several registers about each parameter, twice. No
-    # step changes frozen weights, nearly all where adapters are trained.
     def release_changed() -> None:
-        for parameter in parameters:
+        for parameter in parameters:  # no step changes frozen ones, nearly all where adapters are trained
             if parameter.requires_grad and parameter.ds_status == ZeroParamStatus.AVAILABLE:
-                parameter.data = parameter.data.new_empty(0)
-                parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+                release(parameter)
 
     def lean_step(closure: Callable | None = None) -> None:
         # For checkpoints DeepSpeed still does it its own way.
@@ -541,9 +605,9 @@ def stay_gathered(model: torch.nn.Module, optimizer: DeepSpeedZeroOptimizer_Stag
         try:
             step(closure)
         finally:
-            optimizer._partition_all_parameters = release
+            optimizer._partition_all_parameters = theirs
         if gathering:
-            gathering.gather_all()
+            gathering.ask_for_all()
 
     # A backward pass needs no hook of its own then: what the forward pass has gathered stays until the step.
     for hook in (*offload.forward_hooks, *offload.backward_hooks):
@@ -553,6 +617,7 @@ def stay_gathered(model: torch.nn.Module, optimizer: DeepSpeedZeroOptimizer_Stag
         model.register_forward_pre_hook(gather_missing)
     else:
         gathering = Gathering(model)
+        optimizer._partition_all_parameters = theirs = settled(theirs)
         # Nor gathered by DeepSpeed, one by one, before anybody needs them.
         optimizer.persistent_parameters = []
 

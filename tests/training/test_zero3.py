@@ -1,6 +1,7 @@
 """What is known of DeepSpeed's insides holds for the version that is installed."""
 
 import contextlib
+import functools
 import inspect
 import re
 from collections import deque
@@ -83,8 +84,8 @@ def test_models_are_whole_inside_and_sharded_again_after():
 def test_lean_steps_learn_what_deepspeeds_own_do(processes, exact_base, pages_folder, tmp_path):
     """On one process whose weights stay gathered they are never released, and gradients need no bucket; two gather what
     a step has changed when it has ended, and a layer's weights travel while the layers before it compute at first."""
-    flags = small_run(exact_base, pages_folder, max_steps=4, learning_rate=1e-2, max_grad_norm=0.1)
-    final, released, whole, coming = {}, {}, {}, {}
+    flags = small_run(exact_base, pages_folder, max_steps=4, learning_rate=1e-2, max_grad_norm=0.1, eval_every=2)
+    final, released, whole, coming, beside = {}, {}, {}, {}, {}
     for plain in (True, False):
         place = tmp_path / str(plain)
         place.mkdir()
@@ -97,16 +98,18 @@ def test_lean_steps_learn_what_deepspeeds_own_do(processes, exact_base, pages_fo
         done = start_zero_3(flags, place, processes=processes, **options)
         assert done.returncode == 0, output(done)
         final[plain] = weights(place / "holo1_dom_finetune_final")
-        told = re.search(r"^released (\d+) times, whole \[(.*)\], coming \[(.*)\]$", done.stdout, re.M)
-        released[plain], whole[plain], coming[plain] = told.groups()
+        told = re.search(r"^released (\d+) times, whole \[(.*)\], coming \[(.*)\], beside \[(.*)\]$", done.stdout, re.M)
+        released[plain], whole[plain], coming[plain], beside[plain] = told.groups()
     assert max((final[True][name] - final[False][name]).abs().max() for name in final[True]) <= 1e-6
     assert int(released[True]) - int(released[False]) == 4, released  # one for each step
     assert set(whole[True].split(", ")) != {"0"} and len(whole[True].split(", ")) == 4
     assert whole[False] == whole[True], whole
     assert coming[True] == "", "DeepSpeed's own"
-    # The proof of the fast path gathers what the first step trains with; all other forward passes find all there.
     gathered = [int(number) for number in filter(None, coming[False].split(", "))]
-    assert len(gathered) == (1 if processes == 2 else 0) and all(number > 5 for number in gathered), coming
+    # The proof of the fast path gathers what the first step trains with, two calls ahead, as does the pass after an
+    # evaluation; a step asks for all.
+    assert gathered == ([10, 20, 10, 20] if processes == 2 else []), coming
+    assert len(beside[False]) > 2 and (set(beside[False].split(", ")) == {"0"}) == (processes == 2), beside
 
 
 @pytest.fixture(autouse=True)
@@ -211,34 +214,121 @@ def test_a_layer_waits_for_its_weights_or_the_forward_pass_is_refused(called, mo
     assert len(done) == 6, "nothing is gathered twice"
 
 
-def test_what_a_step_has_changed_is_gathered_when_it_has_ended(monkeypatch):
-    """And nothing in the forward pass after it; frozen weights stay where they are."""
-    model, done = Played(called=True, layers=4), []
-    model.forward = lambda hidden: [layer(hidden) for layer in model.layers]
+class Stepped(Played):
+    """With what `stay_gathered` touches of DeepSpeed's optimizer of two processes; `done` says in order what was."""
+
+    def __init__(self, monkeypatch):
+        super().__init__(called=True, layers=4)
+        self.forward = lambda hidden: [layer(hidden) for layer in self.layers]
+        self.done, names = [], {parameter: number for number, parameter in enumerate(self.parameters())}
+
+        def gather(gathering, places):
+            for parameter, whole in places:
+                parameter.ds_status, parameter.data = ZeroParamStatus.INFLIGHT, whole.view(1, 1)
+            came = [names[parameter] for parameter, _ in places]
+            self.done.append(f"asked for {came}")
+            return SimpleNamespace(wait=lambda: self.done.append(f"there are {came}"))
+
+        def step(closure):
+            self.done.append("step")
+            self.optimizer._partition_all_parameters()
+
+        hooks = SimpleNamespace(forward_hooks=[], backward_hooks=[])
+        release = functools.partial(self.done.append, "all released")
+        self.optimizer = SimpleNamespace(
+            parameter_offload=hooks, partition_count=2, step=step, _partition_all_parameters=release
+        )
+        monkeypatch.setattr(zero3.Gathering, "gather", gather)
+        zero3.stay_gathered(self, self.optimizer)
+
+    def take_done(self) -> list[str]:
+        done = [*self.done]
+        self.done.clear()
+        return done
+
+
+def asked(*numbers: int) -> list[str]:
+    return [f"asked for [{number}]" for number in numbers]
+
+
+def test_what_a_step_has_changed_is_asked_for_when_it_has_ended(monkeypatch):
+    """Layers wait for it in the forward pass after it, which asks for nothing; frozen weights stay where they are."""
+    model = Stepped(monkeypatch)
     model.layers[1].requires_grad_(False)
-    names = {parameter: number for number, parameter in enumerate(model.parameters())}
-
-    def gather(self, places):
-        for parameter, whole in places:
-            parameter.ds_status, parameter.data = ZeroParamStatus.INFLIGHT, whole.view(1, 1)
-        done.append(f"asked for {[names[parameter] for parameter, _ in places]}")
-        return SimpleNamespace(wait=lambda: None)
-
-    def step(closure):
-        done.append("step")
-        optimizer._partition_all_parameters()
-
-    hooks = SimpleNamespace(forward_hooks=[], backward_hooks=[])
-    optimizer = SimpleNamespace(parameter_offload=hooks, partition_count=2, step=step, _partition_all_parameters=None)
-    monkeypatch.setattr(zero3.Gathering, "gather", gather)
-    zero3.stay_gathered(model, optimizer)
     model(torch.zeros(1))
-    assert done == [f"asked for [{number}]" for number in range(4)]
-    optimizer.step()
-    assert done[4:] == ["step", *(f"asked for [{number}]" for number in (0, 2, 3))]
-    assert zero3.missing_of([*model.parameters()]) == [] and optimizer._partition_all_parameters is None
+    model.take_done()
+    model.optimizer.step()
+    assert model.take_done() == ["step", *asked(0, 2, 3)]
+    for number, layer in enumerate(model.layers):
+        layer.register_forward_hook(lambda *unused, number=number: model.done.append(f"{number} is done"))
     model(torch.zeros(1))
-    assert len(done) == 8
+    seen = ["there are [0]", "0 is done", "1 is done", "there are [2]", "2 is done", "there are [3]", "3 is done"]
+    assert model.take_done() == seen and zero3.missing_of([*model.parameters()]) == []
+
+
+@pytest.mark.parametrize("who", ["theirs", "gathered", "release_whole", "reader"])
+def test_nobody_reads_or_releases_weights_that_are_on_their_way(who, monkeypatch):
+    model = Stepped(monkeypatch)
+    model(torch.zeros(1))
+    model.optimizer.step()
+    model.take_done()
+    if who == "theirs":
+        model.optimizer._partition_all_parameters()
+    elif who == "gathered":
+        model.layers[0].weight.ds_id = 0
+        with contextlib.suppress(Exception):  # DeepSpeed's own, of which there is no engine here
+            zero3.gathered([model.layers[0].weight])
+    elif who == "release_whole":
+        zero3.release_whole(model)
+    else:
+        zero3.settled(lambda: model.done.append("read"))()
+    told = {"theirs": ["all released"], "reader": ["read"]}
+    assert model.take_done() == [f"there are [{number}]" for number in range(4)] + told.get(who, [])
+    assert zero3.missing_of([*model.parameters()]) == []
+    model(torch.zeros(1))
+    assert model.take_done() == [], "nor is a layer late that has nothing to wait for"
+
+
+def test_memory_that_runs_out_between_places_leaves_none_of_them(monkeypatch):
+    """Or the rank would send what others do not wait for, and keep a part of a model from the next try."""
+    model, made = Stepped(monkeypatch), []
+    empty = torch.empty
+
+    def full(*given, **named):
+        made.append(1)
+        if len(made) > 2:
+            raise torch.OutOfMemoryError("no room for the third")
+        return empty(*given, **named)
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(torch.OutOfMemoryError, match="no room for the third"):
+        model(torch.zeros(1))
+    assert model.take_done() == []
+    assert not any(one.later or one.coming for one in zero3.GATHERINGS)
+
+
+def test_a_layer_that_is_not_called_is_found_beside_others_that_come_with_it(monkeypatch):
+    monkeypatch.setattr(zero3, "GATHERED_AT_ONCE", 10)
+    model = Stepped(monkeypatch)
+    model.forward = lambda hidden: [model.layers[0].forward(hidden)] + [layer(hidden) for layer in model.layers[1:]]
+    with pytest.raises(PipelineError, match="1 layers were not called"):
+        model(torch.zeros(1))
+
+
+def test_whole_weights_give_way_where_their_shards_bring_them_back():
+    """Not where a shard is the whole, as on one process, nor where DeepSpeed keeps some small ones whole."""
+    model = Played(called=True, layers=3)
+    shards = [layer.weight for layer in model.layers]
+    for weight in shards:
+        weight.ds_status, weight.ds_persist, weight.ds_tensor = ZeroParamStatus.AVAILABLE, True, torch.zeros(1)
+    shards[1].ds_numel = 1
+    shards[2].ds_persist = False
+    zero3.release_whole(model)
+    assert zero3.missing_of(shards) == []
+    shards[2].ds_persist = True
+    zero3.release_whole(model)
+    assert zero3.missing_of(shards) == [shards[0], shards[2]] and [len(weight) for weight in shards] == [0, 1, 0]
+    zero3.release_whole(torch.nn.Linear(1, 1))  # without ZeRO-3
 
 
 def test_after_an_error_no_weights_are_on_their_way(monkeypatch):
