@@ -38,8 +38,8 @@ if __name__ == "__main__":
 # is there, which may read it as it is loaded; not beside the newer name of the same, which torch would then not read.
 if "PYTORCH_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-# Products fill a GPU, and what travels between several takes 24 of its processors: in the same order as they, it waited
-# for all 24 to be free, and those that it had waited with it, 3.4 ms for a layer's weights that travel in 0.4.
+# Products fill a GPU, and what travels between several wants 24 of its processors at once: among them a layer's weights
+# took 3.4 ms where they travel in some 0.4. Measured with other changes, never alone (benchmarks/README.md).
 os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
 
 import torch

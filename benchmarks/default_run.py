@@ -29,7 +29,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-from step_speed import FIRST_MEASURED, OUTPUT, gpu_name, limits_of_memory, read_step, versions  # noqa: E402
+from step_speed import FIRST_MEASURED, OUTPUT, gpu_name, read_step, told_outside, versions  # noqa: E402
 
 # A part, and the line with which it ends; the lines come in this order.
 PARTS = {
@@ -106,7 +106,7 @@ def main() -> int:
     parts = seconds_of_parts(lines, start, end)
     steps = [step for _, line in lines if (step := read_step(line))]
     results = {
-        "command": shlex.join([*limits_of_memory(), "python", "benchmarks/default_run.py", *sys.argv[1:]]),
+        "command": shlex.join([*told_outside(), "python", "benchmarks/default_run.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "gpu": gpu_name(),
         "versions": versions(),

@@ -516,9 +516,10 @@ def shown(command: list[str], args: argparse.Namespace) -> str:
     return text
 
 
-def limits_of_memory() -> list[str]:
-    """What torch was told about its memory outside the command, all of it inherited by every way."""
-    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+def told_outside() -> list[str]:
+    """What torch was told outside the command about its memory and about what travels between GPUs, all of it inherited
+    by every way."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_NCCL_HIGH_PRIORITY")
     return [f"{name}={os.environ[name]}" for name in names if name in os.environ]
 
 
@@ -585,7 +586,7 @@ def main() -> None:
     gpu = gpu_name()
     env, peak = environment(args.gpus, gpu is not None), page_costs.peak_tflops(gpu) if gpu else None
     results = {
-        "command": shlex.join([*limits_of_memory(), "python", *sys.argv]),
+        "command": shlex.join([*told_outside(), "python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d"),
         "gpu": gpu,
         "gpus": args.gpus,

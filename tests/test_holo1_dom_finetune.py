@@ -643,18 +643,22 @@ def test_the_copy_that_wrote_goes_while_the_last_pages_are_rendered_unless_it_wr
 
 OLD, NEW = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
 GROWING, OTHER = "expandable_segments:True", "max_split_size_mb:40"
+FIRST = "TORCH_NCCL_HIGH_PRIORITY="
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("typed", "there"), [([], {OLD: GROWING}), ([f"{NEW}={OTHER}"], {NEW: OTHER})], ids=["nothing typed", "newer name"]
+    ("typed", "there", "first"),
+    [([], {OLD: GROWING}, FIRST + "1"), ([f"{NEW}={OTHER}", FIRST + "0"], {NEW: OTHER}, FIRST + "0")],
+    ids=["nothing typed", "newer name"],
 )
 def test_torchs_memory_grows_in_segments_from_the_moment_that_torch_is_loaded_unless_its_user_says_otherwise(
-    typed, there, tmp_path
+    typed, there, first, tmp_path
 ):
+    """And what travels between GPUs goes first."""
     done = run_script(str(PROGRAMS / "allocator.py"), *typed, cwd=tmp_path)
     (used,) = there.values()
-    assert done.stdout.strip().splitlines()[-1] == f"{there}; {used}", output(done)
+    assert done.stdout.strip().splitlines()[-1] == f"{there}; {used}; {first}", output(done)
 
 
 @pytest.mark.slow
