@@ -14,7 +14,7 @@ import torch
 from transformers import Trainer
 
 from training.errors import NotFiniteError
-from training.processes import add_up
+from training.processes import total
 from training.progress import Meter, on_device, say_step
 from training.treatment import Batches
 
@@ -47,11 +47,13 @@ class MeteredTrainer(Trainer):
         The loss is divided by them, so that 1 x 8, 2 x 4 and 8 x 1 pages give the same gradient."""
         if not (batch_samples and self.data_collator.packed):
             return super()._get_num_items_in_batch(batch_samples, device)
-        # The Trainer's own copies the number to the GPU in a way that waits for the step before.
-        count = on_device([sum(len(batch["targets"]) for batch in batch_samples)], device, torch.float32)
+        count = sum(len(batch["targets"]) for batch in batch_samples)
+        # Through the CPU's memory: on the GPUs the sum would come behind all weights that a step has asked for, which
+        # go by the same group, and the first layer behind the sum.
         if self.args.average_tokens_across_devices:  # else each rank's own: then compute_loss does not multiply either
-            add_up(count)
-        return count[0]
+            count = total(count)
+        # The Trainer's own copies the number to the GPU in a way that waits for the step before.
+        return on_device([count], device, torch.float32)[0]
 
     def floating_point_ops(self, inputs: dict) -> int:
         """Nothing: `page_flops` counts. The Trainer's own count walks through all modules at every micro-batch."""

@@ -319,6 +319,17 @@ def largest(number: float) -> float:
     return most.item()
 
 
+def total(number: float) -> float:
+    """(all ranks) The sum of all, through the CPU's memory: no GPU is waited for."""
+    if not several():
+        return number
+    import torch
+
+    added = torch.tensor(float(number), dtype=torch.float64)
+    add_up(added, cpu_group())
+    return added.item()
+
+
 _cpu_group: list = []  # at most one
 
 

@@ -600,6 +600,8 @@ def stay_gathered(model: torch.nn.Module, optimizer: DeepSpeedZeroOptimizer_Stag
                 release(parameter)
 
     def lean_step(closure: Callable | None = None) -> None:
+        if gathering:
+            gathering.finish()  # of a step after which no forward pass came
         # For checkpoints DeepSpeed still does it its own way.
         optimizer._partition_all_parameters = release_what_is_no_view if alone else release_changed
         try:

@@ -61,6 +61,7 @@ def main() -> None:
     zero3.lean_steps = watched_steps
     trainer = pipeline.PageTrainer
     trainer.compute_loss = unwatched(trainer.compute_loss, over=True)
+    trainer._get_num_items_in_batch = unwatched(trainer._get_num_items_in_batch)  # added up on the CPU
     pipeline.PageCollator.__call__ = unwatched(pipeline.PageCollator.__call__)
     Meter.arrived = unwatched(arrived)  # of what was sent before the step
     bf16_on_a_cpu.take_bf16()

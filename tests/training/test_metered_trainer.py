@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import GATHERED, PROGRAMS, call_in_processes, free_port, output, small_run, start_zero_3
 
-from training import progress
+from training import processes, progress
 from training.metered_trainer import MeteredTrainer
 from training.processes import agree
 from training.progress import Meter
@@ -29,12 +29,19 @@ def measure(rank: int, world: int, port: int) -> None:
     """On each rank: two steps of two micro-batches; rank 1 alone is asked to stop, in the second."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    # Tokens go by a group of their own: in the usual one the weights of a model may be on their way.
+    processes._cpu_group.append(torch.distributed.new_group(backend="gloo"))
+    reduce, groups = torch.distributed.all_reduce, []
+    torch.distributed.all_reduce = lambda *given, group=None, **named: (
+        groups.append(group) or reduce(*given, group=group, **named)
+    )
     # The loss is divided by what compute_loss then multiplies by: all ranks' tokens, or this one's.
     batches = [{"targets": torch.zeros(10 * (1 + rank))}, {"targets": torch.zeros(3)}]
     for together, wanted in ((True, 36.0), (False, 13.0 + 10 * rank)):
         trainer = SimpleNamespace(data_collator=SimpleNamespace(packed=True))
         trainer.args = SimpleNamespace(average_tokens_across_devices=together)
         assert MeteredTrainer._get_num_items_in_batch(trainer, batches, torch.device("cpu")) == wanted
+    assert groups == processes._cpu_group
     meter, args = Meter(), SimpleNamespace(device=torch.device("cpu"))
     for step, loss in enumerate((1.0, 5.0)):
         for micro in range(2):
