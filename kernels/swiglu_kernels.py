@@ -4,7 +4,8 @@
     for_gate, for_up, product = swiglu_kernels.swiglu_backward(gate, up, gradient)
 
 What torch.compile makes of the same formulas asks at each call whether its graph still holds: by a profile up to 0.3 ms
-passed around one on the host of an H100, whose GPU waited. How fast these are beside it there has not been measured.
+passed around one on the host of an H100, whose GPU waited. What these alone give there has not been measured: with
+shorter launches and the rest of that day's changes a step of 3B took some 4 % less (benchmarks/README.md).
 Computed in fp32 and rounded once, as there. Imported only where it is used: it needs triton. Shapes: S rows of I
 numbers.
 """

@@ -310,24 +310,22 @@ def agree(flag: bool) -> bool:
 
 def largest(number: float) -> float:
     """(all ranks) The largest that any of them has, through the CPU's memory: no GPU is waited for."""
-    if not several():
-        return number
-    import torch
-
-    most = torch.tensor(float(number), dtype=torch.float64)
-    take_largest(most, cpu_group())
-    return most.item()
+    return _through_cpu(number, take_largest)
 
 
 def total(number: float) -> float:
     """(all ranks) The sum of all, through the CPU's memory: no GPU is waited for."""
+    return _through_cpu(number, add_up)
+
+
+def _through_cpu(number: float, put_together: Callable[[torch.Tensor, Any], None]) -> float:
     if not several():
         return number
     import torch
 
-    added = torch.tensor(float(number), dtype=torch.float64)
-    add_up(added, cpu_group())
-    return added.item()
+    numbers = torch.tensor(float(number), dtype=torch.float64)
+    put_together(numbers, cpu_group())
+    return numbers.item()
 
 
 _cpu_group: list = []  # at most one
