@@ -601,11 +601,12 @@ def compile_beside(model, every: list[int]) -> dict[str, str]:
                 # What is added is scaled for the norm that follows where the next product has a broad tile, too.
                 for scales in ([True, False] if rows < 32 else [True]) if adds else [False]:
                     norms = weight.dtype if adds and not scales else layer.norms[0][0].dtype
-                    shape = (rows, weight.shape[1], weight.dtype, weight.device, norms, scales)
+                    like = weight.new_empty(rows, weight.shape[1])
+                    shape = (*like.shape, weight.dtype, weight.device, norms, scales, skinny.parts_of(kind, like))
                     asked.append((tile, (kind, skinny.Broad(*tile).shared(columns), *shape)))
     with ProcessPoolExecutor(min(12, os.cpu_count()), multiprocessing.get_context("spawn")) as pool:
         for (tile, given), done in [(each, pool.submit(prove, each[1])) for each in asked]:
-            kind, _, rows, *_, scales = given
+            kind, _, rows, *_, scales, _ = given
             try:
                 way = done.result()
             except Exception as error:  # of a process that a kernel has broken

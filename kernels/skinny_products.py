@@ -74,6 +74,8 @@ TILES: dict[str, dict[int, Tile | None]] = {
     },
     "head": {8: (16, 256, 2, 6, 1, 1), 16: (16, 256, 2, 4, 1, 1), 32: None, 64: Broad(128, 64, 8, 4, 1)},
 }
+# The product that makes the rows of another one.
+BEFORE = {"qkv": "down", "gated": "out", "head": "down"}
 Norm = tuple[torch.Tensor, float]  # weight (K,) and epsilon
 
 
@@ -86,12 +88,24 @@ def planned(kind: str, source: torch.Tensor, normed: bool) -> Tile | None:
     return tile
 
 
+def parts_of(kind: str, source: torch.Tensor) -> int:
+    """In how many parts the squares of the rows `source` (R, K) come that a product of `kind` takes."""
+    tile = planned(BEFORE[kind], source, False) if kind in BEFORE else None
+    return triton.cdiv(source.shape[1], tile[0]) if tile else 1
+
+
 def tile_of(
-    kind: str, source: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor | None = None, scales: bool = False
+    kind: str,
+    source: torch.Tensor,
+    weight: torch.Tensor,
+    norm: torch.Tensor | None = None,
+    scales: bool = False,
+    parts: int | None = None,
 ) -> tuple[Tile | None, str]:
     """The tile for `source` (R, K) and `weight` (N, K), of a "gated" product (2N, K), and how it is launched; None
     where torch does it: whole tiles only, both in one piece of memory, and what has just given torch's own result, with
-    such a weight of the norm before it, or of the one that it `scales` its result for."""
+    such a weight of the norm before it, or of the one that it `scales` its result for, and the rows' squares in so many
+    `parts`, as the product before leaves them."""
     tile, columns = planned(kind, source, norm is not None and not scales), len(weight) // (2 if kind == "gated" else 1)
     broad = isinstance(tile, Broad)  # whose last tile need not be whole
     if not tile or columns % (16 if broad else tile[0]) or source.shape[1] % tile[1]:
@@ -102,17 +116,20 @@ def tile_of(
         return None, NEVER
     tile = tile.shared(columns) if broad else tile
     weights = source.dtype if norm is None else norm.dtype
-    way = way_of(kind, tile, tile_rows(len(source)), source.shape[1], source.dtype, source.device, weights, scales)
+    parts = parts or parts_of(kind, source)
+    way = way_of(
+        kind, tile, tile_rows(len(source)), source.shape[1], source.dtype, source.device, weights, scales, parts
+    )
     return tile if way else None, way
 
 
 @once
 def way_of(
     kind: str, tile: Tile, rows: int, depth: int, dtype: torch.dtype, device: torch.device, norms: torch.dtype,
-    scales: bool,
+    scales: bool, parts: int,
 ) -> str:  # fmt: skip
     """How the kernel is launched for weights of `depth`, and of norms in `norms`, before it or, where it `scales`,
-    after it: by proof on some random tiles."""
+    after it, and rows' squares in `parts`: by proof on some random tiles."""
     draw = torch.Generator(device).manual_seed(0)
     columns = 8 * tile[0]
 
@@ -121,9 +138,7 @@ def way_of(
 
     hidden, weight, norm = some(rows, depth), some(2 * columns, depth) / depth**0.5, (some(depth).to(norms), 1e-6)
     residual, half = some(rows, columns), weight[:columns]
-    # In as many parts as a product of such tiles leaves: another number of them would be another kernel to compile.
-    parts = 1 if depth % tile[0] else depth // tile[0]
-    squares = hidden.float().square().view(rows, parts, -1).sum(-1)
+    squares = (hidden.float().square().sum(-1, keepdim=True) / parts).expand(rows, parts).contiguous()
     normed = rms_norm(hidden.float(), norm[0].float(), norm[1])
     if kind == "gated":
         wanted = (swiglu(normed @ weight.float().T),)
@@ -159,6 +174,11 @@ class Rows:
     def scaled_for(self, norm: Norm) -> torch.Tensor | None:
         """The rows times the weight of `norm`, where whoever made them knew of it."""
         return self.scaled if self.by is norm[0] else None
+
+    @property
+    def parts(self) -> int:
+        """How many there are of `squares` of each row."""
+        return 1 if self.squares is None else self.squares.shape[1]
 
     def sums(self) -> torch.Tensor:
         return self.hidden.float().square().sum(-1, keepdim=True) if self.squares is None else self.squares
@@ -314,7 +334,7 @@ def normed_product(
 ) -> torch.Tensor:
     """rms_norm of the rows, by weight (K,) and epsilon in `norm`, times `weight` (N, K) and plus `bias` (N,):
     (R, N)."""
-    tile, way = tile_of(kind, rows.hidden, weight, norm[0])
+    tile, way = tile_of(kind, rows.hidden, weight, norm[0], parts=rows.parts)
     if tile is None:
         return functional.linear(rms_norm(rows.hidden, *norm), weight, bias)
     given = (rows.hidden, weight, bias, norm, rows.sums())
@@ -323,7 +343,7 @@ def normed_product(
 
 def gated_product(kind: str, rows: Rows, norm: Norm, weight: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up of the normed rows, of `weight` (2N, K), gate before up; (R, N)."""
-    tile, way = tile_of(kind, rows.hidden, weight, norm[0])
+    tile, way = tile_of(kind, rows.hidden, weight, norm[0], parts=rows.parts)
     if tile is None:
         return swiglu(functional.linear(rms_norm(rows.hidden, *norm), weight))
     given = (rows.hidden, weight, None, norm, rows.sums())
@@ -343,10 +363,12 @@ def prove(
     weight: torch.Tensor,
     norm: Norm | None = None,
     following: tuple[str, Norm] | None = None,
+    parts: int | None = None,
 ) -> None:
-    """Has all compiled and proved that the product of `kind` takes for such a `source` (R, K), without the product."""
+    """Has all compiled and proved that the product of `kind` takes for such a `source` (R, K), whose squares come in
+    `parts`, without the product."""
     scale = scale_for(following, source)
-    tile, _ = tile_of(kind, source, weight, norm[0] if norm else scale, scale is not None)
+    tile, _ = tile_of(kind, source, weight, norm[0] if norm else scale, scale is not None, parts)
     if tile is None and norm:
         rms_norm(source, *norm)
     if tile is None and kind == "gated":

@@ -141,6 +141,9 @@ class Step:
         angles = [part[:1].expand(rows, -1).contiguous() for part in self.angles]
         tokens, table = places.new_zeros(rows), self.core.get_input_embeddings().weight
         found = [partial(embed, tokens, tokens, table, *self.angles)]
+        # The first layer's rows are none of a product.
+        first = self.captured.layers[0]
+        found += [partial(prove, "qkv", made(rows, width), first.mixer.taken, first.norms[0], None, 1)]
         for number, (layer, after) in enumerate(self.chain()):
             mixer, moment, kept = layer.mixer, Moment(angles, places, live), self.cache.layer(number, slots)
             # The longest first.

@@ -324,8 +324,8 @@ def test_a_step_of_many_slots_by_broad_tiles_gives_torchs_logits(base_of, monkey
 
 
 @pytest.mark.skipif(DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="nothing is interpreted")
-@pytest.mark.parametrize(("slots", "family"), [(3, ""), (17, "Qwen3.5")])
-def test_the_parts_of_a_step_prove_all_that_it_takes(base_of, monkeypatch, slots, family):
+@pytest.mark.parametrize(("slots", "family", "products"), [(3, "", 4), (17, "Qwen3.5", 3)])
+def test_the_parts_of_a_step_prove_all_that_it_takes(base_of, monkeypatch, slots, family, products):
     """One that were missing would be compiled alone, after all the others."""
     import writing.step
     from writing.slots import Cache, State
@@ -351,7 +351,7 @@ def test_the_parts_of_a_step_prove_all_that_it_takes(base_of, monkeypatch, slots
         for part in step.parts():
             part()
     proved = [work.cache_info().misses for work in works]
-    assert proved[0] == 3 and bool(proved[1]) == bool(family) and proved[3:] == [2, 1, 1], proved
+    assert proved[0] == products and bool(proved[1]) == bool(family) and proved[3:] == [2, 1, 1], proved
     step.advance()
     assert [work.cache_info().misses for work in works] == proved
 
@@ -365,6 +365,23 @@ def test_rows_that_met_the_next_norm_are_taken_by_it_alone(kernels):
     # fp16 ends at 65,504: a large state times a large weight would be none any more.
     assert isinstance(skinny.planned("down", hidden.half(), False), skinny.Broad)
     assert skinny.planned("qkv", hidden.half(), True) is None
+
+
+def test_products_are_proved_with_squares_in_as_many_parts_as_they_come(kernels, monkeypatch):
+    """Another number of parts is another kernel, which nobody would have proved."""
+    skinny = kernels("skinny_products")
+    tiles = {"down": {32: skinny.Broad(64, 32, 4, 3, 1)}, "head": {32: (16, 32, 2, 3, 1, 1)}}
+    monkeypatch.setattr(skinny, "TILES", skinny.TILES | tiles)
+    hidden, inner = torch.randn(20, 256, device=DEVICE).half(), torch.randn(20, 64, device=DEVICE).half()
+    down, head = torch.randn(256, 64, device=DEVICE).half(), torch.randn(128, 256, device=DEVICE).half()
+    norm, asked, real = (torch.ones(256, device=DEVICE).half(), 1e-6), [], skinny.way_of
+    monkeypatch.setattr(skinny, "way_of", lambda *given: asked.append(given) or real(*given))
+    rows = skinny.add_product("down", skinny.Rows(hidden), inner, down, ("head", norm))
+    skinny.normed_product("head", rows, norm, head)
+    assert rows.parts == skinny.parts_of("head", hidden) == 4 and asked[-1][0] == "head" and asked[-1][-1] == 4
+    before = list(asked)
+    skinny.prove("head", hidden, head, norm)
+    assert asked[-1] == before[-1], "what is proved beforehand is what the step takes"
 
 
 def test_a_kernel_that_is_wrong_or_fails_is_not_used_and_that_is_said(kernels, monkeypatch):
