@@ -479,6 +479,22 @@ def test_tokens_are_held_against_the_plain_model_as_they_were_chosen(tiny_base, 
     assert found["would_have_ended"] == 0 and 0 < found["with_over_without"] < float("inf")  # of two times by the clock
 
 
+@pytest.mark.slow
+def test_tiles_are_proved_in_processes_of_their_own_and_wrong_ones_tried_no_more(tiny_base, monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    right, wrong = (64, 32, 4, 3, 1), (64, 24, 4, 3, 1)  # no power of two
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # of the processes, which have not read it yet
+    tried = {
+        kind: {16: [right, wrong] if kind == "down" else [right]} for kind in ("qkv", "out", "gated", "down", "head")
+    }
+    monkeypatch.setattr(write_speed, "BROAD", tried)
+    model, _ = use.load_model(str(tiny_base), use.Recipe())
+    found = write_speed.compile_beside(model.half(), [8])
+    assert len(found) == 9, "what is added is scaled for the norm that follows, or not"
+    assert all((way == "plain") == (str(right) in name) for name, way in found.items()), found
+    assert all(tiles == {16: [right]} for tiles in tried.values())
+
+
 def test_tuning_leaves_the_fastest_tile_and_says_what_it_saves_in_a_layer(monkeypatch):
     """A tile that fails is told as one, and attention goes back to what was the fastest of all that was tried."""
     from kernels import skinny_products as skinny
