@@ -19,6 +19,7 @@ Rooms from top to bottom; each may import those below it, and none above:
     product_parts    what kernels have in common whose programs share a piece of work
     masters          fp32 masters as bf16 weights and 16-bit rests, and AdamW's step on them by torch
     trials           what kernels' libraries find out on a machine, kept and tried aside
+    loading          kernels loaded by several threads at once
     launching        launches of Triton kernels that were launched before, by less Python
     early            kernels that begin while the one before them ends
     positions        where tokens and patches stand

@@ -92,12 +92,12 @@ def is_right() -> bool:
     """Whether launches may be made so on this GPU: a kernel launched so has just given what it gives by Triton."""
     if getattr(_guard, "proving", False):
         return True
-    return known() and bool(proved(torch.cuda.current_device()))
+    usable = torch.cuda.is_available() and torch.version.hip is None and is_known()
+    return usable and bool(proved(torch.cuda.current_device()))
 
 
-def known() -> bool:
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2] if part.isdigit())
-    return torch.cuda.is_available() and torch.version.hip is None and version in KNOWN
+def is_known() -> bool:
+    return tuple(int(part) for part in triton.__version__.split(".")[:2] if part.isdigit()) in KNOWN
 
 
 @lru_cache

@@ -24,6 +24,7 @@ import torch
 
 import use_model_from_hub as use
 from families import family_of
+from kernels.loading import threads_may_load
 from scoring.machine import free_gpu_bytes
 from writing.reading import Question, Reader, question_of
 from writing.slots import Cache, State, bytes_of_slot
@@ -78,7 +79,7 @@ class Engine:
         self.stops = set(use.end_tokens(model, processor))
         self.captured = family_of(model.config).captured(model)
         self.reader = Reader(model, self.captured)
-        self.compiles = model.device.type == "cuda"
+        self.compiles = model.device.type == "cuda" and threads_may_load()
         self.compiling: dict[int, Future[None]] = {}  # by the number of slots
         self.chooser = Chooser(use.logits_processors(recipe), drawn=recipe.temperature > 0)
         self.chances = recipe.max_html_tokens if self.chooser.drawn else 0  # numbers that are drawn, of each answer
