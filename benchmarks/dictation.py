@@ -22,8 +22,8 @@ class Dictated(Step):
     """A step after which the dictated token is the likeliest: `state.dictation` (S, places) holds them by place, but
     for an engine to which nothing is dictated."""
 
-    def forward(self, tokens: torch.Tensor, places: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
-        logits = super().forward(tokens, places, *more)
+    def forward(self, history: torch.Tensor, places: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(history, places, *more)
         if not hasattr(self.state, "dictation"):
             return logits
         after = (places[:, None] + 1 + self.following).clamp(max=self.state.dictation.shape[1] - 1)

@@ -376,10 +376,12 @@ class Dictated:
     def __init__(self, answers):
         self.answers, self.kept = answers, []
 
-    def choose(self, logits, state, slots: int):
+    def take(self, logits, state, slots: int) -> None:
         number = (state.places - state.starts + 1)[:slots].clamp(0, self.answers.shape[1] - 1)
         self.kept.append(logits[:slots])
-        return self.answers[:slots].gather(1, number[:, None])[:, 0]
+        chosen = self.answers[:slots].gather(1, number[:, None])
+        state.history[:slots].scatter_(1, state.places[:slots, None] + 1, chosen)
+        state.places[:slots] += state.live[:slots]
 
 
 def dictated_logits(model, processor, recipe, shots, answers: list[list[int]]) -> list:

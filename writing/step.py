@@ -22,8 +22,8 @@ import torch
 import use_model_from_hub as use
 from families.slot_layers import Captured, Layer, Moment, Norm
 from kernels.early import read_compiler
-from kernels.row_kernels import embed, likeliest
-from kernels.skinny_products import Rows, add_product, gated_product, normed_product, prove
+from kernels.row_kernels import embed, likeliest, take_likeliest
+from kernels.skinny_products import Rows, add_product, gated_product, normed_product, prove, scale_for
 from writing.drafts import drafts
 from writing.slots import Cache, State
 
@@ -43,10 +43,18 @@ class Chooser:
         """Whether the likeliest token is taken, whatever stood before: drafts can be held against that."""
         return not self.processors and not self.drawn
 
-    def choose(self, logits: torch.Tensor, state: State, slots: int) -> torch.Tensor:
-        """Tokens (S,) from `logits` (S, V) of the first `slots` slots."""
+    def take(self, logits: torch.Tensor, state: State, slots: int) -> None:
+        """Puts the next tokens, from `logits` (S, V) of the first `slots` slots, into their history, and moves the
+        places of those that write."""
+        history, places, live = state.history[:slots], state.places[:slots], state.live[:slots]
         if self.plain:
-            return likeliest(logits)
+            take_likeliest(logits, history, places, live)
+        else:
+            history.scatter_(1, places[:, None] + 1, self.choose(logits, state, slots)[:, None])
+            places += live
+
+    def choose(self, logits: torch.Tensor, state: State, slots: int) -> torch.Tensor:
+        """Tokens (S,) from such logits, where they are not just the likeliest."""
         scores = logits.float()
         for process in self.processors:
             scores = process(state.history[:slots], scores)
@@ -89,33 +97,29 @@ class Step:
         """One step of every live slot; changes cache and state."""
         state, count = self.state, self.slots
         places, live = state.places[:count], state.live[:count]
-        history = state.history[:count]
-        tokens = history.gather(1, places[:, None])
-        if self.new > 1:
-            tokens = torch.cat([tokens, drafts(history, places, state.starts[:count], self.new - 1)], dim=1)
-        logits = self.forward(tokens, places, state.shifts[:count], live)
+        history, shifts = state.history[:count], state.shifts[:count]
         if self.new == 1:
-            chosen, kept = self.chooser.choose(logits, state, count)[:, None], live
-        else:
-            chosen = likeliest(logits).view(count, self.new)
-            # A draft was right where the token chosen before it is the draft; the first wrong one ends the row.
-            right = (chosen[:, :-1] == tokens[:, 1:]).long().cumprod(-1).sum(-1)
-            kept = (right + 1) * live
+            self.chooser.take(self.forward(history, places, shifts, live), state, count)
+            return
+        guessed = drafts(history, places, state.starts[:count], self.new - 1)
+        # Where nothing has been chosen yet, and all that is guessed will be written over.
+        after = (places[:, None] + 1 + self.following).clamp_(max=history.shape[1] - 1)
+        history.scatter_(1, after[:, :-1], guessed)
+        chosen = likeliest(self.forward(history, places, shifts, live)).view(count, self.new)
+        # A draft was right where the token chosen before it is the draft; the first wrong one ends the row.
+        right = (chosen[:, :-1] == guessed).long().cumprod(-1).sum(-1)
         # Those after the last right one are written, too, and written over by the next step.
-        after = places[:, None] + 1
-        if self.new > 1:
-            after = (after + self.following).clamp_(max=history.shape[1] - 1)
         history.scatter_(1, after, chosen)
-        places += kept
+        places += (right + 1) * live
 
     def forward(
-        self, tokens: torch.Tensor, places: torch.Tensor, shifts: torch.Tensor, live: torch.Tensor
+        self, history: torch.Tensor, places: torch.Tensor, shifts: torch.Tensor, live: torch.Tensor
     ) -> torch.Tensor:
-        """Logits (R, V) after each of `tokens` (S, Q), the first of which stands at `places` (S,)."""
-        positions = (places + shifts)[:, None] + self.following if self.new > 1 else places + shifts
-        table = self.core.get_input_embeddings().weight
-        hidden, squares, *angles = embed(tokens.flatten(), positions.flatten(), table, *self.angles)
-        moment, rows = Moment(angles, places, live), Rows(hidden, squares)
+        """Logits (R, V) after each of the new tokens, which stand from `places` (S,) on in `history` (S, C)."""
+        table, first = self.core.get_input_embeddings().weight, self.captured.layers[0].norms[0]
+        scale = scale_for(("qkv", first), table[: self.slots * self.new])
+        hidden, squares, scaled, *angles = embed(history, places, shifts, table, *self.angles, self.new, scale)
+        moment, rows = Moment(angles, places, live), Rows(hidden, squares, scaled, scale)
         for number, (layer, after) in enumerate(self.chain()):
             mixer = layer.mixer
             wide = normed_product("qkv", rows, layer.norms[0], mixer.taken, mixer.taken_bias)
@@ -139,11 +143,14 @@ class Step:
         made = self.head.weight.new_zeros
         places, live = state.places[:slots], state.live[:slots]
         angles = [part[:1].expand(rows, -1).contiguous() for part in self.angles]
-        tokens, table = places.new_zeros(rows), self.core.get_input_embeddings().weight
-        found = [partial(embed, tokens, tokens, table, *self.angles)]
+        # Of its own, too, since `take_likeliest` moves on what it is given.
+        still, history = torch.zeros_like(places), state.history.new_zeros(slots, max(2, self.new))
+        table, first = self.core.get_input_embeddings().weight, self.captured.layers[0].norms[0]
+        scale = scale_for(("qkv", first), table[:rows])
+        found = [partial(embed, history, still, still, table, *self.angles, self.new, scale)]
         # The first layer's rows are none of a product.
-        first = self.captured.layers[0]
-        found += [partial(prove, "qkv", made(rows, width), first.mixer.taken, first.norms[0], None, 1)]
+        mixer = self.captured.layers[0].mixer
+        found += [partial(prove, "qkv", made(rows, width), mixer.taken, first, None, 1)]
         for number, (layer, after) in enumerate(self.chain()):
             mixer, moment, kept = layer.mixer, Moment(angles, places, live), self.cache.layer(number, slots)
             # The longest first.
@@ -155,8 +162,12 @@ class Step:
                 partial(prove, "qkv", made(rows, width), mixer.taken, layer.norms[0]),
             ]
         found += [partial(prove, "head", made(rows, width), self.head.weight, self.captured.norm)]
-        plain = self.new > 1 or self.chooser.plain
-        return found + ([partial(likeliest, made(rows, len(self.head.weight)))] if plain else [])
+        logits = made(rows, len(self.head.weight))
+        if self.new > 1:
+            found += [partial(likeliest, logits)]
+        elif self.chooser.plain:
+            found += [partial(take_likeliest, logits, history, torch.zeros_like(places), still)]
+        return found
 
     def warm(self) -> None:
         """A step that compiles and proves kernels, and leaves the state as it was: a token that it left in the history

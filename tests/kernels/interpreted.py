@@ -125,19 +125,32 @@ def test_norms_may_be_proved_inside_a_checkpointed_layer(kernels):
 def test_a_step_begins_with_the_rows_of_its_tokens_and_places(kernels, monkeypatch, kind):
     rows = kernels("row_kernels")
     torch.manual_seed(1)
-    table, (cos, sin) = torch.randn(11, 80, device=DEVICE).to(kind), torch.randn(2, 7, 24, device=DEVICE).to(kind)
-    tokens, places = torch.tensor([10, 3, 3], device=DEVICE), torch.tensor([6, 0, 5], device=DEVICE)
-    found, real = rows.embed(tokens, places, table, cos, sin), rows.embed_by_kernel
-    assert torch.equal(found[0], table[tokens])
-    assert torch.allclose(found[1][:, 0], table[tokens].float().square().sum(-1))
-    assert torch.equal(found[2], cos[places]) and torch.equal(found[3], sin[places])
-    assert rows.embed_proved(80, 24, kind, kind, table.device)
+    table, (cos, sin) = torch.randn(11, 80, device=DEVICE).to(kind), torch.randn(2, 9, 24, device=DEVICE).to(kind)
+    history = torch.tensor([[10, 1, 3, 7], [3, 9, 0, 1], [2, 4, 10, 5]], device=DEVICE)
+    places, shifts = torch.tensor([2, 0, 3], device=DEVICE), torch.tensor([4, 0, -2], device=DEVICE)
+    norm, real = torch.randn(80, device=DEVICE).to(kind), rows.embed_by_kernel
+    for new, tokens, positions in ((1, [3, 3, 5], [6, 0, 1]), (2, [3, 7, 3, 9, 5, 5], [6, 7, 0, 1, 1, 2])):
+        found = rows.embed(history, places, shifts, table, cos, sin, new, norm)
+        wanted = table[torch.tensor(tokens, device=DEVICE)]
+        assert torch.equal(found[0], wanted)
+        close(found[2], wanted.float() * norm, kind)
+        assert torch.allclose(found[1][:, 0], wanted.float().square().sum(-1))
+        assert torch.equal(found[3], cos[positions]) and torch.equal(found[4], sin[positions])
+        assert rows.embed_proved(80, 24, kind, kind, table.device, new, kind)
+    found = rows.embed(history, places, shifts, table, cos, sin)
+    assert found[2] is None and rows.embed_proved(80, 24, kind, kind, table.device, 1, None)
     # Squares of one token alone: the first norm of every step would be wrong, and nobody would be told.
-    monkeypatch.setattr(rows, "embed_by_kernel", lambda *given: [part[:1].expand_as(part) for part in real(*given)])
+    monkeypatch.setattr(
+        rows,
+        "embed_by_kernel",
+        lambda *given, **options: [
+            part if part is None else part[:1].expand_as(part) for part in real(*given, **options)
+        ],
+    )
     rows.embed_proved.cache_clear()
     with pytest.warns(UserWarning, match="the kernel of embedding, launched plain, differs by"):
-        again = rows.embed(tokens, places, table, cos, sin)
-    assert all(torch.equal(one, other) for one, other in zip(found[::2], again[::2]))
+        again = rows.embed(history, places, shifts, table, cos, sin)
+    assert again[2] is None and all(torch.equal(found[part], again[part]) for part in (0, 3, 4))
 
 
 @pytest.mark.parametrize("kind", HALF, ids=str)
@@ -153,6 +166,10 @@ def test_the_likeliest_token_is_the_first_of_the_largest(kernels, kind):
     assert rows.likeliest_proved.cache_info().currsize == 1 and rows.likeliest_proved(
         *logits.shape[1:], kind, logits.device
     )
+    history, places = torch.zeros(4, 6, dtype=torch.long, device=DEVICE), torch.tensor([4, 0, 2, 1], device=DEVICE)
+    rows.take_likeliest(logits, history, places, torch.tensor([1, 0, 1, 1], device=DEVICE))
+    assert places.tolist() == [5, 0, 3, 2] and history.count_nonzero() == 4
+    assert torch.equal(history[range(4), [5, 1, 3, 2]], rows.likeliest(logits))
     logits[3, 7] = float("nan")
     assert rows.likeliest(logits)[3] == logits[3].argmax() == 7
 
