@@ -22,7 +22,18 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.early import follow
-from kernels.product_parts import activated, arrived, inverse_of, is_last, store_for_norm, sum_of, tile_rows, warm_tile
+from kernels.product_parts import (
+    activated,
+    arrived,
+    asked_before,
+    bring_tile,
+    inverse_of,
+    is_last,
+    store_for_norm,
+    sum_of,
+    sums_of_squares,
+    tile_rows,
+)
 
 PROGRAMS = 264  # no more share tiles: two on each multiprocessor of an H100
 WARMED = tl.constexpr(512)  # numbers of each row of a tile that are asked for early
@@ -75,46 +86,43 @@ def broad_kernel(
 ):  # fmt: skip
     """One tile of COLUMNS columns for all rows; DEPTH is a multiple of BLOCK. `sources` and `weights` are the copy
     engine's view of the rows and of the weight, which is zero beyond their edges. SHARERS programs take a part of the
-    depth each."""
+    depth each; where that is one block the weights are all there when the kernel before ends."""
     tl.static_assert(SHARERS == 1 or not GATED)
     kind: tl.constexpr = target.dtype.element_ty
+    WHOLE: tl.constexpr = BLOCK * SHARERS == DEPTH and not GATED
     tile, share = tl.program_id(0), tl.program_id(1)
     row, column = tl.arange(0, ROWS), tile * COLUMNS + tl.arange(0, COLUMNS)
     many: tl.constexpr = (DEPTH // BLOCK + SHARERS - 1) // SHARERS * BLOCK
     begin = share * many
     end = tl.minimum(begin + many, DEPTH)
-    if EARLY:
-        asked: tl.constexpr = WARMED if many >= WARMED else BLOCK
-        warm_tile(weight, tl.minimum(column, columns - 1), columns, begin, DEPTH, asked, GATED)
-    follow(EARLY)
     known, inside = row < rows, column < columns
     out = row[None, :] * columns + column[:, None]
     both = known[None, :] & inside[:, None]
+    if WHOLE:
+        first_weight = weights.load([tile * COLUMNS, begin])
+    elif EARLY:
+        asked: tl.constexpr = WARMED if many >= WARMED else BLOCK
+        bring_tile(weight, tl.minimum(column, columns - 1), columns, begin, DEPTH, asked, GATED, COLUMNS)
+    added, scale = asked_before(bias, residual, following, column, inside, out, both, BIAS, RESIDUAL, SCALED)
+    follow(EARLY)
     if NORMED:
-        part = tl.arange(0, PARTS)
-        sums = tl.load(
-            squares + row[:, None] * parts + part[None, :], mask=known[:, None] & (part < parts)[None, :], other=0.0
-        )
-    done, second = multiply_broadly(
-        sources, weights, tile * COLUMNS, columns, begin, end, GATED, ROWS, COLUMNS, BLOCK
-    )  # fmt: skip
+        sums = sums_of_squares(squares, row, known, parts, PARTS)
+    if WHOLE:
+        done = tl.dot(first_weight, sources.load([0, begin]).T)
+    else:
+        done, second = multiply_broadly(
+            sources, weights, tile * COLUMNS, columns, begin, end, GATED, ROWS, COLUMNS, BLOCK
+        )  # fmt: skip
     if SHARERS > 1:
         mine = shares + tile * (SHARERS * COLUMNS * ROWS) + tl.arange(0, COLUMNS)[:, None] * ROWS + row[None, :]
         if not is_last(mine + share * (COLUMNS * ROWS), done, arrived + tile, SHARERS):
             return
-    # Asked for before what the others have left is added up, so that all comes at once.
-    if BIAS:
-        added = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[:, None]
-    if RESIDUAL:
-        added = tl.load(residual + out, mask=both, other=0.0).to(tl.float32)
-    if SCALED:
-        scale = tl.load(following + column, mask=inside, other=0.0).to(tl.float32)
-    if SHARERS > 1:
         done = sum_of(mine, COLUMNS * ROWS, SHARERS)
     if NORMED:
         inverse = inverse_of(sums, epsilon, DEPTH)
         done *= inverse[None, :]
-        second *= inverse[None, :]
+        if GATED:
+            second *= inverse[None, :]
     if GATED:
         done = activated(done, second, kind)
     if BIAS or RESIDUAL:
@@ -123,7 +131,7 @@ def broad_kernel(
     tl.store(target + out, rounded, mask=both)
     if RESIDUAL:
         left = squares_done + row * tl.num_programs(0) + tile
-        store_for_norm(rounded, scale if SCALED else 0, left, scaled + out, known, both, SCALED)
+        store_for_norm(rounded, scale, left, scaled + out, known, both, SCALED)
 
 
 def launch(

@@ -1,6 +1,6 @@
 """Kernels that begin while the one before them ends: programmatic dependent launch, on compute capability 9.0 and up.
 
-    warm(weight, ...)                   # inside a kernel: what nobody writes may come nearer already
+    warm(weight, ...), bring(weight, ...)       # inside a kernel: what nobody writes may come nearer already
     follow(EARLY)                       # all that was written before is there from here on
     way_that_agrees("name", {EARLY: work, PLAIN: work}, wanted)     # which of them may be used
     @once                               # what is proved is kept, and proved by one thread
@@ -110,3 +110,20 @@ def warm(places):
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [places], dtype=tl.int32, is_pure=False, pack=1
     )
+
+
+@triton.jit
+def bring(places, size, COUNT: tl.constexpr):
+    """The same of `size` bytes, a multiple of 16, from each of COUNT `places` on, by the copy engine: one instruction
+    of a thread for each, where `warm` takes one for each line."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred mine;
+        .reg .b32 thread;
+        mov.u32 thread, %tid.x;
+        setp.lt.u32 mine, thread, $3;
+        @mine cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r,r", [places, size, COUNT], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip

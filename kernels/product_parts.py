@@ -1,6 +1,6 @@
 """What kernels have in common whose programs share a piece of work, and those of products with large weights.
 
-warm_tile(weight, column, columns, begin, DEPTH, ASKED, GATED)      # inside a kernel, before it follows
+warm_tile(weight, column, columns, begin, DEPTH, ASKED, GATED)      # inside a kernel, before it follows; or bring_tile
 if not is_last(mine, done, arrived, SHARERS): return                # of several programs the last one adds up
 done = sum_of(first, apart, SHARERS)
 """
@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.early import once, warm
+from kernels.early import bring, once, warm
 
 MOST_ROWS = 64
 LINE = tl.constexpr(64)  # numbers of half precision in one line of memory
@@ -48,9 +48,50 @@ def warm_tile(weight, column, columns, begin, DEPTH: tl.constexpr, ASKED: tl.con
 
 
 @triton.jit
+def bring_tile(
+    weight, column, columns, begin, DEPTH: tl.constexpr, ASKED: tl.constexpr, GATED: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The same of COLUMNS columns by the copy engine, which takes whole pieces of 16 bytes: where less than ASKED
+    numbers are left those before them, too."""
+    ahead = weight + column.to(tl.int64) * DEPTH + tl.minimum(begin, DEPTH - ASKED)
+    bring(ahead, 2 * ASKED, COLUMNS)
+    if GATED:
+        bring(ahead + columns.to(tl.int64) * DEPTH, 2 * ASKED, COLUMNS)
+
+
+@triton.jit
 def inverse_of(sums, epsilon, DEPTH: tl.constexpr):
     """One over the root mean square of each row, from the parts of the sum of its squares."""
     return tl.rsqrt(tl.sum(sums, 1) / DEPTH + epsilon)
+
+
+@triton.jit
+def asked_before(
+    bias, residual, norm, column, inside, out, both,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """What comes after the products, asked for before the kernel before has ended: what is added, bias (COLUMNS, 1) or
+    residual (COLUMNS, ROWS) in fp32, and the weight (COLUMNS,) of the norm that follows.
+
+    Whoever made the residual was launched before that kernel, so all of it has ended by then (`follow`); past the
+    processor's own cache, which may hold what stood there before.
+    """
+    added, scale = 0.0, 0.0
+    if BIAS:
+        added = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[:, None]
+    if RESIDUAL:
+        added = tl.load(residual + out, mask=both, other=0.0, cache_modifier=".cg").to(tl.float32)
+    if SCALED:
+        scale = tl.load(norm + column, mask=inside, other=0.0).to(tl.float32)
+    return added, scale
+
+
+@triton.jit
+def sums_of_squares(squares, row, known, parts, PARTS: tl.constexpr):
+    """The parts of the sum of each row's squares, (ROWS, PARTS)."""
+    part = tl.arange(0, PARTS)
+    inside = known[:, None] & (part < parts)[None, :]
+    return tl.load(squares + row[:, None] * parts + part[None, :], mask=inside, other=0.0)
 
 
 @triton.jit

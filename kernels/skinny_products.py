@@ -31,51 +31,60 @@ from kernels.product_parts import (
     MOST_ROWS,
     activated,
     arrived,
+    asked_before,
     inverse_of,
     is_last,
     lies_whole,
     store_for_norm,
     sum_of,
+    sums_of_squares,
     tile_rows,
     warm_tile,
 )
 from kernels.row_kernels import on_triton, rms_norm, swiglu
 
 # Numbers of each column of a tile that are asked for early, by the product's kind: a power of two.
-WARMED = {"qkv": 1_024, "out": 1_024, "gated": 1_024, "down": 1_024, "head": 1_024}
+WARMED = {"qkv": 1_024, "out": 1_024, "gated": 1_024, "down": 512, "head": 1_024}
 # (columns of a tile, depth of a block, warps, stages, programs that share a tile's depth, pieces of a block), or a
 # `Broad`, by the product's kind, for up to 8 rows, 16, 32 and 64; None where torch is faster or nobody has looked.
 # Measured on an H100 inside a whole step (benchmarks/write_speed.py --tune).
 Tile = tuple[int, int, int, int, int, int] | Broad
 TILES: dict[str, dict[int, Tile | None]] = {
     "qkv": {
-        8: (16, 256, 2, 8, 1, 2),
+        8: (16, 2048, 8, 1, 1, 8),
         16: (16, 256, 2, 6, 1, 2),
-        32: None,
-        64: None,
+        32: Broad(64, 512, 4, 1, 4),
+        64: Broad(64, 128, 4, 4, 3),
     },
     "out": {
         8: (16, 256, 2, 8, 1, 2),
-        16: (16, 256, 2, 6, 1, 2),
-        32: Broad(64, 128, 4, 4, 4),
-        64: Broad(64, 128, 4, 4, 4),
+        16: Broad(64, 512, 4, 1, 4),
+        32: Broad(64, 512, 4, 1, 4),
+        64: Broad(64, 512, 4, 1, 4),
     },
     "gated": {
         8: (16, 512, 2, 3, 1, 2),
         16: (16, 256, 2, 4, 1, 1),
-        32: Broad(64, 64, 4, 4, 1),
-        64: Broad(64, 64, 4, 3, 1),
+        32: Broad(64, 128, 4, 2, 1),
+        64: Broad(64, 128, 4, 2, 1),
     },
     "down": {
         8: (16, 256, 1, 7, 3, 1),
-        16: (16, 256, 1, 5, 3, 1),
-        32: Broad(64, 128, 4, 6, 4),
-        64: Broad(64, 128, 4, 5, 4),
+        16: Broad(64, 256, 4, 4, 4),
+        32: Broad(64, 256, 4, 4, 4),
+        64: Broad(64, 256, 4, 3, 4),
     },
-    "head": {8: (16, 256, 2, 6, 1, 1), 16: (16, 256, 2, 4, 1, 1), 32: None, 64: Broad(128, 64, 8, 4, 1)},
+    "head": {
+        8: (16, 256, 2, 6, 1, 1),
+        16: (16, 256, 2, 4, 1, 1),
+        32: Broad(64, 128, 4, 4, 1),
+        64: Broad(128, 128, 8, 3, 1),
+    },
 }
 # The product that makes the rows of another one.
 BEFORE = {"qkv": "down", "gated": "out", "head": "down"}
+# Of tiles of one stage the whole depth of a program is one block; of other depths these are taken instead.
+NARROW_OTHERWISE, BROAD_OTHERWISE = (16, 256, 2, 8, 1, 2), Broad(64, 128, 4, 4, 4)
 Norm = tuple[torch.Tensor, float]  # weight (K,) and epsilon
 
 
@@ -94,6 +103,17 @@ def parts_of(kind: str, source: torch.Tensor) -> int:
     return triton.cdiv(source.shape[1], tile[0]) if tile else 1
 
 
+def fitted(tile: Tile, depth: int, columns: int) -> Tile:
+    """`tile` as it is used for a weight of `depth` and `columns`."""
+    broad = isinstance(tile, Broad)
+    if broad:
+        tile = tile.shared(columns)
+    _, block, _, stages, sharers, *_ = tile
+    if stages > 1 or block * sharers == depth:
+        return tile
+    return BROAD_OTHERWISE.shared(columns) if broad else NARROW_OTHERWISE
+
+
 def tile_of(
     kind: str,
     source: torch.Tensor,
@@ -107,14 +127,16 @@ def tile_of(
     such a weight of the norm before it, or of the one that it `scales` its result for, and the rows' squares in so many
     `parts`, as the product before leaves them."""
     tile, columns = planned(kind, source, norm is not None and not scales), len(weight) // (2 if kind == "gated" else 1)
-    broad = isinstance(tile, Broad)  # whose last tile need not be whole
-    if not tile or columns % (16 if broad else tile[0]) or source.shape[1] % tile[1]:
+    if not tile:
+        return None, NEVER
+    tile = fitted(tile, source.shape[1], columns)
+    # The last broad tile need not be whole.
+    if columns % (16 if isinstance(tile, Broad) else tile[0]) or source.shape[1] % tile[1]:
         return None, NEVER
     if not lies_whole(source, weight):
         why = "what it multiplies is not in one piece of memory, from a multiple of 16 bytes on"
         warnings.warn(f"product ({kind}) of a weight {tuple(weight.shape)}: {why}; torch does it, slower", stacklevel=2)
         return None, NEVER
-    tile = tile.shared(columns) if broad else tile
     weights = source.dtype if norm is None else norm.dtype
     parts = parts or parts_of(kind, source)
     way = way_of(
@@ -185,39 +207,41 @@ class Rows:
 
 
 @triton.jit
+def rows_of(source, norm, inverse, at, deep, start, DEPTH: tl.constexpr, NORMED: tl.constexpr):
+    """The rows from `start` on, at the depths `deep` (PIECES, STEP) behind it: (PIECES, STEP, ROWS)."""
+    kind: tl.constexpr = source.dtype.element_ty
+    row, known = at
+    places = source + row[None, None, :] * DEPTH + deep[:, :, None] + start
+    states = tl.load(places, mask=known[None, None, :], other=0.0)
+    if NORMED:
+        scale = tl.load(norm + start + deep)[:, :, None]
+        if kind == tl.bfloat16:
+            # A row's own factor may come after the product: one multiplication here instead of six operations.
+            states = (states * scale).to(kind)
+        else:
+            # fp16 has no room for what is not normed yet.
+            states = (states.to(tl.float32) * inverse[None, None, :]).to(kind).to(tl.float32) * scale.to(tl.float32)
+            states = states.to(kind)
+    return states
+
+
+@triton.jit
 def multiply(
-    weight, source, norm, inverse, at,
+    places, source, norm, inverse, at, deep, columns, begin, end,
     DEPTH: tl.constexpr, NORMED: tl.constexpr, GATED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """(COLUMNS, ROWS) of the weight's `column` (COLUMNS,) and, where it is GATED, of those `columns` further on, over
-    the depth from `begin` to `end`."""
-    row, known, column, columns, begin, end = at
-    kind: tl.constexpr = source.dtype.element_ty
-    STEP: tl.constexpr = BLOCK // PIECES
-    deep = tl.arange(0, PIECES)[:, None] * STEP + tl.arange(0, STEP)[None, :]
-    rows_at = source + row[None, None, :] * DEPTH + deep[:, :, None]
-    # In 64 bits: the head of a large vocabulary has more numbers than 2**31.
-    # (PIECES, COLUMNS, STEP), and the rows are (PIECES, STEP, ROWS).
-    places = weight + column.to(tl.int64)[None, :, None] * DEPTH + deep[:, None, :]
+    """(PIECES, COLUMNS, ROWS) of the weight at `places` and, where it is GATED, of those `columns` further on, over the
+    depth from `begin` to `end`."""
     done = tl.zeros((PIECES, COLUMNS, ROWS), tl.float32)
     second = tl.zeros((PIECES, COLUMNS, ROWS), tl.float32)
     for start in range(begin, end, BLOCK):
         first_weight = tl.load(places + start)
-        states = tl.load(rows_at + start, mask=known[None, None, :], other=0.0)
-        if NORMED:
-            scale = tl.load(norm + start + deep)[:, :, None]
-            if kind == tl.bfloat16:
-                # A row's own factor may come after the product: one multiplication here instead of six operations.
-                states = (states * scale).to(kind)
-            else:
-                # fp16 has no room for what is not normed yet.
-                states = (states.to(tl.float32) * inverse[None, None, :]).to(kind).to(tl.float32) * scale.to(tl.float32)
-                states = states.to(kind)
+        states = rows_of(source, norm, inverse, at, deep, start, DEPTH, NORMED)
         done = tl.dot(first_weight, states, done)
         if GATED:
             second = tl.dot(tl.load(places + columns.to(tl.int64) * DEPTH + start), states, second)
-    return tl.sum(done, 0), tl.sum(second, 0)
+    return done, second
 
 
 @triton.jit(do_not_specialize=["rows"])  # one row would be compiled anew, after the proof with eight
@@ -230,57 +254,57 @@ def product_kernel(
 ):  # fmt: skip
     """One tile of COLUMNS columns for all rows; DEPTH is a multiple of BLOCK, `columns` of COLUMNS. SHARERS programs
     take a part of the depth each; PIECES of a block are multiplied by warps of their own, in fewer turns. `norm` is the
-    weight of the norm before the product where it is NORMED, of the one after it where it is SCALED.
-
-    The weight is the left matrix and the rows the right one: a tensor core's tile has 16 of the former and 8 of the
-    latter.
-    """
+    weight of the norm before the product where it is NORMED, of the one after it where it is SCALED. A tensor core's
+    tile has 16 of the weight, the left matrix, and 8 of the rows. Where the depth is one block its weights are all on
+    their way before the kernel before has ended."""
     tl.static_assert(SHARERS == 1 or not GATED)
     kind: tl.constexpr = source.dtype.element_ty
-    row = tl.arange(0, ROWS)
-    tile, share = tl.program_id(0), tl.program_id(1)
-    column = tile * COLUMNS + tl.arange(0, COLUMNS)
+    LATER: tl.constexpr = NORMED and kind == tl.bfloat16  # a row's own factor comes after the product
+    WHOLE: tl.constexpr = BLOCK == DEPTH and SHARERS == 1 and not GATED
+    STEP: tl.constexpr = BLOCK // PIECES
+    row, tile, share = tl.arange(0, ROWS), tl.program_id(0), tl.program_id(1)
+    column, known = tile * COLUMNS + tl.arange(0, COLUMNS), row < rows
     many: tl.constexpr = (DEPTH // BLOCK + SHARERS - 1) // SHARERS * BLOCK
-    begin = share * many
-    end = tl.minimum(begin + many, DEPTH)
-    known = row < rows
-    if EARLY:
-        asked: tl.constexpr = WARMED if many >= WARMED else BLOCK
-        warm_tile(weight, column, columns, begin, DEPTH, asked, GATED)
+    begin, end = share * many, tl.minimum(share * many + many, DEPTH)
+    deep = tl.arange(0, PIECES)[:, None] * STEP + tl.arange(0, STEP)[None, :]
+    # In 64 bits: the head of a large vocabulary has more numbers than 2**31.
+    # (PIECES, COLUMNS, STEP), and the rows are (PIECES, STEP, ROWS).
+    places = weight + column.to(tl.int64)[None, :, None] * DEPTH + deep[:, None, :]
+    if WHOLE:
+        first_weight = tl.load(places)
+    elif EARLY:
+        warm_tile(weight, column, columns, begin, DEPTH, WARMED if many >= WARMED else BLOCK, GATED)
+    out, both, inside = row[None, :] * columns + column[:, None], known[None, :], column < columns
+    added, scale = asked_before(bias, residual, norm, column, inside, out, both, BIAS, RESIDUAL, SCALED)
     follow(EARLY)
-    # Whatever comes after the products is asked for before them: a wait for memory less at the end.
-    out = row[None, :] * columns + column[:, None]
-    part = tl.arange(0, PARTS)
+    inverse = tl.full((ROWS,), 1.0, tl.float32)
     if NORMED:
-        inside = known[:, None] & (part < parts)[None, :]
-        sums = tl.load(squares + row[:, None] * parts + part[None, :], mask=inside, other=0.0)
-    if BIAS:
-        added = tl.load(bias + column).to(tl.float32)[:, None]
-    if RESIDUAL:
-        added = tl.load(residual + out, mask=known[None, :], other=0.0).to(tl.float32)
-    if SCALED:
-        scale = tl.load(norm + column).to(tl.float32)
-    inverse = inverse_of(sums, epsilon, DEPTH) if NORMED and kind != tl.bfloat16 else tl.full((ROWS,), 1.0, tl.float32)
-    at = (row, known, column, columns, begin, end)
-    done, second = multiply(weight, source, norm, inverse, at, DEPTH, NORMED, GATED, ROWS, COLUMNS, BLOCK, PIECES)
-    if NORMED and kind == tl.bfloat16:
-        inverse = inverse_of(sums, epsilon, DEPTH)
-        done *= inverse[None, :]
-        second *= inverse[None, :]
+        sums = sums_of_squares(squares, row, known, parts, PARTS)
+        inverse = inverse if LATER else inverse_of(sums, epsilon, DEPTH)
+    if WHOLE:
+        states = rows_of(source, norm, inverse, (row, known), deep, 0, DEPTH, NORMED)
+        inverse = inverse_of(sums, epsilon, DEPTH) if LATER else inverse
+        done = tl.dot(first_weight, states)
+        second = done
+    else:
+        done, second = multiply(
+            places, source, norm, inverse, (row, known), deep, columns, begin, end,
+            DEPTH, NORMED, GATED, ROWS, COLUMNS, BLOCK, PIECES,
+        )  # fmt: skip
+        inverse = inverse_of(sums, epsilon, DEPTH) if LATER else inverse
+    done, second = tl.sum(done, 0), tl.sum(second, 0)
+    done, second = (done * inverse[None, :], second * inverse[None, :]) if LATER else (done, second)
     if SHARERS > 1:
         mine = shares + tile * (SHARERS * COLUMNS * ROWS) + tl.arange(0, COLUMNS)[:, None] * ROWS + row[None, :]
         if not is_last(mine + share * (COLUMNS * ROWS), done, arrived + tile, SHARERS):
             return
         done = sum_of(mine, COLUMNS * ROWS, SHARERS)
-    if GATED:
-        done = activated(done, second, kind)
-    if BIAS or RESIDUAL:
-        done += added
-    rounded = done.to(kind)
-    tl.store(target + out, rounded, mask=known[None, :])
+    done = activated(done, second, kind) if GATED else done
+    rounded = (done + added if BIAS or RESIDUAL else done).to(kind)
+    tl.store(target + out, rounded, mask=both)
     if RESIDUAL:
         left = squares_done + row * tl.num_programs(0) + tile
-        store_for_norm(rounded, scale if SCALED else 0, left, scaled + out, known, known[None, :], SCALED)
+        store_for_norm(rounded, scale, left, scaled + out, known, both, SCALED)
 
 
 def launch(
@@ -379,7 +403,8 @@ def add_product(
     kind: str, rows: Rows, inner: torch.Tensor, weight: torch.Tensor, following: tuple[str, Norm] | None = None
 ) -> Rows:
     """`rows` plus `inner` (R, K) times `weight` (N, K); what was in `rows` may be written over. `following` is the
-    product that takes them next, with its norm."""
+    product that takes them next, with its norm. Whatever made `inner` was launched after what made the rows: those are
+    read while it still runs."""
     scale = scale_for(following, rows.hidden)
     tile, way = tile_of(kind, inner, weight, scale, scale is not None)
     if tile is None:

@@ -52,17 +52,26 @@ def test_broad_tiles_are_multiplied_out_of_shared_memory_that_the_copy_engine_fi
                 assert f"wgmma.mma_async.sync.aligned.m64n{rows}k16" in code and "mma.sync" not in code
                 assert "cp.async.bulk.tensor" in code and "ld.local" not in code
                 assert done.metadata.shared <= SHARED_BYTES and depth % tile.block == 0
-                # No load of what the kernel before has left may stand before the wait for it.
-                assert code.index("griddepcontrol.wait") < code.index("cp.async.bulk.tensor")
+                before, after = code.split("griddepcontrol.wait")
+                early, late = (
+                    set(re.findall(r"cp\.async\.bulk\.tensor\.2d.*\], \[(%rd\d+),", part)) for part in (before, after)
+                )
+                # No load of what the kernel before has left may stand before the wait for it: there are weights alone,
+                # all of them where the depth is one block, and the rows stand behind it.
+                whole = tile.shared(columns).sharers * tile.block == depth and kind != "gated"
+                assert bool(early) == whole and late and not early & late
+                assert ("cp.async.bulk.prefetch.L2" in before) == (not whole)
+                read = re.findall(r"ld\.global\S*", before)
+                assert bool(around.get("RESIDUAL")) == any(".cg." in name for name in read)
                 if tile.shared(columns).sharers > 1:
                     # The last program reads what all have left once all have come, past its processor's own cache.
                     left, counted = code.split("atom.global.gpu.acq_rel.add.u32")
                     assert "bar.sync" in left[left.rindex("st.global") :]
                     # Sums are in fp32, what they are added to is not.
                     read = re.findall(r"ld\.global\S*b32", counted)
-                    assert "ld.global.cg" not in left and read and all(".cg." in name for name in read)
+                    assert read and all(".cg." in name for name in read)
                 found.add((kind, rows))
-    assert {("gated", 64), ("down", 64)} <= found
+    assert {("gated", 64), ("down", 64), ("out", 16), ("qkv", 32)} <= found
 
 
 @pytest.mark.parametrize(("columns", "sharers"), [(2_048, 4), (2_560, 4), (6_144, 2), (22_016, 1), (64, 4)])
