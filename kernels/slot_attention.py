@@ -18,12 +18,13 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.early import EARLY, PLAIN, early, follow, once, warm, way_that_agrees
+from kernels.early import EARLY, PLAIN, early, follow, once, way_that_agrees
 from kernels.row_kernels import on_triton, rms_norm
 
-# Keys that are looked at together, warps and stages, where a slot's keys are cut into parts, and where they are not: on
-# an H100 the fastest, or within 1.2 % of it, over slots that differ in length, at 8, 32 and 64 of them.
-SHAPES = {True: (64, 4, 4), False: (128, 8, 3)}
+# Keys that are looked at together, warps and stages, by the most parts that a slot's keys are cut into: on an H100 the
+# fastest at 64, 32 and 8 slots (write_speed.py --tune).
+SHAPES = {1: (64, 8, 4), 2: (64, 8, 3), 32: (64, 4, 3)}  # in this order
+WIDE = (64, 8, 2)  # of heads wider than 128; nobody has measured them
 PROOF_PLACES = 1_024  # of each slot on which the kernels are tried
 # Parts of one slot's keys, each by a program of its own; as many as keep an H100 busy (write_speed.py --tune). A single
 # one needs no kernel that joins them.
@@ -67,6 +68,15 @@ def attend_slots(
     return attend_plain(*given, extras)
 
 
+def most_of(parts: int) -> int:
+    """The key in SHAPES for so many parts."""
+    return next(most for most in SHAPES if parts <= most)
+
+
+def shape_of(parts: int, width: int) -> tuple[int, int, int]:
+    return WIDE if width > 128 else SHAPES[most_of(parts)]
+
+
 @once
 def way_of(
     slots: int, heads: int, fewer: int, width: int, new: int,
@@ -91,6 +101,8 @@ def way_of(
 
     def by(begins: bool) -> tuple[torch.Tensor, ...]:
         mine = states.clone()
+        # Old keys are read while the kernel before still runs, which in a step is never one that has written them.
+        mine.new_zeros(1)
         done = attend_in_parts(qkv, cos, sin, *mine, **options, begins=begins)
         return done, mine - states
 
@@ -199,38 +211,23 @@ def gate_with(done, gate, kind: tl.constexpr):
 
 
 @triton.jit
-def attended(query, keys, values, at, scale, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """`query` (ROWS, D) over the keys and values of a slot and head: (ROWS, D) times the sum of its weights, that sum,
-    and by which score they are. A query sees the places up to `last` (ROWS,), here from `begin` to `end`."""
-    last, begin, end = at
-    wide = tl.arange(0, WIDTH)
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    weights = tl.zeros((ROWS,), tl.float32)
-    done = tl.zeros((ROWS, WIDTH), tl.float32)
-    for start in range(begin, end, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = column < end
-        # A slot and head has fewer than 2**31 numbers.
-        place = column[:, None] * WIDTH + wide[None, :]
-        scores = tl.dot(query, tl.trans(tl.load(keys + place, mask=inside[:, None], other=0.0))) * scale
-        scores = tl.where(inside[None, :] & (column[None, :] <= last[:, None]), scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        # A row that has seen nothing yet: minus infinity less itself is no number.
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        chances, fade = tl.exp(scores - base[:, None]), tl.exp(top - base)
-        weights, top = weights * fade + tl.sum(chances, 1), higher
-        value = tl.load(values + place, mask=inside[:, None], other=0.0)
-        done = done * fade[:, None] + tl.dot(chances.to(value.dtype), value)
-    return done, weights, top
+def seen(scores, value, found):
+    """What queries have `found` so far, (ROWS, D) times the sum of their weights, that sum, and by which score they
+    are, and the `scores` (ROWS, K) and `value` (K, D) of more places; minus infinity is one that is not seen."""
+    done, weights, top = found
+    higher = tl.maximum(top, tl.max(scores, 1))
+    # A row that has seen nothing yet: minus infinity less itself is no number.
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    chances, fade = tl.exp(scores - base[:, None]), tl.exp(top - base)
+    weights = weights * fade + tl.sum(chances, 1)
+    return done * fade[:, None] + tl.dot(chances.to(value.dtype), value), weights, higher
 
 
 @triton.jit
-def nearer(keys, values, begin, capacity, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """What is in the cache from `begin` on comes into the second-level cache, as much as is looked at first."""
-    old = tl.minimum(begin + tl.arange(0, 2 * BLOCK), capacity - 1)
-    for line in tl.static_range(0, WIDTH, 64):
-        warm(keys + old * WIDTH + line)
-        warm(values + old * WIDTH + line)
+def nothing(ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """What queries have found that have seen nothing."""
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    return tl.zeros((ROWS, WIDTH), tl.float32), tl.zeros((ROWS,), tl.float32), top
 
 
 @triton.jit
@@ -251,10 +248,42 @@ def gates_at(qkv, row, of_head, known, HEADS: tl.constexpr, FEWER: tl.constexpr,
 @triton.jit
 def leave(sums, tops, partial, out, known, found, WIDTH: tl.constexpr):
     """What one part has `found` for the queries at `out` (LANES,): (R, heads, parts) and (R, heads, parts, D)."""
-    weights, top, done = found
+    done, weights, top = found
     tl.store(tops + out, top, mask=known)
     tl.store(sums + out, weights, mask=known)
     tl.store(partial + out[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], done, mask=known[:, None])
+
+
+@triton.jit
+def newest(
+    qkv, cos, sin, keys, values, at, scale, query_norm, key_norm, epsilon,
+    HEADS: tl.constexpr, FEWER: tl.constexpr, NEW: tl.constexpr, WIDTH: tl.constexpr,
+    TURNS: tl.constexpr, NORMED: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, NEW_ROWS: tl.constexpr,
+):  # fmt: skip
+    """The queries (ROWS, D) of a slot and head of keys, and what they find in those of the new tokens that are in this
+    part, which are stored."""
+    slot, head, place, begin, end = at
+    apart: tl.constexpr = 2 if GATED else 1
+    line: tl.constexpr = (HEADS * apart + 2 * FEWER) * WIDTH
+    wide, fresh = tl.arange(0, WIDTH), tl.arange(0, NEW_ROWS)
+    known, row, of_head = queries_of(slot, head, HEADS // FEWER, NEW, ROWS)
+    # All that the kernel before has left is asked for at once: queries, and new keys and values of this part.
+    asked = states_at(qkv + row * line + of_head * (WIDTH * apart), cos, sin, row, known, WIDTH, TURNS)
+    mine = (fresh < NEW) & (place + fresh >= begin) & (place + fresh < end)
+    source = qkv + (slot * NEW + fresh) * line + (HEADS * apart + head) * WIDTH
+    made = states_at(source, cos, sin, slot * NEW + fresh, mine, WIDTH, TURNS)
+    value = tl.load(source[:, None] + FEWER * WIDTH + wide[None, :], mask=mine[:, None], other=0.0)
+    query = turned_rows(asked, query_norm, epsilon, WIDTH, TURNS, NORMED).to(qkv.dtype.element_ty)
+    found = nothing(ROWS, WIDTH)
+    if end > place:
+        key = turned_rows(made, key_norm, epsilon, WIDTH, TURNS, NORMED).to(keys.dtype.element_ty)
+        stored = (place + fresh)[:, None] * WIDTH + wide[None, :]
+        tl.store(keys + stored, key, mask=mine[:, None])
+        tl.store(values + stored, value, mask=mine[:, None])
+        inside = mine[None, :] & (fresh[None, :] <= (row - slot * NEW)[:, None])
+        scores = tl.where(inside, tl.dot(query, tl.trans(key)) * scale, float("-inf"))
+        found = seen(scores, value, found)
+    return query, found
 
 
 @triton.jit
@@ -268,47 +297,49 @@ def attend_kernel(
     """One of PARTS parts of the keys of one slot and one head of keys, for all NEW x (HEADS / FEWER) queries that share
     it. What was attended goes to `target` where the part is the whole."""
     slot, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    shared: tl.constexpr = HEADS // FEWER
-    apart: tl.constexpr = 2 if GATED else 1
     # Moved on at the end of the step before: there already.
     place = tl.load(places + slot).to(tl.int32)
     chunk = tl.cdiv(tl.cdiv(place + NEW, PARTS), 16) * 16
     begin = part * chunk
     end = tl.minimum(begin + chunk, place + NEW)
+    old, at = tl.minimum(end, place), (slot, head, place, begin, end)
     wide, group = tl.arange(0, WIDTH), slot * FEWER + head
     keys += group.to(tl.int64) * capacity * WIDTH
     values += group.to(tl.int64) * capacity * WIDTH
-    if EARLY:
-        nearer(keys, values, begin, capacity, WIDTH, BLOCK)
-    follow(EARLY)
-    # All that the kernel before has left is asked for at once: queries, and new keys and values of this part.
-    fresh = tl.arange(0, NEW_ROWS)
-    known, row, of_head = queries_of(slot, head, shared, NEW, ROWS)
-    line_of_row: tl.constexpr = (HEADS * apart + 2 * FEWER) * WIDTH
-    asked = states_at(qkv + row * line_of_row + of_head * (WIDTH * apart), cos, sin, row, known, WIDTH, TURNS)
-    mine = (fresh < NEW) & (place + fresh >= begin) & (place + fresh < end)
-    source = qkv + (slot * NEW + fresh) * line_of_row + (HEADS * apart + head) * WIDTH
-    made = states_at(source, cos, sin, slot * NEW + fresh, mine, WIDTH, TURNS)
-    passed = tl.load(source[:, None] + FEWER * WIDTH + wide[None, :], mask=mine[:, None], other=0.0)
-    if PARTS == 1 and GATED:
-        gate = gates_at(qkv, row, of_head, known, HEADS, FEWER, WIDTH)
-    key = turned_rows(made, key_norm, epsilon, WIDTH, TURNS, NORMED).to(keys.dtype.element_ty)
-    stored = (place + fresh)[:, None] * WIDTH + wide[None, :]
-    tl.store(keys + stored, key, mask=mine[:, None])
-    tl.store(values + stored, passed, mask=mine[:, None])
-    # The warps of this program read below what its other warps have just written.
-    tl.debug_barrier()
-    query = turned_rows(asked, query_norm, epsilon, WIDTH, TURNS, NORMED).to(qkv.dtype.element_ty)
-    at = (row - slot * NEW + place, begin, end)
-    done, weights, top = attended(query, keys, values, at, scale, ROWS, WIDTH, BLOCK)
+    query, found = tl.zeros((ROWS, WIDTH), qkv.dtype.element_ty), nothing(ROWS, WIDTH)
+    for start in range(begin, old, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < old
+        # A slot and head has fewer than 2**31 numbers.
+        before = column[:, None] * WIDTH + wide[None, :]
+        key = tl.load(keys + before, mask=inside[:, None], other=0.0)
+        value = tl.load(values + before, mask=inside[:, None], other=0.0)
+        if start == begin:
+            # Not before the loop: by here the first old keys and values, which nobody writes, are on their way.
+            follow(EARLY)
+            query, found = newest(
+                qkv, cos, sin, keys, values, at, scale, query_norm, key_norm, epsilon,
+                HEADS, FEWER, NEW, WIDTH, TURNS, NORMED, GATED, ROWS, NEW_ROWS,
+            )  # fmt: skip
+        scores = tl.where(inside[None, :], tl.dot(query, tl.trans(key)) * scale, float("-inf"))
+        found = seen(scores, value, found)
+    if begin >= old:
+        follow(EARLY)
+        query, found = newest(
+            qkv, cos, sin, keys, values, at, scale, query_norm, key_norm, epsilon,
+            HEADS, FEWER, NEW, WIDTH, TURNS, NORMED, GATED, ROWS, NEW_ROWS,
+        )  # fmt: skip
+    known, row, of_head = queries_of(slot, head, HEADS // FEWER, NEW, ROWS)
     if PARTS == 1:
+        done, weights, _ = found
         done = done / weights[:, None]
         if GATED:
+            gate = gates_at(qkv, row, of_head, known, HEADS, FEWER, WIDTH)
             done = gate_with(done, gate, qkv.dtype.element_ty)
         out = (row * HEADS + of_head)[:, None] * WIDTH + wide[None, :]
         tl.store(target + out, done.to(target.dtype.element_ty), mask=known[:, None])
     else:
-        leave(sums, tops, partial, (row * HEADS + of_head) * PARTS + part, known, (weights, top, done), WIDTH)
+        leave(sums, tops, partial, (row * HEADS + of_head) * PARTS + part, known, found, WIDTH)
 
 
 @triton.jit
@@ -353,8 +384,7 @@ def attend_in_parts(
     slots, fewer, capacity, width = keys.shape
     new, rows = len(qkv) // slots, len(qkv)
     parts = parts or max(1, min(MOST_PARTS, PROGRAMS // (slots * fewer)))
-    # Wider heads take more of a program's memory, and nobody has measured them: the smaller shape.
-    block, warps, stages = shape or SHAPES[parts > 1 or width > 128]
+    block, warps, stages = shape or shape_of(parts, width)
     target = qkv.new_empty(rows, heads * width)
     sums = tops = partial = target
     if parts > 1:
@@ -368,8 +398,8 @@ def attend_in_parts(
         capacity, scale, query_norm, key_norm, extras.epsilon,
         TURNS=cos.shape[-1], NORMED=extras.norms is not None, GATED=extras.gated, PARTS=parts,
         HEADS=heads, FEWER=fewer, NEW=new, WIDTH=width, ROWS=max(16, triton.next_power_of_2(new * heads // fewer)),
-        NEW_ROWS=triton.next_power_of_2(new), BLOCK=block, EARLY=begins,
-        num_warps=warps, num_stages=stages if width < 256 else 2, **launch,
+        NEW_ROWS=max(16, triton.next_power_of_2(new)), BLOCK=block, EARLY=begins,
+        num_warps=warps, num_stages=stages, **launch,
     )  # fmt: skip
     if parts > 1:
         join_kernel[(rows * heads,)](

@@ -503,15 +503,15 @@ def test_tuning_leaves_the_fastest_tile_and_says_what_it_saves_in_a_layer(monkey
     monkeypatch.setattr(skinny, "TILES", {kind: dict(tiles) for kind, tiles in skinny.TILES.items()})
     monkeypatch.setattr(slot_attention, "SHAPES", dict(slot_attention.SHAPES))
     monkeypatch.setattr(slot_attention, "PROGRAMS", slot_attention.PROGRAMS)
-    fastest, failing = skinny.Broad(128, 128, 8, 3, 8), skinny.Broad(64, 128, 4, 3, 6)
+    fastest, failing = skinny.Broad(128, 512, 8, 1, 4), skinny.Broad(64, 128, 4, 3, 6)
 
     def step_ms(engine, slots, spread=0.0):
         tile = skinny.TILES["qkv"][64]
         if tile == failing:
             raise RuntimeError("out of resource: shared memory")
-        if slot_attention.SHAPES[False] == (64, 4, 6):
+        if slot_attention.SHAPES[1] == (64, 8, 5):
             raise RuntimeError("no such")
-        wide = 4 * slots == slot_attention.PROGRAMS and slot_attention.SHAPES[True] == (64, 4, 4)
+        wide = 4 * slots == slot_attention.PROGRAMS and slot_attention.SHAPES[2] == (64, 8, 3)
         return {None: 5.0, fastest: 4.0}.get(tile, 4.5) - 0.5 * wide + spread
 
     monkeypatch.setattr(write_speed, "step_ms", step_ms)
@@ -524,8 +524,8 @@ def test_tuning_leaves_the_fastest_tile_and_says_what_it_saves_in_a_layer(monkey
     assert next(iter(found["qkv"].values())) == {"step_ms": 4.0, "us_a_layer_under_torch": 100.0}
     assert found["qkv"]["null"]["us_a_layer_under_torch"] == 0
     shapes = write_speed.tune_attention(engine, 64)
-    assert next(iter(shapes.items())) == ("2 parts, (64, 4, 4)", {"step_ms": 3.5, "spread_step_ms": 4.0})
-    assert slot_attention.PROGRAMS == 256 and shapes.pop("failed") == {"1 parts, (64, 4, 6)": "RuntimeError: no such"}
+    assert next(iter(shapes.items())) == ("2 parts, (64, 8, 3)", {"step_ms": 3.5, "spread_step_ms": 4.0})
+    assert slot_attention.PROGRAMS == 256 and shapes.pop("failed") == {"1 parts, (64, 8, 5)": "RuntimeError: no such"}
     assert len(shapes) == len(write_speed.WHOLE_SHAPES)
 
 
