@@ -55,11 +55,6 @@ def attend(
     used where they have just given what torch's own gives.
     """
     kernel = attention_kernel(query.device.type, query.element_size() == 2)
-    if kernel == FLASH_4 and torch.is_inference_mode_enabled():
-        # Screenshots of eight pages read so, at the start of an evaluation beside a training, ended in CUDA's
-        # "misaligned address", and the beta's kernel without gradients is none that `agrees` has tried. It was not
-        # found out whether it was that kernel; of reading it would take a few hundredths.
-        kernel = VARLEN
     shapes = (query.shape[1], key.shape[1], query.shape[2])
     if kernel != SEGMENTS and longest <= WINDOW and windows_agree(shapes, query.dtype, causal):
         kernel = WINDOWS

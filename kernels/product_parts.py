@@ -73,8 +73,9 @@ def asked_before(
     """What comes after the products, asked for before the kernel before has ended: what is added, bias (COLUMNS, 1) or
     residual (COLUMNS, ROWS) in fp32, and the weight (COLUMNS,) of the norm that follows.
 
-    Whoever made the residual was launched before that kernel, so all of it has ended by then (`follow`); past the
-    processor's own cache, which may hold what stood there before.
+    Whoever made the residual was launched before that kernel, which lets this one begin only once it has waited for
+    all before it (`follow`), or is launched plainly; past the processor's own cache, which may hold what stood there
+    before.
     """
     added, scale = 0.0, 0.0
     if BIAS:

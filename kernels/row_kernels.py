@@ -255,7 +255,7 @@ def likeliest_proved(width: int, dtype: torch.dtype, device: torch.device) -> st
     before, live = torch.tensor([0, 3, 1, 2, 0], device=device), torch.tensor([1, 0, 1, 1, 1], device=device)
 
     def by(begins: bool) -> tuple[torch.Tensor, ...]:
-        history, places = torch.zeros(5, 8, dtype=torch.long, device=device), before.clone()
+        history, places = torch.zeros(5, 16, dtype=torch.long, device=device), before.clone()
         likeliest_by_kernel(logits, begins, history, places, live)
         taken = history.gather(1, before[:, None] + 1)[:, 0]
         # Each is one where it is right.
@@ -278,9 +278,10 @@ def likeliest_by_kernel(
     tops = torch.empty(rows, parts, dtype=torch.float32, device=logits.device)
     indices, taken = torch.empty_like(tops, dtype=torch.int32), history is not None
     target = history if taken else tops.new_empty(rows, dtype=torch.int64)
+    capacity = history.shape[1] if taken else 16  # one of a slot's, so that it is no other kernel
     likeliest_kernel[(rows, parts)](
         logits, tops, indices, target, places if taken else target, live if taken else target, arrived(logits.device),
-        width, target.shape[-1], MANY=parts, POWER=triton.next_power_of_2(parts), BLOCK=LIKELIEST, TAKEN=taken,
+        width, capacity, MANY=parts, POWER=triton.next_power_of_2(parts), BLOCK=LIKELIEST, TAKEN=taken,
         EARLY=begins, num_warps=8, **({"launch_pdl": True} if begins else {}),
     )  # fmt: skip
     return target

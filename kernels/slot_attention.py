@@ -315,7 +315,8 @@ def attend_kernel(
         key = tl.load(keys + before, mask=inside[:, None], other=0.0)
         value = tl.load(values + before, mask=inside[:, None], other=0.0)
         if start == begin:
-            # Not before the loop: by here the first old keys and values, which nobody writes, are on their way.
+            # Not before the loop: by here the first old keys and values, which nobody writes, are on their way. Triton
+            # (3.6 to 3.8) asks for what a loop loads ahead of all that stands in it; one that did not would be slower.
             follow(EARLY)
             query, found = newest(
                 qkv, cos, sin, keys, values, at, scale, query_norm, key_norm, epsilon,

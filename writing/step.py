@@ -144,7 +144,7 @@ class Step:
         places, live = state.places[:slots], state.live[:slots]
         angles = [part[:1].expand(rows, -1).contiguous() for part in self.angles]
         # Of its own, too, since `take_likeliest` moves on what it is given.
-        still, history = torch.zeros_like(places), state.history.new_zeros(slots, max(2, self.new))
+        still, history = torch.zeros_like(places), torch.zeros_like(state.history[:slots])
         table, first = self.core.get_input_embeddings().weight, self.captured.layers[0].norms[0]
         scale = scale_for(("qkv", first), table[:rows])
         found = [partial(embed, history, still, still, table, *self.angles, self.new, scale)]

@@ -373,12 +373,18 @@ def test_the_parts_of_a_step_prove_all_that_it_takes(base_of, monkeypatch, slots
     assert [work.cache_info().misses for work in works] == proved
 
 
-def test_rows_that_met_the_next_norm_are_taken_by_it_alone(kernels):
+def test_rows_that_met_the_next_norm_are_taken_by_it_alone(kernels, monkeypatch):
     skinny = kernels("skinny_products")
     hidden, norm, other = torch.ones(20, 64).bfloat16(), torch.ones(64), torch.ones(64)
     rows = skinny.Rows(hidden, None, 2 * hidden, norm)
     assert torch.equal(rows.scaled_for((norm, 1e-6)), 2 * hidden) and rows.scaled_for((other, 1e-6)) is None
     assert skinny.Rows(hidden).scaled_for((norm, 1e-6)) is None
+    # Other GPUs than Hopper have narrow tiles for few rows, and torch for more.
+    with monkeypatch.context() as patched:
+        patched.setattr(skinny, "takes", lambda device: False)
+        assert skinny.planned("down", hidden[:16], False) == skinny.ELSEWHERE["down"]
+        assert skinny.planned("gated", hidden[:16], True) == skinny.TILES["gated"][16]
+        assert skinny.planned("down", hidden, False) is None
     # fp16 ends at 65,504: a large state times a large weight would be none any more.
     assert isinstance(skinny.planned("down", hidden.half(), False), skinny.Broad)
     assert skinny.planned("qkv", hidden.half(), True) is None

@@ -37,6 +37,13 @@ def compiled(kernel, tile, rows: int, depth: int, around: dict[str, bool]):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
+def given_of(code: str, registers: set[str]) -> set[int]:
+    """Which arguments of the kernel these hold the addresses of."""
+    made = dict(re.findall(r"cvta\.param\.u64\s+(%rd\d+), (%rd\d+);", code))
+    given = dict(re.findall(r"mov\.b64\s+(%rd\d+), broad_kernel_param_(\d+);", code))
+    return {int(given[made.get(register, register)]) for register in registers}
+
+
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="what is interpreted is not compiled")
 def test_broad_tiles_are_multiplied_out_of_shared_memory_that_the_copy_engine_fills():
     from kernels.broad_products import Broad, broad_kernel
@@ -61,8 +68,13 @@ def test_broad_tiles_are_multiplied_out_of_shared_memory_that_the_copy_engine_fi
                 whole = tile.shared(columns).sharers * tile.block == depth and kind != "gated"
                 assert bool(early) == whole and late and not early & late
                 assert ("cp.async.bulk.prefetch.L2" in before) == (not whole)
+                # Rows are the first argument, the weight the one after its shape and strides.
+                assert given_of(code, late) == ({0} if whole else {0, 5}) and given_of(code, early) <= {5}
                 read = re.findall(r"ld\.global\S*", before)
-                assert bool(around.get("RESIDUAL")) == any(".cg." in name for name in read)
+                residual = [name for name in read if ".cg." in name]
+                assert bool(residual) == bool(around.get("RESIDUAL"))
+                # The rest are bias or the norm's weight: the rows' squares in fp32 are what the kernel before has left.
+                assert not any("b32" in name for name in read if name not in residual)
                 if tile.shared(columns).sharers > 1:
                     # The last program reads what all have left once all have come, past its processor's own cache.
                     left, counted = code.split("atom.global.gpu.acq_rel.add.u32")

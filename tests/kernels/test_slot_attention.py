@@ -47,10 +47,10 @@ def test_nothing_of_a_program_lies_outside_of_its_registers(parts, model):
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="what is interpreted is not compiled")
-@pytest.mark.parametrize("parts", [1, 8])
-def test_old_keys_are_on_their_way_before_the_kernel_before_has_ended_and_nothing_else_is(parts):
+@pytest.mark.parametrize(("parts", "model"), [(1, HOLO1), (8, HOLO1), (8, HOLO1 | {"NEW": 2}), (8, QWEN3_5)])
+def test_old_keys_are_on_their_way_before_the_kernel_before_has_ended_and_nothing_else_is(parts, model):
     """They are what nobody writes; queries and new keys are what that kernel leaves."""
-    before, *after = compiled(parts, HOLO1).asm["ptx"].split("griddepcontrol.wait")
+    before, *after = compiled(parts, model).asm["ptx"].split("griddepcontrol.wait")
     assert "cp.async.cg.shared.global" in before and "ld.global" in after[0]
     # Of what is read into registers the place alone.
     assert len(re.findall(r"ld\.global", before)) == 1 and "st.global" not in before
