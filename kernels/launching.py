@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from kernels.early import PLAIN, way_that_agrees
+from kernels.early import PLAIN, once, way_that_agrees
 
 # Kept at most; then all are found again. Numbers of rows differ from batch to batch, so there is no end of them.
 MOST = 4096
@@ -100,7 +99,7 @@ def is_known() -> bool:
     return tuple(int(part) for part in triton.__version__.split(".")[:2] if part.isdigit()) in KNOWN
 
 
-@lru_cache
+@once
 def proved(device: int) -> str:
     """PLAIN where the second launch, which is ours, has done what is wanted, with other tensors and as many numbers."""
     _guard.proving = True

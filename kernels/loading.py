@@ -3,7 +3,8 @@
     if threads_may_load():                  # before there are any
         ...
 
-Two faults of its own are mended here, for all kernels of the process. Imported only where it is used: it needs triton.
+Three faults of its own are mended here, for all kernels of the process. Imported only where it is used: it needs
+triton.
 
 Each signature has a launcher in C (3.6), a Python module of its own file, but all of one name. Python keeps one module
 of a name (`import_find_extension` in its `import.c`): whatever launcher is loaded once more puts its functions into the
@@ -12,6 +13,8 @@ was "misaligned address" or "function takes exactly 49 arguments", once in some 
 
 A compiled kernel shows its launcher before it has the function that is launched (triton-lang/triton#11518): another
 thread that wants the same kernel launches nothing.
+
+Two threads that want the same kernel both compile it; 3.8 unloads that of the first one, which it may have launched.
 """
 
 from __future__ import annotations
@@ -19,31 +22,39 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from functools import lru_cache, wraps
+from collections.abc import Callable
+from functools import wraps
 from types import ModuleType
+from typing import Any
 
 import triton
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime import build
+from triton.runtime.jit import JITFunction
 
 from kernels.launching import is_known
 
-_guard = threading.Lock()
+_guard = threading.RLock()
 
 
-@lru_cache
 def threads_may_load() -> bool:
-    """Mends Triton in this process; False, with a warning, for a version that nobody has looked at."""
-    load, fill = getattr(build, "_load_module_from_path", None), getattr(CompiledKernel, "_init_handles", None)
-    if not is_known() or load is None or fill is None:
-        why = "nobody has looked at how it loads kernels in several threads: they are compiled one after another, later"
-        warnings.warn(f"triton {triton.__version__}: {why}", stacklevel=2)
-        return False
-    build._load_module_from_path, CompiledKernel._init_handles = alone(load), at_once(fill)
+    """Mends Triton in this process, once; False, with a warning, for a version that nobody has looked at."""
+    places = ((build, "_load_module_from_path"), (CompiledKernel, "_init_handles"), (JITFunction, "_do_compile"))
+    with _guard:
+        if not is_known() or not all(hasattr(*place) for place in places):
+            why = "nobody has looked at how it loads kernels in several threads, so each is compiled when it is needed"
+            warnings.warn(f"triton {triton.__version__}: {why}", stacklevel=2)
+            return False
+        for (owner, name), mend in zip(places, (alone, at_once, one_at_a_time)):
+            found = getattr(owner, name)
+            if not hasattr(found, "stock"):  # one that is mended twice would wait for itself
+                mended = mend(found)
+                mended.stock = found
+                setattr(owner, name, mended)
     return True
 
 
-def alone(load):
+def alone(load: Callable[[str, str], ModuleType]) -> Callable[[str, str], ModuleType]:
     """`load`, of whose module each caller gets what it held when it was loaded."""
 
     @wraps(load)
@@ -56,7 +67,7 @@ def alone(load):
     return loaded
 
 
-def at_once(fill):
+def at_once(fill: Callable[[CompiledKernel], None]) -> Callable[[CompiledKernel], None]:
     """`fill` of a compiled kernel, whose launcher is there last; once, and again where it has raised."""
 
     @wraps(fill)
@@ -73,3 +84,16 @@ def at_once(fill):
             kernel._run = launcher
 
     return filled
+
+
+def one_at_a_time(compile_it: Callable[..., Any]) -> Callable[..., Any]:
+    """`compile_it` of a kernel's source, by one thread for the same arguments; others that want it wait."""
+    locks: dict[tuple, threading.Lock] = {}
+
+    @wraps(compile_it)
+    def compiled(source: JITFunction, key: Any, signature: Any, device: Any, *rest: Any) -> Any:
+        with locks.setdefault((id(source), key, device), threading.Lock()):
+            known = source.device_caches[device][0].get(key)
+            return compile_it(source, key, signature, device, *rest) if known is None else known
+
+    return compiled

@@ -1,10 +1,14 @@
 """Kernels that several threads load at once. The launchers are real ones, as far as a machine without a GPU has any: C
 modules of one name, built and loaded by Triton itself. The driver that loads a kernel is played."""
 
+import os
 import random
+import shutil
 import sys
+import sysconfig
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +17,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
 from triton.compiler import compiler
+from triton.compiler.compiler import CompiledKernel
 from triton.runtime import build
+from triton.runtime.jit import JITFunction
 
 from kernels import launching, loading
 
@@ -26,27 +32,32 @@ PyMODINIT_FUNC PyInit___triton_launcher(void) { return PyModule_Create(&definiti
 """
 
 
+PLACES = [(build, "_load_module_from_path"), (CompiledKernel, "_init_handles"), (JITFunction, "_do_compile")]
+
+
 @pytest.fixture
-def mended(monkeypatch):
-    """Triton as `threads_may_load` leaves it, and as it was afterwards."""
-    monkeypatch.setattr(build, "_load_module_from_path", build._load_module_from_path)
-    monkeypatch.setattr(compiler.CompiledKernel, "_init_handles", compiler.CompiledKernel._init_handles)
-    assert loading.threads_may_load.__wrapped__(), "the version that is installed is one that was looked at"
+def stock(monkeypatch):
+    """Triton as it comes, also where an engine of an earlier test has mended it; and as it was afterwards."""
+    for owner, name in PLACES:
+        found = getattr(owner, name)
+        monkeypatch.setattr(owner, name, getattr(found, "stock", found))
+
+
+@pytest.fixture
+def mended(stock):
+    """Triton as `threads_may_load` leaves it, whoever else has asked before."""
+    assert loading.threads_may_load() and loading.threads_may_load(), "the version that is installed was looked at"
 
 
 @pytest.fixture
 def launcher(tmp_path, monkeypatch):
     """Makes the launcher that gives a number, and loads it, once more where it was loaded before."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        pytest.skip("no C compiler, with which Triton builds what loads kernels")
+    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        pytest.skip("no headers of Python, which Triton needs to build what loads kernels")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-
-    def load(number: int):
-        return build.compile_module_from_src(SOURCE.replace("NUMBER", str(number)), "__triton_launcher")
-
-    try:
-        load(0)
-    except Exception as error:
-        pytest.skip(f"no C compiler, or no headers of Python: {str(error)[:100]}")
-    return load
+    return lambda number: build.compile_module_from_src(SOURCE.replace("NUMBER", str(number)), "__triton_launcher")
 
 
 def test_a_launcher_that_is_loaded_once_more_changes_no_other(mended, launcher):
@@ -79,6 +90,7 @@ class Played:
     def __init__(self, fails: bool = False):
         self.begun, self.ends, self.loads, self.fails = threading.Event(), threading.Event(), 0, fails
         self.utils, self.launcher_cls = self, lambda source, metadata: f"launcher of {source}"
+        self.unloaded = []  # by 3.8, as a compiled kernel ends
 
     def get_current_device(self):
         return 0
@@ -87,7 +99,7 @@ class Played:
         return SimpleNamespace(warp_size=32)
 
     def unload_module(self, module):
-        raise AssertionError(f"{module} is in use")
+        self.unloaded.append(module)
 
     def load_binary(self, name, binary, shared, device):
         self.loads += 1
@@ -102,10 +114,10 @@ class Played:
 def kernel(monkeypatch):
     """Makes a compiled kernel that nobody has loaded yet, of such a driver."""
 
-    def make(driver: Played) -> compiler.CompiledKernel:
+    def make(driver: Played) -> CompiledKernel:
         monkeypatch.setattr(compiler, "driver", SimpleNamespace(active=driver))
         monkeypatch.setattr(compiler, "max_shared_mem", lambda device: 232_448)
-        made = compiler.CompiledKernel.__new__(compiler.CompiledKernel)
+        made = CompiledKernel.__new__(CompiledKernel)
         made.module = made.function = made._run = None
         made.name, made.kernel, made.hash, made.src, made.metadata_group = "product", b"", "", "product", {}
         made.metadata = SimpleNamespace(shared=0, num_warps=4, tmem_size=None, target=SimpleNamespace(arch=90))
@@ -114,7 +126,7 @@ def kernel(monkeypatch):
     return make
 
 
-def test_a_thread_that_wants_a_kernel_which_another_is_loading_gets_all_of_it(mended, kernel, monkeypatch):
+def test_a_thread_that_wants_a_kernel_which_another_is_loading_gets_all_of_it(mended, kernel):
     driver = Played()
     made = kernel(driver)
     with ThreadPoolExecutor(2) as pool:
@@ -124,6 +136,7 @@ def test_a_thread_that_wants_a_kernel_which_another_is_loading_gets_all_of_it(me
         threading.Timer(0.2, driver.ends.set).start()
         assert first.result() == second.result() == ("launcher of product", "function of product")
     assert driver.loads == 1 and made.module == "module of product" and made.n_regs == 32
+    assert driver.unloaded == [], "what is in use is unloaded"
     made.module = None  # the driver is played no longer when it ends
 
 
@@ -137,10 +150,45 @@ def test_a_kernel_that_did_not_load_is_loaded_the_next_time(mended, kernel):
     made.module = None
 
 
-def test_a_version_that_nobody_has_looked_at_is_said_and_left_alone(monkeypatch):
-    load = build._load_module_from_path
+@triton.jit
+def twice_wanted_kernel(source):
+    pass
+
+
+def test_two_threads_that_want_the_same_kernel_compile_it_once(mended, monkeypatch):
+    begun, ends, sources = threading.Event(), threading.Event(), []
+
+    def compile_slowly(source, **options):
+        sources.append(source)
+        begun.set()
+        assert ends.wait(20)
+        return f"compiled {source}"
+
+    for name, played in (
+        ("device_caches", {0: ({}, {}, None, None, None)}),
+        ("ASTSource", lambda kernel, signature, *rest: signature["source"]),
+        ("compile", compile_slowly),
+        ("_call_hook", lambda *told: False),
+    ):
+        monkeypatch.setattr(twice_wanted_kernel, name, played, raising=False)
+
+    def want(key: str):
+        given = {"source": key}, 0, {}, SimpleNamespace(), {}, False
+        return twice_wanted_kernel._do_compile(key, *given)
+
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(want, "in bf16")
+        assert begun.wait(20)
+        second, other = pool.submit(want, "in bf16"), pool.submit(want, "in fp16")
+        threading.Timer(0.2, ends.set).start()
+        assert first.result() == second.result() == "compiled in bf16" and other.result() == "compiled in fp16"
+    assert sorted(sources) == ["in bf16", "in fp16"]
+
+
+def test_a_version_that_nobody_has_looked_at_is_said_and_left_alone(stock, monkeypatch):
+    before = [getattr(*place) for place in PLACES]
     monkeypatch.setattr(triton, "__version__", "9.1.0")
     assert launching.is_known() is False
     with pytest.warns(UserWarning, match=r"triton 9\.1\.0: nobody has looked at how it loads kernels"):
-        assert loading.threads_may_load.__wrapped__() is False
-    assert build._load_module_from_path is load
+        assert loading.threads_may_load() is False
+    assert [getattr(*place) for place in PLACES] == before
