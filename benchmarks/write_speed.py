@@ -620,10 +620,11 @@ def compile_beside(model, every: list[int]) -> dict[str, str]:
                     norms = weight.dtype if adds and not scales else layer.norms[0][0].dtype
                     like = weight.new_empty(rows, weight.shape[1])
                     shape = (*like.shape, weight.dtype, weight.device, norms, scales, skinny.parts_of(kind, like))
-                    asked.append((tile, (kind, skinny.Broad(*tile).shared(columns), *shape)))
+                    biased = kind == "qkv" and layer.mixer.taken_bias is not None
+                    asked.append((tile, (kind, skinny.Broad(*tile).shared(columns), *shape, biased)))
     with ProcessPoolExecutor(min(12, os.cpu_count()), multiprocessing.get_context("spawn")) as pool:
         for (tile, given), done in [(each, pool.submit(prove, each[1])) for each in asked]:
-            kind, _, rows, *_, scales, _ = given
+            kind, _, rows, *_, scales, _, _ = given
             try:
                 way = done.result()
             except Exception as error:  # of a process that a kernel has broken

@@ -125,11 +125,12 @@ def tile_of(
     norm: torch.Tensor | None = None,
     scales: bool = False,
     parts: int | None = None,
+    biased: bool = False,
 ) -> tuple[Tile | None, str]:
     """The tile for `source` (R, K) and `weight` (N, K), of a "gated" product (2N, K), and how it is launched; None
     where torch does it: whole tiles only, both in one piece of memory, and what has just given torch's own result, with
-    such a weight of the norm before it, or of the one that it `scales` its result for, and the rows' squares in so many
-    `parts`, as the product before leaves them."""
+    such a weight of the norm before it, or of the one that it `scales` its result for, the rows' squares in so many
+    `parts`, as the product before leaves them, and a bias where it is `biased`."""
     tile, columns = planned(kind, source, norm is not None and not scales), len(weight) // (2 if kind == "gated" else 1)
     if not tile:
         return None, NEVER
@@ -143,19 +144,18 @@ def tile_of(
         return None, NEVER
     weights = source.dtype if norm is None else norm.dtype
     parts = parts or parts_of(kind, source)
-    way = way_of(
-        kind, tile, tile_rows(len(source)), source.shape[1], source.dtype, source.device, weights, scales, parts
-    )
+    rows, kinds = tile_rows(len(source)), (source.dtype, source.device, weights)
+    way = way_of(kind, tile, rows, source.shape[1], *kinds, scales, parts, biased)
     return tile if way else None, way
 
 
 @once
 def way_of(
     kind: str, tile: Tile, rows: int, depth: int, dtype: torch.dtype, device: torch.device, norms: torch.dtype,
-    scales: bool, parts: int,
+    scales: bool, parts: int, biased: bool,
 ) -> str:  # fmt: skip
     """How the kernel is launched for weights of `depth`, and of norms in `norms`, before it or, where it `scales`,
-    after it, and rows' squares in `parts`: by proof on some random tiles."""
+    after it, rows' squares in `parts`, and a bias where it is `biased`: by proof on some random tiles."""
     draw = torch.Generator(device).manual_seed(0)
     columns = 8 * tile[0]
 
@@ -175,8 +175,9 @@ def way_of(
         if scales:
             wanted, options = (*wanted, added * scale.float()), options | {"following": scale}
     else:
-        wanted = (normed @ half.float().T + residual[0].float(),)
-        options = {"weight": half, "bias": residual[0].contiguous(), "norm": norm, "squares": squares}
+        bias = residual[0].contiguous() if biased else None
+        wanted = (normed @ half.float().T + (bias.float() if biased else 0),)
+        options = {"weight": half, "bias": bias, "norm": norm, "squares": squares}
 
     def by(begins: bool) -> tuple[torch.Tensor, ...]:
         done, left, scaled = launch(tile, begins, hidden, **options, warmed=WARMED[kind])
@@ -362,7 +363,7 @@ def normed_product(
 ) -> torch.Tensor:
     """rms_norm of the rows, by weight (K,) and epsilon in `norm`, times `weight` (N, K) and plus `bias` (N,):
     (R, N)."""
-    tile, way = tile_of(kind, rows.hidden, weight, norm[0], parts=rows.parts)
+    tile, way = tile_of(kind, rows.hidden, weight, norm[0], parts=rows.parts, biased=bias is not None)
     if tile is None:
         return functional.linear(rms_norm(rows.hidden, *norm), weight, bias)
     given = (rows.hidden, weight, bias, norm, rows.sums())
@@ -392,11 +393,12 @@ def prove(
     norm: Norm | None = None,
     following: tuple[str, Norm] | None = None,
     parts: int | None = None,
+    bias: torch.Tensor | None = None,
 ) -> None:
     """Has all compiled and proved that the product of `kind` takes for such a `source` (R, K), whose squares come in
     `parts`, without the product."""
     scale = scale_for(following, source)
-    tile, _ = tile_of(kind, source, weight, norm[0] if norm else scale, scale is not None, parts)
+    tile, _ = tile_of(kind, source, weight, norm[0] if norm else scale, scale is not None, parts, bias is not None)
     if tile is None and norm:
         rms_norm(source, *norm)
     if tile is None and kind == "gated":

@@ -61,7 +61,10 @@ class State:
 
     def __init__(self, slots: int, capacity: int, device: torch.device | str, chances: int):
         self.history = torch.zeros(slots, capacity, dtype=torch.long, device=device)
-        self.places, self.shifts, self.starts, self.live = torch.zeros(4, slots, dtype=torch.long, device=device)
+        # Each from a multiple of 16 bytes on: others are taken by kernels that nothing has proved.
+        self.places, self.shifts, self.starts, self.live = (
+            torch.zeros(slots, dtype=torch.long, device=device) for _ in range(4)
+        )
         self.chances = torch.zeros(slots, chances, device=device)
 
     def parts(self) -> list[torch.Tensor]:

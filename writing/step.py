@@ -150,7 +150,7 @@ class Step:
         found = [partial(embed, history, still, still, table, *self.angles, self.new, scale)]
         # The first layer's rows are none of a product.
         mixer = self.captured.layers[0].mixer
-        found += [partial(prove, "qkv", made(rows, width), mixer.taken, first, None, 1)]
+        found += [partial(prove, "qkv", made(rows, width), mixer.taken, first, None, 1, mixer.taken_bias)]
         for number, (layer, after) in enumerate(self.chain()):
             mixer, moment, kept = layer.mixer, Moment(angles, places, live), self.cache.layer(number, slots)
             # The longest first.
@@ -159,7 +159,7 @@ class Step:
                 partial(prove, "out", made(rows, mixer.out.shape[1]), mixer.out, None, ("gated", layer.norms[1])),
                 partial(prove, "down", made(rows, layer.down.shape[1]), layer.down, None, after),
                 partial(prove, "gated", made(rows, width), layer.gated, layer.norms[1]),
-                partial(prove, "qkv", made(rows, width), mixer.taken, layer.norms[0]),
+                partial(prove, "qkv", made(rows, width), mixer.taken, layer.norms[0], bias=mixer.taken_bias),
             ]
         found += [partial(prove, "head", made(rows, width), self.head.weight, self.captured.norm)]
         logits = made(rows, len(self.head.weight))

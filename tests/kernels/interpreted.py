@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from noted_launches import Launches
 
 import use_model_from_hub as use
 from families import family_of, slot_layers
@@ -364,6 +365,7 @@ def test_the_parts_of_a_step_prove_all_that_it_takes(base_of, monkeypatch, slots
     works += [skinny["rms_norm"].__globals__["proved"], rows["embed_proved"], rows["likeliest_proved"]]
     for work in works:
         work.cache_clear()
+    launches = Launches(monkeypatch, [skinny, vars(skinny["broad_products"]), attention, delta, rows])
     with torch.inference_mode():
         for part in step.parts():
             part()
@@ -371,6 +373,8 @@ def test_the_parts_of_a_step_prove_all_that_it_takes(base_of, monkeypatch, slots
     assert proved[0] == products and bool(proved[1]) == bool(family) and proved[3:] == [2, 1, 1], proved
     step.advance()
     assert [work.cache_info().misses for work in works] == proved
+    # Others would be compiled alone, and nothing would have proved them.
+    assert len(launches.proved) >= 8 and launches.unproved() == []
 
 
 def test_rows_that_met_the_next_norm_are_taken_by_it_alone(kernels, monkeypatch):
@@ -401,7 +405,7 @@ def test_products_are_proved_with_squares_in_as_many_parts_as_they_come(kernels,
     monkeypatch.setattr(skinny, "way_of", lambda *given: asked.append(given) or real(*given))
     rows = skinny.add_product("down", skinny.Rows(hidden), inner, down, ("head", norm))
     skinny.normed_product("head", rows, norm, head)
-    assert rows.parts == skinny.parts_of("head", hidden) == 4 and asked[-1][0] == "head" and asked[-1][-1] == 4
+    assert rows.parts == skinny.parts_of("head", hidden) == 4 and asked[-1][0] == "head" and asked[-1][-2] == 4
     before = list(asked)
     skinny.prove("head", hidden, head, norm)
     assert asked[-1] == before[-1], "what is proved beforehand is what the step takes"
@@ -470,9 +474,10 @@ def test_heads_that_are_normed_gated_and_turned_in_part_equal_torchs(kernels, mo
 
 
 @pytest.mark.parametrize("kind", HALF, ids=str)
-def test_steps_of_the_delta_rule_equal_torchs(kernels, kind):
+def test_steps_of_the_delta_rule_equal_torchs(kernels, kind, monkeypatch):
     """Four in a row, from the first token on: the convolution goes round. A slot that stands still keeps all."""
     room = kernels("delta_step")
+    launches = Launches(monkeypatch, [vars(room)])
     torch.manual_seed(5)
     slots, heads, fewer, key, value, taps = 3, 4, 2, 16, 32, 4
     mixed = 2 * fewer * key + heads * value
@@ -485,7 +490,7 @@ def test_steps_of_the_delta_rule_equal_torchs(kernels, kind):
     recent, states = torch.zeros(slots, taps, mixed, device=DEVICE).to(kind), torch.zeros(slots, heads, key, value)
     states = states.to(DEVICE)
     mine = recent.float(), states.clone()
-    places, live = torch.tensor([[0, 5, 9], [1, 0, 1]], device=DEVICE)
+    places, live = (torch.tensor(part, device=DEVICE) for part in ([0, 5, 9], [1, 0, 1]))
     for number in range(4):
         token = draw(slots, mixed + heads * value + 2 * heads).to(kind)
         wanted = room.step_plain(token.float(), wide, *mine, places + number, live)
@@ -494,6 +499,7 @@ def test_steps_of_the_delta_rule_equal_torchs(kernels, kind):
         assert torch.equal(recent.float(), mine[0])
         assert (states - mine[1]).norm() < 4 * torch.finfo(kind).eps * mine[1].norm()
     assert room.way_of.cache_info().currsize == 1 and not states[1].any() and not recent[1].any()
+    assert launches.proved and launches.unproved() == []
 
 
 @pytest.mark.parametrize("kind", MULTIPLIED, ids=str)
