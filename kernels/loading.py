@@ -3,7 +3,7 @@
     if threads_may_load():                  # before there are any
         ...
 
-Three faults of its own are mended here, for all kernels of the process. Imported only where it is used: it needs
+What is wrong with that is mended here, for all kernels of the process. Imported only where it is used: it needs
 triton.
 
 Each signature has a launcher in C (3.6), a Python module of its own file, but all of one name. Python keeps one module
@@ -14,7 +14,8 @@ was "misaligned address" or "function takes exactly 49 arguments", once in some 
 A compiled kernel shows its launcher before it has the function that is launched (triton-lang/triton#11518): another
 thread that wants the same kernel launches nothing.
 
-Two threads that want the same kernel both compile it; 3.8 unloads that of the first one, which it may have launched.
+Two threads that want the same kernel both compile it, and where both are the first to launch what it is compiled of,
+what one of them compiles is kept where nobody looks; 3.8 unloads what is lost so, which may have been launched.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 
 import triton
 from triton.compiler.compiler import CompiledKernel
-from triton.runtime import build
+from triton.runtime import build, driver
 from triton.runtime.jit import JITFunction
 
 from kernels.launching import is_known
@@ -39,13 +40,18 @@ _guard = threading.RLock()
 
 def threads_may_load() -> bool:
     """Mends Triton in this process, once; False, with a warning, for a version that nobody has looked at."""
-    places = ((build, "_load_module_from_path"), (CompiledKernel, "_init_handles"), (JITFunction, "_do_compile"))
+    places = {
+        (build, "_load_module_from_path"): alone,
+        (CompiledKernel, "_init_handles"): at_once,
+        (JITFunction, "_do_compile"): one_at_a_time,
+        (JITFunction, "run"): one_place,
+    }
     with _guard:
         if not is_known() or not all(hasattr(*place) for place in places):
             why = "nobody has looked at how it loads kernels in several threads, so each is compiled when it is needed"
             warnings.warn(f"triton {triton.__version__}: {why}", stacklevel=2)
             return False
-        for (owner, name), mend in zip(places, (alone, at_once, one_at_a_time)):
+        for (owner, name), mend in places.items():
             found = getattr(owner, name)
             if not hasattr(found, "stock"):  # one that is mended twice would wait for itself
                 mended = mend(found)
@@ -91,9 +97,23 @@ def one_at_a_time(compile_it: Callable[..., Any]) -> Callable[..., Any]:
     locks: dict[tuple, threading.Lock] = {}
 
     @wraps(compile_it)
-    def compiled(source: JITFunction, key: Any, signature: Any, device: Any, *rest: Any) -> Any:
+    def compiled(source: JITFunction, key: Any, signature: Any, device: Any, *rest: Any, **more: Any) -> Any:
         with locks.setdefault((id(source), key, device), threading.Lock()):
             known = source.device_caches[device][0].get(key)
-            return compile_it(source, key, signature, device, *rest) if known is None else known
+            return compile_it(source, key, signature, device, *rest, **more) if known is None else known
 
     return compiled
+
+
+def one_place(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` of a kernel's source, which has one place on a GPU for what is compiled of it, whoever launches it first.
+    The price is a call more for each launch, half a microsecond."""
+
+    @wraps(run)
+    def ran(source: JITFunction, *given: Any, **options: Any) -> Any:
+        if not source.device_caches:
+            with _guard:
+                source.device_caches[driver.active.get_current_device()]  # which makes it
+        return run(source, *given, **options)
+
+    return ran

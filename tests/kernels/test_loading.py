@@ -1,12 +1,14 @@
 """Kernels that several threads load at once. The launchers are real ones, as far as a machine without a GPU has any: C
 modules of one name, built and loaded by Triton itself. The driver that loads a kernel is played."""
 
+import collections
 import os
 import random
 import shutil
 import sys
 import sysconfig
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +34,12 @@ PyMODINIT_FUNC PyInit___triton_launcher(void) { return PyModule_Create(&definiti
 """
 
 
-PLACES = [(build, "_load_module_from_path"), (CompiledKernel, "_init_handles"), (JITFunction, "_do_compile")]
+PLACES = [
+    (build, "_load_module_from_path"),
+    (CompiledKernel, "_init_handles"),
+    (JITFunction, "_do_compile"),
+    (JITFunction, "run"),
+]
 
 
 @pytest.fixture
@@ -173,8 +180,8 @@ def test_two_threads_that_want_the_same_kernel_compile_it_once(mended, monkeypat
         monkeypatch.setattr(twice_wanted_kernel, name, played, raising=False)
 
     def want(key: str):
-        given = {"source": key}, 0, {}, SimpleNamespace(), {}, False
-        return twice_wanted_kernel._do_compile(key, *given)
+        given = {"source": key}, 0, {}, SimpleNamespace(), {}
+        return twice_wanted_kernel._do_compile(key, *given, warmup=False)  # by its name, as `preload` gives it
 
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(want, "in bf16")
@@ -183,6 +190,25 @@ def test_two_threads_that_want_the_same_kernel_compile_it_once(mended, monkeypat
         threading.Timer(0.2, ends.set).start()
         assert first.result() == second.result() == "compiled in bf16" and other.result() == "compiled in fp16"
     assert sorted(sources) == ["in bf16", "in fp16"]
+
+
+def test_what_two_threads_compile_of_a_kernel_that_neither_has_launched_is_kept_in_one_place(stock, monkeypatch):
+    """Making the place takes Triton longer than a thread's turn."""
+    monkeypatch.setattr(loading, "driver", SimpleNamespace(active=Played()))
+    monkeypatch.setattr(JITFunction, "run", lambda source, key: source.device_caches[0][0].setdefault(key, key))
+    loading.threads_may_load()
+    both = threading.Barrier(2)
+
+    def want(key: str) -> str:
+        both.wait(20)
+        return twice_wanted_kernel.run(key)
+
+    for _ in range(20):
+        caches = collections.defaultdict(lambda: time.sleep(0.001) or ({}, {}, None, None, None))
+        monkeypatch.setattr(twice_wanted_kernel, "device_caches", caches)
+        with ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(want, ("in bf16", "in fp16"))) == ["in bf16", "in fp16"]
+        assert set(caches[0][0]) == {"in bf16", "in fp16"}
 
 
 def test_a_version_that_nobody_has_looked_at_is_said_and_left_alone(stock, monkeypatch):
