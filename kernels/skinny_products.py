@@ -81,8 +81,12 @@ TILES: dict[str, dict[int, Tile | None]] = {
         64: Broad(128, 128, 8, 3, 1),
     },
 }
-# Where there is no Hopper, up to 16 rows.
-ELSEWHERE: dict[str, Tile] = {"out": (16, 256, 2, 6, 1, 2), "down": (16, 256, 1, 5, 3, 1)}
+# Instead of those, by rows, where there is no Hopper, which alone takes broad tiles.
+ELSEWHERE: dict[tuple[str, int], Tile] = {
+    ("qkv", 8): (16, 256, 2, 8, 1, 2),
+    ("out", 16): (16, 256, 2, 6, 1, 2),
+    ("down", 16): (16, 256, 1, 5, 3, 1),
+}
 # The product that makes the rows of another one.
 BEFORE = {"qkv": "down", "gated": "out", "head": "down"}
 # Of tiles of one stage the whole depth of a program is one block; of other depths these are taken instead.
@@ -92,13 +96,16 @@ Norm = tuple[torch.Tensor, float]  # weight (K,) and epsilon
 
 def planned(kind: str, source: torch.Tensor, normed: bool) -> Tile | None:
     """The tile that was measured for so many rows, unless nobody can multiply them so here."""
-    tile = TILES[kind][tile_rows(len(source))] if on_triton(source) and len(source) <= MOST_ROWS else None
-    if isinstance(tile, Broad):
-        if not takes(source.device):
-            return ELSEWHERE.get(kind) if len(source) <= 16 else None
-        # fp16 has no room for rows that have met the norm's weight, but are not over their root mean square yet.
-        return None if normed and source.dtype == torch.float16 else tile
-    return tile
+    if not on_triton(source) or len(source) > MOST_ROWS:
+        return None
+    rows = tile_rows(len(source))
+    tile = TILES[kind][rows]
+    if not takes(source.device):
+        tile = ELSEWHERE.get((kind, rows), tile)
+        return None if isinstance(tile, Broad) else tile
+    # fp16 has no room for rows that have met the norm's weight, but are not over their root mean square yet.
+    broadly = isinstance(tile, Broad) and normed and source.dtype == torch.float16
+    return None if broadly else tile
 
 
 def parts_of(kind: str, source: torch.Tensor) -> int:

@@ -3,8 +3,8 @@
     step = Step(model, captured, cache, state, slots=8, new=1, chooser=Chooser([], drawn=False))
     step.run(16)                                    # sixteen steps, for which nobody waits
 
-A GPU that is told each kernel by Python is idle for 98 % of such a step; a graph starts all of them at once. Up to 16
-rows, on Hopper most products of up to 64, go through kernels that read each weight once (kernels/skinny_products.py).
+A GPU that is told each kernel by Python is idle for 98 % of such a step; a graph starts all of them at once. Products
+of up to 16 rows, on Hopper of up to 64, go through kernels that read each weight once (kernels/skinny_products.py).
 
 Shapes: S slots, Q new tokens of each, R = S x Q rows; H, D, V as in kernels/.
 """

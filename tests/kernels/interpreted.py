@@ -386,7 +386,9 @@ def test_rows_that_met_the_next_norm_are_taken_by_it_alone(kernels, monkeypatch)
     # Other GPUs than Hopper have narrow tiles for few rows, and torch for more.
     with monkeypatch.context() as patched:
         patched.setattr(skinny, "takes", lambda device: False)
-        assert skinny.planned("down", hidden[:16], False) == skinny.ELSEWHERE["down"]
+        assert skinny.planned("down", hidden[:16], False) == skinny.ELSEWHERE["down", 16]
+        assert skinny.planned("down", hidden[:8], False) == skinny.TILES["down"][8]
+        assert skinny.planned("qkv", hidden[:8], True) == skinny.ELSEWHERE["qkv", 8]
         assert skinny.planned("gated", hidden[:16], True) == skinny.TILES["gated"][16]
         assert skinny.planned("down", hidden, False) is None
     # fp16 ends at 65,504: a large state times a large weight would be none any more.
