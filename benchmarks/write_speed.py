@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 SIZE = (1_280, 784)  # pixels of a screenshot
 BLOCKS = 8  # of steps that are measured
-WARM_S = 1.0  # of steps before: the first ones after a pause were up to 1.4 % slower
+WARM_S = 1.0  # of steps before: a graph's first 16 are 0.9 to 2.1 % slower than later ones
 
 # -----------------------------------------------------------------------------
 # Model
@@ -514,6 +514,7 @@ NARROW = [
     (16, 256, 2, 4, 1, 2),
     (16, 256, 2, 6, 1, 2),
     (16, 256, 2, 8, 1, 2),
+    (16, 2048, 8, 1, 1, 8),
     (16, 256, 4, 4, 1, 4),
     (16, 512, 2, 3, 1, 2),
     (16, 512, 4, 3, 1, 4),
@@ -608,30 +609,41 @@ def compile_beside(model, every: list[int]) -> dict[str, str]:
     from families import family_of
     from kernels import skinny_products as skinny
 
+    def drop(kind: str, rows: int, tile: tuple) -> None:
+        BROAD[kind][max(rows, 16)] = [other for other in BROAD[kind][max(rows, 16)] if other != tile]
+
     captured, asked, found = family_of(model.config).captured(model), [], {}
     layer = captured.layers[0]
     weights = {"qkv": layer.mixer.taken, "out": layer.mixer.out, "gated": layer.gated, "down": layer.down}
     for kind, weight in (weights | {"head": model.lm_head.weight}).items():
         columns, adds = len(weight) // (2 if kind == "gated" else 1), kind in ("out", "down")
         for rows in sorted(set(map(skinny.tile_rows, every))):
+            like = weight.new_empty(rows, weight.shape[1])
+            # The first layer's rows are none of a product.
+            parts = {skinny.parts_of(kind, like)} | ({1} if kind == "qkv" else set())
             for tile in BROAD[kind][max(rows, 16)]:
+                broad = skinny.Broad(*tile).shared(columns)
+                if skinny.fitted(broad, like.shape[1], columns) != broad:
+                    drop(kind, rows, tile)
+                    found[f"{kind} of {rows} rows by {tile}"] = "for another depth, or fewer columns"
+                    continue
                 # What is added is scaled for the norm that follows where the next product has a broad tile, too.
                 for scales in ([True, False] if rows < 32 else [True]) if adds else [False]:
                     norms = weight.dtype if adds and not scales else layer.norms[0][0].dtype
-                    like = weight.new_empty(rows, weight.shape[1])
-                    shape = (*like.shape, weight.dtype, weight.device, norms, scales, skinny.parts_of(kind, like))
                     biased = kind == "qkv" and layer.mixer.taken_bias is not None
-                    asked.append((tile, (kind, skinny.Broad(*tile).shared(columns), *shape, biased)))
+                    shape = (*like.shape, weight.dtype, weight.device, norms, scales)
+                    asked += [(tile, (kind, broad, *shape, count, biased)) for count in parts]
     with ProcessPoolExecutor(min(12, os.cpu_count()), multiprocessing.get_context("spawn")) as pool:
         for (tile, given), done in [(each, pool.submit(prove, each[1])) for each in asked]:
-            kind, _, rows, *_, scales, _, _ = given
+            kind, _, rows, *_, scales, parts, _ = given
             try:
                 way = done.result()
             except Exception as error:  # of a process that a kernel has broken
                 way = f"fails: {str(error)[:200]}"
-            found[f"{kind} of {rows} rows by {tile}{', scaled' if scales else ''}"] = way or "wrong or too large"
+            name = f"{kind} of {rows} rows by {tile}, squares in {parts}{', scaled' if scales else ''}"
+            found[name] = way or "wrong or too large"
             if way not in ("early", "plain"):
-                BROAD[kind][max(rows, 16)] = [other for other in BROAD[kind][max(rows, 16)] if other != tile]
+                drop(kind, rows, tile)
                 if skinny.TILES[kind][rows] == tile:
                     skinny.TILES[kind][rows] = None
     return found
@@ -651,8 +663,8 @@ def tune(engine, slots: int, narrow: bool) -> dict:
 
     real, rows, found, layers = skinny.tile_of, skinny.tile_rows(slots), {}, len(engine.captured.layers)
 
-    def taken(name: str, *given) -> tuple:
-        done = real(name, *given)
+    def taken(name: str, *given, **more) -> tuple:
+        done = real(name, *given, **more)
         if name == kind and tiles[rows] and done[0] is None:  # else torch's time would stand under the tile's name
             raise ValueError("torch does it instead: a shape of no whole tiles, or a proof that failed")
         return done
@@ -689,7 +701,8 @@ def tune_attention(engine, slots: int) -> dict:
     pairs, before = slots * mixers[0].fewer, (room.PROGRAMS, dict(room.SHAPES))
     usual = max(1, min(room.MOST_PARTS, room.PROGRAMS // pairs))
     tried = [(usual, shape) for shape in (PART_SHAPES if usual > 1 else WHOLE_SHAPES)]
-    tried += [(2 * usual, room.shape_of(2 * usual, 128))]
+    if usual < room.MOST_PARTS:
+        tried += [(2 * usual, room.shape_of(2 * usual, 128))]
     if usual > 1:
         tried += [(usual // 2, shape) for shape in (PART_SHAPES[2:3] if usual > 2 else WHOLE_SHAPES[:1])]
     found, failed, best = {}, {}, None

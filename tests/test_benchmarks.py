@@ -506,6 +506,7 @@ def test_tuning_leaves_the_fastest_tile_and_says_what_it_saves_in_a_layer(monkey
     fastest, failing = skinny.Broad(128, 512, 8, 1, 4), skinny.Broad(64, 128, 4, 3, 6)
 
     def step_ms(engine, slots, spread=0.0):
+        skinny.tile_of("another", torch.zeros(8, 32), torch.zeros(16, 32), parts=1, biased=True)  # as a step asks
         tile = skinny.TILES["qkv"][64]
         if tile == failing:
             raise RuntimeError("out of resource: shared memory")
@@ -527,6 +528,8 @@ def test_tuning_leaves_the_fastest_tile_and_says_what_it_saves_in_a_layer(monkey
     assert next(iter(shapes.items())) == ("2 parts, (64, 8, 3)", {"step_ms": 3.5, "spread_step_ms": 4.0})
     assert slot_attention.PROGRAMS == 256 and shapes.pop("failed") == {"1 parts, (64, 8, 5)": "RuntimeError: no such"}
     assert len(shapes) == len(write_speed.WHOLE_SHAPES)
+    monkeypatch.setattr(write_speed, "step_ms", lambda engine, slots, spread=0.0: 2.5)
+    assert all(name.startswith(("32 parts", "16 parts", "failed")) for name in write_speed.tune_attention(engine, 1))
 
 
 def test_pages_that_end_by_themselves_are_compared_to_the_byte():
