@@ -9,7 +9,8 @@ triton.
 Each signature has a launcher in C (3.6), a Python module of its own file, but all of one name. Python keeps one module
 of a name (`import_find_extension` in its `import.c`): whatever launcher is loaded once more puts its functions into the
 one that another thread has just loaded, and that thread's kernel is launched with the wrong arguments. On an H100 that
-was "misaligned address" or "function takes exactly 49 arguments", once in some two hundred starts of the engine.
+was "misaligned address" or "function takes exactly 49 arguments", once in some sixty starts of the engine that loaded
+all its kernels anew.
 
 A compiled kernel shows its launcher before it has the function that is launched (triton-lang/triton#11518): another
 thread that wants the same kernel launches nothing.
