@@ -670,24 +670,29 @@ def tune(engine, slots: int, narrow: bool) -> dict:
         return done
 
     skinny.tile_of = taken
-    for kind, tiles in skinny.TILES.items():
-        before, times, failed = tiles[rows], {}, {}
-        tried = [skinny.Broad(*tile) for tile in BROAD[kind][max(rows, 16)]] + (NARROW if narrow and rows < 32 else [])
-        for tile in dict.fromkeys([before, None, *tried]):
-            if kind == "gated" and tile and tile[4] > 1:  # its two sums are not shared
-                continue
-            tiles[rows] = tile
-            try:
-                times[tile] = step_ms(engine, slots)
-            except Exception as error:  # too much shared memory, say: that tile is out of the question
-                failed[json.dumps(tile)] = words_of(error)
-        tiles[rows] = min(times, key=times.get)
-        found[kind] = {
-            json.dumps(tile): {"step_ms": took, "us_a_layer_under_torch": 1_000 * (times[None] - took) / layers}
-            for tile, took in sorted(times.items(), key=lambda item: item[1])
-        } | {"failed": failed}
-        print(slots, kind, json.dumps(found[kind]), flush=True)
-    skinny.tile_of = real
+    try:
+        for kind, tiles in skinny.TILES.items():
+            before, times, failed = tiles[rows], {}, {}
+            tried = [skinny.Broad(*tile) for tile in BROAD[kind][max(rows, 16)]]
+            tried += NARROW if narrow and rows < 32 else []
+            for tile in dict.fromkeys([before, None, *tried]):
+                if kind == "gated" and tile and tile[4] > 1:  # its two sums are not shared
+                    continue
+                tiles[rows] = tile
+                try:
+                    times[tile] = step_ms(engine, slots)
+                except Exception as error:  # too much shared memory, say: that tile is out of the question
+                    if tile is None:  # torch's own product: it is the step that fails, not a tile
+                        raise
+                    failed[json.dumps(tile)] = words_of(error)
+            tiles[rows] = min(times, key=times.get)
+            found[kind] = {
+                json.dumps(tile): {"step_ms": took, "us_a_layer_under_torch": 1_000 * (times[None] - took) / layers}
+                for tile, took in sorted(times.items(), key=lambda item: item[1])
+            } | {"failed": failed}
+            print(slots, kind, json.dumps(found[kind]), flush=True)
+    finally:
+        skinny.tile_of = real
     return found
 
 

@@ -530,6 +530,11 @@ def test_tuning_leaves_the_fastest_tile_and_says_what_it_saves_in_a_layer(monkey
     assert len(shapes) == len(write_speed.WHOLE_SHAPES)
     monkeypatch.setattr(write_speed, "step_ms", lambda engine, slots, spread=0.0: 2.5)
     assert all(name.startswith(("32 parts", "16 parts", "failed")) for name in write_speed.tune_attention(engine, 1))
+    real = skinny.tile_of
+    monkeypatch.setattr(write_speed, "step_ms", lambda engine, slots: {}["nothing can be measured"])
+    with pytest.raises(KeyError, match="nothing can be measured"):
+        write_speed.tune(engine, 64, narrow=False)
+    assert skinny.tile_of is real
 
 
 def test_pages_that_end_by_themselves_are_compared_to_the_byte():
